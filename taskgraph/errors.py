@@ -1,0 +1,40 @@
+"""Every error the package raises on purpose: typed, and also the builtin that it refines.
+
+A message says the value, the limit and the way out. The CLI prints it in one line and exits 2.
+"""
+
+
+class TaskgraphError(Exception):
+    """Root of all errors raised on purpose."""
+
+
+class GraphError(TaskgraphError, ValueError):
+    """A graph that is not well formed: cycle, unknown tensor, shape or dtype mismatch, bad work, duplicate name."""
+
+
+class DemandError(TaskgraphError, ValueError):
+    """A declared demand that cannot be read or that no partition of the device can meet."""
+
+
+class DeviceError(TaskgraphError, ValueError):
+    """An unknown device, or a device specification that contradicts itself."""
+
+
+class PlanError(TaskgraphError, ValueError):
+    """A plan that breaks a rule, belongs to another graph, or has another schema version."""
+
+
+class WeightsError(TaskgraphError, ValueError):
+    """A checkpoint that is missing, truncated or does not fit the model."""
+
+
+class BackendUnavailable(TaskgraphError, RuntimeError):  # noqa: N818 - the name says what it means
+    """A backend that this machine or this version cannot offer."""
+
+
+class ExecutionError(TaskgraphError, RuntimeError):
+    """An op raised while a plan was replayed; `op` names it and `__cause__` is what it raised."""
+
+    def __init__(self, message: str, op: str) -> None:
+        super().__init__(message)
+        self.op = op

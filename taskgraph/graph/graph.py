@@ -1,0 +1,526 @@
+"""Graph (a frozen, checked value) and GraphBuilder (the only thing that changes while a graph is made)."""
+
+import hashlib
+import heapq
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from taskgraph.errors import GraphError
+from taskgraph.graph.functions import register_function
+from taskgraph.graph.op import Attr, Demand, Op, Tensor, TensorSpec, Work, check_work
+
+if TYPE_CHECKING:
+    import networkx
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Carry:
+    """A loop-carried tensor: `init` enters iteration 0 as `inside`, `next` enters the following one,
+    and the last `next` leaves the loop as `result`."""
+
+    init: str
+    inside: str
+    next: str
+    result: str
+
+
+@dataclass(frozen=True, slots=True)
+class Repeat:
+    """ops[first:last] stand for `count` iterations. Names that begin with "name/" exist once an iteration."""
+
+    name: str
+    count: int
+    first: int
+    last: int
+    carries: tuple[Carry, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """A frozen DAG: tensors, ops in topological order, output names, and at most one repeated body.
+
+    Raises GraphError when it is made from parts that do not fit together.
+    """
+
+    name: str
+    tensors: tuple[Tensor, ...]
+    ops: tuple[Op, ...]
+    outputs: tuple[str, ...]
+    repeat: Repeat | None = None
+    _memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Graph, (self.name, self.tensors, self.ops, self.outputs, self.repeat))
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of all that the graph says; equal graphs have equal fingerprints."""
+        if "fingerprint" not in self._memo:
+            digest = hashlib.blake2b(digest_size=16)
+            digest.update(repr((SCHEMA, self.name, self.outputs, self.repeat)).encode())
+            for t in self.tensors:
+                digest.update(repr((t.name, t.shape, t.dtype, t.role)).encode())
+            plain = Demand()
+            for op in self.ops:
+                pinned = None if op.demand == plain else op.demand
+                text = (
+                    op.name,
+                    op.kind,
+                    op.inputs,
+                    op.outputs,
+                    op.work.vector,
+                    op.after,
+                    op.writes,
+                    op.attrs,
+                    pinned,
+                )
+                digest.update(repr(text).encode())
+            self._memo["fingerprint"] = digest.hexdigest()
+        return str(self._memo["fingerprint"])
+
+    @property
+    def tensor(self) -> Mapping[str, Tensor]:
+        """Tensors by name."""
+        if "tensor" not in self._memo:
+            self._memo["tensor"] = {t.name: t for t in self.tensors}
+        result: Mapping[str, Tensor] = self._memo["tensor"]
+        return result
+
+    def with_role(self, *roles: str) -> tuple[Tensor, ...]:
+        """The tensors of the given roles, in order of declaration."""
+        return tuple(t for t in self.tensors if t.role in roles)
+
+    def predecessors(self) -> list[tuple[int, ...]]:
+        """For every op the sorted indices of the ops that must end before it: data, control and state hazards."""
+        if "predecessors" not in self._memo:
+            self._memo["predecessors"] = _predecessors(self.ops, self.repeat)
+        result: list[tuple[int, ...]] = self._memo["predecessors"]
+        return result
+
+    def flat(self) -> "Graph":
+        """The graph with its repeat written out, iteration i's names beginning with "name.i/"."""
+        if self.repeat is None:
+            return self
+        if "flat" not in self._memo:
+            self._memo["flat"] = _unroll(self, self.repeat)
+        result: Graph = self._memo["flat"]
+        return result
+
+    def to_networkx(self) -> "networkx.DiGraph[str]":
+        """A networkx DiGraph of op names with the Op under "op"; a repeat is one body, not written out."""
+        import networkx
+
+        dag: networkx.DiGraph[str] = networkx.DiGraph(name=self.name)
+        dag.add_nodes_from((op.name, {"op": op}) for op in self.ops)
+        for op, preds in zip(self.ops, self.predecessors(), strict=True):
+            dag.add_edges_from((self.ops[p].name, op.name) for p in preds)
+        return dag
+
+    def to_json(self) -> str:
+        """Text that `Graph.from_json` reads back into an equal graph."""
+        body = {key: value for key, value in asdict(self).items() if not key.startswith("_")}
+        return json.dumps({"schema": SCHEMA, **body}, sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str) -> "Graph":
+        """The graph that `to_json` wrote; GraphError if the text is not one."""
+        try:
+            body = json.loads(text)
+            if body.get("schema") != SCHEMA:
+                raise GraphError(f"graph file has schema {body.get('schema')!r}; this version reads {SCHEMA}.")
+            return Graph(
+                name=body["name"],
+                tensors=tuple(Tensor(t["name"], tuple(t["shape"]), t["dtype"], t["role"]) for t in body["tensors"]),
+                ops=tuple(_op_from_json(op) for op in body["ops"]),
+                outputs=tuple(body["outputs"]),
+                repeat=_repeat_from_json(body["repeat"]),
+            )
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise GraphError(f"not a graph file: {error!r}. Write it with Graph.to_json().") from error
+
+
+def _op_from_json(body: dict[str, Any]) -> Op:
+    pinned = dict(body["demand"])
+    pinned["sm"] = None if pinned["sm"] is None else tuple(pinned["sm"])
+    return Op(
+        name=body["name"],
+        kind=body["kind"],
+        inputs=tuple(body["inputs"]),
+        outputs=tuple(body["outputs"]),
+        work=Work(**body["work"]),
+        demand=Demand(**pinned),
+        after=tuple(body["after"]),
+        writes=tuple(body["writes"]),
+        attrs=tuple((key, tuple(v) if isinstance(v, list) else v) for key, v in body["attrs"]),
+    )
+
+
+def _repeat_from_json(body: dict[str, Any] | None) -> Repeat | None:
+    if body is None:
+        return None
+    return Repeat(**{**body, "carries": tuple(Carry(**c) for c in body["carries"])})
+
+
+# ------------------------------------------------------------------------------------------- checks
+
+
+def _check(graph: Graph) -> None:
+    if not graph.ops:
+        raise GraphError(f"graph {graph.name!r} has no ops; add some before build().")
+    known = _unique("tensor", (t.name for t in graph.tensors))
+    _unique("op", (op.name for op in graph.ops))
+    role = {t.name: t.role for t in graph.tensors}
+    made = {name for name in known if role[name] != "activation"}
+    produced: set[str] = set()
+    for op in graph.ops:
+        check_work(op.name, op.work)
+        _check_edges(op, known, role)
+        for name in op.outputs:
+            if name in produced:
+                raise GraphError(f"tensor {name!r} is made by two ops, the second is {op.name!r}.")
+            produced.add(name)
+    carried = graph.repeat.carries if graph.repeat else ()
+    made |= produced | {c.inside for c in carried} | {c.result for c in carried}
+    for name in graph.outputs:
+        if name not in known:
+            raise GraphError(f"output {name!r} is no tensor of graph {graph.name!r}.")
+    missing = next((t for op in graph.ops for t in op.inputs if t not in made), None)
+    if missing is not None:
+        raise GraphError(f"tensor {missing!r} is an activation that no op makes; declare it with input() or weight().")
+    if graph.repeat is not None:
+        _check_repeat(graph, graph.repeat)
+    graph.predecessors()
+
+
+def _unique(what: str, names: Iterable[str]) -> set[str]:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise GraphError(f"duplicate {what} name {name!r}; names are unique within a graph.")
+        seen.add(name)
+    return seen
+
+
+def _check_edges(op: Op, known: set[str], role: Mapping[str, str]) -> None:
+    for name in (*op.inputs, *op.outputs):
+        if name not in known:
+            raise GraphError(f"op {op.name!r} names the unknown tensor {name!r}.")
+    for name in op.outputs:
+        if role[name] != "activation":
+            raise GraphError(f"op {op.name!r} outputs {name!r}, which is a {role[name]}; outputs are activations.")
+    for name in op.writes:
+        if name not in op.inputs or role[name] != "state":
+            raise GraphError(f"op {op.name!r} writes {name!r}, which must be a state among its inputs.")
+
+
+def _check_repeat(graph: Graph, repeat: Repeat) -> None:
+    if repeat.count < 1 or not 0 <= repeat.first < repeat.last <= len(graph.ops):
+        raise GraphError(f"repeat {repeat.name!r} has count {repeat.count} over ops [{repeat.first}, {repeat.last}).")
+    prefix = repeat.name + "/"
+    for index, op in enumerate(graph.ops):
+        inside = repeat.first <= index < repeat.last
+        if op.name.startswith(prefix) != inside:
+            raise GraphError(f"op {op.name!r} must begin with {prefix!r} exactly when it is in the repeated body.")
+        if not inside and any(name.startswith(prefix) for name in (*op.inputs, *op.after)):
+            raise GraphError(f"op {op.name!r} reaches into repeat {repeat.name!r}; carry the tensor out with next().")
+    for carry in repeat.carries:
+        shapes = {(graph.tensor[n].shape, graph.tensor[n].dtype) for n in (carry.init, carry.inside, carry.next)}
+        if len(shapes) != 1:
+            raise GraphError(f"carry {carry.inside!r} changes shape or dtype between iterations: {sorted(shapes)}.")
+
+
+def _predecessors(ops: Sequence[Op], repeat: Repeat | None) -> list[tuple[int, ...]]:
+    """Edges by tensors, control edges and state hazards (read after write, write after read or write)."""
+    index = {op.name: i for i, op in enumerate(ops)}
+    producer = {name: i for i, op in enumerate(ops) for name in op.outputs}
+    if repeat is not None:
+        producer |= {c.result: producer[c.next] for c in repeat.carries if c.next in producer}
+    writer: dict[str, int] = {}
+    readers: dict[str, list[int]] = {}
+    result: list[tuple[int, ...]] = []
+    for i, op in enumerate(ops):
+        preds = {producer[name] for name in op.inputs if name in producer}
+        for name in op.after:
+            if name not in index:
+                raise GraphError(f"op {op.name!r} is declared after the unknown op {name!r}.")
+            preds.add(index[name])
+        for name in op.inputs:
+            if name in writer:
+                preds.add(writer[name])
+        for name in op.writes:
+            preds.update(readers.pop(name, ()))
+            writer[name] = i
+        for name in op.inputs:
+            if name not in op.writes:
+                readers.setdefault(name, []).append(i)
+        late = next((p for p in preds if p >= i), None)
+        if late is not None:
+            raise GraphError(f"cycle: op {op.name!r} needs {ops[late].name!r}, which stands at or after it.")
+        result.append(tuple(sorted(preds)))
+    return result
+
+
+def _unroll(graph: Graph, repeat: Repeat) -> Graph:
+    prefix = repeat.name + "/"
+    carried = {c.inside for c in repeat.carries}
+    results = {c.result for c in repeat.carries}
+    inside = [t for t in graph.tensors if t.name.startswith(prefix) and t.name not in carried]
+    tensors = [t for t in graph.tensors if not t.name.startswith(prefix) and t.name not in results]
+    ops = list(graph.ops[: repeat.first])
+    value = {c.inside: c.init for c in repeat.carries}
+    for i in range(repeat.count):
+        stem = f"{repeat.name}.{i}/"
+
+        def rename(name: str, stem: str = stem, value: Mapping[str, str] = value) -> str:
+            return value.get(name) or (stem + name[len(prefix) :] if name.startswith(prefix) else name)
+
+        tensors += [replace(t, name=rename(t.name)) for t in inside]
+        ops += [_renamed(op, rename) for op in graph.ops[repeat.first : repeat.last]]
+        value = {c.inside: rename(c.next) for c in repeat.carries}
+    last = {c.result: value[c.inside] for c in repeat.carries}
+    ops += [_renamed(op, lambda name: last.get(name, name)) for op in graph.ops[repeat.last :]]
+    outputs = tuple(last.get(name, name) for name in graph.outputs)
+    return Graph(graph.name, tuple(tensors), tuple(ops), outputs)
+
+
+def _renamed(op: Op, rename: Callable[[str], str]) -> Op:
+    return replace(
+        op,
+        name=rename(op.name),
+        inputs=tuple(map(rename, op.inputs)),
+        outputs=tuple(map(rename, op.outputs)),
+        after=tuple(map(rename, op.after)),
+        writes=tuple(map(rename, op.writes)),
+    )
+
+
+# ------------------------------------------------------------------------------------------ builder
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Value:
+    """A tensor of a graph under construction; what the functions of `taskgraph.ops` take and return."""
+
+    builder: "GraphBuilder"
+    tensor: Tensor
+
+    @property
+    def name(self) -> str:
+        return self.tensor.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tensor.shape
+
+    @property
+    def dtype(self) -> str:
+        return self.tensor.dtype
+
+
+class Loop:
+    """The body of a repeat under construction."""
+
+    def __init__(self, builder: "GraphBuilder", name: str, count: int) -> None:
+        self._builder, self.name, self.count = builder, name, count
+        self.first = len(builder._ops)
+        self._carries: dict[str, Carry] = {}
+
+    def carry(self, init: Value, name: str | None = None) -> Value:
+        """The tensor that iteration 0 takes from `init` and the others from `next`."""
+        inside = self._builder._tensor(
+            name or f"{init.name.rsplit('/', 1)[-1]}_in", init.shape, init.dtype, "activation"
+        )
+        self._carries[inside.name] = Carry(init.name, inside.name, "", "")
+        return inside
+
+    def next(self, inside: Value, value: Value) -> Value:
+        """Feed `value` into the following iteration; returns the tensor that leaves the last one."""
+        if inside.name not in self._carries:
+            raise GraphError(f"{inside.name!r} was not made by carry() of repeat {self.name!r}.")
+        result = Tensor(f"{self.name}:{value.name.rsplit('/', 1)[-1]}", value.shape, value.dtype)
+        self._builder._add_tensor(result)
+        carry = self._carries[inside.name]
+        self._carries[inside.name] = replace(carry, next=value.name, result=result.name)
+        return Value(self._builder, result)
+
+    def finish(self) -> Repeat:
+        """The Repeat value; GraphError if a carry has no next()."""
+        open_carry = next((c.inside for c in self._carries.values() if not c.next), None)
+        if open_carry is not None:
+            raise GraphError(f"repeat {self.name!r} carries {open_carry!r} but never says its next().")
+        return Repeat(self.name, self.count, self.first, len(self._builder._ops), tuple(self._carries.values()))
+
+
+class GraphBuilder:
+    """Collects tensors and ops; `build()` checks them once and returns the frozen Graph."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._tensors: dict[str, Tensor] = {}
+        self._ops: list[Op] = []
+        self._names: set[str] = set()
+        self._counts: dict[str, int] = {}
+        self._outputs: list[str] = []
+        self._loop: Loop | None = None
+        self._repeat: Repeat | None = None
+        self._prefix = ""
+
+    def input(self, name: str, shape: Sequence[int], dtype: str) -> Value:
+        """A tensor that the caller gives at every call."""
+        return self._tensor(name, shape, dtype, "input")
+
+    def weight(self, name: str, shape: Sequence[int], dtype: str) -> Value:
+        """A constant, bound once."""
+        return self._tensor(name, shape, dtype, "weight")
+
+    def state(self, name: str, shape: Sequence[int], dtype: str) -> Value:
+        """A tensor that lives across calls and that ops may change in place (a KV cache)."""
+        return self._tensor(name, shape, dtype, "state")
+
+    def op(
+        self,
+        kind: str,
+        inputs: Sequence[Value],
+        outputs: Sequence[TensorSpec],
+        work: Work,
+        name: str | None = None,
+        demand: Demand | None = None,
+        after: Sequence[str] = (),
+        writes: Sequence[Value] = (),
+        attrs: Mapping[str, Attr] | None = None,
+    ) -> tuple[Value, ...]:
+        """Append a node of any kind; the functions of `taskgraph.ops` derive outputs and work for you."""
+        name = self._prefix + (name or self._free_name(kind))
+        if name in self._names:
+            raise GraphError(f"duplicate op name {name!r}; names are unique within a graph.")
+        check_work(name, work)
+        for value in inputs:
+            if value.builder is not self:
+                raise GraphError(f"op {name!r} takes {value.name!r}, which belongs to another builder.")
+        made = tuple(self._tensor(o.name, o.shape, o.dtype, "activation") for o in outputs)
+        self._ops.append(
+            Op(
+                name=name,
+                kind=kind,
+                inputs=tuple(v.name for v in inputs),
+                outputs=tuple(v.name for v in made),
+                work=work,
+                demand=demand or Demand(),
+                after=tuple(self._known_op(a) for a in after),
+                writes=tuple(v.name for v in writes),
+                attrs=tuple(sorted((attrs or {}).items())),
+            )
+        )
+        self._names.add(name)
+        return made
+
+    def call(
+        self,
+        function: Callable[..., Any],
+        inputs: Sequence[Value],
+        outputs: Sequence[TensorSpec],
+        *,
+        work: Work,
+        name: str | None = None,
+        demand: Demand | None = None,
+        after: Sequence[str] = (),
+        writes: Sequence[Value] = (),
+    ) -> Any:
+        """A custom Python op: at run time `function(*inputs, *outputs)` fills the outputs in place.
+
+        Returns one Value, or a tuple when there are several outputs. The graph holds the function's name only.
+        """
+        key = register_function(function)
+        name = name or self._free_name(key.rsplit(":", 1)[-1].rsplit(".", 1)[-1].strip("<>"))
+        made = self.op("call", inputs, outputs, work, name, demand, after, writes, {"function": key})
+        return made[0] if len(made) == 1 else made
+
+    @contextmanager
+    def repeat(self, count: int, name: str = "layer") -> Iterator[Loop]:
+        """The ops made inside stand for `count` iterations; weights and states made inside exist once an iteration."""
+        if self._loop is not None or self._repeat is not None:
+            raise GraphError("a graph has at most one repeat, and repeats do not nest.")
+        if count < 1:
+            raise GraphError(f"repeat {name!r} needs a count of at least 1; got {count}.")
+        self._loop, self._prefix = Loop(self, name, count), name + "/"
+        try:
+            yield self._loop
+            self._repeat = self._loop.finish()
+        finally:
+            self._loop, self._prefix = None, ""
+
+    def output(self, *values: Value) -> None:
+        """Declare results of the graph."""
+        for value in values:
+            if value.name not in self._outputs:
+                self._outputs.append(value.name)
+
+    def build(self) -> Graph:
+        """The frozen graph, ops in topological order; GraphError if anything is wrong."""
+        if not self._outputs:
+            raise GraphError(f"graph {self.name!r} has no outputs; call output(...) before build().")
+        ops = self._ops if self._repeat is not None else _toposorted(self._ops)
+        return Graph(self.name, tuple(self._tensors.values()), tuple(ops), tuple(self._outputs), self._repeat)
+
+    # -- helpers ---------------------------------------------------------------------------------
+
+    def _tensor(self, name: str, shape: Sequence[int], dtype: str, role: str) -> Value:
+        tensor = Tensor(self._prefix + name, tuple(shape), dtype, role)
+        self._add_tensor(tensor)
+        return Value(self, tensor)
+
+    def _add_tensor(self, tensor: Tensor) -> None:
+        if tensor.name in self._tensors:
+            raise GraphError(f"duplicate tensor name {tensor.name!r}; names are unique within a graph.")
+        self._tensors[tensor.name] = tensor
+
+    def _known_op(self, name: str) -> str:
+        """`name` as seen from inside a repeat: the body's own op first, else an op outside."""
+        inner = self._prefix + name
+        return inner if inner in self._names else name
+
+    def _free_name(self, stem: str) -> str:
+        count = self._counts.get(self._prefix + stem, 0)
+        self._counts[self._prefix + stem] = count + 1
+        return stem if count == 0 else f"{stem}_{count}"
+
+
+def _toposorted(ops: Sequence[Op]) -> list[Op]:
+    """Ops in topological order, in order of declaration where that is free (Kahn 1962)."""
+    index = {op.name: i for i, op in enumerate(ops)}
+    if len(index) < len(ops) or all(index.get(a, 0) < i for i, op in enumerate(ops) for a in op.after):
+        return list(ops)
+    unknown = next(((op.name, a) for op in ops for a in op.after if a not in index), None)
+    if unknown is not None:
+        raise GraphError(f"op {unknown[0]!r} is declared after the unknown op {unknown[1]!r}.")
+    bare = _predecessors([replace(op, after=()) for op in ops], None)
+    preds = [{*p, *(index[a] for a in op.after)} for p, op in zip(bare, ops, strict=True)]
+    following: dict[int, list[int]] = {}
+    for i, before in enumerate(preds):
+        for p in before:
+            following.setdefault(p, []).append(i)
+    missing = [len(before) for before in preds]
+    ready = [i for i, count in enumerate(missing) if count == 0]
+    order: list[int] = []
+    while ready:
+        i = heapq.heappop(ready)
+        order.append(i)
+        for j in following.get(i, ()):
+            missing[j] -= 1
+            if missing[j] == 0:
+                heapq.heappush(ready, j)
+    if len(order) < len(ops):
+        stuck = [op.name for op, count in zip(ops, missing, strict=True) if count]
+        raise GraphError(f"cycle among ops {', '.join(map(repr, stuck[:8]))}; remove one of their control edges.")
+    return [ops[i] for i in order]

@@ -1,0 +1,179 @@
+"""The values a graph is made of: Tensor, Work, Demand, Op. Frozen; SI numbers only."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Final
+
+from taskgraph.errors import DemandError, GraphError
+from taskgraph.units import parse_bytes, parse_rate
+
+RESOURCES: Final = ("sm", "hbm", "h2d", "d2h", "link")
+"""Order of every resource vector in the package."""
+
+ROLES: Final = ("input", "weight", "state", "activation")
+
+ITEMSIZE: Final[Mapping[str, int]] = {
+    "f64": 8, "f32": 4, "f16": 2, "bf16": 2, "f8": 1,
+    "i64": 8, "i32": 4, "i8": 1, "u8": 1, "bool": 1,
+}  # fmt: skip
+
+Attr = str | int | float | bool | tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a whole op does to the hardware, whoever runs it; works add up."""
+
+    flops: float = 0.0
+    hbm_bytes: float = 0.0
+    h2d_bytes: float = 0.0
+    d2h_bytes: float = 0.0
+    link_bytes: float = 0.0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(*(a + b for a, b in zip(self.vector, other.vector, strict=True)))
+
+    def __mul__(self, times: float) -> "Work":
+        return Work(*(a * times for a in self.vector))
+
+    @property
+    def vector(self) -> tuple[float, float, float, float, float]:
+        """(flops, hbm, h2d, d2h, link), in the order of RESOURCES."""
+        return (self.flops, self.hbm_bytes, self.h2d_bytes, self.d2h_bytes, self.link_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What the user pins about an op's use of the device; what is absent is derived from its Work.
+
+    `sm` is the (min, max) number of SMs the op may be given; the rates cap what it draws from a
+    soft resource, in bytes/s; `cluster_sms` is the size of its thread-block clusters in SMs.
+    """
+
+    sm: tuple[int, int] | None = None
+    hbm_bytes_per_s: float | None = None
+    pcie_bytes_per_s: float | None = None
+    link_bytes_per_s: float | None = None
+    workspace_bytes: int = 0
+    cluster_sms: int = 1
+
+    def __post_init__(self) -> None:
+        if self.sm is not None and not 1 <= self.sm[0] <= self.sm[1]:
+            raise DemandError(f"demand.sm is (min, max) with 1 <= min <= max; got {self.sm}.")
+        for rate in ("hbm_bytes_per_s", "pcie_bytes_per_s", "link_bytes_per_s"):
+            value = getattr(self, rate)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise DemandError(f"demand.{rate} must be positive and finite; got {value}.")
+        if self.workspace_bytes < 0 or self.cluster_sms < 1:
+            raise DemandError("demand.workspace_bytes must be >= 0 and demand.cluster_sms >= 1.")
+
+
+def demand(
+    sm: int | tuple[int, int] | None = None,
+    hbm: str | float | None = None,
+    pcie: str | float | None = None,
+    link: str | float | None = None,
+    workspace: str | float = 0,
+    cluster_sms: int = 1,
+) -> Demand:
+    """A Demand from friendly units: `demand(sm=(2, 8), pcie="20GB/s", workspace="32MiB")`."""
+    return Demand(
+        sm=(sm, sm) if isinstance(sm, int) else sm,
+        hbm_bytes_per_s=None if hbm is None else parse_rate(hbm),
+        pcie_bytes_per_s=None if pcie is None else parse_rate(pcie),
+        link_bytes_per_s=None if link is None else parse_rate(link),
+        workspace_bytes=int(parse_bytes(workspace)),
+        cluster_sms=cluster_sms,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Shape and dtype of a tensor that is still to be made."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def spec(name: str, shape: tuple[int, ...], dtype: str) -> TensorSpec:
+    """Declare an output of a custom op: `spec("pages", (64, 1 << 20), "u8")`."""
+    return TensorSpec(name, tuple(shape), dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """An edge of the graph. `role` is one of ROLES; only activations live in the arena."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    role: str = "activation"
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise GraphError("a tensor needs a name.")
+        if self.dtype not in ITEMSIZE:
+            raise GraphError(
+                f"tensor {self.name!r} has unknown dtype {self.dtype!r}; use one of {', '.join(ITEMSIZE)}."
+            )
+        if self.role not in ROLES:
+            raise GraphError(f"tensor {self.name!r} has unknown role {self.role!r}; use one of {', '.join(ROLES)}.")
+        if any(not isinstance(n, int) or n <= 0 for n in self.shape):
+            raise GraphError(f"tensor {self.name!r} has shape {self.shape}; every dimension must be a positive int.")
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * ITEMSIZE[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """A node. `writes` names the state tensors among `inputs` that it changes in place.
+
+    `after` names ops that must end first though no tensor connects them; `attrs` holds the static
+    parameters of the kind as sorted (key, value) pairs. There are no callables inside.
+    """
+
+    name: str
+    kind: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    work: Work
+    demand: Demand = Demand()
+    after: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+    attrs: tuple[tuple[str, Attr], ...] = ()
+
+    def attr(self, key: str, default: Attr | None = None) -> Attr:
+        """The static parameter `key`; GraphError if the op has none and no default is given."""
+        for name, value in self.attrs:
+            if name == key:
+                return value
+        if default is None:
+            raise GraphError(f"op {self.name!r} of kind {self.kind!r} has no attribute {key!r}.")
+        return default
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        """The static parameter `key` as an int."""
+        value = self.attr(key, default)
+        if not isinstance(value, int):
+            raise GraphError(f"attribute {key!r} of op {self.name!r} must be an int; got {value!r}.")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """The static parameter `key` as a float."""
+        value = self.attr(key, default)
+        if not isinstance(value, (int, float)):
+            raise GraphError(f"attribute {key!r} of op {self.name!r} must be a number; got {value!r}.")
+        return float(value)
+
+
+def check_work(name: str, work: Work) -> None:
+    """GraphError unless `work` is finite, not negative and not all zero."""
+    for field, value in zip(fields(work), work.vector, strict=True):
+        if not math.isfinite(value) or value < 0:
+            raise GraphError(f"op {name!r} has work.{field.name} = {value}; it must be finite and not negative.")
+    if not any(work.vector):
+        raise GraphError(f"op {name!r} has no work at all; give it flops or bytes, or leave it out of the graph.")

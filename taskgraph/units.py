@@ -1,0 +1,82 @@
+"""Reading and writing quantities. Inside the package everything is SI: bytes, seconds, bytes/s, FLOP/s."""
+
+import math
+import re
+
+from taskgraph.errors import DemandError
+
+_PREFIX = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "p": 1e15}
+_BINARY = {"ki": 2.0**10, "mi": 2.0**20, "gi": 2.0**30, "ti": 2.0**40}
+_QUANTITY = re.compile(r"^\s*([-+]?[0-9.]+(?:e[-+]?[0-9]+)?)\s*([a-zµ/]*)\s*$", re.IGNORECASE)
+_SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9, "min": 60.0, "h": 3600.0}
+
+
+def parse_bytes(value: str | float) -> float:
+    """Bytes from a number or a text such as "64MiB", "1.5 GB", "4096"."""
+    return _parse(value, "B", "64MiB")
+
+
+def parse_rate(value: str | float) -> float:
+    """Bytes per second from a number or a text such as "20GB/s"."""
+    return _parse(value, "B/s", "20GB/s")
+
+
+def parse_flops(value: str | float) -> float:
+    """FLOP/s from a number or a text such as "312 TFLOP/s"."""
+    return _parse(value, "FLOP/s", "312TFLOP/s")
+
+
+def parse_seconds(value: str | float) -> float:
+    """Seconds from a number or a text such as "5us", "3 ms", "2min"."""
+    number, unit = _split(value, "5us")
+    if unit and unit not in _SECONDS:
+        raise DemandError(f"cannot read {value!r} as a time; write it like '5us'.")
+    return _checked(number * _SECONDS.get(unit, 1.0), value, "5us")
+
+
+def _parse(value: str | float, unit: str, example: str) -> float:
+    number, text = _split(value, example)
+    scale = _scale(text, unit.lower())
+    if scale is None:
+        raise DemandError(f"cannot read {value!r} as {unit}; write it like {example!r}.")
+    return _checked(number * scale, value, example)
+
+
+def _split(value: str | float, example: str) -> tuple[float, str]:
+    if isinstance(value, (int, float)):
+        return float(value), ""
+    match = _QUANTITY.match(value)
+    if match is None:
+        raise DemandError(f"cannot read {value!r} as a quantity; write it like {example!r}.")
+    return float(match[1]), match[2].lower()
+
+
+def _scale(text: str, unit: str) -> float | None:
+    if text == "":
+        return 1.0
+    if not text.endswith(unit):
+        return None
+    prefix = text[: len(text) - len(unit)]
+    return _PREFIX.get(prefix, _BINARY.get(prefix))
+
+
+def _checked(number: float, value: str | float, example: str) -> float:
+    if not math.isfinite(number) or number < 0:
+        raise DemandError(f"{value!r} must be finite and not negative; write it like {example!r}.")
+    return number
+
+
+def format_seconds(seconds: float) -> str:
+    """A time for people: three significant digits with ns, us, ms or s."""
+    for scale, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
+        if abs(seconds) >= scale:
+            return f"{seconds / scale:.3g} {unit}" if seconds / scale < 1000 else f"{seconds / scale:.0f} {unit}"
+    return f"{seconds * 1e9:.3g} ns"
+
+
+def format_quantity(value: float, unit: str) -> str:
+    """A quantity for people with decimal prefixes: format_quantity(3.35e12, "B/s") is "3.35 TB/s"."""
+    for scale, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= scale:
+            return f"{value / scale:.3g} {prefix}{unit}"
+    return f"{value:.3g} {unit}"
