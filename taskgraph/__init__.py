@@ -1,0 +1,67 @@
+"""taskgraph: declare layers with their demands, plan them onto streams and SM partitions, capture, replay.
+
+Names are loaded on first use, so importing the package imports neither torch nor numba.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from taskgraph import ops
+    from taskgraph.errors import (
+        BackendUnavailable,
+        DemandError,
+        DeviceError,
+        ExecutionError,
+        GraphError,
+        PlanError,
+        TaskgraphError,
+        WeightsError,
+    )
+    from taskgraph.graph import device as devices
+    from taskgraph.graph.device import Device, Geometry, Partition
+    from taskgraph.graph.graph import Graph, GraphBuilder, Value
+    from taskgraph.graph.op import Demand, Op, Tensor, Work, demand, spec
+    from taskgraph.observe.explain import explain
+    from taskgraph.observe.report import write_report
+    from taskgraph.observe.trace import write_trace
+    from taskgraph.runtime.backend import Executable, compile
+    from taskgraph.schedule.plan import Bounds, Lane, Plan, Span, Step, Timeline, Verdict
+    from taskgraph.schedule.planner import plan
+    from taskgraph.schedule.verify import verify
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "taskgraph.errors": (
+        "BackendUnavailable DemandError DeviceError ExecutionError GraphError PlanError TaskgraphError WeightsError"
+    ),
+    "taskgraph.graph.device": "Device Geometry Partition",
+    "taskgraph.graph.graph": "Graph GraphBuilder Value",
+    "taskgraph.graph.op": "Demand Op Tensor Work demand spec",
+    "taskgraph.schedule.plan": "Bounds Lane Plan Span Step Timeline Verdict",
+    "taskgraph.schedule.planner": "plan",
+    "taskgraph.schedule.verify": "verify",
+    "taskgraph.runtime.backend": "Executable compile",
+    "taskgraph.observe.explain": "explain",
+    "taskgraph.observe.report": "write_report",
+    "taskgraph.observe.trace": "write_trace",
+}
+_MODULES = {"devices": "taskgraph.graph.device", "ops": "taskgraph.ops"}
+_WHERE = {name: module for module, names in _HOME.items() for name in names.split()}
+
+__all__ = sorted(["__version__", *_WHERE, *_MODULES])  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(_MODULES[name])
+    if name not in _WHERE:
+        raise AttributeError(f"module 'taskgraph' has no attribute {name!r}")
+    value = getattr(import_module(_WHERE[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

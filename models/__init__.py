@@ -1,0 +1,1 @@
+"""Models as task graphs: configurations, checkpoints, tokenizers, and the graphs of the families."""

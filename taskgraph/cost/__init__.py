@@ -1,0 +1,1 @@
+"""Cost: seconds of an op as a function of SMs and bandwidth."""

@@ -1,0 +1,1 @@
+"""Declare: tensors, ops, graphs and devices, as frozen values."""

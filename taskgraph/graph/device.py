@@ -1,0 +1,236 @@
+"""Devices: published specs with a source for every number, hypothetical ones, and this machine's CPU."""
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from taskgraph.errors import DeviceError
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """A contiguous set of SMs (or cores): [first_sm, first_sm + sm_count)."""
+
+    first_sm: int
+    sm_count: int
+
+    @property
+    def end_sm(self) -> int:
+        return self.first_sm + self.sm_count
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Disjoint partitions that exist at the same time."""
+
+    partitions: tuple[Partition, ...]
+
+    @staticmethod
+    def of(*sizes: int) -> "Geometry":
+        """Partitions of the given sizes, laid side by side."""
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        return Geometry(tuple(Partition(start, size) for start, size in zip(starts, sizes, strict=True)))
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(p.sm_count for p in self.partitions)
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A real, hypothetical or host device.
+
+    `sm_count` SMs (cores of a CPU) that are split in multiples of `sm_granularity`, at least `sm_min`
+    to a partition. `flops_per_s` is dense peak FLOP/s of the whole device by dtype; "f32" also rates
+    the non-tensor ops. `sm_hbm_bytes_per_s` is what one SM can draw at most. Copy and link rates are
+    bytes/s in one direction; 0 means the device has none. `launch_seconds` is the cost of one node
+    in a replayed graph, `switch_seconds` of a change of geometry within a plan. `compute_scaling[k-1]`
+    is the measured share of the full compute rate on k SMs; empty means linear.
+    """
+
+    name: str
+    kind: str
+    sm_count: int
+    sm_granularity: int
+    sm_min: int
+    flops_per_s: tuple[tuple[str, float], ...]
+    hbm_bytes_per_s: float
+    sm_hbm_bytes_per_s: float
+    h2d_bytes_per_s: float
+    d2h_bytes_per_s: float
+    link_bytes_per_s: float
+    memory_bytes: int
+    launch_seconds: float
+    switch_seconds: float
+    compute_scaling: tuple[float, ...] = ()
+    sources: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.sm_min <= self.sm_count or self.sm_granularity < 1:
+            raise DeviceError(f"device {self.name!r}: needs 1 <= sm_min <= sm_count and sm_granularity >= 1.")
+        positive = [self.hbm_bytes_per_s, self.sm_hbm_bytes_per_s, self.memory_bytes, *dict(self.flops_per_s).values()]
+        rates = [self.h2d_bytes_per_s, self.d2h_bytes_per_s, self.link_bytes_per_s, self.launch_seconds]
+        if not all(math.isfinite(x) and x > 0 for x in positive) or "f32" not in dict(self.flops_per_s):
+            raise DeviceError(
+                f"device {self.name!r}: compute rates (f32 among them), bandwidths and memory must be > 0."
+            )
+        if not all(math.isfinite(x) and x >= 0 for x in rates):
+            raise DeviceError(f"device {self.name!r}: copy and link rates and launch_seconds must be finite and >= 0.")
+        if self.compute_scaling and len(self.compute_scaling) != self.sm_count:
+            raise DeviceError(f"device {self.name!r}: compute_scaling needs one entry an SM, {self.sm_count} in all.")
+
+    def rate(self, dtype: str) -> float:
+        """Dense FLOP/s of the whole device for `dtype`, or for f32 where the device lists none for it."""
+        rates = dict(self.flops_per_s)
+        return rates.get(dtype, rates["f32"])
+
+    def compute_share(self, sms: int) -> float:
+        """The share of the device's compute rate that `sms` SMs have."""
+        if self.compute_scaling:
+            return self.compute_scaling[sms - 1]
+        return sms / self.sm_count
+
+    def partition_sizes(self) -> tuple[int, ...]:
+        """Every legal partition size, the whole device last."""
+        step = self.sm_granularity
+        first = max(self.sm_min, step)
+        return (*range(first, self.sm_count, step), self.sm_count)
+
+    def splits(self) -> tuple[Geometry, ...]:
+        """Geometries of the whole device and of two and four legal partitions (equal and unequal)."""
+        sizes = self.partition_sizes()[:-1]
+        halves = [s for s in sizes if 2 * s <= self.sm_count]
+        found = [Geometry.of(self.sm_count)]
+        for small in sorted({halves[int(i * (len(halves) - 1) / 3)] for i in range(4)} if halves else ()):
+            large = max(s for s in sizes if small + s <= self.sm_count)
+            found.append(Geometry.of(large, small))
+        quarters = [s for s in sizes if 4 * s <= self.sm_count]
+        return (*found, *([Geometry.of(*[quarters[-1]] * 4)] if quarters else []))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(body: Mapping[str, Any]) -> "Device":
+        """The device that `to_dict` wrote; DeviceError when a field is missing or unknown."""
+        known = {f.name for f in fields(Device)}
+        if set(body) != known:
+            raise DeviceError(f"not a device: fields {sorted(set(body) ^ known)} are missing or unknown.")
+        pairs = {key: tuple((a, b) for a, b in body[key]) for key in ("flops_per_s", "sources")}
+        return Device(**{**body, **pairs, "compute_scaling": tuple(body["compute_scaling"])})
+
+
+# -------------------------------------------------------------------------------- published devices
+
+_HALF = (
+    "assumed: half of the SMs draw the full bandwidth; NanoFlow (arXiv 2408.12757, table 3) has decode "
+    "attention at 0.8 of its speed on 0.4 of an A100"
+)
+_LAUNCH = "assumed: 1.5 us a kernel node in a replayed graph, 10 us a join of all lanes; calibrate to replace"
+_SPLIT_9 = "CUDA Programming Guide 4.6.5: compute capability 9.0 and later, min 8, multiple of 8"
+_SPLIT_8 = "CUDA Programming Guide 4.6.5: compute capability 8.x, min 4, multiple of 2"
+
+
+def _gpu(
+    name: str,
+    sms: int,
+    split: tuple[int, int],
+    tflops: Mapping[str, float],
+    hbm: float,
+    pcie: float,
+    link: float,
+    memory: float,
+    sheet: str,
+) -> Device:
+    """A Device from datasheet units: dense TFLOP/s, GB/s (PCIe and NVLink in one direction), GB."""
+    granularity, minimum = split
+    text = {"hbm_bytes_per_s": sheet, "flops_per_s": sheet + " (dense)", "memory_bytes": sheet, "sm_count": sheet}
+    text |= {"h2d_bytes_per_s": sheet + " (PCIe, one direction)", "link_bytes_per_s": sheet + " (one direction)"}
+    text |= {"sm_granularity": _SPLIT_9 if granularity == 8 else _SPLIT_8, "sm_hbm_bytes_per_s": _HALF}
+    text |= {"launch_seconds": _LAUNCH, "d2h_bytes_per_s": text["h2d_bytes_per_s"]}
+    text |= {"sm_min": text["sm_granularity"], "switch_seconds": _LAUNCH}
+    return Device(
+        name=name,
+        kind="gpu",
+        sm_count=sms,
+        sm_granularity=granularity,
+        sm_min=minimum,
+        flops_per_s=tuple(sorted((dtype, rate * 1e12) for dtype, rate in tflops.items())),
+        hbm_bytes_per_s=hbm * 1e9,
+        sm_hbm_bytes_per_s=hbm * 1e9 / (sms / 2),
+        h2d_bytes_per_s=pcie * 1e9,
+        d2h_bytes_per_s=pcie * 1e9,
+        link_bytes_per_s=link * 1e9,
+        memory_bytes=int(memory * 1e9),
+        launch_seconds=1.5e-6,
+        switch_seconds=10e-6,
+        sources=tuple(sorted(text.items())),
+    )
+
+
+_A100 = {"bf16": 312, "f16": 312, "f32": 19.5, "f64": 9.7, "i8": 624}
+_H100 = {"bf16": 989.4, "f16": 989.4, "f8": 1978.9, "i8": 1978.9, "f32": 66.9, "f64": 33.5}
+_B200 = {"bf16": 2250, "f16": 2250, "f8": 4500, "i8": 4500, "f32": 75, "f64": 37}
+_L40S = {"bf16": 362, "f16": 362, "f8": 733, "i8": 733, "f32": 91.6, "f64": 1.43}
+_5090 = {"bf16": 209.5, "f16": 209.5, "f8": 419, "i8": 838, "f32": 104.8, "f64": 1.64}
+
+_SPECS = {
+    device.name: device
+    for device in (
+        _gpu("a100_sxm", 108, (2, 4), _A100, 2039, 32, 300, 80, "NVIDIA A100 datasheet, 80GB SXM"),
+        _gpu("h100_sxm", 132, (8, 8), _H100, 3350, 64, 450, 80, "NVIDIA H100 datasheet and Hopper white paper, SXM5"),
+        _gpu("h200_sxm", 132, (8, 8), _H100, 4800, 64, 450, 141, "NVIDIA H200 datasheet, SXM"),
+        _gpu("b200_sxm", 148, (8, 8), _B200, 8000, 64, 900, 180, "NVIDIA HGX B200 datasheet, an eighth of the board"),
+        _gpu("l40s", 142, (2, 4), _L40S, 864, 32, 0, 48, "NVIDIA L40S datasheet"),
+        _gpu("rtx5090", 170, (8, 8), _5090, 1792, 64, 0, 32, "NVIDIA RTX Blackwell white paper, GeForce RTX 5090"),
+    )
+}
+
+
+def names() -> tuple[str, ...]:
+    """Every device name that `get` takes."""
+    return (*_SPECS, "cpu")
+
+
+def get(device: "str | Device") -> Device:
+    """The device of that name; "cpu" is this machine, probed once and cached. A Device is returned as it is."""
+    if isinstance(device, Device):
+        return device
+    if device == "cpu":
+        return _this_machine()
+    if device not in _SPECS:
+        raise DeviceError(
+            f"unknown device {device!r}; choose one of {', '.join(names())} or make one with devices.make()."
+        )
+    return _SPECS[device]
+
+
+def make(base: str | Device, name: str | None = None, **changes: Any) -> Device:
+    """A hypothetical device: `make("h100_sxm", sm_count=144, hbm_bytes_per_s=4e12)`; the rest is as in `base`."""
+    origin = get(base)
+    unknown = set(changes) - {f.name for f in fields(Device)}
+    if unknown:
+        raise DeviceError(f"a device has no {', '.join(sorted(unknown))}.")
+    sources = (*origin.sources, *((key, f"hypothetical, from {origin.name}") for key in sorted(changes)))
+    return replace(origin, name=name or f"{origin.name}*", **{"sources": sources, "compute_scaling": (), **changes})
+
+
+def iter_specs() -> Iterator[Device]:
+    """The built-in GPU specs."""
+    return iter(_SPECS.values())
+
+
+def _this_machine() -> Device:
+    """The CPU as the probe measured it. The probe needs torch and quiet threads, so it is a process of its own."""
+    command = [sys.executable, "-m", "taskgraph.runtime.probe"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path.home())
+    if done.returncode != 0:
+        tail = done.stderr.strip().splitlines()[-1:] or ["no message"]
+        raise DeviceError(f"probing this machine failed: {tail[0]}. Run `{' '.join(command)}` to see why.")
+    return Device.from_dict(json.loads(done.stdout.strip().splitlines()[-1]))

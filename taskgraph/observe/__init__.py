@@ -1,0 +1,1 @@
+"""Observe: plans and timelines for people (terminal, Perfetto, HTML)."""

@@ -1,0 +1,224 @@
+"""Say in words what a plan does: its critical path, how busy each resource is, what bounds it, and whether it won."""
+
+import io
+import re
+from collections import defaultdict
+from dataclasses import asdict
+
+from rich import box
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from taskgraph.graph.op import RESOURCES
+from taskgraph.schedule.plan import Plan, Span
+from taskgraph.units import format_quantity, format_seconds
+
+BOUNDS = ("chain", *RESOURCES)
+MEANING = {
+    "chain": "longest dependency chain",
+    "sm": "arithmetic of all ops",
+    "hbm": "device memory traffic",
+    "h2d": "host-to-device copies",
+    "d2h": "device-to-host copies",
+    "link": "GPU-to-GPU link traffic",
+}
+"""What each lower bound is made of, in the order of BOUNDS."""
+
+IDLE = "(nothing runs)"
+_INSTANCE = re.compile(r"(?<=[.#\[])\d+")
+_WIDTH = 100
+
+
+def group_name(op: str) -> str:
+    """The op's name with the numbers of layers and slices collapsed: "layer.3/qkv" is "layer.*/qkv"."""
+    return _INSTANCE.sub("*", op)
+
+
+def stem(op: str) -> str:
+    """What the op is called within its layer: "layer.3/qkv" is "qkv"."""
+    last = group_name(op).rpartition("/")[2]
+    return re.sub(r"[.#]\*|\[\*\]?", "", last) or last
+
+
+def unit_of(plan: Plan) -> str:
+    """What the partitions of the plan's device are counted in."""
+    return "cores" if plan.device.kind == "cpu" else "SM"
+
+
+def lane_place(plan: Plan, lane: int) -> str:
+    """Where lane number `lane` runs, for people; empty if the plan has no such lane."""
+    if not 0 <= lane < len(plan.lanes):
+        return ""
+    part = plan.partition(lane)
+    geometry = f"geometry {plan.lanes[lane].geometry}, " if len(plan.geometries) > 1 else ""
+    return f"{geometry}{part.sm_count} {unit_of(plan)} [{part.first_sm}, {part.end_sm})"
+
+
+def critical_path(plan: Plan) -> tuple[Span, ...]:
+    """The chain of spans that ends last, in time order: each waited, by lane order or by a wait, for the one before."""
+    by_op = {span.op: span for span in plan.timeline.spans}
+    earlier: dict[str, list[str]] = {}
+    last_on_lane: dict[int, str] = {}
+    for step in plan.steps:
+        earlier[step.op] = [plan.steps[i].op for i in step.waits]
+        if step.lane in last_on_lane:
+            earlier[step.op].append(last_on_lane[step.lane])
+        last_on_lane[step.lane] = step.op
+    path: list[Span] = []
+    at = max(by_op.values(), key=lambda s: s.end_s, default=None)
+    while at is not None:
+        path.append(at)
+        before = [by_op[op] for op in earlier.get(at.op, ()) if op in by_op]
+        at = max(before, key=lambda s: s.end_s, default=None)
+    return tuple(reversed(path))
+
+
+def path_shares(plan: Plan) -> list[tuple[str, int, float]]:
+    """(group, ops, seconds) of the critical path, longest first; time between its spans goes to IDLE."""
+    path = critical_path(plan)
+    if not path:
+        return []
+    seconds: defaultdict[str, float] = defaultdict(float)
+    count: defaultdict[str, int] = defaultdict(int)
+    now = min(span.start_s for span in plan.timeline.spans)
+    for span in path:
+        if span.start_s - now > 1e-6 * plan.makespan_s:
+            seconds[IDLE] += span.start_s - now
+            count[IDLE] += 1
+        name = group_name(span.op)
+        seconds[name] += span.end_s - max(span.start_s, now)
+        count[name] += 1
+        now = span.end_s
+    return sorted(((g, count[g], s) for g, s in seconds.items()), key=lambda item: (-item[2], item[0]))
+
+
+def mean_utilisation(plan: Plan) -> dict[str, float]:
+    """Mean use of each resource over the makespan, as a share of its capacity: work over capacity over time."""
+    area = asdict(plan.bounds)
+    return {r: area[f"{r}_s"] / plan.makespan_s if plan.makespan_s else 0.0 for r in RESOURCES}
+
+
+def verdict_sentence(plan: Plan) -> str:
+    """The verdict in one sentence, with the kind of its numbers and whether it survives the error band."""
+    v = plan.verdict
+    band = f"error band ±{100 * v.error_band:.3g} %"
+    if v.choice != "packed":
+        if v.packed_s == v.sequential_s:
+            return f"sequential: no packing was found that beats it ({v.kind}, {band})"
+        inside = "; a difference inside the band is no win" if v.packed_s < v.sequential_s else ""
+        return f"sequential: packing would take {_times(v.packed_s / v.sequential_s)} ({v.kind}, {band}{inside})"
+    word = "survives" if v.gain - 1 > v.error_band else "does not survive"
+    how = f"{_times(v.gain)} faster" if v.gain >= 1 else f"{_times(1 / v.gain)} slower"
+    return f"packed: {how} than the sequential graph, {v.kind}, {band}; {word} the band"
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f}x" if abs(ratio - 1) >= 0.01 else f"{ratio:.3f}x"
+
+
+def explain(plan: Plan, color: bool = False) -> str:
+    """What the plan does and how good it is, as text for a terminal of 100 columns."""
+    out = io.StringIO()
+    console = Console(
+        file=out,
+        width=_WIDTH,
+        force_terminal=color,
+        color_system="truecolor" if color else None,
+        highlight=False,
+        legacy_windows=False,
+    )
+    console.print(_header(plan))
+    for title, body in (
+        (f"Critical path ({plan.timeline.kind})", _path_table(plan)),
+        (f"Mean utilisation ({plan.timeline.kind})", _use_table(plan)),
+        (f"Lower bounds ({plan.timeline.kind})", _bounds_table(plan)),
+    ):
+        console.print(Text(f"\n{title}", style="bold"))
+        console.print(Padding(body, (0, 0, 0, 2)))
+    console.print(Text("\nVerdict", style="bold"))
+    style = "green" if plan.verdict.choice == "packed" else "yellow"
+    console.print(Padding(Text(verdict_sentence(plan), style=style), (0, 0, 0, 2)))
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+
+
+def counts(plan: Plan) -> dict[str, str]:
+    """How many ops, lanes, partitions and geometries the plan has, and the size of its arena."""
+    partitions = sum(len(g.partitions) for g in plan.geometries)
+    sizes = " | ".join("+".join(map(str, g.sizes)) for g in plan.geometries)
+    return {
+        "ops": f"{len(plan.steps):,}",
+        "lanes": str(len(plan.lanes)),
+        "partitions": f"{partitions} ({sizes} of {plan.device.sm_count} {unit_of(plan)})",
+        "geometries": str(len(plan.geometries)),
+        "arena": format_quantity(plan.arena_bytes, "B"),
+    }
+
+
+def _header(plan: Plan) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim")
+    table.add_column()
+    numbers = f"{plan.timeline.kind} on device {plan.device.name}"
+    if plan.timeline.origin and plan.timeline.origin != plan.device.name:
+        numbers += f" ({plan.timeline.origin})"
+    rows = {"graph": plan.graph_name, "device": plan.device.name, "made by": plan.made_by, "numbers": numbers}
+    rows |= {"makespan": f"{format_seconds(plan.makespan_s)} ({plan.timeline.kind})"} | counts(plan)
+    for key, value in rows.items():
+        table.add_row(key, Text(value, style="bold" if key == "graph" else ""))
+    return table
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    for name in columns:
+        right = name in ("ops", "time", "share", "of capacity", "of makespan")
+        table.add_column(name, justify="right" if right else "left", overflow="ellipsis", no_wrap=True)
+    return table
+
+
+def _path_table(plan: Plan, top: int = 10) -> Table:
+    table = _table("op", "ops", "time", "share", "")
+    shares = path_shares(plan)
+    rest = shares[top:]
+    if rest:
+        rest = [(f"({len(rest)} more)", sum(c for _, c, _ in rest), sum(s for _, _, s in rest))]
+    for name, count, seconds in (*shares[:top], *rest):
+        part = seconds / plan.makespan_s if plan.makespan_s else 0.0
+        row = (str(count), format_seconds(seconds), f"{part:.1%}")
+        table.add_row(Text(name), *row, Text(_bar(part), style="cyan"))
+    return table
+
+
+def _use_table(plan: Plan) -> Table:
+    table = _table("resource", "of capacity", "", "what")
+    for resource, part in mean_utilisation(plan).items():
+        table.add_row(resource, f"{part:.1%}", Text(_bar(part), style="cyan"), Text(MEANING[resource], style="dim"))
+    return table
+
+
+def _bounds_table(plan: Plan) -> Table:
+    table = _table("bound", "time", "of makespan", "", "what")
+    seconds = asdict(plan.bounds)
+    for name in BOUNDS:
+        value = seconds[f"{name}_s"]
+        binds = name == plan.bounds.binding
+        part = value / plan.makespan_s if plan.makespan_s else 0.0
+        mark, style = ("<- binds", "bold") if binds else ("", "")
+        row = (format_seconds(value), f"{part:.1%}", mark)
+        table.add_row(Text(name), *row, Text(MEANING[name], style="dim"), style=style)
+    table.add_row(Text("plan"), format_seconds(plan.makespan_s), "100.0%", "", gap_text(plan))
+    return table
+
+
+def gap_text(plan: Plan) -> str:
+    """How far the plan is from its best lower bound."""
+    if plan.bounds.best_s <= 0:
+        return "no bound"
+    return f"gap {plan.gap:.3f}x of the {plan.bounds.binding} bound"
+
+
+def _bar(share: float, width: int = 20) -> str:
+    filled = round(8 * width * min(max(share, 0.0), 1.0))
+    return "█" * (filled // 8) + ("" if filled % 8 == 0 else " ▏▎▍▌▋▊▉"[filled % 8])

@@ -1,0 +1,386 @@
+"""The standard ops of an LLM: shape, work and split rules, one table a stage, keyed by op kind.
+
+The public functions take and return Values of a GraphBuilder and derive outputs and work from shapes.
+A work counts what any implementation must do: the flops of the formula, and every operand moved once.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+from taskgraph.errors import GraphError
+from taskgraph.graph.graph import Value
+from taskgraph.graph.op import ITEMSIZE, Attr, Demand, Op, Tensor, TensorSpec, Work
+
+Shapes = Sequence[Tensor]
+Attrs = dict[str, Attr]
+Rule = Callable[[Shapes, Attrs], list[tuple[tuple[int, ...], str]]]
+
+SHAPE_RULES: dict[str, Rule] = {}
+"""kind -> the (shape, dtype) of each output; raises GraphError when the inputs do not fit together."""
+
+WORK_RULES: dict[str, Callable[[Shapes, Shapes, Attrs], Work]] = {}
+"""kind -> the Work of inputs, outputs and attributes."""
+
+SPLIT_RULES: dict[str, tuple[int | None, ...]] = {
+    "embedding": (0, None),
+    "gemm": (0, None, None),
+    "rmsnorm": (0, None),
+    "rope": (0, 0),
+    "rope_kv": (0, 0, 0, 0, None, None),
+    "attention": (0, 0, 0, 0),
+    "decode_attention": (0, 0),
+    "swiglu": (0,),
+    "add": (0, 0),
+    "argmax": (0,),
+    "copy": (0,),
+    "slice_rows": (0,),
+}
+"""kind -> for each input the axis that carries the batch, None where a slice needs the whole operand."""
+
+
+def shape_rule(kind: str) -> Callable[[Rule], Rule]:
+    """Register the shape rule of `kind`."""
+
+    def register(rule: Rule) -> Rule:
+        SHAPE_RULES[kind] = rule
+        return rule
+
+    return register
+
+
+def _need(condition: bool, kind: str, inputs: Shapes, text: str) -> None:
+    if not condition:
+        shapes = ", ".join(f"{t.name}: {t.dtype}{list(t.shape)}" for t in inputs)
+        raise GraphError(f"{kind}({shapes}): {text}.")
+
+
+def _moved(tensors: Shapes) -> float:
+    return float(sum(t.nbytes for t in tensors))
+
+
+# ------------------------------------------------------------------------------------- shape rules
+
+
+@shape_rule("embedding")
+def _(ins: Shapes, attrs: Attrs) -> list[tuple[tuple[int, ...], str]]:
+    tokens, table = ins
+    _need(
+        tokens.dtype in ("i32", "i64") and len(tokens.shape) == 1, "embedding", ins, "tokens must be a vector of ints"
+    )
+    _need(len(table.shape) == 2, "embedding", ins, "the table must be (vocabulary, hidden)")
+    return [((tokens.shape[0], table.shape[1]), str(attrs.get("out_dtype", table.dtype)))]
+
+
+@shape_rule("gemm")
+def _(ins: Shapes, attrs: Attrs) -> list[tuple[tuple[int, ...], str]]:
+    x, w, *extra = ins
+    _need(len(x.shape) == 2 and len(w.shape) == 2, "gemm", ins, "x and w must be matrices")
+    k, n = reversed(w.shape) if attrs["transpose_w"] else w.shape
+    _need(x.shape[1] == k, "gemm", ins, f"x has {x.shape[1]} columns but w takes {k}")
+    for t in extra:
+        _need(t.shape in ((n,), (x.shape[0], n)), "gemm", ins, f"bias must be ({n},) and residual ({x.shape[0]}, {n})")
+    _need(x.dtype == w.dtype or (x.dtype, w.dtype) == ("f32", "bf16"), "gemm", ins, "dtypes of x and w differ")
+    return [((x.shape[0], n), str(attrs.get("out_dtype", x.dtype)))]
+
+
+@shape_rule("rmsnorm")
+def _(ins: Shapes, attrs: Attrs) -> list[tuple[tuple[int, ...], str]]:
+    x, weight = ins
+    _need(weight.shape == (x.shape[-1],), "rmsnorm", ins, "the weight must have one entry a column")
+    return [(x.shape, x.dtype)]
+
+
+@shape_rule("rope")
+def _(ins: Shapes, attrs: Attrs) -> list[tuple[tuple[int, ...], str]]:
+    x, positions = ins
+    _need(len(x.shape) == 3 and x.shape[2] % 2 == 0, "rope", ins, "x must be (tokens, heads, even head_dim)")
+    _need(positions.shape == x.shape[:1], "rope", ins, "positions must have one entry a token")
+    return [(x.shape, x.dtype)]
+
+
+@shape_rule("rope_kv")
+def _(ins: Shapes, attrs: Attrs) -> list[tuple[tuple[int, ...], str]]:
+    qkv, positions, keys, values, *norms = ins
+    heads, head_dim = int(attrs["heads"]), keys.shape[-1]  # type: ignore[arg-type]
+    _need(len(keys.shape) == 4 and keys.shape == values.shape, "rope_kv", ins, "caches are (batch, kv heads, len, dim)")
+    width = (heads + 2 * keys.shape[1]) * head_dim
+    _need(qkv.shape[1:] == (width,), "rope_kv", ins, f"qkv must be (tokens, {width})")
+    _need(positions.shape == (keys.shape[0],), "rope_kv", ins, "positions hold the first position of every sequence")
+    _need(qkv.shape[0] % keys.shape[0] == 0, "rope_kv", ins, "every sequence must have the same number of tokens")
+    _need(all(t.shape == (head_dim,) for t in norms), "rope_kv", ins, f"q and k norms must be ({head_dim},)")
+    return [((qkv.shape[0], heads, head_dim), qkv.dtype)]
+
+
+@shape_rule("attention")
+def _(ins: Shapes, attrs: Attrs) -> list[tuple[tuple[int, ...], str]]:
+    q, positions, keys, values = ins
+    _need(len(q.shape) == 3 and len(keys.shape) == 4, "attention", ins, "q is (tokens, heads, dim), caches have 4 axes")
+    _need(keys.shape == values.shape and q.shape[2] == keys.shape[3], "attention", ins, "head dims differ")
+    _need(q.shape[1] % keys.shape[1] == 0, "attention", ins, "query heads must be a multiple of kv heads")
+    _need(q.shape[0] % keys.shape[0] == 0, "attention", ins, "every sequence must have the same number of tokens")
+    _need(positions.shape == (keys.shape[0],), "attention", ins, "positions hold the first position of every sequence")
+    return [((q.shape[0], q.shape[1] * q.shape[2]), q.dtype)]
+
+
+@shape_rule("decode_attention")
+def _(ins: Shapes, attrs: Attrs) -> list[tuple[tuple[int, ...], str]]:
+    q, kv = ins
+    _need(
+        len(q.shape) == 3 and len(kv.shape) == 5,
+        "decode_attention",
+        ins,
+        "q has 3 axes, kv (2, batch, len, heads, dim)",
+    )
+    _need(kv.shape[:2] == (2, q.shape[0]), "decode_attention", ins, "q and kv must have the same batch")
+    _need(q.shape[2] == kv.shape[4] and q.shape[1] % kv.shape[3] == 0, "decode_attention", ins, "heads do not fit")
+    return [(q.shape, q.dtype)]
+
+
+@shape_rule("swiglu")
+def _(ins: Shapes, attrs: Attrs) -> list[tuple[tuple[int, ...], str]]:
+    (x,) = ins
+    _need(len(x.shape) == 2 and x.shape[1] % 2 == 0, "swiglu", ins, "x must be (tokens, 2 * features): gate, then up")
+    return [((x.shape[0], x.shape[1] // 2), x.dtype)]
+
+
+@shape_rule("add")
+def _(ins: Shapes, attrs: Attrs) -> list[tuple[tuple[int, ...], str]]:
+    a, b = ins
+    _need((a.shape, a.dtype) == (b.shape, b.dtype), "add", ins, "shapes and dtypes must be equal")
+    return [(a.shape, a.dtype)]
+
+
+@shape_rule("argmax")
+def _(ins: Shapes, attrs: Attrs) -> list[tuple[tuple[int, ...], str]]:
+    (x,) = ins
+    _need(len(x.shape) == 2, "argmax", ins, "x must be (rows, classes)")
+    return [((x.shape[0],), "i64")]
+
+
+@shape_rule("copy")
+def _(ins: Shapes, attrs: Attrs) -> list[tuple[tuple[int, ...], str]]:
+    (x,) = ins
+    _need(attrs["direction"] in ("h2d", "d2h", "d2d"), "copy", ins, "direction is h2d, d2h or d2d")
+    return [(x.shape, x.dtype)]
+
+
+@shape_rule("slice_rows")
+def _(ins: Shapes, attrs: Attrs) -> list[tuple[tuple[int, ...], str]]:
+    (x,) = ins
+    start, stop, step = (int(attrs[key]) for key in ("start", "stop", "step"))  # type: ignore[arg-type]
+    _need(0 <= start < stop <= x.shape[0] and step >= 1, "slice_rows", ins, f"rows {start}:{stop}:{step} do not exist")
+    return [((len(range(start, stop, step)), *x.shape[1:]), x.dtype)]
+
+
+# -------------------------------------------------------------------------------------- work rules
+
+
+def work_rule(
+    kind: str,
+) -> Callable[[Callable[[Shapes, Shapes, Attrs], Work]], Callable[[Shapes, Shapes, Attrs], Work]]:
+    """Register the work rule of `kind`."""
+
+    def register(rule: Callable[[Shapes, Shapes, Attrs], Work]) -> Callable[[Shapes, Shapes, Attrs], Work]:
+        WORK_RULES[kind] = rule
+        return rule
+
+    return register
+
+
+def _elementwise(kind: str, flops_an_element: float) -> None:
+    @work_rule(kind)
+    def _(ins: Shapes, outs: Shapes, attrs: Attrs) -> Work:
+        return Work(flops=flops_an_element * math.prod(ins[0].shape), hbm_bytes=_moved(ins) + _moved(outs))
+
+
+_elementwise("rmsnorm", 4.0)
+_elementwise("rope", 3.0)
+_elementwise("swiglu", 4.0)
+_elementwise("add", 1.0)
+_elementwise("argmax", 1.0)
+
+
+@work_rule("gemm")
+def _(ins: Shapes, outs: Shapes, attrs: Attrs) -> Work:
+    (m, k), n = ins[0].shape, outs[0].shape[1]
+    return Work(flops=2.0 * m * n * k, hbm_bytes=_moved(ins) + _moved(outs))
+
+
+@work_rule("embedding")
+def _(ins: Shapes, outs: Shapes, attrs: Attrs) -> Work:
+    gathered = math.prod(outs[0].shape) * ITEMSIZE[ins[1].dtype]
+    return Work(hbm_bytes=_moved(ins[:1]) + gathered + _moved(outs))
+
+
+@work_rule("rope_kv")
+def _(ins: Shapes, outs: Shapes, attrs: Attrs) -> Work:
+    return Work(flops=3.0 * math.prod(ins[0].shape), hbm_bytes=2 * _moved(ins[:1]) + _moved(ins[1:2]))
+
+
+@work_rule("attention")
+def _(ins: Shapes, outs: Shapes, attrs: Attrs) -> Work:
+    """Scores and mixing, 4 flops a query, key and channel; each sequence's cached keys and values read once."""
+    q, _, keys, _ = ins
+    tokens, heads, dim = q.shape
+    batch, kv_heads = keys.shape[:2]
+    each, context = tokens // batch, int(attrs["context"])  # type: ignore[arg-type]
+    seen = each * (context + 1) - each * (each - 1) / 2 - each  # keys that the causal mask leaves, a sequence
+    kv_bytes = 2.0 * batch * kv_heads * context * dim * ITEMSIZE[keys.dtype]
+    return Work(flops=4.0 * batch * max(seen, each) * heads * dim, hbm_bytes=_moved(ins[:2]) + kv_bytes + _moved(outs))
+
+
+@work_rule("decode_attention")
+def _(ins: Shapes, outs: Shapes, attrs: Attrs) -> Work:
+    q, kv = ins
+    return Work(flops=4.0 * q.shape[0] * kv.shape[2] * q.shape[1] * q.shape[2], hbm_bytes=_moved(ins) + _moved(outs))
+
+
+@work_rule("copy")
+def _(ins: Shapes, outs: Shapes, attrs: Attrs) -> Work:
+    nbytes = _moved(ins)
+    if attrs["direction"] == "d2d":
+        return Work(hbm_bytes=2 * nbytes)
+    return Work(hbm_bytes=nbytes, **{f"{attrs['direction']}_bytes": nbytes})
+
+
+@work_rule("slice_rows")
+def _(ins: Shapes, outs: Shapes, attrs: Attrs) -> Work:
+    return Work(hbm_bytes=2 * _moved(outs))
+
+
+# ---------------------------------------------------------------------------------- public functions
+
+
+def apply(
+    kind: str,
+    inputs: Sequence[Value],
+    attrs: Attrs | None = None,
+    *,
+    name: str | None = None,
+    demand: Demand | None = None,
+    after: Sequence[str] = (),
+    writes: Sequence[Value] = (),
+) -> Value:
+    """Append an op of a standard kind with derived output and work; GraphError when the inputs do not fit."""
+    if kind not in SHAPE_RULES:
+        raise GraphError(f"unknown op kind {kind!r}; use one of {', '.join(SHAPE_RULES)}, or GraphBuilder.call.")
+    attrs = attrs or {}
+    builder = inputs[0].builder
+    ins = [v.tensor for v in inputs]
+    stem = name or builder._free_name(kind)
+    ((shape, dtype),) = SHAPE_RULES[kind](ins, attrs)
+    out = TensorSpec(f"{stem}.out", shape, dtype)
+    work = WORK_RULES[kind](ins, [Tensor(out.name, shape, dtype)], attrs)
+    return builder.op(kind, inputs, [out], work, stem, demand, after, writes, attrs)[0]
+
+
+def embedding(tokens: Value, table: Value, *, out_dtype: str | None = None, name: str | None = None) -> Value:
+    """Rows of `table` (vocabulary, hidden) at `tokens` (n,) -> (n, hidden)."""
+    return apply("embedding", [tokens, table], {"out_dtype": out_dtype} if out_dtype else None, name=name)
+
+
+def gemm(
+    x: Value,
+    w: Value,
+    bias: Value | None = None,
+    residual: Value | None = None,
+    *,
+    transpose_w: bool = False,
+    out_dtype: str | None = None,
+    name: str | None = None,
+    demand: Demand | None = None,
+    after: Sequence[str] = (),
+) -> Value:
+    """x (m, k) times w (k, n), or (n, k) with `transpose_w`; plus bias (n,) and residual (m, n)."""
+    inputs = [x, w, *([bias] if bias else []), *([residual] if residual else [])]
+    attrs: Attrs = {"transpose_w": transpose_w, "bias": bias is not None, "residual": residual is not None}
+    attrs |= {"out_dtype": out_dtype} if out_dtype else {}
+    return apply("gemm", inputs, attrs, name=name, demand=demand, after=after)
+
+
+def rmsnorm(x: Value, weight: Value, *, eps: float = 1e-5, name: str | None = None) -> Value:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang and Sennrich 2019)."""
+    return apply("rmsnorm", [x, weight], {"eps": eps}, name=name)
+
+
+def rope(x: Value, positions: Value, *, theta: float = 10000.0, name: str | None = None) -> Value:
+    """Rotary embedding of x (tokens, heads, dim), halves rotated (Su et al. 2021; Hugging Face layout)."""
+    return apply("rope", [x, positions], {"theta": theta}, name=name)
+
+
+def rope_kv(
+    qkv: Value,
+    positions: Value,
+    keys: Value,
+    values: Value,
+    q_norm: Value | None = None,
+    k_norm: Value | None = None,
+    *,
+    heads: int,
+    theta: float = 10000.0,
+    eps: float = 1e-6,
+    scaling: tuple[float, ...] = (),
+    name: str | None = None,
+) -> Value:
+    """Split fused qkv (batch*t, (heads + 2 kv) * dim), normalise q and k where weights are given, rotate them, and
+    write keys and values into the caches (batch, kv, len, dim) from `positions` (batch,) on -> q (batch*t, heads, dim).
+
+    `scaling` is Llama 3's (factor, low_freq_factor, high_freq_factor, original_context) or empty.
+    """
+    norms = [v for v in (q_norm, k_norm) if v is not None]
+    attrs: Attrs = {"heads": heads, "theta": theta, "eps": eps}
+    for key, number in zip(("factor", "low_freq", "high_freq", "original_context"), scaling, strict=False):
+        attrs[f"scaling_{key}"] = number
+    return apply("rope_kv", [qkv, positions, keys, values, *norms], attrs, name=name, writes=[keys, values])
+
+
+def attention(
+    q: Value, positions: Value, keys: Value, values: Value, *, context: int | None = None, name: str | None = None
+) -> Value:
+    """Causal attention of q (batch*t, heads, dim) over caches (batch, kv, len, dim) -> (batch*t, heads*dim).
+
+    Token j of sequence b stands at positions[b] + j. `context` is the length that the cost counts (the whole cache
+    unless given).
+    """
+    return apply("attention", [q, positions, keys, values], {"context": context or keys.shape[2]}, name=name)
+
+
+def decode_attention(q: Value, kv: Value, *, name: str | None = None) -> Value:
+    """One query token a sequence, q (batch, heads, dim), over the whole of kv (2, batch, len, kv heads, dim)."""
+    return apply("decode_attention", [q, kv], name=name)
+
+
+def swiglu(gate_up: Value, *, name: str | None = None) -> Value:
+    """silu(gate) * up of gate_up (m, 2f), gate first (Shazeer 2020)."""
+    return apply("swiglu", [gate_up], name=name)
+
+
+def add(a: Value, b: Value, *, name: str | None = None, after: Sequence[str] = ()) -> Value:
+    """a + b, equal shapes."""
+    return apply("add", [a, b], name=name, after=after)
+
+
+def argmax(x: Value, *, name: str | None = None) -> Value:
+    """Index of the largest entry of every row of x (m, n) -> i64 (m,): greedy sampling."""
+    return apply("argmax", [x], name=name)
+
+
+def copy(x: Value, *, direction: str = "d2d", name: str | None = None, demand: Demand | None = None) -> Value:
+    """Copy x between host and device ("h2d", "d2h") or within the device ("d2d")."""
+    return apply("copy", [x], {"direction": direction}, name=name, demand=demand)
+
+
+def slice_rows(x: Value, start: int, stop: int, step: int = 1, *, name: str | None = None) -> Value:
+    """x[start:stop:step] along the first axis, copied (the last token of every sequence, say)."""
+    return apply("slice_rows", [x], {"start": start, "stop": stop, "step": step}, name=name)
+
+
+def check_op(op: Op, tensors: dict[str, Tensor]) -> None:
+    """GraphError unless the outputs of a standard op are what its shape rule says (for graphs read from files)."""
+    rule = SHAPE_RULES.get(op.kind)
+    if rule is None:
+        return
+    made = [(tensors[name].shape, tensors[name].dtype) for name in op.outputs]
+    wanted = rule([tensors[name] for name in op.inputs], dict(op.attrs))
+    if made != wanted:
+        raise GraphError(f"op {op.name!r} of kind {op.kind!r} makes {made}, but its inputs give {wanted}.")

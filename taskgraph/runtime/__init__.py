@@ -1,0 +1,1 @@
+"""Execute: a Plan becomes an Executable on a backend."""

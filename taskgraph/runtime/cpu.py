@@ -1,0 +1,276 @@
+"""The CPU backend: lanes are persistent threads pinned to core sets; capture binds, replay runs a flat program.
+
+A lane's program is a list of callables without arguments: ops, `acquire` of a lock for every wait on another
+lane, and `release` of the locks that others wait for. Replay has no look-ups, branches or allocation of its own.
+"""
+
+import operator
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from taskgraph.errors import ExecutionError, GraphError
+from taskgraph.graph.graph import Graph
+from taskgraph.graph.op import Tensor
+from taskgraph.runtime.impls import TORCH_DTYPE, Entry, bind
+from taskgraph.schedule.plan import Plan, Span, Timeline
+
+_ALIGNMENT = 64
+
+
+class _Lane:
+    """One thread on the cores of its partition; runs its program whenever it is told to start."""
+
+    def __init__(self, cores: set[int], name: str) -> None:
+        self.program: list[Entry] = []
+        self.sync: list[Entry] = []
+        self.failed: tuple[int, BaseException] | None = None
+        self._start, self._done = threading.Lock(), threading.Lock()
+        self._start.acquire()
+        self._done.acquire()
+        self.start, self.wait = self._start.release, self._done.acquire
+        self._closing = False
+        self._thread = threading.Thread(target=self._work, args=(cores,), name=name, daemon=True)
+        self._thread.start()
+
+    def _work(self, cores: set[int]) -> None:
+        os.sched_setaffinity(0, cores)
+        torch.set_num_threads(len(cores))
+        with torch.inference_mode():
+            while True:
+                self._start.acquire()
+                if self._closing:
+                    return
+                entries = iter(self.program)
+                try:
+                    for run in entries:
+                        run()
+                except BaseException as error:
+                    at = len(self.program) - operator.length_hint(entries) - 1
+                    self.failed = (at, error)
+                    self._drain(at + 1)
+                self._done.release()
+
+    def _drain(self, at: int) -> None:
+        """Keep the other lanes going after an error: take and give every remaining lock, run no op."""
+        for entry in self.program[at:]:
+            if getattr(entry, "__self__", None).__class__ is _LOCK:
+                entry()
+
+    def close(self) -> None:
+        self._closing = True
+        self._start.release()
+        self._thread.join()
+
+
+_LOCK = type(threading.Lock())
+
+
+class CpuExecutable:
+    """A plan captured on this machine's cores. Buffers are torch tensors on the CPU; activations live in one arena."""
+
+    def __init__(self, graph: Graph, plan: Plan, functions: Mapping[str, Callable[..., Any]]) -> None:
+        self._graph, self._plan, self._functions = graph.flat(), plan, dict(functions)
+        self._ops = {op.name: op for op in self._graph.ops}
+        self._given: dict[str, torch.Tensor] = {}
+        self._buffers = self._allocate()
+        self._stale, self._closed = True, False
+        self._names: list[list[str]] = []
+        cores = sorted(os.sched_getaffinity(0))
+        if len(cores) < plan.device.sm_count:
+            cores = [cores[i % len(cores)] for i in range(plan.device.sm_count)]
+        self._lanes: list[_Lane] = []
+        for i in range(len(plan.lanes)):
+            part = plan.partition(i)
+            self._lanes.append(_Lane(set(cores[part.first_sm : part.end_sm]), f"taskgraph-lane-{i}"))
+
+    # -- buffers ---------------------------------------------------------------------------------
+
+    def _allocate(self) -> dict[str, torch.Tensor]:
+        """Static inputs and outputs, and every activation as a view of the arena."""
+        arena = _aligned(max(self._plan.arena_bytes, 1))
+        tensors = self._graph.tensor
+        buffers = {t.name: _empty(t) for t in self._graph.with_role("input")}
+        buffers |= {name: _empty(tensors[name]) for name in self._graph.outputs if tensors[name].role == "activation"}
+        for slot in self._plan.arena:
+            t = tensors[slot.tensor]
+            view = arena[slot.offset : slot.offset + t.nbytes].view(TORCH_DTYPE[t.dtype]).view(t.shape)
+            buffers.setdefault(slot.tensor, view)
+        return buffers
+
+    @property
+    def outputs(self) -> Mapping[str, torch.Tensor]:
+        """The output buffers by tensor name; each replay overwrites them."""
+        self._capture()
+        return {name: self._tensor(name) for name in self._graph.outputs}
+
+    @property
+    def inputs(self) -> Mapping[str, torch.Tensor]:
+        """The input buffers by tensor name: write into them before `launch()`, or `bind` your own."""
+        return {t.name: self._tensor(t.name) for t in self._graph.with_role("input")}
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        found = self._given.get(name)
+        return self._buffers[name] if found is None else found
+
+    def bind(self, tensors: Mapping[str, Any] | None = None, **named: Any) -> None:
+        """Use these CPU tensors (torch, or anything with DLPack) in place: inputs, weights, states or outputs.
+
+        GraphError when a name is unknown or a shape or dtype differs."""
+        for name, value in {**(tensors or {}), **named}.items():
+            tensor = self._checked(name, value)
+            if self._given.get(name) is not tensor:
+                self._given[name] = tensor
+                self._stale = True
+
+    def _checked(self, name: str, value: Any) -> torch.Tensor:
+        declared = self._graph.tensor.get(name)
+        if declared is None or (declared.role == "activation" and name not in self._graph.outputs):
+            raise GraphError(f"graph {self._graph.name!r} has no input, weight, state or output {name!r}.")
+        tensor = value if isinstance(value, torch.Tensor) else torch.from_dlpack(value)
+        if tuple(tensor.shape) != declared.shape or tensor.dtype != TORCH_DTYPE[declared.dtype]:
+            raise GraphError(
+                f"tensor {name!r} is {declared.dtype}{list(declared.shape)}; "
+                f"got {str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}."
+            )
+        if tensor.device.type != "cpu" or not tensor.is_contiguous():
+            raise GraphError(f"tensor {name!r} must be contiguous and on the CPU; call .cpu().contiguous() first.")
+        return tensor.detach()  # a view of the same memory, outside autograd
+
+    # -- capture ---------------------------------------------------------------------------------
+
+    def _capture(self) -> None:
+        """Bind buffers and callables once; again only after a `bind` changed an address."""
+        if not self._stale:
+            return
+        missing = [t.name for t in self._graph.with_role("weight", "state") if t.name not in self._given]
+        if missing:
+            raise GraphError(
+                f"{len(missing)} weights or states are not bound, the first is {missing[0]!r}; bind() them."
+            )
+        with torch.inference_mode():
+            entries = [self._entry(step.op) for step in self._plan.steps]
+        self._entries = entries
+        self._assemble(entries)
+        self._stale = False
+
+    def _entry(self, name: str) -> Entry:
+        op = self._ops[name]
+        return bind(op, [*map(self._tensor, op.inputs)], [*map(self._tensor, op.outputs)], self._functions)
+
+    def _assemble(self, entries: list[Entry]) -> None:
+        """Programs of all lanes: for each step its waits, its op, and the release of those who wait for it."""
+        locks = {(w, i): threading.Lock() for i, step in enumerate(self._plan.steps) for w in step.waits}
+        wanted: dict[int, list[Entry]] = {}
+        for (source, _), lock in locks.items():
+            lock.acquire()
+            wanted.setdefault(source, []).append(lock.release)
+        self._names = [[] for _ in self._lanes]
+        programs: list[list[Entry]] = [[] for _ in self._lanes]
+        for i, (step, entry) in enumerate(zip(self._plan.steps, entries, strict=True)):
+            row = [*(locks[w, i].acquire for w in step.waits), entry, *wanted.get(i, ())]
+            programs[step.lane] += row
+            self._names[step.lane] += [step.op] * len(row)
+        for lane, program in zip(self._lanes, programs, strict=True):
+            lane.program = program
+
+    # -- replay ----------------------------------------------------------------------------------
+
+    def launch(self, stream: object = None) -> None:
+        """Replay once; returns when every lane is done. ExecutionError names the op that raised."""
+        if self._stale:
+            self._check_open()
+            self._capture()
+        for lane in self._lanes:
+            lane.start()
+        for lane in self._lanes:
+            lane.wait()
+        for lane in self._lanes:
+            if lane.failed is not None:
+                self._raise()
+
+    def _raise(self) -> None:
+        failures = [
+            (lane.failed[1], self._names[i][lane.failed[0]]) for i, lane in enumerate(self._lanes) if lane.failed
+        ]
+        for lane in self._lanes:
+            lane.failed = None
+        position = {step.op: i for i, step in enumerate(self._plan.steps)}
+        error, op = min(failures, key=lambda failure: position[failure[1]])
+        raise ExecutionError(f"op {op!r} failed: {type(error).__name__}: {error}", op=op) from error
+
+    def __call__(self, tensors: Mapping[str, Any] | None = None, **named: Any) -> dict[str, torch.Tensor]:
+        """Copy the given inputs into their buffers, bind weights and states, replay, return copies of the outputs."""
+        self._check_open()
+        role = {t.name: t.role for t in self._graph.tensors}
+        for name, value in {**(tensors or {}), **named}.items():
+            if role.get(name) == "input":
+                self._tensor(name).copy_(self._checked(name, value))
+            elif not self._is_bound_to(name, value):
+                self.bind({name: value})
+        self.launch()
+        return {name: self._tensor(name).clone() for name in self._graph.outputs}
+
+    def _is_bound_to(self, name: str, value: Any) -> bool:
+        bound = self._given.get(name)
+        return isinstance(value, torch.Tensor) and bound is not None and bound.data_ptr() == value.data_ptr()
+
+    def timeline(self) -> Timeline:
+        """Replay once with a clock around every op; the measured timeline, from the start of the first op."""
+        self._check_open()
+        self._capture()
+        spans: dict[str, Span] = {}
+
+        def timed(name: str, lane: int, entry: Entry) -> None:
+            begin = time.perf_counter()
+            entry()
+            spans[name] = Span(name, lane, begin, time.perf_counter())
+
+        steps = self._plan.steps
+        self._assemble([partial(timed, s.op, s.lane, e) for s, e in zip(steps, self._entries, strict=True)])
+        try:
+            self.launch()
+        finally:
+            self._assemble(self._entries)
+        zero = min(s.start_s for s in spans.values())
+        ordered = (spans[step.op] for step in steps)
+        shifted = tuple(Span(s.op, s.lane, s.start_s - zero, s.end_s - zero) for s in ordered)
+        return Timeline("measured", f"this machine, {self._plan.device.name}", shifted)
+
+    # -- life ------------------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ExecutionError("the executable is closed; compile the plan again.", op="")
+
+    def close(self) -> None:
+        """Stop the lanes and drop the buffers; a second call does nothing."""
+        if not self._closed:
+            self._closed = self._stale = True
+            for lane in reversed(self._lanes):
+                lane.close()
+            self._buffers, self._given, self._entries = {}, {}, []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _aligned(nbytes: int) -> torch.Tensor:
+    raw = torch.empty(nbytes + _ALIGNMENT, dtype=torch.uint8)
+    start = -raw.data_ptr() % _ALIGNMENT
+    return raw[start : start + nbytes]
+
+
+def _empty(tensor: Tensor) -> torch.Tensor:
+    return _aligned(tensor.nbytes).view(TORCH_DTYPE[tensor.dtype]).view(tensor.shape)

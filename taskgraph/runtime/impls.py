@@ -1,0 +1,215 @@
+"""How each op kind runs on a CPU: a table from kind to a function that binds buffers and returns a program entry.
+
+A binder runs once, at capture, with the op and its torch tensors. It returns a callable without arguments, which
+replay calls. All choices (dtype, packing, shapes) are made in the binder; the entry has none.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own convention
+
+from taskgraph.errors import BackendUnavailable
+from taskgraph.graph.functions import find_function
+from taskgraph.graph.op import Op
+from taskgraph.runtime import kernels
+
+Entry = Callable[[], Any]
+Tensors = Sequence[torch.Tensor]
+Binder = Callable[[Op, Tensors, Tensors], Entry]
+
+BINDERS: dict[str, Binder] = {}
+
+TORCH_DTYPE = {
+    "f64": torch.float64, "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16,
+    "i64": torch.int64, "i32": torch.int32, "i8": torch.int8, "u8": torch.uint8, "bool": torch.bool,
+}  # fmt: skip
+
+
+def binder(kind: str) -> Callable[[Binder], Binder]:
+    """Register the binder of `kind`."""
+
+    def register(function: Binder) -> Binder:
+        BINDERS[kind] = function
+        return function
+
+    return register
+
+
+def bind(op: Op, ins: Tensors, outs: Tensors, functions: Mapping[str, Callable[..., Any]]) -> Entry:
+    """The program entry of one op; BackendUnavailable when the CPU has no implementation of its kind."""
+    if op.kind == "call":
+        key = str(op.attr("function"))
+        return partial(functions.get(key) or find_function(key), *ins, *outs)
+    if op.kind not in BINDERS:
+        raise BackendUnavailable(
+            f"op {op.name!r}: the cpu backend has no implementation of kind {op.kind!r}; use GraphBuilder.call."
+        )
+    return BINDERS[op.kind](op, ins, outs)
+
+
+def _bits(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    """A numpy view of a tensor for the kernels: bf16 as uint16 bits."""
+    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+
+
+@binder("embedding")
+def _(op: Op, ins: Tensors, outs: Tensors) -> Entry:
+    tokens, table = ins
+    return partial(torch.index_select, table, 0, tokens, out=outs[0])
+
+
+@binder("gemm")
+def _(op: Op, ins: Tensors, outs: Tensors) -> Entry:
+    x, w, *extra = ins
+    bias = extra[0] if op.attr("bias") else None
+    residual = extra[-1] if op.attr("residual") else None
+    if x.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
+        return _packed_gemm(x, w if op.attr("transpose_w") else w.t().contiguous(), bias, residual, outs[0])
+    right = w.t() if op.attr("transpose_w") else w
+    if bias is not None and residual is not None:
+        return partial(_gemm_bias_residual, x, right, bias, residual, outs[0])
+    added = bias if residual is None else residual
+    return (
+        partial(torch.mm, x, right, out=outs[0])
+        if added is None
+        else partial(torch.addmm, added, x, right, out=outs[0])
+    )
+
+
+def _gemm_bias_residual(
+    x: torch.Tensor, right: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor, out: torch.Tensor
+) -> None:
+    torch.addmm(bias, x, right, out=out)
+    out.add_(residual)
+
+
+def _packed_gemm(
+    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, out: torch.Tensor
+) -> Entry:
+    """oneDNN product with the weight (n, k) reordered once into the blocked layout that suits m rows."""
+    packed = torch.ops.mkldnn._reorder_linear_weight(w, x.shape[0])
+    copy = out.copy_
+    if residual is None:
+        linear = torch.ops.mkldnn._linear_pointwise.default
+        return lambda: copy(linear(x, packed, bias, "none", [], ""))
+    binary = torch.ops.mkldnn._linear_pointwise.binary
+    return lambda: copy(binary(x, residual, packed, bias, "add"))
+
+
+@binder("rmsnorm")
+def _(op: Op, ins: Tensors, outs: Tensors) -> Entry:
+    return partial(kernels.rmsnorm, *map(_bits, ins), _bits(outs[0]), op.number("eps"))
+
+
+def rope_table(op: Op, length: int, dim: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """cos and sin (length, dim / 2), float32, with Llama 3's scaling of low frequencies where the op has it."""
+    inverse = 1.0 / op.number("theta") ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    factor = op.number("scaling_factor", 0.0)
+    if factor:
+        low, high = op.number("scaling_low_freq"), op.number("scaling_high_freq")
+        wavelength = 2 * math.pi / inverse
+        turns = op.number("scaling_original_context") / wavelength
+        smooth = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+        inverse = (1 - smooth) * inverse / factor + smooth * inverse
+    angle = torch.outer(torch.arange(length, dtype=torch.float32), inverse)
+    return angle.cos().numpy(), angle.sin().numpy()
+
+
+@binder("rope")
+def _(op: Op, ins: Tensors, outs: Tensors) -> Entry:
+    x, positions = ins
+    half = x.shape[2] // 2
+    inverse = 1.0 / op.number("theta") ** (torch.arange(0, 2 * half, 2, dtype=torch.float32) / (2 * half))
+
+    def rotate() -> None:
+        angle = positions[:, None, None].float() * inverse
+        cos, sin = angle.cos(), angle.sin()
+        low, high = x[..., :half].float(), x[..., half:].float()
+        outs[0][..., :half] = low * cos - high * sin
+        outs[0][..., half:] = high * cos + low * sin
+
+    return rotate
+
+
+@binder("rope_kv")
+def _(op: Op, ins: Tensors, outs: Tensors) -> Entry:
+    qkv, positions, keys, values, *norms = ins
+    cos, sin = rope_table(op, keys.shape[2], keys.shape[3])
+    q_norm, k_norm = (t.float().numpy() for t in norms) if norms else (np.empty(0, np.float32),) * 2
+    buffers = (_bits(qkv), positions.numpy(), _bits(keys), _bits(values), cos, sin)
+    return partial(kernels.rope_kv, *buffers, q_norm, k_norm, op.number("eps"), _bits(outs[0]))
+
+
+@binder("attention")
+def _(op: Op, ins: Tensors, outs: Tensors) -> Entry:
+    q, positions, keys, values = ins
+    batch, _, length, dim = keys.shape
+    each = q.shape[0] // batch
+    if each == 1:
+        scratch = np.empty(length + dim, np.float32)
+        return partial(kernels.decode_attention, *map(_bits, (q, positions, keys, values, outs[0])), scratch)
+    mask = torch.ones(length, length, dtype=torch.bool).tril()
+    first = positions.numpy()
+    queries = q.view(batch, each, q.shape[1], dim).transpose(1, 2)
+    mixed = outs[0].view(batch, each, q.shape[1], dim).transpose(1, 2)
+
+    def attend() -> None:
+        for b in range(batch):
+            start = int(first[b])
+            end = start + each
+            seen = (slice(b, b + 1), slice(None), slice(0, end))
+            allowed = None if start == 0 else mask[start:end, :end]
+            result = F.scaled_dot_product_attention(
+                queries[b : b + 1], keys[seen], values[seen], allowed, is_causal=start == 0, enable_gqa=True
+            )
+            mixed[b : b + 1].copy_(result)
+
+    return attend
+
+
+@binder("decode_attention")
+def _(op: Op, ins: Tensors, outs: Tensors) -> Entry:
+    q, kv = ins
+    queries, keys, values = q.unsqueeze(2), kv[0].transpose(1, 2), kv[1].transpose(1, 2)
+    out = outs[0]
+    attend = F.scaled_dot_product_attention
+    return lambda: out.copy_(attend(queries, keys, values, enable_gqa=True).squeeze(2))
+
+
+@binder("swiglu")
+def _(op: Op, ins: Tensors, outs: Tensors) -> Entry:
+    gate, up = ins[0].chunk(2, dim=1)
+    silu, multiply, out = torch.ops.aten.silu.out, outs[0].mul_, outs[0]
+
+    def swiglu() -> None:
+        silu(gate, out=out)
+        multiply(up)
+
+    return swiglu
+
+
+@binder("add")
+def _(op: Op, ins: Tensors, outs: Tensors) -> Entry:
+    return partial(torch.add, ins[0], ins[1], out=outs[0])
+
+
+@binder("argmax")
+def _(op: Op, ins: Tensors, outs: Tensors) -> Entry:
+    return partial(torch.argmax, ins[0], 1, out=outs[0])
+
+
+@binder("copy")
+def _(op: Op, ins: Tensors, outs: Tensors) -> Entry:
+    return partial(outs[0].copy_, ins[0])
+
+
+@binder("slice_rows")
+def _(op: Op, ins: Tensors, outs: Tensors) -> Entry:
+    rows = slice(op.integer("start"), op.integer("stop"), op.integer("step"))
+    return partial(outs[0].copy_, ins[0][rows])

@@ -1,0 +1,127 @@
+"""What this machine's CPU can do, measured once in a process of its own and cached.
+
+`python -m taskgraph.runtime.probe` prints the Device as JSON.
+The cache is keyed by what identifies the machine, so a change of machine probes again.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import platformdirs
+
+from taskgraph.errors import DeviceError
+from taskgraph.graph.device import Device
+from taskgraph.schedule.plan import write_atomically
+
+_GEMM = (512, 1024, 1024)
+_STREAM_BYTES = 256 << 20
+
+
+def identity() -> str:
+    """A digest of the processor, the cores this process may use, the memory and the library versions."""
+    import torch
+
+    model = next((line for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
+    flags = next((line for line in _lines("/proc/cpuinfo") if line.startswith("flags")), "")
+    parts = (model, flags, len(os.sched_getaffinity(0)), _memory_bytes(), torch.__version__, 2)
+    return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def cache_path() -> Path:
+    """Where the probe of this machine is kept."""
+    return Path(platformdirs.user_cache_dir("taskgraph")) / "devices" / f"cpu-{identity()}.json"
+
+
+def probe() -> Device:
+    """Measure GEMM rates and read bandwidth for one core up to all, and the cost of dispatching an op (about 3 s)."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0))
+    m, k, n = _GEMM
+    rates: dict[str, list[float]] = {"f32": [], "bf16": []}
+    reads: list[float] = []
+    data = torch.ones(_STREAM_BYTES // 4)
+    counts = sorted({1, *(1 << i for i in range(cores.bit_length()) if 1 << i <= cores), cores})
+    for threads in counts:
+        torch.set_num_threads(threads)
+        for dtype, kind in (("f32", torch.float32), ("bf16", torch.bfloat16)):
+            x, w = torch.randn(m, k, dtype=kind), torch.randn(n, k, dtype=kind)
+            rates[dtype].append(2.0 * m * k * n / _best_seconds(lambda x=x, w=w: torch.nn.functional.linear(x, w)))
+        reads.append(_STREAM_BYTES / _best_seconds(data.sum))
+    x, y = torch.ones(8), torch.ones(8)
+    dispatch = _best_seconds(lambda: [torch.add(x, x, out=y) for _ in range(1000)]) / 1000
+    return Device(
+        name="cpu",
+        kind="cpu",
+        sm_count=cores,
+        sm_granularity=1,
+        sm_min=1,
+        flops_per_s=tuple((dtype, max(r)) for dtype, r in sorted(rates.items())),
+        hbm_bytes_per_s=max(reads),
+        sm_hbm_bytes_per_s=reads[0],
+        h2d_bytes_per_s=max(reads) / 2,
+        d2h_bytes_per_s=max(reads) / 2,
+        link_bytes_per_s=0.0,
+        memory_bytes=_memory_bytes(),
+        launch_seconds=dispatch,
+        switch_seconds=dispatch,
+        compute_scaling=_scaling(counts, rates["f32"], cores),
+        sources=tuple(
+            (field, f"measured on this machine, {cores} cores") for field in ("flops_per_s", "hbm_bytes_per_s")
+        ),
+    )
+
+
+def _scaling(counts: list[int], rates: list[float], cores: int) -> tuple[float, ...]:
+    """Share of the full rate on 1..cores, linear between measured counts, never falling."""
+    top, result = max(rates), []
+    for k in range(1, cores + 1):
+        high = next(i for i, c in enumerate(counts) if c >= k)
+        low = max(high - 1, 0)
+        width = max(counts[high] - counts[low], 1)
+        rate = rates[low] + (rates[high] - rates[low]) * (k - counts[low]) / width
+        result.append(max(rate / top, result[-1] if result else 0.0))
+    return (*result[:-1], 1.0)
+
+
+def _best_seconds(run: Callable[[], object], budget_s: float = 0.3) -> float:
+    """The fastest of as many runs as fit the budget: interference only ever adds time."""
+    run()
+    best, stop = float("inf"), time.perf_counter() + budget_s
+    while time.perf_counter() < stop:
+        begin = time.perf_counter()
+        run()
+        best = min(best, time.perf_counter() - begin)
+    return best
+
+
+def cached_probe() -> Device:
+    """The cached Device of this machine, probed if there is none; a damaged cache file is measured anew."""
+    path = cache_path()
+    try:
+        return Device.from_dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError, DeviceError):
+        device = probe()
+        write_atomically(path, json.dumps(device.to_dict(), sort_keys=True))
+        return device
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(cached_probe().to_dict()) + "\n")
