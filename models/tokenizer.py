@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as RawTokenizer
 
 from taskgraph.errors import WeightsError
-from taskgraph.models.config import read_json
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _CONTROL, _USER_DEFINED = 3, 4  # token types of GGUF
@@ -75,7 +75,7 @@ class Tokenizer:
         self.chat_template = chat_template
 
     @classmethod
-    def from_gguf(cls, metadata: Mapping[str, Any], source: str) -> Tokenizer:
+    def from_gguf(cls, metadata: Mapping[str, Any], source: str = "the GGUF file") -> Tokenizer:
         """Build from GGUF metadata; `source` names the file in errors.
 
         Raises WeightsError when the vocabulary is absent or of a kind other than byte-level BPE.
@@ -153,7 +153,8 @@ class Tokenizer:
         try:
             return environment.from_string(template).render(messages=messages, add_generation_prompt=True, **names)
         except (TemplateError, TypeError) as error:
-            raise WeightsError(f"the chat template of {self._source} fails: {error}. Encode the prompt as it is.") from error
+            message = f"the chat template of {self._source} fails: {error}. Encode the prompt as it is."
+            raise WeightsError(message) from error
 
     def _text(self, token_id: int | None) -> str:
         return "" if token_id is None else str(self._raw.id_to_token(token_id) or "")
@@ -212,7 +213,16 @@ def _add_special(raw: RawTokenizer, tokens: list[str], types: Sequence[int]) -> 
 
 
 def _optional_json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
+    """The object in a JSON file, empty when there is no file. Raises WeightsError that names a damaged one."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path} is not readable JSON ({error}). Download it again.") from error
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path} holds a JSON {type(content).__name__}, not an object. Download it again.")
+    return content
 
 
 def _named_id(raw: RawTokenizer, token: object) -> int | None:

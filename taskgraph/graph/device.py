@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +227,7 @@ def iter_specs() -> Iterator[Device]:
     return iter(_SPECS.values())
 
 
+@cache
 def _this_machine() -> Device:
     """The CPU as the probe measured it. The probe needs torch and quiet threads, so it is a process of its own."""
     command = [sys.executable, "-m", "taskgraph.runtime.probe"]

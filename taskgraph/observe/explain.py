@@ -83,8 +83,9 @@ def path_shares(plan: Plan) -> list[tuple[str, int, float]]:
     seconds: defaultdict[str, float] = defaultdict(float)
     count: defaultdict[str, int] = defaultdict(int)
     now = min(span.start_s for span in plan.timeline.spans)
+    same_s = 1e-6 * plan.makespan_s
     for span in path:
-        if span.start_s - now > 1e-6 * plan.makespan_s:
+        if span.start_s - now > same_s:
             seconds[IDLE] += span.start_s - now
             count[IDLE] += 1
         name = group_name(span.op)

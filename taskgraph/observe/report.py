@@ -133,8 +133,9 @@ def _palette(timelines: Iterable[Timeline]) -> dict[str, int]:
     """A colour number for every stem: its own for those with the most time, the last one for all others."""
     total: defaultdict[str, float] = defaultdict(float)
     for timeline in timelines:
+        whole = timeline.makespan_s or 1.0
         for span in timeline.spans:
-            total[stem(span.op)] += (span.end_s - span.start_s) / (timeline.makespan_s or 1.0)
+            total[stem(span.op)] += (span.end_s - span.start_s) / whole
     ranked = sorted(total, key=lambda s: (-total[s], s))
     return {name: min(i, _COLOURS - 1) for i, name in enumerate(ranked)}
 
@@ -232,11 +233,12 @@ def _allocated(plan: Plan) -> list[tuple[float, float]]:
     events = sorted(e for s in plan.timeline.spans for e in ((s.start_s, 1, s.lane), (s.end_s, -1, s.lane)))
     active: defaultdict[tuple[int, int], int] = defaultdict(int)
     steps: list[tuple[float, float]] = []
+    same_s = 1e-9 * plan.makespan_s
     for at, change, lane in events:
         part = plan.partition(lane)
         active[(part.first_sm, part.sm_count)] += change
         share = sum(size for (_, size), running in active.items() if running) / plan.device.sm_count
-        if steps and at - steps[-1][0] <= 1e-9 * plan.makespan_s:
+        if steps and at - steps[-1][0] <= same_s:
             steps.pop()
         steps.append((at, share))
     return steps

@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic, overload
 
-_FAST = frozenset({"reassoc", "contract", "arcp", "nsz"})
+_FAST = {"reassoc", "contract", "arcp", "nsz"}
 
 
 @intrinsic
@@ -31,31 +31,37 @@ def _f32_to_bits(typingctx: Any, value: Any) -> Any:  # pragma: no cover - compi
 
 
 def _widen(x: Any) -> Any:
-    """float32 of a stored element."""
+    """float32 of a stored element (compiled code only; see _widen_overload)."""
 
 
 def _narrow(x: Any, like: Any) -> Any:
     """A float32 as an element of the array `like`, rounded to nearest even."""
 
 
-@overload(_widen, inline="always")
 def _widen_overload(x: Any) -> Any:
-    if x == types.uint16:
-        return lambda x: _bits_to_f32(np.uint32(np.uint32(x) << np.uint32(16)))
-    return lambda x: x
+    def from_bf16(x: Any) -> Any:
+        return _bits_to_f32(np.uint32(np.uint32(x) << np.uint32(16)))
+
+    def from_f32(x: Any) -> Any:
+        return x
+
+    return from_bf16 if x == types.uint16 else from_f32
 
 
-@overload(_narrow, inline="always")
 def _narrow_overload(x: Any, like: Any) -> Any:
-    if like.dtype == types.uint16:
+    def to_bf16(x: Any, like: Any) -> Any:
+        bits = _f32_to_bits(np.float32(x))
+        even = np.uint32((bits >> np.uint32(16)) & np.uint32(1))
+        return np.uint16(np.uint32(bits + np.uint32(0x7FFF) + even) >> np.uint32(16))
 
-        def round_to_bf16(x: Any, like: Any) -> Any:
-            bits = _f32_to_bits(np.float32(x))
-            even = np.uint32((bits >> np.uint32(16)) & np.uint32(1))
-            return np.uint16(np.uint32(bits + np.uint32(0x7FFF) + even) >> np.uint32(16))
+    def to_f32(x: Any, like: Any) -> Any:
+        return np.float32(x)
 
-        return round_to_bf16
-    return lambda x, like: np.float32(x)
+    return to_bf16 if like.dtype == types.uint16 else to_f32
+
+
+overload(_widen, inline="always")(_widen_overload)
+overload(_narrow, inline="always")(_narrow_overload)
 
 
 def _kernel(function: Any) -> Any:
@@ -121,8 +127,7 @@ def rope_kv(
                 values[b, h, at, j] = qkv[token, (heads + kv_heads + h) * dim + j]
 
 
-@numba.njit(inline="always")  # type: ignore[untyped-decorator]
-def _exp(x: Any) -> Any:
+def _exp_of(x: Any) -> Any:
     """e^x of a float32 <= 0: 2^n times a polynomial of the fraction (Cephes expf), so that loops vectorise."""
     x = max(x, np.float32(-87.0))
     n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
@@ -135,6 +140,9 @@ def _exp(x: Any) -> Any:
     p = p * r + np.float32(5.0000001201e-1)
     p = p * r * r + r + np.float32(1.0)
     return p * _bits_to_f32(np.uint32(np.uint32(np.int32(n) + np.int32(127)) << np.uint32(23)))
+
+
+_exp = numba.njit(inline="always")(_exp_of)
 
 
 @_kernel

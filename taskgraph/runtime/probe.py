@@ -11,6 +11,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import platformdirs
@@ -25,11 +26,9 @@ _STREAM_BYTES = 256 << 20
 
 def identity() -> str:
     """A digest of the processor, the cores this process may use, the memory and the library versions."""
-    import torch
-
     model = next((line for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
     flags = next((line for line in _lines("/proc/cpuinfo") if line.startswith("flags")), "")
-    parts = (model, flags, len(os.sched_getaffinity(0)), _memory_bytes(), torch.__version__, 2)
+    parts = (model, flags, len(os.sched_getaffinity(0)), _memory_bytes(), metadata.version("torch"), 2)
     return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
 
 

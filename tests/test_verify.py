@@ -1,0 +1,172 @@
+"""Correct hand-made plans pass; each way to break one is found, and the op is named."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from strategies import devices, graphs
+
+from taskgraph.errors import PlanError
+from taskgraph.graph import device as specs
+from taskgraph.graph.device import Device, Geometry
+from taskgraph.graph.graph import Graph, GraphBuilder
+from taskgraph.graph.op import Demand, Work, spec
+from taskgraph.schedule.plan import Bounds, Lane, Plan, Slot, Span, Step, Timeline, Verdict
+from taskgraph.schedule.verify import verify
+
+H100 = specs.get("h100_sxm")
+
+
+def sequential(graph: Graph, device: Device) -> Plan:
+    """One lane, one op after another, no byte shared."""
+    flat = graph.flat()
+    at, slots = 0, []
+    for op in flat.ops:
+        for name in op.outputs:
+            if name not in flat.outputs:
+                slots.append(Slot(name, at, flat.tensor[name].nbytes))
+                at += -(-flat.tensor[name].nbytes // 64) * 64
+    n = len(flat.ops)
+    return Plan(
+        graph=graph.fingerprint,
+        graph_name=graph.name,
+        device=device,
+        geometries=(Geometry.of(device.sm_count),),
+        lanes=(Lane(0, 0),),
+        steps=tuple(Step(op.name, 0) for op in flat.ops),
+        arena=tuple(slots),
+        arena_bytes=at,
+        timeline=Timeline("simulated", "hand", tuple(Span(op.name, 0, i, i + 1.0) for i, op in enumerate(flat.ops))),
+        bounds=Bounds(1.0, 0, 0, 0, 0, 0),
+        verdict=Verdict("sequential", n, n, 0.1),
+        made_by="hand",
+    )
+
+
+def diamond(demand: Demand | None = None) -> Graph:
+    """a -> (left, right) -> join -> last."""
+    b = GraphBuilder("diamond")
+    x = b.input("x", (16,), "f32")
+
+    def op(name: str, *inputs: Any, demand: Demand | None = None) -> Any:
+        return b.op("custom", inputs, [spec(f"t_{name}", (16,), "f32")], Work(flops=1.0), name, demand)[0]
+
+    a = op("a", x)
+    join = op("join", op("left", a, demand=demand), op("right", a))
+    b.output(op("last", join))
+    return b.build()
+
+
+def packed() -> Plan:
+    """left and right beside each other in two partitions."""
+    plan = sequential(diamond(), H100)
+    steps = (
+        Step("a", 0),
+        Step("left", 0),
+        Step("right", 1, (0,)),
+        Step("join", 0, (2,)),
+        Step("last", 0),
+    )
+    times = ((0, 1), (1, 2), (1, 2), (2, 3), (3, 4))
+    spans = tuple(Span(s.op, s.lane, float(b), float(e)) for s, (b, e) in zip(steps, times, strict=True))
+    return replace(
+        plan,
+        geometries=(Geometry.of(64, 64),),
+        lanes=(Lane(0, 0), Lane(0, 1)),
+        steps=steps,
+        timeline=replace(plan.timeline, spans=spans),
+    )
+
+
+def with_step(plan: Plan, i: int, **changes: Any) -> Plan:
+    return replace(plan, steps=(*plan.steps[:i], replace(plan.steps[i], **changes), *plan.steps[i + 1 :]))
+
+
+def with_slot(plan: Plan, i: int, **changes: Any) -> Plan:
+    return replace(plan, arena=(*plan.arena[:i], replace(plan.arena[i], **changes), *plan.arena[i + 1 :]))
+
+
+def with_span(plan: Plan, i: int, **changes: Any) -> Plan:
+    s = plan.timeline.spans
+    return replace(plan, timeline=replace(plan.timeline, spans=(*s[:i], replace(s[i], **changes), *s[i + 1 :])))
+
+
+@settings(max_examples=40, deadline=None)
+@given(graphs(), devices())
+def test_sequential_plans_pass(graph: Graph, device: Device) -> None:
+    verify(sequential(graph, device), graph)
+
+
+def test_packed_plan_passes_and_may_reuse_bytes() -> None:
+    verify(packed(), diamond())
+    verify(with_slot(packed(), 3, offset=0), diamond())  # join over a: left and right have ended
+
+
+BROKEN: dict[str, tuple[Callable[[Plan], Plan], str]] = {
+    "graph": (lambda p: replace(p, graph="0"), "was made for graph"),
+    "schema": (lambda p: replace(p, schema=99), "schema 99"),
+    "unknown op": (lambda p: with_step(p, 4, op="ghost"), "'ghost'"),
+    "twice": (lambda p: with_step(p, 4, op="a"), "'a'"),
+    "missing": (lambda p: replace(p, steps=p.steps[:4]), "'last'"),
+    "lane": (lambda p: with_step(p, 1, lane=7), "'left'"),
+    "later wait": (lambda p: with_step(p, 2, waits=(3,)), "'right'"),
+    "own wait": (lambda p: with_step(p, 1, waits=(0,)), "'left' waits for step 0"),
+    "illegal size": (lambda p: replace(p, geometries=(Geometry.of(60, 64),)), "60 SMs"),
+    "out of range": (lambda p: replace(p, geometries=(Geometry.of(64, 128),)), "within 132"),
+    "five": (lambda p: replace(p, geometries=p.geometries * 5), "5 geometries"),
+    "no partition": (lambda p: replace(p, lanes=(Lane(0, 0), Lane(0, 2))), "partition 2"),
+    "no geometry": (lambda p: replace(p, lanes=(Lane(0, 0), Lane(1, 0))), "geometry 1"),
+    "overlap": (
+        lambda p: replace(p, geometries=(Geometry(Geometry.of(64).partitions * 2),)),
+        "overlap",
+    ),
+    "edge": (lambda p: with_step(p, 3, waits=()), "'join' may start before 'right'"),
+    "rival geometries": (
+        lambda p: replace(p, geometries=(Geometry.of(64), Geometry.of(132)), lanes=(Lane(0, 0), Lane(1, 0))),
+        "'right' may overlap 'left'",
+    ),
+    "few spans": (lambda p: replace(p, timeline=replace(p.timeline, spans=p.timeline.spans[:2])), "2 spans"),
+    "wrong span": (lambda p: with_span(p, 1, op="a"), "'left'"),
+    "early": (lambda p: with_span(p, 3, start_s=1.5), "'join' starts at 1.5"),
+    "backwards": (lambda p: with_span(p, 4, end_s=2.0), "'last'"),
+    "too fast": (lambda p: replace(p, bounds=replace(p.bounds, sm_s=5.0)), "below the sm bound"),
+    "no slot": (lambda p: replace(p, arena=p.arena[1:]), "t_a"),
+    "output slot": (lambda p: replace(p, arena=(*p.arena, Slot("t_last", 0, 64))), "'t_last'"),
+    "two slots": (lambda p: replace(p, arena=(*p.arena, p.arena[0])), "each activation once"),
+    "small": (lambda p: with_slot(p, 1, nbytes=63), "'t_left' is too small"),
+    "unaligned": (lambda p: with_slot(p, 1, offset=32), "'t_left'"),
+    "outside": (lambda p: with_slot(p, 1, offset=4096), "'t_left' ends beyond"),
+    "alias": (lambda p: with_slot(p, 2, offset=64), "'t_left' and 't_right' share"),
+    "alias of input": (lambda p: with_slot(p, 1, offset=0), "'t_a' and 't_left' share"),
+    "memory": (lambda p: replace(p, device=specs.make(H100, memory_bytes=300)), "needs"),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_broken_plans_are_found(how: str) -> None:
+    change, text = BROKEN[how]
+    with pytest.raises(PlanError) as caught:
+        verify(change(packed()), diamond())
+    assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(("sm", "legal"), [((1, 64), True), ((65, 132), False)])
+def test_demand_of_sms(sm: tuple[int, int], legal: bool) -> None:
+    graph = diamond(Demand(sm=sm))
+    plan = replace(packed(), graph=graph.fingerprint)
+    if legal:
+        verify(plan, graph)
+    else:
+        with pytest.raises(PlanError, match="'left' needs"):
+            verify(plan, graph)
+
+
+def test_geometries_joined_by_waits_pass() -> None:
+    two = replace(packed(), geometries=(Geometry.of(64), Geometry.of(132)), lanes=(Lane(0, 0), Lane(1, 0)))
+    joined = with_step(two, 2, waits=(1,))
+    later = with_span(with_span(joined, 2, start_s=2.0, end_s=3.0), 3, start_s=3.0, end_s=4.0)
+    verify(with_span(later, 4, start_s=4.0, end_s=5.0), diamond())
+    with pytest.raises(PlanError, match="'right' starts at"):
+        verify(joined, diamond())
