@@ -120,6 +120,8 @@ class GgufCheckpoint(_Closing):
             self._reader = gguf.GGUFReader(path)
             self.metadata: dict[str, Any] = {key: f.contents() for key, f in self._reader.fields.items()}
             self.config = self._read_config(path.stem)
+        except WeightsError:
+            raise  # already says what is wrong; it is a ValueError too
         except (ValueError, IndexError, KeyError, OSError, struct.error) as error:
             raise WeightsError(f"{path} is truncated or not a GGUF file ({error!r}); fetch it again.") from error
         self._tensors = {n: t for t in self._reader.tensors if (n := hf_name(t.name)) is not None}
@@ -192,15 +194,16 @@ class SafetensorsCheckpoint(_Closing):
             raise WeightsError(f"no .safetensors file in {str(folder)!r}; check the path.")
         self._folder = folder
         self._where: dict[str, Any] = {}
+        absent = next((path for path in files if not path.is_file()), None)
+        if absent is not None:
+            raise WeightsError(f"no safetensors file at {str(absent)!r}; check the path.")
         self.config = load_config(folder)
         for path in files:
-            if not path.is_file():
-                raise WeightsError(f"no safetensors file at {str(path)!r}; check the path.")
             try:
                 opened = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise WeightsError(f"{path} is truncated or not safetensors ({error}); fetch it again.") from error
-            self._where.update(dict.fromkeys(opened.keys(), opened))
+            self._where.update(dict.fromkeys(opened.keys(), opened))  # type: ignore[no-untyped-call]
 
     def names(self) -> tuple[str, ...]:
         """Hugging Face names of all tensors."""

@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from taskgraph import ops
+    from taskgraph import ops as ops
     from taskgraph.errors import (
         BackendUnavailable,
         DemandError,

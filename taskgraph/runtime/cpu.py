@@ -133,7 +133,7 @@ class CpuExecutable:
         declared = self._graph.tensor.get(name)
         if declared is None or (declared.role == "activation" and name not in self._graph.outputs):
             raise GraphError(f"graph {self._graph.name!r} has no input, weight, state or output {name!r}.")
-        tensor = value if isinstance(value, torch.Tensor) else torch.from_dlpack(value)
+        tensor = value if isinstance(value, torch.Tensor) else torch.utils.dlpack.from_dlpack(value)
         if tuple(tensor.shape) != declared.shape or tensor.dtype != TORCH_DTYPE[declared.dtype]:
             raise GraphError(
                 f"tensor {name!r} is {declared.dtype}{list(declared.shape)}; "

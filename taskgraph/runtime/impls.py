@@ -69,7 +69,7 @@ def _(op: Op, ins: Tensors, outs: Tensors) -> Entry:
     x, w, *extra = ins
     bias = extra[0] if op.attr("bias") else None
     residual = extra[-1] if op.attr("residual") else None
-    if x.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
+    if x.dtype == torch.bfloat16 and torch._C._has_mkldnn:
         return _packed_gemm(x, w if op.attr("transpose_w") else w.t().contiguous(), bias, residual, outs[0])
     right = w.t() if op.attr("transpose_w") else w
     if bias is not None and residual is not None:

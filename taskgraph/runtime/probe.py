@@ -11,6 +11,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -51,6 +52,7 @@ def cache_path() -> Path:
 def probe() -> Device:
     """Measure GEMM rates and read bandwidth for one core up to all, and the cost of dispatching an op (about 3 s)."""
     import torch
+    import torch.nn.functional as F  # noqa: N812
 
     cores = len(os.sched_getaffinity(0))
     m, k, n = _GEMM
@@ -61,8 +63,8 @@ def probe() -> Device:
     for threads in counts:
         torch.set_num_threads(threads)
         for dtype, kind in (("f32", torch.float32), ("bf16", torch.bfloat16)):
-            x, w = torch.randn(m, k, dtype=kind), torch.randn(n, k, dtype=kind)
-            rates[dtype].append(2.0 * m * k * n / _best_seconds(lambda x=x, w=w: torch.nn.functional.linear(x, w)))
+            product = partial(F.linear, torch.randn(m, k, dtype=kind), torch.randn(n, k, dtype=kind))
+            rates[dtype].append(2.0 * m * k * n / _best_seconds(product))
         reads.append(_STREAM_BYTES / _best_seconds(data.sum))
     x, y = torch.ones(8), torch.ones(8)
     dispatch = _best_seconds(lambda: [torch.add(x, x, out=y) for _ in range(1000)]) / 1000
@@ -90,7 +92,8 @@ def probe() -> Device:
 
 def _scaling(counts: list[int], rates: list[float], cores: int) -> tuple[float, ...]:
     """Share of the full rate on 1..cores, linear between measured counts, never falling."""
-    top, result = max(rates), []
+    top = max(rates)
+    result: list[float] = []
     for k in range(1, cores + 1):
         high = next(i for i, c in enumerate(counts) if c >= k)
         low = max(high - 1, 0)

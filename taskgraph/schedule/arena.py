@@ -54,7 +54,7 @@ def max_live_bytes(graph: Graph, lanes: Sequence[int], order: Sequence[int]) -> 
 
 
 def ended_steps(lanes: Sequence[int], waits: Sequence[tuple[int, ...]]) -> np.ndarray:
-    """(steps, lanes): the last step of each lane that has surely ended when a step starts (vector clocks, Fidge 1988)."""
+    """(steps, lanes): the last step of each lane that has ended when a step starts (vector clocks, Fidge 1988)."""
     count = max(lanes) + 1
     pointer = np.zeros(len(lanes) + 1, np.int64)
     np.cumsum([len(w) for w in waits], out=pointer[1:])

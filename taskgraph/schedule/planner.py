@@ -11,7 +11,8 @@ from taskgraph.graph.device import Device, Geometry, get
 from taskgraph.graph.graph import Graph
 from taskgraph.jit import njit
 from taskgraph.ops import check_op
-from taskgraph.schedule import arena, lists
+from taskgraph.schedule import lists
+from taskgraph.schedule.arena import assign
 from taskgraph.schedule.bounds import lower_bounds
 from taskgraph.schedule.evaluate import Assignment, Evaluation, evaluate
 from taskgraph.schedule.plan import Lane, Plan, Span, Step, Timeline, Verdict
@@ -100,7 +101,7 @@ def _plan_of(
     used, lane_of_op = np.unique(chosen.assignment.lane, return_inverse=True)
     step_lane = lane_of_op[order]
     waits = [tuple(row) for row in _waits(order, lane_of_op, problem)]
-    slots, arena_bytes = arena.assign(flat, step_lane.tolist(), waits, order.tolist())
+    slots, arena_bytes = assign(flat, step_lane.tolist(), waits, order.tolist())
     return Plan(
         graph=graph.fingerprint,
         graph_name=graph.name,

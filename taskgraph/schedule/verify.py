@@ -13,8 +13,12 @@ MAX_GEOMETRIES = 4
 _SLACK = 1e-9
 
 
-def verify(plan: Plan, graph: Graph) -> None:
-    """Raise PlanError at the first broken rule, naming the op or tensor."""
+def verify(plan: Plan, graph: Graph, memory: bool = True) -> None:
+    """Raise PlanError at the first broken rule, naming the op or tensor.
+
+    `memory=False` leaves out the rule that weights, states and arena fit the device: for studies of one device of
+    several that will share the model.
+    """
     if plan.schema != SCHEMA:
         raise PlanError(f"the plan has schema {plan.schema}; this version knows {SCHEMA}. Plan again.")
     if plan.graph != graph.fingerprint:
@@ -22,6 +26,8 @@ def verify(plan: Plan, graph: Graph) -> None:
     flat = graph.flat()
     for rule in _RULES:
         rule(plan, flat)
+    if memory:
+        _fits_memory(plan, flat)
 
 
 def _partitions_legal(plan: Plan, graph: Graph) -> None:
@@ -218,14 +224,24 @@ def _without(claims: list[tuple[int, int, str]], start: int, end: int) -> list[t
 
 
 def _fits_memory(plan: Plan, graph: Graph) -> None:
-    held = sum(t.nbytes for t in graph.with_role("input", "weight", "state"))
-    held += sum(graph.tensor[name].nbytes for name in set(graph.outputs) if graph.tensor[name].role == "activation")
-    held += plan.arena_bytes + max((op.demand.workspace_bytes for op in graph.ops), default=0)
-    if held > plan.device.memory_bytes:
+    held, room = resident_bytes(plan, graph), plan.device.memory_bytes
+    if held > room:
         raise PlanError(
-            f"graph {graph.name!r} needs {held / 1e9:.1f} GB with weights, states and arena; {plan.device.name} has "
-            f"{plan.device.memory_bytes / 1e9:.1f} GB. Use a smaller batch or context, or a larger device."
+            f"graph {graph.name!r} keeps {held} bytes (weights, states, arena, workspace), {held - room} more than "
+            f"{plan.device.name} has. Use a smaller batch or context, a larger device, or verify(memory=False)."
         )
+
+
+def resident_bytes(plan: Plan, graph: Graph) -> int:
+    """Bytes on the device while the plan runs: inputs, weights, states, outputs, arena, and a workspace a lane."""
+    flat = graph.flat()
+    held = sum(t.nbytes for t in flat.with_role("input", "weight", "state"))
+    held += sum(flat.tensor[name].nbytes for name in set(flat.outputs) if flat.tensor[name].role == "activation")
+    ops = {op.name: op for op in flat.ops}
+    workspace: dict[int, int] = {}
+    for step in plan.steps:
+        workspace[step.lane] = max(workspace.get(step.lane, 0), ops[step.op].demand.workspace_bytes)
+    return held + plan.arena_bytes + sum(workspace.values())
 
 
 _RULES: tuple[Callable[[Plan, Graph], None], ...] = (
@@ -237,5 +253,4 @@ _RULES: tuple[Callable[[Plan, Graph], None], ...] = (
     _geometries_take_turns,
     _timeline_possible,
     _no_alias_in_arena,
-    _fits_memory,
 )

@@ -1,0 +1,274 @@
+"""The command line: run, plan, devices, doctor. Errors are one line and exit code 2."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import taskgraph as tg
+from taskgraph.errors import BackendUnavailable, DeviceError, TaskgraphError
+from taskgraph.units import format_quantity, format_seconds
+
+if TYPE_CHECKING:
+    from taskgraph.models.session import CapturedStep, Session
+
+app = typer.Typer(
+    help="Declare LLM layers as a task graph, plan them onto streams and SM partitions, capture, replay.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+_screen = Console(highlight=False)
+_status = Console(stderr=True, highlight=False)
+
+
+def main() -> None:
+    """Entry point: a TaskgraphError becomes one line on stderr and exit code 2."""
+    try:
+        app()
+    except TaskgraphError as error:
+        _status.print(f"taskgraph: {' '.join(str(error).split())}", style="red", markup=False, soft_wrap=True)
+        sys.exit(2)
+
+
+@contextmanager
+def _stages(*names: str) -> Iterator["_Stages"]:
+    """A progress line a stage on stderr."""
+    columns = (SpinnerColumn(finished_text="[green]ok"), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=_status) as progress:
+        yield _Stages(progress, names)
+
+
+class _Stages:
+    def __init__(self, progress: Progress, names: tuple[str, ...]) -> None:
+        self._progress = progress
+        self._tasks = {name: progress.add_task(name, total=1, start=False, visible=False) for name in names}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        task = self._tasks[name]
+        self._progress.update(task, visible=True)
+        self._progress.start_task(task)
+        yield
+        self._progress.update(task, completed=1)
+
+
+# ---------------------------------------------------------------------------------------------- run
+
+
+@app.command()
+def run(
+    model: Annotated[str, typer.Argument(help="smollm2, a .gguf or .safetensors file, a folder, or a hub id org/name")],
+    prompt: Annotated[str, typer.Option(help="the user's message")] = "Explain in two sentences why the sky is blue.",
+    backend: Annotated[str, typer.Option(help="cpu (this machine)")] = "cpu",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="stop after this many tokens")] = 96,
+    dtype: Annotated[str, typer.Option(help="bf16 or f32")] = "bf16",
+    trace: Annotated[Path | None, typer.Option(help="write a Perfetto trace (predicted and measured) here")] = None,
+    report: Annotated[Path | None, typer.Option(help="write the HTML report here")] = None,
+    plan_out: Annotated[Path | None, typer.Option(help="write the decode plan as JSON here")] = None,
+) -> None:
+    """Generate text through captured plans, then say how the plans did against the sequential graph."""
+    if backend != "cpu":
+        raise BackendUnavailable(f"run works on the cpu backend in this version; {backend!r} cannot generate text.")
+    if dtype not in ("bf16", "f32"):
+        raise tg.PlanError(f"dtype is bf16 or f32; got {dtype!r}.")
+    with _stages("load weights", "probe this machine", "plan and capture prefill", "plan and capture decode") as stages:
+        with stages.stage("load weights"):
+            from taskgraph.models.llama import load_weights
+            from taskgraph.models.weights import open_checkpoint
+
+            with open_checkpoint(model) as checkpoint:
+                config, tokenizer = checkpoint.config, checkpoint.tokenizer()
+                weights = load_weights(config, checkpoint, dtype)
+        with stages.stage("probe this machine"):
+            tg.devices.get("cpu")
+        from taskgraph.models.session import Session
+
+        ids = tokenizer.encode(tokenizer.chat(prompt))
+        cache = min(config.max_context, -(-(len(ids) + max_new_tokens) // 64) * 64)
+        session = Session(config, weights, dtype=dtype, cache=cache)
+        with stages.stage("plan and capture prefill"):
+            session.run(ids, [0])  # warms kernels up; generate() starts over at the same place
+        with stages.stage("plan and capture decode"):
+            session.run(ids[-1:], [len(ids) - 1])
+    with session:
+        stream = tokenizer.stream_decoder()
+        begin, count = time.perf_counter(), 0
+        for token in session.generate(ids, max_new_tokens, frozenset(tokenizer.eos)):
+            count += 1
+            _screen.print(stream.push(token), end="", markup=False, soft_wrap=True)
+        seconds = time.perf_counter() - begin
+        _screen.print("\n")
+        rows = _summary(session, ids, count, seconds)
+        _print_summary(rows, f"{config.name}, {dtype}, on this machine")
+        decode = session.step(1)
+        _screen.print(tg.explain(decode.plan), markup=False)
+        if plan_out is not None:
+            decode.plan.save(plan_out)
+        _write_files(decode, rows, trace, report)
+
+
+def _summary(session: "Session", ids: list[int], count: int, seconds: float) -> list[tuple[str, str, str]]:
+    """Rows (what, prefill, decode): sizes, predicted (simulated) and measured times, and the verdicts."""
+    from taskgraph.models.session import median_seconds
+
+    prefill, decode = session.step(len(ids)), session.step(1)
+    in_turn = [session.step(len(ids), scheduler="sequential"), session.step(1, scheduler="sequential")]
+    for step, tokens, start in ((in_turn[0], ids, 0), (in_turn[1], ids[-1:], len(ids) - 1)):
+        import torch
+
+        step.executable.inputs["tokens"].copy_(torch.tensor(tokens))
+        step.executable.inputs["positions"].copy_(torch.tensor([start]))
+        step.executable.launch()
+    pairs = [(prefill, in_turn[0]), (decode, in_turn[1])]
+    measured = [median_seconds([a.executable.launch, b.executable.launch]) for a, b in pairs]
+    plans = (prefill.plan, decode.plan)
+
+    def row(what: str, values: Iterator[str]) -> tuple[str, str, str]:
+        first, second = values
+        return (what, first, second)
+
+    work = (len(ids), 1)
+    return [
+        row("tokens a step", (str(n) for n in work)),
+        row("nodes", (str(len(p.steps)) for p in plans)),
+        row("lanes", (str(len(p.lanes)) for p in plans)),
+        row("partitions (cores)", (" + ".join(map(str, p.geometries[0].sizes)) for p in plans)),
+        row("arena", (format_quantity(p.arena_bytes, "B") for p in plans)),
+        row("step, predicted (simulated)", (format_seconds(p.makespan_s) for p in plans)),
+        row("step, measured", (format_seconds(m[0]) for m in measured)),
+        row("tokens/s of the plan, measured", (f"{n / m[0]:.1f}" for n, m in zip(work, measured, strict=True))),
+        row("tokens/s sequential, measured", (f"{n / m[1]:.1f}" for n, m in zip(work, measured, strict=True))),
+        row("lower bound (simulated)", (f"{format_seconds(p.bounds.best_s)} ({p.bounds.binding})" for p in plans)),
+        row("verdict (simulated)", (f"{p.verdict.choice}, {p.verdict.gain:.2f}x" for p in plans)),
+        ("tokens generated", "", f"{count} in {seconds:.2f} s, {count / seconds:.1f} tokens/s"),
+    ]
+
+
+def _print_summary(rows: list[tuple[str, str, str]], title: str) -> None:
+    table = Table(title=title, title_justify="left")
+    for column in ("", "prefill", "decode"):
+        table.add_column(column)
+    for cells in rows:
+        table.add_row(*cells)
+    _screen.print(table)
+
+
+def _write_files(
+    step: "CapturedStep", rows: list[tuple[str, str, str]], trace: Path | None, report: Path | None
+) -> None:
+    if trace is None and report is None:
+        return
+    timelines = {"predicted": step.plan.timeline, "measured": step.executable.timeline()}
+    if trace is not None:
+        tg.write_trace(trace, timelines, step.plan)
+        _screen.print(f"trace: {trace} (open it at ui.perfetto.dev)", soft_wrap=True)
+    if report is not None:
+        facts = {what: value for what, _, value in rows}
+        tg.write_report(report, step.plan, timelines, facts, [("", "prefill", "decode"), *rows])
+        _screen.print(f"report: {report}", soft_wrap=True)
+
+
+# --------------------------------------------------------------------------------------------- plan
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="a known size such as llama-3-70b, a config.json, or its folder")],
+    device: Annotated[str, typer.Option(help="see `taskgraph devices`")] = "h100_sxm",
+    batch: Annotated[int, typer.Option(min=1, help="sequences in the step")] = 256,
+    context: Annotated[int, typer.Option(min=1, help="tokens that each sequence has in its cache")] = 1024,
+    tokens: Annotated[int, typer.Option(min=1, help="new tokens a sequence: 1 is decode, more is prefill")] = 1,
+    scheduler: Annotated[str, typer.Option(help="auto, sequential or list")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="write the plan as JSON here")] = None,
+    trace: Annotated[Path | None, typer.Option(help="write a Perfetto trace here")] = None,
+    report: Annotated[Path | None, typer.Option(help="write the HTML report here")] = None,
+) -> None:
+    """Plan one step of a model on any device: no weights, no GPU; all times are simulated."""
+    from taskgraph.models.config import load_config
+    from taskgraph.models.llama import step_graph
+    from taskgraph.schedule.verify import resident_bytes
+
+    config = load_config(model)
+    if context < tokens:
+        raise tg.PlanError(f"context is {context}; it counts the {tokens} new tokens too, so make it larger.")
+    begin = time.perf_counter()
+    graph = step_graph(config, batch=batch, tokens=tokens, cache=context)
+    made = tg.plan(graph, device, scheduler)
+    seconds = time.perf_counter() - begin
+    tg.verify(made, graph, memory=False)
+    _screen.print(tg.explain(made), markup=False)
+    rate = batch * tokens / made.makespan_s
+    _screen.print(f"{rate:,.0f} tokens/s (simulated, one {made.device.name}); planned and verified in {seconds:.2f} s")
+    held, room = resident_bytes(made, graph), made.device.memory_bytes
+    if held > room:
+        _screen.print(
+            f"note: the step keeps {held / 1e9:.0f} GB and one {made.device.name} has {room / 1e9:.0f} GB; "
+            f"the times are those of one device with enough memory, a share of at least {-(-held // room)}.",
+            soft_wrap=True,
+        )
+    if out is not None:
+        made.save(out)
+    if trace is not None:
+        tg.write_trace(trace, {"predicted": made.timeline}, made)
+    if report is not None:
+        tg.write_report(report, made, {"predicted": made.timeline})
+
+
+# ----------------------------------------------------------------------------------- devices, doctor
+
+
+@app.command()
+def devices() -> None:
+    """The built-in device specs, with where their numbers come from."""
+    table = Table(title="devices (published specs; dense rates)", title_justify="left")
+    for column in ("name", "SMs", "partition", "bf16", "HBM", "PCIe", "link", "memory", "source"):
+        table.add_column(column, overflow="fold")
+    for d in tg.devices.iter_specs():
+        table.add_row(
+            d.name,
+            str(d.sm_count),
+            f"min {d.sm_min}, x{d.sm_granularity}",
+            format_quantity(d.rate("bf16"), "FLOP/s"),
+            format_quantity(d.hbm_bytes_per_s, "B/s"),
+            format_quantity(d.h2d_bytes_per_s, "B/s"),
+            format_quantity(d.link_bytes_per_s, "B/s") if d.link_bytes_per_s else "none",
+            format_quantity(d.memory_bytes, "B"),
+            dict(d.sources)["hbm_bytes_per_s"],
+        )
+    _screen.print(table)
+    _screen.print("also: cpu, this machine as probed (`taskgraph doctor` shows it)")
+
+
+@app.command()
+def doctor() -> None:
+    """What this machine can run, and what its CPU measured."""
+    from importlib import metadata
+
+    table = Table(title="taskgraph doctor", title_justify="left", show_header=False)
+    table.add_row("python", sys.version.split()[0])
+    for package in ("torch", "numba", "numpy"):
+        table.add_row(package, metadata.version(package))
+    try:
+        cpu = tg.devices.get("cpu")
+        table.add_row("cpu backend", f"ready, {cpu.sm_count} cores")
+        for dtype, rate in cpu.flops_per_s:
+            table.add_row(f"  GEMM {dtype} (measured)", format_quantity(rate, "FLOP/s"))
+        table.add_row("  read, all cores (measured)", format_quantity(cpu.hbm_bytes_per_s, "B/s"))
+        table.add_row("  read, one core (measured)", format_quantity(cpu.sm_hbm_bytes_per_s, "B/s"))
+        table.add_row("  dispatch of an op (measured)", format_seconds(cpu.launch_seconds))
+    except DeviceError as error:
+        table.add_row("cpu backend", str(error))
+    table.add_row("sim backend", "ready, any device spec (simulated)")
+    table.add_row("cuda backend", "not part of this version")
+    _screen.print(table)
+
+
+if __name__ == "__main__":
+    main()
