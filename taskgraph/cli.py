@@ -100,7 +100,7 @@ def run(
     with session:
         stream = tokenizer.stream_decoder()
         begin, count = time.perf_counter(), 0
-        for token in session.generate(ids, max_new_tokens, frozenset(tokenizer.eos)):
+        for token in session.generate(ids, max_new_tokens, frozenset(tokenizer.eos_ids)):
             count += 1
             _screen.print(stream.push(token), end="", markup=False, soft_wrap=True)
         seconds = time.perf_counter() - begin

@@ -1,0 +1,59 @@
+"""Benchmarks: `python -m benchmarks.NAME --json` from the repository root. Every number they print is measured."""
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def machine() -> str:
+    """One line that names this machine: a measured number is worth nothing without it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    cores = len(os.sched_getaffinity(0))
+    return f"{model or platform.machine()}, {cores} cores, {platform.system()}, Python {platform.python_version()}"
+
+
+def print_json(result: Mapping[str, Any]) -> None:
+    """The result on one line; the last thing that a benchmark prints."""
+    print(json.dumps(result), flush=True)
+
+
+def seconds_of(run: Callable[[], Any]) -> float:
+    """Wall-clock seconds of one call."""
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+def interleaved(
+    runs: Mapping[str, Callable[[], Any]], *, rounds: int, warmup: int = 1, budget_s: float = float("inf")
+) -> dict[str, list[float]]:
+    """Seconds of every round of every run, one of each in turn, so that a disturbance meets all of them alike.
+
+    Stops after `rounds`, or after the first round that ends beyond `budget_s`.
+    """
+    for _ in range(warmup):
+        for run in runs.values():
+            run()
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    begin = time.perf_counter()
+    for _ in range(rounds):
+        for name, run in runs.items():
+            seconds[name].append(seconds_of(run))
+        if time.perf_counter() - begin > budget_s:
+            break
+    return seconds
+
+
+def spread(seconds: Sequence[float]) -> float:
+    """Half the interquartile range over the median; 0 for fewer than three rounds."""
+    if len(seconds) < 3:
+        return 0.0
+    low, middle, high = statistics.quantiles(seconds, n=4)
+    return (high - low) / 2 / middle

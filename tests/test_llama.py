@@ -1,0 +1,164 @@
+"""The Llama graphs on the CPU backend against transformers: same weights, same ids, same tokens."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import taskgraph as tg
+from taskgraph.models import llama
+from taskgraph.models.config import from_hf, known, load_config
+from taskgraph.models.session import Session
+from taskgraph.models.weights import open_checkpoint
+from taskgraph.schedule.arena import max_live_bytes
+
+PROMPTS = [
+    "The capital of France is",
+    "Once upon a time, in a small village by the sea,",
+    "def fibonacci(n):\n    ",
+    "<|im_start|>user\nWhy is the sky blue?<|im_end|>\n<|im_start|>assistant\n",
+    "1, 1, 2, 3, 5, 8,",
+]
+NEW_TOKENS = 64
+
+
+class StateDict:
+    """A TensorSource over a transformers model."""
+
+    def __init__(self, model: Any) -> None:
+        self._tensors = model.state_dict()
+
+    def tensor(self, name: str) -> torch.Tensor:
+        found: torch.Tensor = self._tensors[name]
+        return found
+
+
+# ------------------------------------------------------------------------------- SmolLM2, for real
+
+
+@pytest.fixture(scope="module")
+def smollm2(smollm2_gguf: Path) -> Iterator[tuple[Session, Any, Any]]:
+    """(our session in f32, transformers' model with its own reading of the same GGUF, the tokenizer)."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    config = load_gguf_checkpoint(str(smollm2_gguf))["config"]
+    config.pop("model_type")
+    reference = LlamaForCausalLM(LlamaConfig(**config)).eval()
+    tensors = load_gguf_checkpoint(str(smollm2_gguf), True, reference)["tensors"]
+    reference.load_state_dict({k: torch.as_tensor(v) for k, v in tensors.items()}, strict=False)
+    reference.tie_weights()
+    with open_checkpoint(smollm2_gguf) as checkpoint:
+        weights = llama.load_weights(checkpoint.config, checkpoint, "f32")
+        tokenizer = checkpoint.tokenizer()
+    with Session(checkpoint.config, weights, dtype="f32", cache=192) as session:
+        yield session, reference, tokenizer
+
+
+@pytest.mark.model
+@pytest.mark.slow
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_greedy_tokens_and_logits_equal_transformers(smollm2: tuple[Session, Any, Any], prompt: str) -> None:
+    session, reference, tokenizer = smollm2
+    ids = tokenizer.encode(prompt)
+    ours = list(session.generate(ids, NEW_TOKENS))
+    with torch.inference_mode():
+        theirs = reference.generate(
+            torch.tensor([ids]), do_sample=False, min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS,
+            eos_token_id=None, pad_token_id=0, attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+        )[0, len(ids) :].tolist()  # fmt: skip
+        expected = reference(torch.tensor([ids])).logits[0]
+    assert ours == theirs
+    logits = session.run(ids, [0], all_logits=True)[llama.LOGITS]
+    assert (logits - expected).abs().max() <= 1e-3
+
+
+# --------------------------------------------------------------------------- every family, tiny
+
+
+def tiny(family: str) -> Any:
+    """A random two-layer model of the family from transformers, with its scalings and biases random too."""
+    import transformers as hf
+
+    shape: dict[str, Any] = {
+        "vocab_size": 160, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "rms_norm_eps": 1e-5,
+    }  # fmt: skip
+    llama3 = {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64, "rope_theta": 10000.0,
+    }  # fmt: skip
+    configs = {
+        "llama": lambda: hf.LlamaConfig(**shape, tie_word_embeddings=False),
+        "llama3": lambda: hf.LlamaConfig(**shape, rope_parameters=llama3, head_dim=32),
+        "qwen2": lambda: hf.Qwen2Config(**shape, tie_word_embeddings=True),
+        "qwen3": lambda: hf.Qwen3Config(**shape, head_dim=32),
+    }
+    torch.manual_seed(1)
+    model = hf.AutoModelForCausalLM.from_config(configs[family]()).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.2 + (1.0 if "norm" in name else 0.0))
+    return model
+
+
+@pytest.mark.parametrize("family", ["llama", "llama3", "qwen2", "qwen3"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_family_equals_transformers(family: str, batch: int) -> None:
+    model = tiny(family)
+    body = {**model.config.to_dict(), "architectures": [type(model).__name__]}
+    config = from_hf(body, family)
+    assert config.parameters == sum(p.numel() for p in model.parameters())
+    ids = torch.randint(0, config.vocab_size, (batch, 12))
+    weights = llama.load_weights(config, StateDict(model), "f32")
+    with Session(config, weights, dtype="f32", batch=batch, cache=32) as session, torch.inference_mode():
+        expected = model(ids).logits
+        prefill = session.run(ids[:, :8].flatten().tolist(), [0] * batch, all_logits=True)[llama.LOGITS]
+        torch.testing.assert_close(prefill.view(batch, 8, -1), expected[:, :8], atol=1e-3, rtol=1e-3)
+        chunk = session.run(ids[:, 8:10].flatten().tolist(), [8] * batch, all_logits=True)[llama.LOGITS]
+        torch.testing.assert_close(chunk.view(batch, 2, -1), expected[:, 8:10], atol=1e-3, rtol=1e-3)
+        for place in (10, 11):
+            step = session.run(ids[:, place].tolist(), [place] * batch)[llama.LOGITS]
+            torch.testing.assert_close(step, expected[:, place], atol=1e-3, rtol=1e-3)
+
+
+def test_bf16_follows_f32() -> None:
+    model = tiny("llama")
+    config = from_hf({**model.config.to_dict(), "architectures": ["LlamaForCausalLM"]}, "llama")
+    ids = torch.randint(0, config.vocab_size, (7,)).tolist()
+    logits = {}
+    for dtype in ("f32", "bf16"):
+        weights = llama.load_weights(config, StateDict(model), dtype)
+        with Session(config, weights, dtype=dtype, cache=16) as session:
+            logits[dtype] = session.run(ids, [0])[llama.LOGITS].float().clone()
+    error = (logits["bf16"] - logits["f32"]).norm() / logits["f32"].norm()
+    assert error < 0.05
+
+
+def test_cache_overflow_is_a_plan_error() -> None:
+    model = tiny("llama")
+    config = from_hf({**model.config.to_dict(), "architectures": ["LlamaForCausalLM"]}, "llama")
+    weights = llama.load_weights(config, StateDict(model), "f32")
+    with Session(config, weights, dtype="f32", cache=4) as session, pytest.raises(tg.PlanError, match="cache of 4"):
+        session.run([1, 2, 3, 4, 5], [0])
+
+
+# ------------------------------------------------------------------------------------- as graphs
+
+
+@pytest.mark.parametrize("name", known())
+@pytest.mark.parametrize("tokens", [1, 128])
+def test_known_sizes_plan_and_pack_memory(name: str, tokens: int) -> None:
+    """Every shipped size plans on a GPU, and its arena stays within 1.15x of what must live at once."""
+    config = load_config(name)
+    graph = llama.step_graph(config, batch=4, tokens=tokens, cache=256)
+    plan = tg.plan(graph, "h100_sxm")
+    tg.verify(plan, graph, memory=False)
+    flat = graph.flat()
+    index = {op.name: i for i, op in enumerate(flat.ops)}
+    live = max_live_bytes(flat, [s.lane for s in plan.steps], [index[s.op] for s in plan.steps])
+    assert live <= plan.arena_bytes <= 1.15 * live
+    declared = sum(t.nbytes for t in flat.with_role("weight")) // 2
+    assert declared == config.parameters
