@@ -32,11 +32,17 @@ def seconds_of(run: Callable[[], Any]) -> float:
 
 
 def interleaved(
-    runs: Mapping[str, Callable[[], Any]], *, rounds: int, warmup: int = 1, budget_s: float = float("inf")
+    runs: Mapping[str, Callable[[], Any]],
+    *,
+    rounds: int,
+    warmup: int = 1,
+    budget_s: float = float("inf"),
+    pause_s: float = 0.0,
 ) -> dict[str, list[float]]:
     """Seconds of every round of every run, one of each in turn, so that a disturbance meets all of them alike.
 
-    Stops after `rounds`, or after the first round that ends beyond `budget_s`.
+    Stops after `rounds`, or after the first round that ends beyond `budget_s`. `pause_s` lets the worker threads of
+    the run before fall asleep.
     """
     for _ in range(warmup):
         for run in runs.values():
@@ -45,6 +51,7 @@ def interleaved(
     begin = time.perf_counter()
     for _ in range(rounds):
         for name, run in runs.items():
+            time.sleep(pause_s)
             seconds[name].append(seconds_of(run))
         if time.perf_counter() - begin > budget_s:
             break

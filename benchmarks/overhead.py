@@ -114,7 +114,9 @@ def measure(
                 spreads[shape][str(nodes)] = spread(times["taskgraph"])
                 for peer, value in each.items():
                     peers[peer][shape][str(nodes)] = value
-    cheapest = {peer: min((v for row in rows.values() for v in row.values()), default=None) for peer, rows in peers.items()}
+    cheapest = {
+        peer: min((v for row in rows.values() for v in row.values()), default=None) for peer, rows in peers.items()
+    }
     return {
         "us_per_node": cost,
         "peers_us_per_node": cheapest,

@@ -17,7 +17,9 @@ def fetch_pages(host: torch.Tensor, pages: torch.Tensor) -> None:
     pages.copy_(host)
 
 
-def mixed_step(tokens: int, hidden: int, wide: int, batch: int, context: int, pages: int, dtype: str) -> tg.Graph:
+def mixed_step(
+    tokens: int, hidden: int, wide: int, batch: int, context: int, pages: int, dtype: str, page_in: tg.Demand
+) -> tg.Graph:
     """The step. The work of the standard ops follows from the shapes; that of the custom op is declared."""
     b = tg.GraphBuilder("mixed-step")
     x = b.input("x", (tokens, hidden), dtype)
@@ -33,7 +35,7 @@ def mixed_step(tokens: int, hidden: int, wide: int, batch: int, context: int, pa
         outputs=[tg.spec("pages", (pages, PAGE_BYTES), "u8")],
         name="page_in",
         work=tg.Work(h2d_bytes=pages * PAGE_BYTES),
-        demand=tg.demand(sm=(2, 8), pcie="20GB/s"),
+        demand=page_in,
     )
     b.output(up, att, page)
     return b.build()
@@ -51,15 +53,15 @@ def eager(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
-    large = mixed_step(tokens=2048, hidden=4096, wide=14336, batch=512, context=1024, pages=64, dtype="bf16")
+    copy = tg.demand(sm=(2, 8), pcie="20GB/s")
+    large = mixed_step(2048, 4096, 14336, batch=512, context=1024, pages=64, dtype="bf16", page_in=copy)
     plan = tg.plan(large, "h100_sxm")
     tg.verify(plan, large)
-    print("Planned for h100_sxm (simulated, roofline of the datasheet):\n")
+    print("Planned for h100_sxm (simulated: roofline of the datasheet)\n")
     print(tg.explain(plan))
 
-    small = mixed_step(tokens=64, hidden=256, wide=512, batch=4, context=64, pages=1, dtype="f32")
-    # A host core takes no demand for 2 SMs if there is only one, and has a copy path only in some specs: a host-sized
-    # device is made from the H100 and executed on the cores that are here.
+    one_core = tg.demand(sm=1)  # cores are the SMs of the "cpu" device; this machine may have few
+    small = mixed_step(64, 256, 512, batch=4, context=64, pages=1, dtype="f32", page_in=one_core)
     torch.manual_seed(0)
     given = {
         "x": torch.randn(64, 256),

@@ -165,13 +165,16 @@ def _write_files(
 ) -> None:
     if trace is None and report is None:
         return
+    from taskgraph.schedule.planner import utilisation
+
     timelines = {"predicted": step.plan.timeline, "measured": step.executable.timeline()}
     if trace is not None:
         tg.write_trace(trace, timelines, step.plan)
         _screen.print(f"trace: {trace} (open it at ui.perfetto.dev)", soft_wrap=True)
     if report is not None:
         facts = {what: value for what, _, value in rows}
-        tg.write_report(report, step.plan, timelines, facts, [("", "prefill", "decode"), *rows])
+        used = utilisation(step.graph, step.plan)
+        tg.write_report(report, step.plan, timelines, facts, [("", "prefill", "decode"), *rows], used)
         _screen.print(f"report: {report}", soft_wrap=True)
 
 
@@ -193,6 +196,7 @@ def plan(
     """Plan one step of a model on any device: no weights, no GPU; all times are simulated."""
     from taskgraph.models.config import load_config
     from taskgraph.models.llama import step_graph
+    from taskgraph.schedule.planner import utilisation
     from taskgraph.schedule.verify import resident_bytes
 
     config = load_config(model)
@@ -218,7 +222,7 @@ def plan(
     if trace is not None:
         tg.write_trace(trace, {"predicted": made.timeline}, made)
     if report is not None:
-        tg.write_report(report, made, {"predicted": made.timeline})
+        tg.write_report(report, made, {"predicted": made.timeline}, utilisation=utilisation(graph, made))
 
 
 # ----------------------------------------------------------------------------------- devices, doctor

@@ -88,7 +88,17 @@ def test_error_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 @pytest.mark.slow
 def test_run_generates_and_reports(smollm2_gguf: Path, tmp_path: Path) -> None:
     trace, report = tmp_path / "trace.json", tmp_path / "report.html"
-    command = [sys.executable, "-m", "taskgraph.cli", "run", str(smollm2_gguf), "--max-new-tokens", "12"]
+    command = [
+        sys.executable,
+        "-m",
+        "taskgraph.cli",
+        "run",
+        str(smollm2_gguf),
+        "--max-new-tokens",
+        "12",
+        "--dtype",
+        "f32",
+    ]
     command += ["--prompt", "What is the capital of France?", "--trace", str(trace), "--report", str(report)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "Paris" in done.stdout

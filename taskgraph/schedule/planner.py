@@ -9,6 +9,7 @@ from taskgraph.cost.model import ERROR_BAND
 from taskgraph.errors import PlanError
 from taskgraph.graph.device import Device, Geometry, get
 from taskgraph.graph.graph import Graph
+from taskgraph.graph.op import RESOURCES
 from taskgraph.jit import njit
 from taskgraph.ops import check_op
 from taskgraph.schedule import lists
@@ -63,6 +64,21 @@ def plan(graph: Graph, device: str | Device = "cpu", scheduler: str = "auto") ->
 
 def replay_times(graph: Graph, plan: Plan) -> Timeline:
     """The simulated timeline of `plan` as it stands: its lanes, its order, the evaluator's clock."""
+    chosen, times = _replayed(graph, plan, record=False)
+    return _timeline(graph.flat(), plan.device, chosen.order, chosen.lane, times)
+
+
+def utilisation(graph: Graph, plan: Plan) -> dict[str, list[tuple[float, float]]]:
+    """For each resource of the device the steps (time in seconds, used share of its capacity) of a simulated replay."""
+    _, times = _replayed(graph, plan, record=True)
+    moments = [*times.trace[:, 0].tolist(), times.makespan_s]
+    return {
+        name: list(zip(moments, [*times.trace[:, 1 + i].tolist(), 0.0], strict=True))
+        for i, name in enumerate(RESOURCES)
+    }
+
+
+def _replayed(graph: Graph, plan: Plan, record: bool) -> tuple[Assignment, Evaluation]:
     flat = graph.flat()
     index = {op.name: i for i, op in enumerate(flat.ops)}
     order = np.array([index[step.op] for step in plan.steps])
@@ -70,9 +86,8 @@ def replay_times(graph: Graph, plan: Plan) -> Timeline:
     lane[order] = [step.lane for step in plan.steps]
     sizes = tuple(sorted({size for geometry in plan.geometries for size in geometry.sizes}))
     mode = np.array([sizes.index(plan.partition(i).sm_count) for i in range(len(plan.lanes))])
-    partition = np.array([here.partition for here in plan.lanes])
-    times = evaluate(make_problem(flat, plan.device, sizes), Assignment(order, lane, mode, partition))
-    return _timeline(flat, plan.device, order, lane, times)
+    chosen = Assignment(order, lane, mode, np.array([here.partition for here in plan.lanes]))
+    return chosen, evaluate(make_problem(flat, plan.device, sizes), chosen, record)
 
 
 def _timeline(flat: Graph, device: Device, order: np.ndarray, lane: np.ndarray, times: Evaluation) -> Timeline:

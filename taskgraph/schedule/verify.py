@@ -40,8 +40,8 @@ def _partitions_legal(plan: Plan, graph: Graph) -> None:
         for part in ordered:
             if part.sm_count not in sizes or part.first_sm < 0 or part.end_sm > device.sm_count:
                 raise PlanError(
-                    f"partition of {part.sm_count} SMs from {part.first_sm} is not legal on {device.name}: multiples of "
-                    f"{device.sm_granularity}, at least {device.sm_min}, within {device.sm_count}."
+                    f"partition of {part.sm_count} SMs from {part.first_sm} is not legal on {device.name}: multiples "
+                    f"of {device.sm_granularity}, at least {device.sm_min}, within {device.sm_count}."
                 )
         for low, high in pairwise(ordered):
             if high.first_sm < low.end_sm:

@@ -1,0 +1,184 @@
+"""Scheduling time: list scheduler and evaluator on a random layered DAG, against HEFT over networkx in plain Python."""
+
+import argparse
+import random
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+import taskgraph as tg
+from benchmarks import machine, print_json, seconds_of
+from taskgraph.graph.device import Device, Geometry
+from taskgraph.schedule.evaluate import evaluate
+from taskgraph.schedule.lists import pack
+from taskgraph.schedule.problem import Problem, make_problem
+
+if TYPE_CHECKING:
+    import networkx
+
+EPILOG = """\
+The DAG has layers of --width ops; each op reads one to three ops of the layer before. list_seconds is the list
+scheduler plus the evaluator over every geometry of the device that tg.plan tries, after numba has compiled;
+plan_seconds is the whole of tg.plan (problem, all geometries, waits, arena, bounds). The peer is HEFT (Topcuoglu,
+Hariri and Wu 2002) without insertion, a common way to write it over a networkx DiGraph, for one geometry and
+without an evaluator; list_one_seconds is the same for taskgraph. The peer runs on at most --peer-nodes nodes; for
+more nodes networkx_heft_seconds is null and networkx_heft_seconds_at holds what was run.
+
+example:
+  python -m benchmarks.schedule --nodes 10000 --device h100_sxm --json
+"""
+
+
+def layered_graph(nodes: int, width: int, seed: int) -> tg.Graph:
+    """A random layered DAG; flops and bytes are log-uniform over two decades."""
+    draw = random.Random(seed)
+    builder = tg.GraphBuilder(f"layered-{nodes}")
+    before = [builder.input("x", (1,), "f32")]
+    layer: list[Any] = []
+    for i in range(nodes):
+        inputs = draw.sample(before, min(len(before), draw.randint(1, 3)))
+        work = tg.Work(flops=10 ** draw.uniform(8, 10), hbm_bytes=10 ** draw.uniform(5, 7))
+        layer += builder.op("call", inputs, [tg.spec(f"t{i}", (1,), "f32")], work, f"n{i}")
+        if len(layer) == width or i == nodes - 1:
+            before, layer = layer, []
+    builder.output(*before)
+    return builder.build()
+
+
+def candidates(device: Device) -> list[tuple[Geometry, tuple[int, ...]]]:
+    """The geometries and lanes a partition that tg.plan tries."""
+    tried: list[tuple[Geometry, tuple[int, ...]]] = []
+    for geometry in device.splits():
+        parts = len(geometry.partitions)
+        tried += [(geometry, lanes) for lanes in ([(2,), (3,)] if parts == 1 else [(1,) * parts])]
+    return tried
+
+
+def networkx_heft(dag: "networkx.DiGraph[str]", lanes: int) -> dict[str, tuple[int, float]]:
+    """HEFT in plain Python: nodes by upward rank, each on the lane where it ends first; (lane, end) by node."""
+    import networkx
+
+    order = list(networkx.topological_sort(dag))
+    rank: dict[str, float] = {}
+    for node in reversed(order):
+        seconds = statistics.fmean(dag.nodes[node]["seconds"])
+        rank[node] = seconds + max((rank[after] for after in dag.successors(node)), default=0.0)
+    free = [0.0] * lanes
+    placed: dict[str, tuple[int, float]] = {}
+    for node in sorted(order, key=lambda name: -rank[name]):
+        ready = max((placed[before][1] for before in dag.predecessors(node)), default=0.0)
+        seconds = dag.nodes[node]["seconds"]
+        end, lane = min((max(ready, free[i]) + seconds[i], i) for i in range(lanes))
+        free[lane] = end
+        placed[node] = (lane, end)
+    return placed
+
+
+def heft_seconds(graph: tg.Graph, problem: Problem, geometry: Geometry) -> float:
+    """Seconds of networkx_heft for one lane in each partition; the DiGraph is made outside the clock."""
+    dag = graph.to_networkx()
+    modes = [problem.sizes.tolist().index(size) for size in geometry.sizes]
+    for op, row in zip(graph.ops, problem.seconds[:, modes].tolist(), strict=True):
+        dag.nodes[op.name]["seconds"] = row
+    return seconds_of(lambda: networkx_heft(dag, len(modes)))
+
+
+def measure(
+    nodes: int, width: int, device: Device, peer_nodes: int, rounds: int, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """All figures, in seconds."""
+    say("compiling")
+    small = make_problem(layered_graph(64, 8, 0), device)
+    tried = candidates(device)
+    for geometry, lanes in tried:
+        evaluate(small, pack(small, geometry, lanes))
+    say(f"building {nodes:,} nodes")
+    graphs: list[tg.Graph] = []
+    build_s = seconds_of(lambda: graphs.append(layered_graph(nodes, width, 1)))
+    graph = graphs[0]
+    problems: list[Problem] = []
+    problem_s = seconds_of(lambda: problems.append(make_problem(graph, device)))
+    problem = problems[0]
+    widest, lanes_of_widest = max(tried, key=lambda c: len(c[0].partitions))
+
+    def search() -> None:
+        for geometry, lanes in tried:
+            evaluate(problem, pack(problem, geometry, lanes))
+
+    say(f"scheduling on {len(tried)} geometries")
+    list_s = [seconds_of(search) for _ in range(rounds)]
+    one_s = [seconds_of(lambda: pack(problem, widest, lanes_of_widest)) for _ in range(rounds)]
+    say("planning")
+    plan_s = seconds_of(lambda: tg.plan(graph, device))
+    say("HEFT over networkx")
+    asked = nodes <= peer_nodes
+    peer_graph = graph if asked else layered_graph(peer_nodes, width, 1)
+    heft_s = heft_seconds(peer_graph, problem if asked else make_problem(peer_graph, device), widest)
+    return {
+        "nodes": nodes,
+        "list_seconds": statistics.median(list_s),
+        "networkx_heft_seconds": heft_s if asked else None,
+        "networkx_heft_seconds_at": {str(len(peer_graph.ops)): heft_s},
+        "list_one_seconds": statistics.median(one_s),
+        "plan_seconds": plan_s,
+        "build_seconds": build_s,
+        "problem_seconds": problem_s,
+        "geometries": len(tried),
+        "lanes_of_one": len(widest.partitions),
+        "device": device.name,
+        "machine": machine(),
+    }
+
+
+def table_of(result: dict[str, Any]) -> Table:
+    """One row for each thing that was timed."""
+    table = Table(
+        title=f"{result['nodes']:,} nodes on {result['device']}, seconds (measured)", caption=result["machine"]
+    )
+    table.add_column("what")
+    table.add_column("seconds", justify="right")
+    one = f"{result['lanes_of_one']} lanes"
+    table.add_row(f"list scheduler + evaluator, all {result['geometries']} geometries", f"{result['list_seconds']:.3f}")
+    table.add_row(f"list scheduler alone, one geometry, {one}", f"{result['list_one_seconds']:.3f}")
+    for nodes, seconds in result["networkx_heft_seconds_at"].items():
+        table.add_row(f"HEFT over networkx, one geometry, {one}, {int(nodes):,} nodes", f"{seconds:.3f}")
+    table.add_row("building the graph", f"{result['build_seconds']:.3f}")
+    table.add_row("make_problem", f"{result['problem_seconds']:.3f}")
+    table.add_row("tg.plan, whole", f"{result['plan_seconds']:.3f}")
+    return table
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        "benchmarks.schedule", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--nodes", type=int, default=100_000, help="ops of the DAG (default 100000)")
+    parser.add_argument("--width", type=int, default=64, help="ops of a layer (default 64)")
+    parser.add_argument("--device", default="h100_sxm", help="device to schedule on (default h100_sxm)")
+    parser.add_argument("--peer-nodes", type=int, default=100_000, help="most nodes for the peer (default 100000)")
+    parser.add_argument("--rounds", type=int, default=3, help="repetitions of the scheduler (default 3)")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON on the last line")
+    args = parser.parse_args(argv)
+    if min(args.nodes, args.width, args.peer_nodes, args.rounds) < 1:
+        parser.error("--nodes, --width, --peer-nodes and --rounds are at least 1.")
+    result = measure(
+        args.nodes,
+        args.width,
+        tg.devices.get(args.device),
+        args.peer_nodes,
+        args.rounds,
+        lambda text: print(text, file=sys.stderr, flush=True),
+    )
+    Console().print(table_of(result))
+    if args.json:
+        print_json(result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
