@@ -184,7 +184,8 @@ def _no_alias_in_arena(plan: Plan, graph: Graph) -> None:
     # Claim bytes in step order. A claim replaces older claims on the same bytes, and each of those must have ended.
     claims: list[tuple[int, int, str]] = []
     by_range: dict[tuple[int, int], str] = {}
-    exact = all(a.offset + a.nbytes <= b.offset for a, b in pairwise(sorted(_ranges(plan), key=lambda s: s.offset)))
+    ranges = sorted({(slot.offset, slot.nbytes) for slot in plan.arena})
+    exact = all(low + nbytes <= high for (low, nbytes), (high, _) in pairwise(ranges))
     for name in sorted(wanted, key=lambda n: producer[n]):
         slot = slots[name]
         if exact:
@@ -199,17 +200,6 @@ def _no_alias_in_arena(plan: Plan, graph: Graph) -> None:
         for other in rivals:
             if any(known[producer[name], lane] < last for lane, last in users[other].items()):
                 raise PlanError(f"tensors {other!r} and {name!r} share arena bytes while both are alive.")
-
-
-def _ranges(plan: Plan) -> list["_Range"]:
-    return [_Range(*pair) for pair in {(slot.offset, slot.nbytes) for slot in plan.arena}]
-
-
-class _Range:
-    """A byte range that one or more slots use."""
-
-    def __init__(self, offset: int, nbytes: int) -> None:
-        self.offset, self.nbytes = offset, nbytes
 
 
 def _without(claims: list[tuple[int, int, str]], start: int, end: int) -> list[tuple[int, int, str]]:
