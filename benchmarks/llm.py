@@ -128,7 +128,7 @@ def transformers_run(model: Any, config: ModelConfig, case: str) -> Callable[[],
     def decode() -> Any:
         with torch.inference_mode():
             made = model(ids, past_key_values=cache, position_ids=position, use_cache=True, logits_to_keep=1).logits
-            cache.crop(CONTEXT)
+            cache.crop(-1)
         return made
 
     return decode
@@ -183,7 +183,7 @@ def measure(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, A
     for case in args.cases:
         say(f"{case}: planning and capturing")
         executables, plans = model_runs(config, weights, args.dtype, case)
-        verdicts[case] = f"{plans['taskgraph'].verdict.choice} ({plans['taskgraph'].made_by})"
+        verdicts[case] = plans["taskgraph"].verdict.choice
         runs: dict[str, Callable[[], Any]] = {name: executable.launch for name, executable in executables.items()}
         runs |= {f"transformers_{d}": transformers_run(model, config, case) for d, model in peers.items()}
         if args.compile and peers:
@@ -198,7 +198,7 @@ def measure(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, A
             off = float((ours.float() - theirs).abs().max())
             say(f"{case}: largest difference of logits to transformers fp32 {off:.3f} (range {theirs.abs().max():.1f})")
         say(f"{case}: measuring")
-        times = interleaved(runs, rounds=args.rounds, warmup=2, budget_s=args.budget, pause_s=0.01)
+        times = interleaved(runs, rounds=args.rounds, warmup=1, budget_s=args.budget, pause_s=0.01)
         for name, seconds in times.items():
             rate[name][case] = TOKENS[case] / statistics.median(seconds)
             spreads[name][case] = spread(seconds)
@@ -227,12 +227,15 @@ def table_of(result: dict[str, Any]) -> Table:
         columns["torch_compile"] = result["torch_compile"]
     table.add_column("case")
     for name in columns:
-        table.add_column(name.replace("transformers_", "transformers "), justify="right")
-    table.add_column("against best transformers", justify="right")
+        table.add_column(
+            name.replace("transformers_", "transformers\n").replace("bfloat16", "bf16").replace("float32", "fp32"),
+            justify="right",
+        )
+    table.add_column("gain over\ntransformers", justify="right")
     table.add_column("plan")
     for case in result["taskgraph"]:
         cells = [
-            "-" if row[case] is None else f"{row[case]:,.1f} ±{result['spread'][name][case]:.0%}"
+            "-" if row[case] is None else f"{row[case]:,.1f}\n±{result['spread'][name][case]:.0%}"
             for name, row in columns.items()
         ]
         gain = "-" if not result["transformers"] else f"{result['taskgraph'][case] / result['transformers'][case]:.2f}x"
@@ -249,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="which cases to run")
     parser.add_argument("--dtype", choices=("bf16", "f32"), default="bf16", help="of taskgraph's graphs (default bf16)")
     parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds of a case (default 15)")
-    parser.add_argument("--budget", type=float, default=6.0, help="stop a case after these seconds (default 6)")
+    parser.add_argument("--budget", type=float, default=4.0, help="stop a case after these seconds (default 4)")
     parser.add_argument("--no-transformers", action="store_true", help="taskgraph alone")
     parser.add_argument("--compile", action="store_true", help="also torch.compile the transformers model")
     parser.add_argument("--compile-limit", type=float, default=60.0, help="seconds for one compilation (default 60)")

@@ -92,7 +92,7 @@ def test_links_to_files_exist(path: Path) -> None:
 
 def test_blocks_pair_code_with_the_text_right_under_it() -> None:
     page = "a\n```python\nx = 1\n```\n\n```text\n1\n```\n```python\ny\n```\nwords\n```text\n2\n```\n"
-    assert blocks(page) == [Block(3, "x = 1\n", "1\n"), Block(9, "y\n", None)]
+    assert blocks(page) == [Block(3, "x = 1\n", "1\n"), Block(10, "y\n", None)]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,9 @@
 """Every CPU kernel against torch, in both dtypes and with one and two threads."""
 
+import os
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +13,7 @@ import torch.nn.functional as F  # noqa: N812 - torch's own convention
 
 from taskgraph.runtime import kernels
 
+TASKS = Path("/proc/self/task")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
@@ -129,3 +133,21 @@ def test_attention(each: int, dtype: torch.dtype, threads: int) -> None:
     queries = q.float().view(batch, each, heads, dim).transpose(1, 2)
     want = F.scaled_dot_product_attention(queries, keys.float(), values.float(), mask, enable_gqa=True)
     close(out, want.transpose(1, 2).reshape(batch * each, heads * dim))
+
+
+def test_each_thread_of_a_pool_gets_its_core() -> None:
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    seen: list[set[int]] = []
+
+    def lane() -> None:
+        before = {int(task.name) for task in TASKS.iterdir()}
+        kernels.bind_threads(cores)
+        tasks = {int(task.name) for task in TASKS.iterdir()} - before | {threading.get_native_id()}
+        seen.extend(os.sched_getaffinity(task) for task in sorted(tasks))
+        kernels.release_threads()
+
+    thread = threading.Thread(target=lane)
+    thread.start()
+    thread.join()
+    assert sorted(map(min, seen)) == cores
+    assert all(len(cores) == 1 for cores in seen)

@@ -140,7 +140,7 @@ BROKEN: dict[str, tuple[Callable[[Plan], Plan], str]] = {
     "outside": (lambda p: with_slot(p, 1, offset=4096), "'t_left' ends beyond"),
     "alias": (lambda p: with_slot(p, 2, offset=64), "'t_left' and 't_right' share"),
     "alias of input": (lambda p: with_slot(p, 1, offset=0), "'t_a' and 't_left' share"),
-    "memory": (lambda p: replace(p, device=specs.make(H100, memory_bytes=300)), "needs"),
+    "memory": (lambda p: replace(p, device=specs.make(H100, memory_bytes=300)), "more than h100_sxm"),
 }
 
 

@@ -99,7 +99,7 @@ class Device:
     def partition_sizes(self) -> tuple[int, ...]:
         """Every legal partition size, the whole device last."""
         step = self.sm_granularity
-        first = max(self.sm_min, step)
+        first = -(-self.sm_min // step) * step
         return (*range(first, self.sm_count, step), self.sm_count)
 
     def splits(self) -> tuple[Geometry, ...]:

@@ -79,7 +79,7 @@ class Graph:
                     op.kind,
                     op.inputs,
                     op.outputs,
-                    op.work.vector,
+                    tuple(map(float, op.work.vector)),
                     op.after,
                     op.writes,
                     op.attrs,
@@ -234,6 +234,8 @@ def _check_repeat(graph: Graph, repeat: Repeat) -> None:
             raise GraphError(f"op {op.name!r} must begin with {prefix!r} exactly when it is in the repeated body.")
         if not inside and any(name.startswith(prefix) for name in (*op.inputs, *op.after)):
             raise GraphError(f"op {op.name!r} reaches into repeat {repeat.name!r}; carry the tensor out with next().")
+    if inner := [name for name in graph.outputs if name.startswith(prefix)]:
+        raise GraphError(f"output {inner[0]!r} is inside repeat {repeat.name!r}; carry the tensor out with next().")
     for carry in repeat.carries:
         shapes = {(graph.tensor[n].shape, graph.tensor[n].dtype) for n in (carry.init, carry.inside, carry.next)}
         if len(shapes) != 1:

@@ -18,8 +18,9 @@ import torch
 from taskgraph.errors import ExecutionError, GraphError
 from taskgraph.graph.graph import Graph
 from taskgraph.graph.op import Tensor
-from taskgraph.runtime.impls import TORCH_DTYPE, Entry, bind
-from taskgraph.schedule.plan import Plan, Span, Timeline
+from taskgraph.runtime import kernels
+from taskgraph.runtime.impls import TORCH_DTYPE, Entry, Site, bind
+from taskgraph.schedule.plan import Plan, Span, Step, Timeline
 
 _ALIGNMENT = 64
 
@@ -40,7 +41,7 @@ class _Lane:
         self._thread.start()
 
     def _work(self, cores: set[int]) -> None:
-        os.sched_setaffinity(0, cores)
+        kernels.bind_threads(sorted(cores))
         torch.set_num_threads(len(cores))
         with torch.inference_mode():
             while True:
@@ -78,6 +79,7 @@ class CpuExecutable:
     def __init__(self, graph: Graph, plan: Plan, functions: Mapping[str, Callable[..., Any]]) -> None:
         self._graph, self._plan, self._functions = graph.flat(), plan, dict(functions)
         self._ops = {op.name: op for op in self._graph.ops}
+        self._constants = frozenset(t.name for t in self._graph.with_role("weight"))
         self._given: dict[str, torch.Tensor] = {}
         self._buffers = self._allocate()
         self._stale, self._closed = True, False
@@ -155,14 +157,15 @@ class CpuExecutable:
                 f"{len(missing)} weights or states are not bound, the first is {missing[0]!r}; bind() them."
             )
         with torch.inference_mode():
-            entries = [self._entry(step.op) for step in self._plan.steps]
+            entries = [self._entry(step) for step in self._plan.steps]
         self._entries = entries
         self._assemble(entries)
         self._stale = False
 
-    def _entry(self, name: str) -> Entry:
-        op = self._ops[name]
-        return bind(op, [*map(self._tensor, op.inputs)], [*map(self._tensor, op.outputs)], self._functions)
+    def _entry(self, step: Step) -> Entry:
+        op = self._ops[step.op]
+        site = Site(self._plan.partition(step.lane).sm_count, self._constants)
+        return bind(op, [*map(self._tensor, op.inputs)], [*map(self._tensor, op.outputs)], site, self._functions)
 
     def _assemble(self, entries: list[Entry]) -> None:
         """Programs of all lanes: for each step its waits, its op, and the release of those who wait for it."""

@@ -1,0 +1,107 @@
+"""The benchmarks run, and print the JSON keys that readers depend on. No absolute times here."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+import taskgraph as tg
+from benchmarks import interleaved, overhead, schedule, spread
+
+
+def run(capsys: pytest.CaptureFixture[str], main: Callable[[Sequence[str]], int], *argv: str) -> dict[str, Any]:
+    """The JSON on the last line of a benchmark's output."""
+    assert main([*argv, "--json"]) == 0
+    result: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return result
+
+
+def test_overhead_prints_every_size_and_both_peers(capsys: pytest.CaptureFixture[str]) -> None:
+    result = run(capsys, overhead.main, "--sizes", "20", "50", "--rounds", "3", "--peer-nodes", "20")
+    assert {shape: set(row) for shape, row in result["us_per_node"].items()} == {
+        "chain": {"20", "50"},
+        "wide": {"20", "50"},
+    }
+    assert set(result["peers_us_per_node"]) == {"dask", "futures"}
+    assert all(cost > 0 for row in result["us_per_node"].values() for cost in row.values())
+    assert all(cost > 0 for cost in result["peers_us_per_node"].values())
+    assert set(result["peers_us_per_node_by_dag"]["dask"]["chain"]) == {"20"}, "peers stop at --peer-nodes"
+
+
+@pytest.mark.parametrize("shape", overhead.SHAPES)
+def test_overhead_runs_every_node_everywhere(shape: str) -> None:
+    calls: list[int] = []
+    graph = overhead.empty_graph(shape, 30)
+    function = str(graph.ops[0].attr("function"))
+    plan = tg.plan(graph, "cpu", scheduler="sequential")
+    assert len(plan.lanes) == 1
+    with tg.compile(graph, plan, functions={function: lambda *_: calls.append(1)}) as executable:
+        executable.launch()
+    assert len(calls) == 30
+
+
+@pytest.mark.parametrize("shape", overhead.SHAPES)
+@pytest.mark.parametrize("peer", overhead.PEERS)
+def test_peers_run_every_node(shape: str, peer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(overhead, "nothing", lambda *_: calls.append(1))
+    with overhead.ThreadPoolExecutor(2) as pool:
+        run = overhead.dask_run(shape, 30) if peer == "dask" else overhead.futures_run(shape, 30, pool)
+        run()
+        run()
+    extra = 1 if peer == "dask" else 0
+    assert len(calls) == 2 * (30 + extra), "dask has one more node, which joins the others"
+
+
+def test_schedule_prints_its_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    result = run(capsys, schedule.main, "--nodes", "200", "--width", "8", "--rounds", "1")
+    assert result["nodes"] == 200
+    assert min(result[key] for key in ("list_seconds", "networkx_heft_seconds", "plan_seconds")) > 0
+
+
+def test_schedule_does_not_pass_off_a_smaller_peer_run(capsys: pytest.CaptureFixture[str]) -> None:
+    result = run(capsys, schedule.main, "--nodes", "200", "--peer-nodes", "50", "--rounds", "1")
+    assert result["networkx_heft_seconds"] is None
+    assert set(result["networkx_heft_seconds_at"]) == {"50"}
+
+
+def test_the_peer_respects_dependencies_and_lanes() -> None:
+    graph = schedule.layered_graph(60, 8, seed=2)
+    dag = graph.to_networkx()
+    for node in dag.nodes.values():
+        node["seconds"] = [1.0, 2.0]
+    placed = schedule.networkx_heft(dag, 2)
+    begin = {name: end - (1.0, 2.0)[lane] for name, (lane, end) in placed.items()}
+    assert all(placed[a][1] <= begin[b] for a, b in dag.edges)
+    for lane in (0, 1):
+        spans = sorted((begin[name], end) for name, (where, end) in placed.items() if where == lane)
+        assert all(before[1] <= after[0] for before, after in pairwise(spans))
+
+
+def test_candidates_are_those_of_the_planner() -> None:
+    from taskgraph.schedule import planner
+    from taskgraph.schedule.problem import make_problem
+
+    device = tg.devices.get("h100_sxm")
+    problem = make_problem(schedule.layered_graph(20, 4, seed=0), device)
+    tried = [(c.geometry, len(c.assignment.lane_mode)) for c in planner._packings(problem, device)]
+    assert tried == [(geometry, sum(lanes)) for geometry, lanes in schedule.candidates(device)]
+
+
+def test_rounds_are_interleaved() -> None:
+    order: list[str] = []
+    runs: Mapping[str, Callable[[], None]] = {name: lambda name=name: order.append(name) for name in "ab"}  # type: ignore[misc]
+    seconds = interleaved(runs, rounds=2, warmup=1)
+    assert order == list("ababab")
+    assert {name: len(row) for name, row in seconds.items()} == {"a": 2, "b": 2}
+    assert spread([1.0, 1.0, 1.0]) == 0.0
+
+
+@pytest.mark.parametrize("main", [overhead.main, schedule.main])
+def test_help_teaches(main: Callable[[Sequence[str]], int], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    assert "example:" in capsys.readouterr().out

@@ -1,0 +1,105 @@
+"""The wheel and the editable install hold everything, and `import taskgraph` is light."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def python(code: str, *, cwd: Path, path: Path | None = None) -> str:
+    """What `code` prints in a fresh interpreter in `cwd`, with `path` in front of sys.path."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONSAFEPATH")}
+    if path is not None:
+        environment["PYTHONPATH"] = str(path)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel of the checkout, built from a copy, so that the build leaves nothing in the tree."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE", "taskgraph", "models", "cuda"):
+        subprocess.run(["cp", "-a", str(ROOT / name), str(source / name)], check=True)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(folder), str(source)]
+    try:
+        import setuptools  # noqa: F401
+
+        command.append("--no-build-isolation")
+    except ImportError:
+        pass  # pip fetches the build requirements into its own environment
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (made,) = folder.glob("taskgraph_gpu-*.whl")
+    return made
+
+
+@pytest.mark.slow
+def test_wheel_holds_every_source_and_data_file(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    wanted = {str(p.relative_to(ROOT)) for p in (ROOT / "taskgraph").rglob("*.py")}
+    for part in ("models", "cuda"):
+        files = [*(ROOT / part).rglob("*.py"), *(ROOT / part).rglob("*.json"), *(ROOT / part).rglob("*.cu")]
+        wanted |= {f"taskgraph/{p.relative_to(ROOT)}" for p in files}
+    wanted |= {f"taskgraph/{p.relative_to(ROOT)}" for p in (ROOT / "cuda" / "virtual").iterdir() if p.is_file()}
+    assert not {name for name in wanted if "__pycache__" not in name} - names
+    assert "taskgraph/py.typed" in names
+    stray = {name.split("/")[0] for name in names} - {"taskgraph"}
+    assert all(name.endswith(".dist-info") for name in stray), stray
+
+
+@pytest.mark.slow
+def test_wheel_works_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
+    target = tmp_path / "site"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel)]
+    subprocess.run(command, check=True, capture_output=True)
+    code = """
+import json, taskgraph, taskgraph.models.config as config
+shapes = {name: config.load_config(name).layers for name in config.known()}
+print(json.dumps([taskgraph.__file__, config.__file__, shapes]))
+"""
+    package, config, shapes = json.loads(python(code, cwd=tmp_path, path=target))
+    for file in (package, config):
+        assert Path(file).is_relative_to(target)
+        assert not Path(file).is_relative_to(ROOT)
+    assert set(shapes) == {path.stem for path in (ROOT / "models" / "configs").glob("*.json")}
+    assert shapes["llama-3-70b"] == 80
+
+
+def test_editable_install_sees_models_through_the_package(tmp_path: Path) -> None:
+    code = "import taskgraph.models.config as c; print(c.__name__, c.load_config('llama-3-8b').layers)"
+    assert python(code, cwd=tmp_path) == "taskgraph.models.config 32\n"
+
+
+def test_the_root_does_not_shadow_the_cuda_namespace() -> None:
+    """`cuda/` at the root holds no __init__.py and no core, bindings or pathfinder (they are NVIDIA's names)."""
+    assert not {"__init__.py", "core", "bindings", "pathfinder"} & {path.name for path in (ROOT / "cuda").iterdir()}
+
+
+def test_import_loads_neither_torch_nor_numba(tmp_path: Path) -> None:
+    code = "import sys, taskgraph; print(sorted({'torch', 'numba', 'networkx', 'numpy'} & set(sys.modules)))"
+    assert python(code, cwd=tmp_path) == "[]\n"
+
+
+def test_import_takes_at_most_300_ms_over_nothing(tmp_path: Path) -> None:
+    def seconds(code: str) -> float:
+        begin = time.perf_counter()
+        python(code, cwd=tmp_path)
+        return time.perf_counter() - begin
+
+    pairs = [(seconds("pass"), seconds("import taskgraph")) for _ in range(5)]
+    nothing, package = (statistics.median(column) for column in zip(*pairs, strict=True))
+    assert package - nothing <= 0.3
