@@ -264,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"[{time.perf_counter() - begin:5.1f} s] {text}", file=sys.stderr, flush=True)
 
     result = measure(args, say)
-    Console().print(table_of(result))
+    Console(width=max(Console().width, 110)).print(table_of(result))
     if args.json:
         print_json(result)
     return 0

@@ -265,10 +265,17 @@ def apply(
     if kind not in SHAPE_RULES:
         raise GraphError(f"unknown op kind {kind!r}; use one of {', '.join(SHAPE_RULES)}, or GraphBuilder.call.")
     attrs = attrs or {}
+    if not inputs:
+        raise GraphError(f"{kind} needs at least one input.")
     builder = inputs[0].builder
     ins = [v.tensor for v in inputs]
     stem = name or builder._free_name(kind)
-    ((shape, dtype),) = SHAPE_RULES[kind](ins, attrs)
+    try:
+        ((shape, dtype),) = SHAPE_RULES[kind](ins, attrs)
+    except GraphError:
+        raise
+    except (ValueError, KeyError) as error:
+        raise GraphError(f"{kind} does not take {len(ins)} inputs with attributes {sorted(attrs)}: {error}.") from error
     out = TensorSpec(f"{stem}.out", shape, dtype)
     work = WORK_RULES[kind](ins, [Tensor(out.name, shape, dtype)], attrs)
     return builder.op(kind, inputs, [out], work, stem, demand, after, writes, attrs)[0]

@@ -146,7 +146,9 @@ class Graph:
                 outputs=tuple(body["outputs"]),
                 repeat=_repeat_from_json(body["repeat"]),
             )
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        except GraphError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise GraphError(f"not a graph file: {error!r}. Write it with Graph.to_json().") from error
 
 
@@ -494,8 +496,12 @@ class GraphBuilder:
 
     def _free_name(self, stem: str) -> str:
         count = self._counts.get(self._prefix + stem, 0)
-        self._counts[self._prefix + stem] = count + 1
-        return stem if count == 0 else f"{stem}_{count}"
+        while True:
+            name = stem if count == 0 else f"{stem}_{count}"
+            count += 1
+            if self._prefix + name not in self._names:
+                self._counts[self._prefix + stem] = count
+                return name
 
 
 def _toposorted(ops: Sequence[Op]) -> list[Op]:

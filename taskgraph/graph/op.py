@@ -65,6 +65,8 @@ class Demand:
             value = getattr(self, rate)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise DemandError(f"demand.{rate} must be positive and finite; got {value}.")
+            if value is not None:
+                object.__setattr__(self, rate, float(value))
         if self.workspace_bytes < 0 or self.cluster_sms < 1:
             raise DemandError("demand.workspace_bytes must be >= 0 and demand.cluster_sms >= 1.")
 

@@ -8,14 +8,14 @@ import operator
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 
-from taskgraph.errors import ExecutionError, GraphError
+from taskgraph.errors import BackendUnavailable, ExecutionError, GraphError
 from taskgraph.graph.graph import Graph
 from taskgraph.graph.op import Tensor
 from taskgraph.runtime import kernels
@@ -26,28 +26,57 @@ _ALIGNMENT = 64
 
 
 class _Lane:
-    """One thread on the cores of its partition; runs its program whenever it is told to start."""
+    """A persistent thread pinned to a core set, shared by all executables that have a lane there.
 
-    def __init__(self, cores: set[int], name: str) -> None:
+    One thread a core set and lane number, however many plans are captured: pools of idle threads that outnumber the
+    cores would slow every parallel op down.
+    """
+
+    _alive: ClassVar[dict[tuple[tuple[int, ...], int], "_Lane"]] = {}
+    _guard: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(self, key: tuple[tuple[int, ...], int]) -> None:
         self.program: list[Entry] = []
-        self.sync: list[Entry] = []
         self.failed: tuple[int, BaseException] | None = None
+        self._key, self._users = key, 0
         self._start, self._done = threading.Lock(), threading.Lock()
         self._start.acquire()
         self._done.acquire()
         self.start, self.wait = self._start.release, self._done.acquire
         self._closing = False
+        cores, number = key
+        name = f"taskgraph-lane-{number}"
         self._thread = threading.Thread(target=self._work, args=(cores,), name=name, daemon=True)
         self._thread.start()
 
-    def _work(self, cores: set[int]) -> None:
-        kernels.bind_threads(sorted(cores))
+    @classmethod
+    def open(cls, cores: Sequence[int], number: int) -> "_Lane":
+        """Lane `number` on `cores`, started if it is the first there."""
+        key = (tuple(cores), number)
+        with cls._guard:
+            lane = cls._alive.get(key) or cls._alive.setdefault(key, cls(key))
+            lane._users += 1
+            return lane
+
+    def close(self) -> None:
+        """One user less; the last one stops the thread."""
+        with self._guard:
+            self._users -= 1
+            if self._users:
+                return
+            del self._alive[self._key]
+        self._closing = True
+        self._start.release()
+        self._thread.join()
+
+    def _work(self, cores: Sequence[int]) -> None:
+        kernels.bind_threads(cores)
         torch.set_num_threads(len(cores))
         with torch.inference_mode():
             while True:
                 self._start.acquire()
                 if self._closing:
-                    return
+                    break
                 entries = iter(self.program)
                 try:
                     for run in entries:
@@ -57,20 +86,18 @@ class _Lane:
                     self.failed = (at, error)
                     self._drain(at + 1)
                 self._done.release()
+        kernels.release_threads()
 
     def _drain(self, at: int) -> None:
         """Keep the other lanes going after an error: take and give every remaining lock, run no op."""
         for entry in self.program[at:]:
-            if getattr(entry, "__self__", None).__class__ is _LOCK:
+            if isinstance(getattr(entry, "__self__", None), _LOCK):
                 entry()
-
-    def close(self) -> None:
-        self._closing = True
-        self._start.release()
-        self._thread.join()
 
 
 _LOCK = type(threading.Lock())
+_REPLAY = threading.Lock()
+"""One replay at a time: executables share the lanes and the cores."""
 
 
 class CpuExecutable:
@@ -81,6 +108,7 @@ class CpuExecutable:
         self._ops = {op.name: op for op in self._graph.ops}
         self._constants = frozenset(t.name for t in self._graph.with_role("weight"))
         self._given: dict[str, torch.Tensor] = {}
+        self._unset, self._set = {t.name for t in self._graph.with_role("input")}, set[str]()
         self._buffers = self._allocate()
         self._stale, self._closed = True, False
         self._names: list[list[str]] = []
@@ -90,7 +118,7 @@ class CpuExecutable:
         self._lanes: list[_Lane] = []
         for i in range(len(plan.lanes)):
             part = plan.partition(i)
-            self._lanes.append(_Lane(set(cores[part.first_sm : part.end_sm]), f"taskgraph-lane-{i}"))
+            self._lanes.append(_Lane.open(cores[part.first_sm : part.end_sm], i))
 
     # -- buffers ---------------------------------------------------------------------------------
 
@@ -98,6 +126,9 @@ class CpuExecutable:
         """Static inputs and outputs, and every activation as a view of the arena."""
         arena = _aligned(max(self._plan.arena_bytes, 1))
         tensors = self._graph.tensor
+        strange = next((t for t in self._graph.tensors if t.dtype not in TORCH_DTYPE), None)
+        if strange is not None:
+            raise BackendUnavailable(f"tensor {strange.name!r}: the cpu backend has no dtype {strange.dtype!r}.")
         buffers = {t.name: _empty(t) for t in self._graph.with_role("input")}
         buffers |= {name: _empty(tensors[name]) for name in self._graph.outputs if tensors[name].role == "activation"}
         for slot in self._plan.arena:
@@ -109,12 +140,14 @@ class CpuExecutable:
     @property
     def outputs(self) -> Mapping[str, torch.Tensor]:
         """The output buffers by tensor name; each replay overwrites them."""
+        self._check_open()
         self._capture()
         return {name: self._tensor(name) for name in self._graph.outputs}
 
     @property
     def inputs(self) -> Mapping[str, torch.Tensor]:
         """The input buffers by tensor name: write into them before `launch()`, or `bind` your own."""
+        self._check_open()
         return {t.name: self._tensor(t.name) for t in self._graph.with_role("input")}
 
     def _tensor(self, name: str) -> torch.Tensor:
@@ -125,9 +158,12 @@ class CpuExecutable:
         """Use these CPU tensors (torch, or anything with DLPack) in place: inputs, weights, states or outputs.
 
         GraphError when a name is unknown or a shape or dtype differs."""
+        self._check_open()
         for name, value in {**(tensors or {}), **named}.items():
             tensor = self._checked(name, value)
-            if self._given.get(name) is not tensor:
+            self._set.add(name)
+            bound = self._given.get(name)
+            if bound is None or bound.data_ptr() != tensor.data_ptr():
                 self._given[name] = tensor
                 self._stale = True
 
@@ -135,6 +171,10 @@ class CpuExecutable:
         declared = self._graph.tensor.get(name)
         if declared is None or (declared.role == "activation" and name not in self._graph.outputs):
             raise GraphError(f"graph {self._graph.name!r} has no input, weight, state or output {name!r}.")
+        if not isinstance(value, torch.Tensor) and not hasattr(value, "__dlpack__"):
+            raise GraphError(
+                f"tensor {name!r} was given a {type(value).__name__}; give a tensor (torch, NumPy, DLPack)."
+            )
         tensor = value if isinstance(value, torch.Tensor) else torch.utils.dlpack.from_dlpack(value)
         if tuple(tensor.shape) != declared.shape or tensor.dtype != TORCH_DTYPE[declared.dtype]:
             raise GraphError(
@@ -180,8 +220,7 @@ class CpuExecutable:
             row = [*(locks[w, i].acquire for w in step.waits), entry, *wanted.get(i, ())]
             programs[step.lane] += row
             self._names[step.lane] += [step.op] * len(row)
-        for lane, program in zip(self._lanes, programs, strict=True):
-            lane.program = program
+        self._programs = programs
 
     # -- replay ----------------------------------------------------------------------------------
 
@@ -190,20 +229,19 @@ class CpuExecutable:
         if self._stale:
             self._check_open()
             self._capture()
-        for lane in self._lanes:
-            lane.start()
-        for lane in self._lanes:
-            lane.wait()
-        for lane in self._lanes:
-            if lane.failed is not None:
-                self._raise()
+        with _REPLAY:
+            for lane, program in zip(self._lanes, self._programs, strict=True):
+                lane.program = program
+                lane.start()
+            for lane in self._lanes:
+                lane.wait()
+            failed = [(lane.failed, i) for i, lane in enumerate(self._lanes) if lane.failed is not None]
+            for _, i in failed:
+                self._lanes[i].failed = None
+        if failed:
+            self._raise([(error, self._names[i][at]) for (at, error), i in failed])
 
-    def _raise(self) -> None:
-        failures = [
-            (lane.failed[1], self._names[i][lane.failed[0]]) for i, lane in enumerate(self._lanes) if lane.failed
-        ]
-        for lane in self._lanes:
-            lane.failed = None
+    def _raise(self, failures: list[tuple[BaseException, str]]) -> None:
         position = {step.op: i for i, step in enumerate(self._plan.steps)}
         error, op = min(failures, key=lambda failure: position[failure[1]])
         raise ExecutionError(f"op {op!r} failed: {type(error).__name__}: {error}", op=op) from error
@@ -211,18 +249,18 @@ class CpuExecutable:
     def __call__(self, tensors: Mapping[str, Any] | None = None, **named: Any) -> dict[str, torch.Tensor]:
         """Copy the given inputs into their buffers, bind weights and states, replay, return copies of the outputs."""
         self._check_open()
-        role = {t.name: t.role for t in self._graph.tensors}
+        inputs = self._unset | self._set
         for name, value in {**(tensors or {}), **named}.items():
-            if role.get(name) == "input":
+            if name in inputs:
                 self._tensor(name).copy_(self._checked(name, value))
-            elif not self._is_bound_to(name, value):
+                self._set.add(name)
+            else:
                 self.bind({name: value})
+        missing = sorted(self._unset - self._set)
+        if missing:
+            raise GraphError(f"input {missing[0]!r} of graph {self._graph.name!r} was never given; pass or bind() it.")
         self.launch()
         return {name: self._tensor(name).clone() for name in self._graph.outputs}
-
-    def _is_bound_to(self, name: str, value: Any) -> bool:
-        bound = self._given.get(name)
-        return isinstance(value, torch.Tensor) and bound is not None and bound.data_ptr() == value.data_ptr()
 
     def timeline(self) -> Timeline:
         """Replay once with a clock around every op; the measured timeline, from the start of the first op."""

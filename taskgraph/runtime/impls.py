@@ -72,6 +72,8 @@ def _bits(tensor: torch.Tensor) -> npt.NDArray[Any]:
 @binder("embedding")
 def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
     tokens, table = ins
+    if table.dtype != outs[0].dtype:
+        return lambda: outs[0].copy_(table.index_select(0, tokens))
     return partial(torch.index_select, table, 0, tokens, out=outs[0])
 
 
@@ -85,13 +87,15 @@ def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
     x, w, *extra = ins
     bias = extra[0] if op.attr("bias") else None
     residual = extra[-1] if op.attr("residual") else None
-    if op.inputs[1] in site.constants and _fits_kernel(x, w):
+    if op.inputs[1] in site.constants and _fits_kernel(x, w) and outs[0].dtype == x.dtype:
         weight = w if op.attr("transpose_w") else w.t().contiguous()
         if x.shape[0] <= _SKINNY:
             return _skinny_gemm(x, weight, bias, residual, outs[0], site.threads)
         if x.dtype == torch.bfloat16 and torch._C._has_mkldnn:
             return _packed_gemm(x, weight, bias, residual, outs[0])
     right = w.t() if op.attr("transpose_w") else w
+    if not x.dtype == w.dtype == outs[0].dtype:
+        raise BackendUnavailable(f"op {op.name!r}: the cpu backend multiplies and stores one dtype; convert first.")
     if bias is not None and residual is not None:
         return partial(_gemm_bias_residual, x, right, bias, residual, outs[0])
     added = bias if residual is None else residual
@@ -141,7 +145,11 @@ def _packed_gemm(
 
 @binder("rmsnorm")
 def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
-    return partial(kernels.rmsnorm, *map(_bits, ins), _bits(outs[0]), op.number("eps"), site.threads)
+    x, weight = ins
+    if x.dtype not in (torch.float32, torch.bfloat16) or weight.dtype != x.dtype:
+        raise BackendUnavailable(f"op {op.name!r}: rmsnorm on the cpu backend takes f32 or bf16, x and weight alike.")
+    rows = [_bits(t.view(-1, t.shape[-1])) for t in (x, outs[0])]
+    return partial(kernels.rmsnorm, rows[0], _bits(weight), rows[1], op.number("eps"), site.threads)
 
 
 def rope_table(op: Op, length: int, dim: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:

@@ -276,8 +276,8 @@ def _bind_all(masks: Any) -> None:
 def bind_threads(cores: Sequence[int]) -> None:
     """Make the calling thread's pool len(cores) threads, itself the first, each on its own core.
 
-    Two threads of a pool that meet on one core spin against each other for whole time slices (8 ms an op, measured
-    beside one busy process), so a lane calls this once, before its first op, in place of sched_setaffinity.
+    Two threads of a pool that meet on one core spin against each other for whole time slices (8 to 24 ms an op,
+    measured beside one busy process), so a lane calls this once, before its first op, in place of sched_setaffinity.
     """
     masks = np.zeros((len(cores), max(cores) // 64 + 1), np.uint64)
     for i, core in enumerate(cores):
@@ -309,7 +309,7 @@ def pack_weight(w: npt.NDArray[Any]) -> npt.NDArray[Any]:
     panels = -(-n // COLUMNS)
     packed = torch.zeros(panels, words.shape[1], COLUMNS, dtype=torch.float32).numpy().view(words.dtype)
     whole = n // COLUMNS
-    packed[:whole] = words[: whole * COLUMNS].reshape(whole, COLUMNS, -1).transpose(0, 2, 1)
+    packed[:whole] = words[: whole * COLUMNS].reshape(whole, COLUMNS, words.shape[1]).transpose(0, 2, 1)
     if whole < panels:
         packed[whole, :, : n - whole * COLUMNS] = words[whole * COLUMNS :].T
     return packed

@@ -84,10 +84,18 @@ def probe() -> Device:
         launch_seconds=dispatch,
         switch_seconds=dispatch,
         compute_scaling=_scaling(counts, rates["f32"], cores),
-        sources=tuple(
-            (field, f"measured on this machine, {cores} cores") for field in ("flops_per_s", "hbm_bytes_per_s")
-        ),
+        sources=_sources(cores),
     )
+
+
+def _sources(cores: int) -> tuple[tuple[str, str], ...]:
+    """Where each number comes from."""
+    measured = f"measured on this machine, {cores} cores"
+    text = dict.fromkeys(("flops_per_s", "hbm_bytes_per_s", "sm_hbm_bytes_per_s", "launch_seconds"), measured)
+    text["switch_seconds"] = "assumed: that of a launch"
+    text |= dict.fromkeys(("h2d_bytes_per_s", "d2h_bytes_per_s"), "assumed: a copy reads and writes memory once")
+    text |= dict.fromkeys(("sm_count", "sm_min", "sm_granularity", "memory_bytes"), "reported by the operating system")
+    return tuple(sorted(text.items()))
 
 
 def _scaling(counts: list[int], rates: list[float], cores: int) -> tuple[float, ...]:

@@ -150,7 +150,9 @@ class Plan:
                     f"plan file has schema {body.get('schema')!r}; this version reads {SCHEMA}. Plan again."
                 )
             return _plan_from_json(body)
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError, DeviceError) as error:
+        except PlanError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, DeviceError) as error:
             raise PlanError(f"not a plan file: {error!r}. Write it with Plan.save().") from error
 
     def save(self, path: str | Path) -> None:
