@@ -108,7 +108,7 @@ class CpuExecutable:
         self._ops = {op.name: op for op in self._graph.ops}
         self._constants = frozenset(t.name for t in self._graph.with_role("weight"))
         self._given: dict[str, torch.Tensor] = {}
-        self._unset, self._set = {t.name for t in self._graph.with_role("input")}, set[str]()
+        self._inputs, self._set = {t.name for t in self._graph.with_role("input")}, set[str]()
         self._buffers = self._allocate()
         self._stale, self._closed = True, False
         self._names: list[list[str]] = []
@@ -249,14 +249,13 @@ class CpuExecutable:
     def __call__(self, tensors: Mapping[str, Any] | None = None, **named: Any) -> dict[str, torch.Tensor]:
         """Copy the given inputs into their buffers, bind weights and states, replay, return copies of the outputs."""
         self._check_open()
-        inputs = self._unset | self._set
         for name, value in {**(tensors or {}), **named}.items():
-            if name in inputs:
+            if name in self._inputs:
                 self._tensor(name).copy_(self._checked(name, value))
                 self._set.add(name)
             else:
                 self.bind({name: value})
-        missing = sorted(self._unset - self._set)
+        missing = sorted(self._inputs - self._set)
         if missing:
             raise GraphError(f"input {missing[0]!r} of graph {self._graph.name!r} was never given; pass or bind() it.")
         self.launch()
