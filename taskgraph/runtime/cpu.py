@@ -229,6 +229,7 @@ class CpuExecutable:
         if self._stale:
             self._check_open()
             self._capture()
+        kernels.release_threads()  # the caller's own pool would slow the lanes' pools down
         with _REPLAY:
             for lane, program in zip(self._lanes, self._programs, strict=True):
                 lane.program = program

@@ -31,10 +31,15 @@ class Site:
     threads: int
     constants: frozenset[str]
 
+    def threads_for(self, rows: int) -> int:
+        """One thread for a handful of rows: the work is less than a fork of the lane's threads (about 1 us)."""
+        return self.threads if rows >= _FORK_ROWS else 1
+
 
 Binder = Callable[[Op, Tensors, Tensors, Site], Entry]
 
 BINDERS: dict[str, Binder] = {}
+_FORK_ROWS = 8
 
 TORCH_DTYPE = {
     "f64": torch.float64, "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16,
@@ -149,7 +154,9 @@ def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
     if x.dtype not in (torch.float32, torch.bfloat16) or weight.dtype != x.dtype:
         raise BackendUnavailable(f"op {op.name!r}: rmsnorm on the cpu backend takes f32 or bf16, x and weight alike.")
     rows = [_bits(t.view(-1, t.shape[-1])) for t in (x, outs[0])]
-    return partial(kernels.rmsnorm, rows[0], _bits(weight), rows[1], op.number("eps"), site.threads)
+    return partial(
+        kernels.rmsnorm, rows[0], _bits(weight), rows[1], op.number("eps"), site.threads_for(rows[0].shape[0])
+    )
 
 
 def rope_table(op: Op, length: int, dim: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
@@ -188,7 +195,9 @@ def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
     cos, sin = rope_table(op, keys.shape[2], keys.shape[3])
     q_norm, k_norm = (t.float().numpy() for t in norms) if norms else (np.empty(0, np.float32),) * 2
     buffers = (_bits(qkv), positions.numpy(), _bits(keys), _bits(values), cos, sin)
-    return partial(kernels.rope_kv, *buffers, q_norm, k_norm, op.number("eps"), _bits(outs[0]), site.threads)
+    return partial(
+        kernels.rope_kv, *buffers, q_norm, k_norm, op.number("eps"), _bits(outs[0]), site.threads_for(qkv.shape[0])
+    )
 
 
 @binder("attention")
@@ -214,7 +223,7 @@ def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
 
 @binder("swiglu")
 def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
-    return partial(kernels.swiglu, _bits(ins[0]), _bits(outs[0]), site.threads)
+    return partial(kernels.swiglu, _bits(ins[0]), _bits(outs[0]), site.threads_for(outs[0].shape[0]))
 
 
 @binder("add")
@@ -224,7 +233,7 @@ def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
 
 @binder("argmax")
 def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
-    return partial(kernels.argmax, _bits(ins[0]), outs[0].numpy(), site.threads)
+    return partial(kernels.argmax, _bits(ins[0]), outs[0].numpy(), site.threads_for(outs[0].shape[0]))
 
 
 @binder("copy")
