@@ -70,8 +70,12 @@ class _Lane:
         self._thread.join()
 
     def _work(self, cores: Sequence[int]) -> None:
-        kernels.bind_threads(cores)
-        torch.set_num_threads(len(cores))
+        broken: BaseException | None = None
+        try:
+            kernels.bind_threads(cores)
+            torch.set_num_threads(len(cores))
+        except BaseException as error:  # handed to whoever replays first: a dead lane would hang them
+            broken = error
         with torch.inference_mode():
             while True:
                 self._start.acquire()
@@ -79,6 +83,9 @@ class _Lane:
                     break
                 entries = iter(self.program)
                 try:
+                    if broken is not None:
+                        next(entries)
+                        raise broken
                     for run in entries:
                         run()
                 except BaseException as error:
