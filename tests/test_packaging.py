@@ -54,7 +54,7 @@ def test_wheel_holds_every_source_and_data_file(wheel: Path) -> None:
     for part in ("models", "cuda"):
         files = [*(ROOT / part).rglob("*.py"), *(ROOT / part).rglob("*.json"), *(ROOT / part).rglob("*.cu")]
         wanted |= {f"taskgraph/{p.relative_to(ROOT)}" for p in files}
-    wanted |= {f"taskgraph/{p.relative_to(ROOT)}" for p in (ROOT / "cuda" / "virtual").iterdir() if p.is_file()}
+    wanted |= {f"taskgraph/{p.relative_to(ROOT)}" for p in (ROOT / "cuda").glob("virtual/*") if p.is_file()}
     assert not {name for name in wanted if "__pycache__" not in name} - names
     assert "taskgraph/py.typed" in names
     stray = {name.split("/")[0] for name in names} - {"taskgraph"}
