@@ -44,17 +44,21 @@ def independent(*works: Work, demands: tuple[Demand | None, ...] = ()) -> Graph:
 # ------------------------------------------------------------------------------------ random graphs
 
 
-@settings(max_examples=80, deadline=None)
+BRIEF = 1e-3
+"""Seconds of search in a test: a few trials, far below what the clock would cut short."""
+
+
+@settings(max_examples=50, deadline=None)
 @given(graphs(), DEVICES)
 def test_every_plan_keeps_the_rules_and_the_bounds(graph: Graph, device: Device) -> None:
-    made = {scheduler: plan(graph, device, scheduler) for scheduler in SCHEDULERS}
+    made = {scheduler: plan(graph, device, scheduler, budget_s=BRIEF) for scheduler in SCHEDULERS}
     for scheduler, p in made.items():
         tg.verify(p, graph)
         assert p.bounds.best_s <= p.makespan_s * (1 + 1e-9)
         assert Plan.from_json(p.to_json()) == p
         assert p.graph == graph.fingerprint
         assert p.made_by.startswith(scheduler)
-        assert plan(graph, device, scheduler) == p
+        assert plan(graph, device, scheduler, budget_s=BRIEF) == p
         again = replay_times(graph, p)
         assert [(s.op, s.lane) for s in again.spans] == [(s.op, s.lane) for s in p.timeline.spans]
         for one, two in zip(again.spans, p.timeline.spans, strict=True):
@@ -173,7 +177,9 @@ def test_what_dispatch_decides_takes_the_times_that_it_saw(
     partition = draw.integers(len(layout.rows), size=problem.n)
     room = np.searchsorted(problem.sizes, layout.rows[partition, 2])
     mode = draw.integers(room + 1)
-    chosen, seen = dispatch(problem, layout, draw.random(problem.n), mode, partition, oversubscribe, backfill)
+    chosen, seen = dispatch(
+        problem, layout, draw.random(problem.n), mode, partition, (oversubscribe, 5 - oversubscribe), backfill
+    )
     again = evaluate(problem, chosen)
     assert again.start_s == pytest.approx(seen.start_s, rel=1e-9, abs=1e-12)
     assert again.end_s == pytest.approx(seen.end_s, rel=1e-9, abs=1e-12)
@@ -236,6 +242,21 @@ def test_demands_that_no_device_can_meet(scheduler: str) -> None:
         plan(independent(SECOND_OF_FLOPS, Work(link_bytes=1.0)), "l40s", scheduler)
     with pytest.raises(DemandError, match=r"op0.*workspace"):
         plan(independent(SECOND_OF_FLOPS, demands=(Demand(workspace_bytes=1 << 50),)), "h100_sxm", scheduler)
+
+
+def test_search_gives_each_op_the_sms_that_it_needs() -> None:
+    """The list's lanes take whole partitions; the search finds SM counts with which both ops run at full speed."""
+    graph, device = design_page(), specs.get("h100_sxm")
+    found = plan(graph, device, "search", budget_s=0.2)
+    tg.verify(found, graph)
+    assert found.makespan_s <= plan(graph, device, "list").makespan_s
+    assert found.gap < 1.01
+
+
+@pytest.mark.parametrize("budget_s", [0.0, -1.0, float("nan")])
+def test_a_search_needs_a_budget(budget_s: float) -> None:
+    with pytest.raises(PlanError, match="budget_s"):
+        plan(independent(SECOND_OF_FLOPS), PLAIN, "search", budget_s=budget_s)
 
 
 def test_unknown_scheduler() -> None:

@@ -63,7 +63,8 @@ class Layout:
         """(lanes, lanes): lanes of different geometries whose partitions overlap; they never run together."""
         geometry, first, size = self.rows[self.lane_partition, :3].T
         apart = (first[:, None] + size[:, None] <= first[None, :]) | (first[None, :] + size[None, :] <= first[:, None])
-        return (geometry[:, None] != geometry[None, :]) & ~apart
+        result: np.ndarray = (geometry[:, None] != geometry[None, :]) & ~apart
+        return result
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,19 +123,19 @@ def evaluate(problem: Problem, chosen: Assignment, record: bool = False) -> Eval
 
 def dispatch(
     problem: Problem, layout: Layout, priority: np.ndarray, mode: np.ndarray, partition: np.ndarray,
-    oversubscribe: float = 1.0, backfill: bool = True,
+    oversubscribe: tuple[float, float] = (1.0, 1.0), backfill: bool = True,
 ) -> tuple[Assignment, Evaluation]:  # fmt: skip
     """Start ready ops by `priority` (n,), op i on mode[i] SMs in row partition[i] of `layout.rows`.
 
-    An op starts when its partition has a free lane and the SMs it uses, and when no soft resource would be asked for
-    more than `oversubscribe` times its capacity. Without `backfill` no op overtakes one of higher priority that waits
-    for SMs.
+    An op starts when its partition has a free lane and would not be asked for more than oversubscribe[0] times its
+    SMs, and no soft resource for more than oversubscribe[1] times its capacity. Without `backfill` no op overtakes
+    one of higher priority that waits for SMs.
     """
     n = problem.n
     start, end, lane, hold = np.zeros(n), np.zeros(n), np.zeros(n, np.int64), np.full(n, -1, np.int64)
     order = _dispatch(
-        priority, mode, partition, oversubscribe, backfill, layout.lane_partition, layout.rows, layout.conflicts,
-        problem.seconds, problem.use, problem.pred_ptr, problem.succ_ptr, problem.succ, problem.capacity,
+        priority, mode, partition, np.array(oversubscribe), backfill, layout.lane_partition, layout.rows,
+        layout.conflicts, problem.seconds, problem.use, problem.pred_ptr, problem.succ_ptr, problem.succ, problem.capacity,
         problem.sm_bytes_per_s, problem.launch_s, problem.switch_s, start, end, lane, hold,
     )  # fmt: skip
     held = np.flatnonzero(hold >= 0)
@@ -256,7 +257,8 @@ def _turn(
     for j in range(len(lane_partition)):
         if conflicts[lane, j]:
             ready_at[lane_partition[j]] = np.inf
-    return max(0.0, ready_at[here] - now)
+    left_s: float = max(0.0, ready_at[here] - now)
+    return left_s
 
 
 @njit
@@ -321,7 +323,7 @@ _NO_ROOM, _CONFLICT, _FULL = -1, -2, -3
 
 @njit
 def _room(
-    op: int, partition: np.ndarray, mode: np.ndarray, oversubscribe: float, running: np.ndarray,
+    op: int, partition: np.ndarray, mode: np.ndarray, oversubscribe: np.ndarray, running: np.ndarray,
     lane_partition: np.ndarray, rows: np.ndarray, conflicts: np.ndarray, use: np.ndarray, capacity: np.ndarray,
 ) -> int:  # fmt: skip
     """The lane on which `op` can start now; _FULL if all lanes are busy, _CONFLICT if another geometry has the SMs,
@@ -346,7 +348,7 @@ def _room(
             other = running[i]
             if other >= 0 and (r > 0 or lane_partition[i] == where):
                 others += use[other, mode[other], r]
-        limit = rows[where, 2] * 1.0 if r == 0 else capacity[r - 1] * oversubscribe
+        limit = (rows[where, 2] if r == 0 else capacity[r - 1]) * oversubscribe[min(r, 1)]
         if others > 0.0 and mine > 0.0 and others + mine > limit * _FITS:
             return _NO_ROOM
     return at
@@ -365,7 +367,7 @@ def _insert(ready: np.ndarray, count: int, op: int, priority: np.ndarray) -> int
 
 @njit
 def _dispatch(
-    priority: np.ndarray, mode: np.ndarray, partition: np.ndarray, oversubscribe: float, backfill: bool,
+    priority: np.ndarray, mode: np.ndarray, partition: np.ndarray, oversubscribe: np.ndarray, backfill: bool,
     lane_partition: np.ndarray, rows: np.ndarray, conflicts: np.ndarray, seconds: np.ndarray, use: np.ndarray,
     pred_ptr: np.ndarray, succ_ptr: np.ndarray, succ: np.ndarray, capacity: np.ndarray, sm_bytes_per_s: float,
     launch_s: float, switch_s: float, start: np.ndarray, end: np.ndarray, lane: np.ndarray, hold: np.ndarray,
@@ -389,7 +391,7 @@ def _dispatch(
             at = -1
             if not blocked:
                 at = _room(op, partition, mode, oversubscribe, running, lane_partition, rows, conflicts, use, capacity)
-                blocked = at == _CONFLICT or at == _FULL or (at == _NO_ROOM and not backfill)
+                blocked = at in (_CONFLICT, _FULL) or (at == _NO_ROOM and not backfill)
             if at < 0:
                 ready[kept] = op
                 kept += 1

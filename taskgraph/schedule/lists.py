@@ -19,7 +19,7 @@ def sequential(problem: Problem) -> Assignment:
 
 
 def layouts(device: Device) -> list[Layout]:
-    """The layouts that a list schedule is tried on: two and three lanes that share the device, and each of its splits."""
+    """What a list schedule is tried on: two and three lanes that share the device, and each of its splits."""
     splits = [Layout.isolated(g) for g in device.splits() if len(g.partitions) > 1]
     return [*(Layout.shared(device.sm_count, lanes) for lanes in (2, 3)), *splits]
 

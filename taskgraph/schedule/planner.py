@@ -2,7 +2,8 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 
@@ -19,8 +20,11 @@ from taskgraph.schedule.bounds import lower_bounds
 from taskgraph.schedule.evaluate import Assignment, Evaluation, Layout, evaluate
 from taskgraph.schedule.plan import Lane, Plan, Span, Step, Timeline, Verdict
 from taskgraph.schedule.problem import Costs, Problem, make_problem
+from taskgraph.schedule.search import Space, anneal, realise, search_layouts, starts
 
-SCHEDULERS = ("auto", "sequential", "list")
+SCHEDULERS = ("auto", "sequential", "list", "search")
+WINDOW = 8
+"""Iterations of a repeated body that the search looks at; the decisions then hold for all of them."""
 MIN_GAIN = 1.02
 """A packed plan must be predicted this much faster than the sequential one; less is not worth its events."""
 
@@ -32,15 +36,27 @@ class _Candidate:
     evaluation: Evaluation
 
 
-def plan(graph: Graph, device: str | Device = "cpu", scheduler: str = "auto", *, costs: Costs = op_table) -> Plan:
+def plan(
+    graph: Graph,
+    device: str | Device = "cpu",
+    scheduler: str = "auto",
+    *,
+    budget_s: float = 1.0,
+    seed: int = 0,
+    costs: Costs = op_table,
+) -> Plan:
     """The best plan that `scheduler` finds for `graph` on `device`, with bounds and a verdict.
 
     "sequential" runs op after op on the whole device. "list" packs by list scheduling and keeps the result even
-    where it loses. "auto" packs, and falls back to the sequential plan unless packing wins by MIN_GAIN.
-    DemandError if an op asks for more than the device has; PlanError for an unknown scheduler.
+    where it loses. "search" anneals for about `budget_s` seconds, deterministically for a `seed`, and keeps the
+    better of its result and the list's. "auto" packs by list scheduling. All but "list" fall back to the sequential
+    plan unless packing wins by MIN_GAIN. `costs` prices the ops.
+    DemandError if an op asks for more than the device has; PlanError for an unknown scheduler or a budget of 0.
     """
     if scheduler not in SCHEDULERS:
         raise PlanError(f"unknown scheduler {scheduler!r}; this version has {', '.join(SCHEDULERS)}.")
+    if not budget_s > 0:
+        raise PlanError(f"budget_s is {budget_s}; give the search some seconds, or use scheduler='list'.")
     target, flat = get(device), graph.flat()
     tensors = dict(flat.tensor)
     for op in graph.ops if graph.repeat is None else flat.ops:
@@ -48,7 +64,10 @@ def plan(graph: Graph, device: str | Device = "cpu", scheduler: str = "auto", *,
     problem = make_problem(flat, target, costs=costs)
     in_turn = lists.sequential(problem)
     baseline = _Candidate("sequential", in_turn, evaluate(problem, in_turn))
-    packed = min(_packings(problem, target), key=lambda c: c.evaluation.makespan_s, default=baseline)
+    packings = _packings(problem, target)
+    if scheduler == "search":
+        packings = chain(packings, _searched(graph, target, problem, costs, budget_s, seed))
+    packed = min(packings, key=lambda c: c.evaluation.makespan_s, default=baseline)
     if scheduler == "sequential":
         packed = baseline
     wins = packed.evaluation.makespan_s * MIN_GAIN < baseline.evaluation.makespan_s
@@ -68,6 +87,41 @@ def _packings(problem: Problem, device: Device) -> Iterator[_Candidate]:
         assignment = lists.pack(problem, layout)
         if assignment is not None:
             yield _Candidate(f"list on {lists.label(layout)}", assignment, evaluate(problem, assignment))
+
+
+def _searched(
+    graph: Graph, device: Device, problem: Problem, costs: Costs, budget_s: float, seed: int
+) -> Iterator[_Candidate]:
+    """The best of an annealing run on each layout, on the problem's SM counts."""
+    window, whole = _spaces(graph, device, problem, costs)
+    tried = search_layouts(device)
+    for layout in tried:
+        if int(problem.sizes[window.lowest_mode()].max()) > layout.rows[:, 2].max():
+            continue
+        state = anneal(window, layout, starts(window, layout), budget_s / len(tried), seed)
+        assignment, _ = realise(whole, layout, state)
+        label = f"search on {lists.label(assignment.layout)}, seed {seed}"
+        yield _Candidate(label, assignment, evaluate(problem, assignment))
+
+
+def _spaces(graph: Graph, device: Device, problem: Problem, costs: Costs) -> tuple[Space, Space]:
+    """What the search sees, and the whole: the same where nothing repeats, else a window of iterations."""
+    repeat = graph.repeat
+    if repeat is None or repeat.count <= WINDOW:
+        return (Space.flat(problem),) * 2
+    sizes = problem.sizes.tolist()
+    fewer = replace(graph, repeat=replace(repeat, count=WINDOW)).flat()
+    seen = make_problem(fewer, device, sizes, costs)
+    return _repeated(graph, seen, WINDOW), _repeated(graph, problem, repeat.count)
+
+
+def _repeated(graph: Graph, problem: Problem, count: int) -> Space:
+    """One decision for each op of the body, whatever the iteration."""
+    repeat = graph.repeat
+    assert repeat is not None
+    body = np.tile(np.arange(repeat.first, repeat.last), count)
+    decision = np.concatenate([np.arange(repeat.first), body, np.arange(repeat.last, len(graph.ops))])
+    return Space(problem, decision, np.arange(len(graph.ops)), count, repeat.count)
 
 
 def _error_band(problem: Problem) -> float:
