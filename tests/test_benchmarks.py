@@ -87,6 +87,9 @@ def test_rounds_are_interleaved() -> None:
     assert order == list("ababab")
     assert {name: len(row) for name, row in seconds.items()} == {"a": 2, "b": 2}
     assert spread([1.0, 1.0, 1.0]) == 0.0
+    order.clear()
+    assert len(interleaved(runs, rounds=1, warmup=0, lead=2)["b"]) == 1
+    assert order == list("aaabbb")
 
 
 @pytest.mark.parametrize("main", [overhead.main, schedule.main])
