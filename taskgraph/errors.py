@@ -24,6 +24,10 @@ class PlanError(TaskgraphError, ValueError):
     """A plan that breaks a rule, belongs to another graph, or has another schema version."""
 
 
+class ProfileError(TaskgraphError, RuntimeError):
+    """A profile database that is damaged, foreign or not writable, or a row that is no measurement."""
+
+
 class WeightsError(TaskgraphError, ValueError):
     """A checkpoint that is missing, truncated or does not fit the model."""
 

@@ -67,7 +67,7 @@ def make_problem(graph: Graph, device: Device, sizes: Sequence[int] | None = Non
         legal=np.array(sizes)[None, :] >= table.sm_min[:, None],
         seconds=table.seconds,
         use=np.concatenate([table.sm_use[:, :, None], table.rates], axis=2),
-        work=np.array([op.work.vector[1:] for op in graph.ops]),
+        work=(table.rates * table.seconds[:, :, None]).min(axis=1),
         pred_ptr=pred_ptr,
         pred=pred,
         succ_ptr=succ_ptr,
