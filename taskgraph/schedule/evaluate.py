@@ -135,8 +135,8 @@ def dispatch(
     start, end, lane, hold = np.zeros(n), np.zeros(n), np.zeros(n, np.int64), np.full(n, -1, np.int64)
     order = _dispatch(
         priority, mode, partition, np.array(oversubscribe), backfill, layout.lane_partition, layout.rows,
-        layout.conflicts, problem.seconds, problem.use, problem.pred_ptr, problem.succ_ptr, problem.succ, problem.capacity,
-        problem.sm_bytes_per_s, problem.launch_s, problem.switch_s, start, end, lane, hold,
+        layout.conflicts, problem.seconds, problem.use, problem.pred_ptr, problem.succ_ptr, problem.succ,
+        problem.capacity, problem.sm_bytes_per_s, problem.launch_s, problem.switch_s, start, end, lane, hold,
     )  # fmt: skip
     held = np.flatnonzero(hold >= 0)
     holds = np.stack([hold[held], held], axis=1)

@@ -57,7 +57,7 @@ UNSET = np.iinfo(np.int64).max
 class Island(NamedTuple):
     """One population of p individuals. A row: list, modes, starts, which activities are critical, makespan, print.
 
-    best_start and best_mode (n,) are the best schedule ever found; count holds its makespan, the schedules made, the
+    best_start and best_mode (n,) are the best schedule ever found; tally holds its makespan, the schedules made, the
     rows in use (fewer than p where a project has few schedules) and the random individuals tried for them.
     """
 
@@ -70,7 +70,7 @@ class Island(NamedTuple):
     rng: np.ndarray
     best_start: np.ndarray
     best_mode: np.ndarray
-    count: np.ndarray
+    tally: np.ndarray
 
 
 def _island(n: int, size: int, seed: int, stream: int) -> Island:
@@ -89,7 +89,7 @@ def _evolve(
 ) -> None:
     """Make children until `until` schedules are made or `target` is reached."""
     n, size = len(t.took), len(island.makespan)
-    rng, count = island.rng, island.count
+    rng, count = island.rng, island.tally
     child, mode = np.zeros(n, np.int64), np.zeros(n, np.int64)
     start, end, taken = np.zeros(n, np.int64), np.zeros(n, np.int64), np.zeros(n, np.bool_)
     while count[1] < until and count[0] > target:
@@ -120,7 +120,7 @@ def _evolve(
 @njit
 def _parent(island: Island) -> int:
     """The better of two individuals drawn at random."""
-    a, b = draw(island.rng, island.count[2]), draw(island.rng, island.count[2])
+    a, b = draw(island.rng, island.tally[2]), draw(island.rng, island.tally[2])
     return a if island.makespan[a] <= island.makespan[b] else b
 
 
@@ -190,10 +190,10 @@ def _settle(
     mark = np.int64(0)
     for i in range(len(order)):
         mark += island.salt[i] * (start[i] + 1) * (1 + 2 * mode[i])
-    for other in range(island.count[2]):
+    for other in range(island.tally[2]):
         if island.print[other] == mark:
             return
-    island.count[2] = max(island.count[2], row + 1)
+    island.tally[2] = max(island.tally[2], row + 1)
     island.order[row] = order
     island.mode[row] = mode
     island.makespan[row] = makespan
@@ -213,7 +213,7 @@ def _trade(islands: list[Island]) -> None:
     ]
     for k, island in enumerate(islands):
         order, mode, critical, makespan, mark = rows[k - 1]
-        worst = int(island.makespan[: island.count[2]].argmax())
+        worst = int(island.makespan[: island.tally[2]].argmax())
         if (island.print == mark).any() or makespan >= island.makespan[worst]:
             continue
         island.order[worst], island.mode[worst], island.critical[worst] = order, mode, critical
@@ -242,12 +242,12 @@ def solve(project: Project, budget_s: float, seed: int = 0, workers: int = 2, ta
 
     def run(island: Island, scratch: Scratch, until: int) -> None:
         step = schedules_for(tables, 2 * GUARD_S)
-        while island.count[1] < until and island.count[0] > stop and time.perf_counter() - begin < budget_s:
-            _evolve(tables, keys, extremes, island, min(until, int(island.count[1]) + step), stop, scratch)
+        while island.tally[1] < until and island.tally[0] > stop and time.perf_counter() - begin < budget_s:
+            _evolve(tables, keys, extremes, island, min(until, int(island.tally[1]) + step), stop, scratch)
 
     _in_epochs(islands, scratches, each, run, lambda: time.perf_counter() - begin < budget_s, stop)
-    best = min(islands, key=lambda island: int(island.count[0]))
-    made = sum(int(island.count[1]) for island in islands)
+    best = min(islands, key=lambda island: int(island.tally[0]))
+    made = sum(int(island.tally[1]) for island in islands)
     return seconds_of(project, tick, best.best_start, best.best_mode, bound, "search", made)
 
 
@@ -261,7 +261,7 @@ def _in_epochs(
         for epoch in range(1, EPOCHS + 1):
             until = max(1, each * epoch // EPOCHS)
             list(pool.map(run, islands, scratches, [until] * len(islands)))
-            if min(int(island.count[0]) for island in islands) <= stop or not in_time():
+            if min(int(island.tally[0]) for island in islands) <= stop or not in_time():
                 return
             _trade(islands)
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from taskgraph.errors import PlanError
 from taskgraph.jit import njit
-from taskgraph.schedule.bounds import _longest_path
+from taskgraph.schedule.bounds import longest_path
 from taskgraph.schedule.lists import _upward_rank
 from taskgraph.schedule.project import Project, Schedule
 from taskgraph.schedule.sgs import (
@@ -40,13 +40,13 @@ class Chains(NamedTuple):
 def chains(tables: Tables) -> Chains:
     """Chains of the shortest allowed times, in ticks."""
     took = np.where(tables.took < 0, np.inf, tables.took).min(axis=1)
-    head = _longest_path(took, tables.pred_ptr, tables.pred) - took
+    head = longest_path(took, tables.pred_ptr, tables.pred) - took
     tail = _upward_rank(took, tables.succ_ptr, tables.succ)
     return Chains(head.astype(np.int64), tail.astype(np.int64))
 
 
 def ticks_bound(tables: Tables, chain: Chains) -> int:
-    """A lower bound on the makespan in ticks: the work of any resource between the heads and the tails of what needs it.
+    """A lower bound on the makespan in ticks: a resource's work between the heads and the tails of what needs it.
 
     For every head h and tail q, what starts at h or later and has q or more after its own end needs at least its area
     over the capacity in between (the preemptive one-machine bound of Carlier 1982, for areas). The chain is the case
@@ -132,7 +132,7 @@ def draw(rng: np.ndarray, below: int) -> int:
     x ^= x >> np.uint64(7)
     x ^= x << np.uint64(17)
     rng[0] = x
-    return np.int64(((x >> np.uint64(32)) * np.uint64(below)) >> np.uint64(32))
+    return int(((x >> np.uint64(32)) * np.uint64(below)) >> np.uint64(32))
 
 
 def seeded(seed: int, stream: int) -> np.ndarray:

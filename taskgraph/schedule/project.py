@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from taskgraph.errors import DemandError, GraphError, PlanError
-from taskgraph.schedule.bounds import _longest_path
+from taskgraph.schedule.bounds import longest_path
 from taskgraph.schedule.problem import _rows, _transposed
 
 FRACTION_SLACK = 1e-6
@@ -76,7 +76,7 @@ def make_project(
     if use.shape[2] != len(capacity) or not (np.isfinite(capacity).all() and (capacity > 0).all()):
         raise DemandError(f"{use.shape[2]} uses and capacities {capacity.tolist()}; give each resource one above 0.")
     seconds[(use > capacity).any(axis=2)] = np.inf
-    for i in np.flatnonzero(~np.isfinite(seconds).any(axis=1)):
+    for i in np.flatnonzero(~np.isfinite(seconds).any(axis=1)).tolist():
         least = use[i].min(axis=0).tolist()
         raise DemandError(f"Activity {i} has no mode that fits: it uses at least {least} of {capacity.tolist()}.")
     for i, before in enumerate(predecessors):
@@ -140,4 +140,4 @@ def _last_of_instant(times: np.ndarray) -> np.ndarray:
 
 def chain_bound(project: Project) -> float:
     """Seconds of the longest chain of fastest modes: the critical-path bound of the field."""
-    return float(_longest_path(project.seconds.min(axis=1), project.pred_ptr, project.pred).max())
+    return float(longest_path(project.seconds.min(axis=1), project.pred_ptr, project.pred).max())
