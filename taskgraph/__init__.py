@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from taskgraph import ops as ops
     from taskgraph.errors import (
         BackendUnavailable,
+        CalibrationError,
         DemandError,
         DeviceError,
         ExecutionError,
@@ -34,7 +35,8 @@ __version__ = "0.1.0"
 
 _HOME = {
     "taskgraph.errors": (
-        "BackendUnavailable DemandError DeviceError ExecutionError GraphError PlanError TaskgraphError WeightsError"
+        "BackendUnavailable CalibrationError DemandError DeviceError ExecutionError GraphError PlanError TaskgraphError "
+        "WeightsError"
     ),
     "taskgraph.graph.device": "Device Geometry Partition",
     "taskgraph.graph.graph": "Graph GraphBuilder Value",

@@ -24,6 +24,10 @@ class PlanError(TaskgraphError, ValueError):
     """A plan that breaks a rule, belongs to another graph, or has another schema version."""
 
 
+class CalibrationError(TaskgraphError, ValueError):
+    """A table of measurements or a coefficient file that cannot be used; names the row and the column."""
+
+
 class WeightsError(TaskgraphError, ValueError):
     """A checkpoint that is missing, truncated or does not fit the model."""
 
