@@ -28,6 +28,12 @@ _SCALE = 0.05
 """Log error beyond which a row counts linearly (soft L1), so that odd kernels do not bend the fit."""
 _PULL = 0.02
 """Pull of a coefficient's log towards its start: what the data do not determine stays put."""
+_LIMITS = {
+    "wave": (0.01, 1.0), "overlap": (1.0, 8.0), "hbm_efficiency": (0.3, 1.0), "link_efficiency": (0.3, 1.0),
+    "l2_gain": (1.0, 4.0), "l2_share": (0.3, 1.2), "mma_efficiency": (0.2, 1.0), "tile_efficiency": (0.2, 1.0),
+}  # fmt: skip
+"""What a coefficient can mean at all; the others stay within a factor of 20 of their start. Without these a formula may
+fit as well and transfer badly: an efficiency above 1 is another effect in disguise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +120,15 @@ def _fit_formula(table: Measurements, spec: np.ndarray) -> np.ndarray:
             [np.log(bases(table.family.number, rows, spec, start * np.exp(x))) - seconds, _PULL * x]
         )
 
+    limits = np.array([_LIMITS.get(name, (value / 20, value * 20)) for name, value in table.family.coefficients])
     found = least_squares(
-        residuals, np.zeros(len(start)), bounds=(-3.0, 3.0), loss="soft_l1", f_scale=_SCALE, diff_step=1e-3, max_nfev=40
+        residuals,
+        np.zeros(len(start)),
+        bounds=tuple(np.log(limits.T / start)),
+        loss="soft_l1",
+        f_scale=_SCALE,
+        diff_step=1e-3,
+        max_nfev=40,
     )
     result: np.ndarray = start * np.exp(found.x)
     return result
