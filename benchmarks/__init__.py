@@ -38,11 +38,13 @@ def interleaved(
     warmup: int = 1,
     budget_s: float = float("inf"),
     pause_s: float = 0.0,
+    lead: int = 0,
 ) -> dict[str, list[float]]:
     """Seconds of every round of every run, one of each in turn, so that a disturbance meets all of them alike.
 
     Stops after `rounds`, or after the first round that ends beyond `budget_s`. `pause_s` lets the worker threads of
-    the run before fall asleep.
+    the run before fall asleep; `lead` untimed runs come straight before each timed one, so that it finds its own
+    caches and threads warm, and not those of its neighbour.
     """
     for _ in range(warmup):
         for run in runs.values():
@@ -52,6 +54,8 @@ def interleaved(
     for _ in range(rounds):
         for name, run in runs.items():
             time.sleep(pause_s)
+            for _ in range(lead):
+                run()
             seconds[name].append(seconds_of(run))
         if time.perf_counter() - begin > budget_s:
             break

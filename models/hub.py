@@ -70,10 +70,12 @@ def snapshot_path(hub_id: str) -> Path:
         raise WeightsError(f"{hub_id!r} is gated: accept its terms on huggingface.co, then `hf auth login`.") from error
     except errors.RepositoryNotFoundError as error:
         raise WeightsError(f"the hub has no model {hub_id!r}, or it is private. Check the id.") from error
-    except (OSError, errors.HFValidationError, errors.LocalEntryNotFoundError) as error:
+    except errors.HFValidationError as error:
+        raise WeightsError(f"{hub_id!r} is no name of a model on the hub; give org/name.") from error
+    except (OSError, *errors.HfHubHTTPError.__bases__) as error:  # the errors of its HTTP library, whichever it has
         raise WeightsError(
-            f"cannot fetch {hub_id!r}: the hub is unreachable ({type(error).__name__}). "
-            "Check the network, or give the path of a local copy."
+            f"cannot fetch {hub_id!r}: the hub is unreachable or broke off ({type(error).__name__}). "
+            "Check the network and try again (what is whole is kept), or give the path of a local copy."
         ) from error
     return Path(folder)
 

@@ -66,7 +66,7 @@ def step_graph(
             heads=config.heads,
             theta=config.rope_theta,
             eps=config.norm_eps,
-            scaling=_scaling(config),
+            scaling=rope_scaling(config),
             name="rope",
         )
         mixed = tg.ops.attention(q, positions, keys, values, context=min(context or cache, cache), name="attention")
@@ -93,7 +93,8 @@ LOGITS, NEXT = "lm_head_proj.out", "sample.out"
 """Names of the outputs of every step graph."""
 
 
-def _scaling(config: ModelConfig) -> tuple[float, ...]:
+def rope_scaling(config: ModelConfig) -> tuple[float, ...]:
+    """Llama 3's rotary scaling as `ops.rope_kv` takes it; empty for the others."""
     s = config.rope_scaling
     return () if s is None else (s.factor, s.low_freq_factor, s.high_freq_factor, float(s.original_max_position))
 

@@ -7,8 +7,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
+import numpy as np
+import numpy.typing as npt
+
 from taskgraph.errors import WeightsError
-from taskgraph.models.config import ModelConfig, load_config
+from taskgraph.models.config import ModelConfig, RopeScaling, load_config
 from taskgraph.models.hub import smollm2_path, snapshot_path
 from taskgraph.models.tokenizer import Tokenizer
 
@@ -126,11 +129,8 @@ class GgufCheckpoint(_Closing):
         get = {k.removeprefix(f"{arch}."): v for k, v in self.metadata.items()}.get
         heads, hidden = int(get("attention.head_count", 0)), int(get("embedding_length", 0))
         names = {t.name for t in self._reader.tensors}
-        if "rope_freqs.weight" in names:
-            raise WeightsError(
-                f"{name}: GGUF with scaled rotary frequencies (Llama 3.1 and later) cannot be read yet; "
-                "use the safetensors checkpoint."
-            )
+        head_dim, theta = int(get("attention.key_length", hidden // heads)), float(get("rope.freq_base", 10000.0))
+        divisors = next((t.data for t in self._reader.tensors if t.name == "rope_freqs.weight"), None)
         return ModelConfig(
             name=name,
             family=str(arch),
@@ -138,13 +138,14 @@ class GgufCheckpoint(_Closing):
             layers=int(get("block_count", 0)),
             heads=heads,
             kv_heads=int(get("attention.head_count_kv", heads)),
-            head_dim=int(get("attention.key_length", hidden // heads)),
+            head_dim=head_dim,
             intermediate_size=int(get("feed_forward_length", 0)),
             vocab_size=len(self.metadata["tokenizer.ggml.tokens"]),
             norm_eps=float(get("attention.layer_norm_rms_epsilon", 1e-5)),
-            rope_theta=float(get("rope.freq_base", 10000.0)),
+            rope_theta=theta,
             max_context=int(get("context_length", 2048)),
             tie_embeddings="output.weight" not in names,
+            rope_scaling=None if divisors is None else rope_scaling_of(np.asarray(divisors), theta, name),
         )
 
     def names(self) -> tuple[str, ...]:
@@ -168,6 +169,33 @@ class GgufCheckpoint(_Closing):
     def tokenizer(self) -> Tokenizer:
         """The tokenizer in the file's metadata."""
         return Tokenizer.from_gguf(self.metadata)
+
+
+def rope_scaling_of(divisors: npt.NDArray[np.float32], theta: float, name: str) -> RopeScaling | None:
+    """The Llama 3 scaling behind a GGUF's rope_freqs, which divide the rotary frequencies one by one.
+
+    Between its two bounds the scaling is 1/divisor = (1 - s)/factor + s with s linear in a frequency's turns over the
+    original context (Llama 3.1's reference code), so a line through s gives the bounds. Only their ratios count; the
+    lower one is 1, as in the published models. WeightsError when no such line gives the divisors back.
+    """
+    given = divisors.astype(np.float64).reshape(-1)
+    factor = float(given.max())
+    if np.allclose(given, 1.0):
+        return None
+    frequency = theta ** (-np.arange(len(given)) / len(given)) / (2 * np.pi)
+    share = (1 / given - 1 / factor) / (1 - 1 / factor)
+    between = (share > 1e-4) & (share < 1 - 1e-4)
+    if between.sum() >= 2:
+        slope, zero = np.polyfit(frequency[between], share[between], 1)
+        low, high = 1.0, 1.0 - 1.0 / zero
+        context = round(float(slope * (high - low)))
+        found = ((frequency * context - low) / (high - low)).clip(0, 1)
+        if np.allclose(1 / ((1 - found) / factor + found), given, rtol=1e-3):
+            return RopeScaling(round(factor, 4), low, round(float(high), 4), context)
+    raise WeightsError(
+        f"{name}: its rope_freqs are not Llama 3's scaling of rotary frequencies, the one this version knows; "
+        "use the safetensors checkpoint."
+    )
 
 
 def _unpermuted(weight: "torch.Tensor", heads: int) -> "torch.Tensor":

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from taskgraph import ops as ops
+    from taskgraph.cost.profiles import ProfileDB
     from taskgraph.errors import (
         BackendUnavailable,
         CalibrationError,
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
         ExecutionError,
         GraphError,
         PlanError,
+        ProfileError,
         TaskgraphError,
         WeightsError,
     )
@@ -26,7 +28,9 @@ if TYPE_CHECKING:
     from taskgraph.observe.explain import explain
     from taskgraph.observe.report import write_report
     from taskgraph.observe.trace import write_trace
+    from taskgraph.observe.tuned import explain_tuned
     from taskgraph.runtime.backend import Executable, compile
+    from taskgraph.runtime.tune import Tuned, autotune
     from taskgraph.schedule.plan import Bounds, Lane, Plan, Span, Step, Timeline, Verdict
     from taskgraph.schedule.planner import plan
     from taskgraph.schedule.verify import verify
@@ -34,9 +38,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "taskgraph.cost.profiles": "ProfileDB",
     "taskgraph.errors": (
-        "BackendUnavailable CalibrationError DemandError DeviceError ExecutionError GraphError PlanError TaskgraphError "
-        "WeightsError"
+        "BackendUnavailable CalibrationError DemandError DeviceError ExecutionError GraphError PlanError "
+        "ProfileError TaskgraphError WeightsError"
     ),
     "taskgraph.graph.device": "Device Geometry Partition",
     "taskgraph.graph.graph": "Graph GraphBuilder Value",
@@ -44,7 +49,9 @@ _HOME = {
     "taskgraph.schedule.plan": "Bounds Lane Plan Span Step Timeline Verdict",
     "taskgraph.schedule.planner": "plan",
     "taskgraph.schedule.verify": "verify",
+    "taskgraph.observe.tuned": "explain_tuned",
     "taskgraph.runtime.backend": "Executable compile",
+    "taskgraph.runtime.tune": "Tuned autotune",
     "taskgraph.observe.explain": "explain",
     "taskgraph.observe.report": "write_report",
     "taskgraph.observe.trace": "write_trace",

@@ -28,6 +28,10 @@ class CalibrationError(TaskgraphError, ValueError):
     """A table of measurements or a coefficient file that cannot be used; names the row and the column."""
 
 
+class ProfileError(TaskgraphError, RuntimeError):
+    """A profile database that is damaged, foreign or not writable, or a row that is no measurement."""
+
+
 class WeightsError(TaskgraphError, ValueError):
     """A checkpoint that is missing, truncated or does not fit the model."""
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from taskgraph.errors import GraphError
 from taskgraph.graph.graph import Value
-from taskgraph.graph.op import ITEMSIZE, Attr, Demand, Op, Tensor, TensorSpec, Work
+from taskgraph.graph.op import ITEMSIZE, Attr, Demand, Op, Tensor, TensorSpec, Work, seen_inputs
 
 Shapes = Sequence[Tensor]
 Attrs = dict[str, Attr]
@@ -23,19 +23,28 @@ WORK_RULES: dict[str, Callable[[Shapes, Shapes, Attrs], Work]] = {}
 
 SPLIT_RULES: dict[str, tuple[int | None, ...]] = {
     "embedding": (0, None),
-    "gemm": (0, None, None),
+    "gemm": (0, None, 0, 0),
     "rmsnorm": (0, None),
     "rope": (0, 0),
     "rope_kv": (0, 0, 0, 0, None, None),
     "attention": (0, 0, 0, 0),
-    "decode_attention": (0, 0),
+    "decode_attention": (0, 1),
     "swiglu": (0,),
     "add": (0, 0),
     "argmax": (0,),
     "copy": (0,),
     "slice_rows": (0,),
+    "concat_rows": (0,),
+    "all_gather": (0,),
+    "all_reduce": (0,),
+    "reduce_scatter": (0,),
 }
-"""kind -> for each input the axis that carries the batch, None where a slice needs the whole operand."""
+"""kind -> for each input the axis that carries the batch, None where a slice needs the whole operand.
+
+Every output carries the batch on its first axis. `batch_axes` reads the table.
+"""
+
+COLLECTIVES = ("all_gather", "all_reduce", "reduce_scatter")
 
 
 def shape_rule(kind: str) -> Callable[[Rule], Rule]:
@@ -164,6 +173,30 @@ def _(ins: Shapes, attrs: Attrs) -> list[tuple[tuple[int, ...], str]]:
     return [(x.shape, x.dtype)]
 
 
+@shape_rule("concat_rows")
+def _(ins: Shapes, attrs: Attrs) -> list[tuple[tuple[int, ...], str]]:
+    kinds = {(t.shape[1:], t.dtype) for t in ins}
+    _need(len(kinds) == 1 and len(ins[0].shape) >= 1, "concat_rows", ins, "all must have one dtype and equal rows")
+    return [((sum(t.shape[0] for t in ins), *ins[0].shape[1:]), ins[0].dtype)]
+
+
+def _collective_shape(kind: str, resized: Callable[[int, int], int]) -> None:
+    @shape_rule(kind)
+    def _(ins: Shapes, attrs: Attrs) -> list[tuple[tuple[int, ...], str]]:
+        (x,) = ins
+        ranks, axis = int(attrs["ranks"]), int(attrs["axis"])  # type: ignore[arg-type]
+        _need(ranks >= 1 and 0 <= axis < len(x.shape), kind, ins, f"no {ranks} ranks on axis {axis}")
+        _need(
+            kind != "reduce_scatter" or x.shape[axis] % ranks == 0, kind, ins, f"{ranks} ranks cannot share axis {axis}"
+        )
+        return [((*x.shape[:axis], resized(x.shape[axis], ranks), *x.shape[axis + 1 :]), x.dtype)]
+
+
+_collective_shape("all_gather", lambda rows, ranks: rows * ranks)
+_collective_shape("all_reduce", lambda rows, ranks: rows)
+_collective_shape("reduce_scatter", lambda rows, ranks: rows // ranks)
+
+
 @shape_rule("slice_rows")
 def _(ins: Shapes, attrs: Attrs) -> list[tuple[tuple[int, ...], str]]:
     (x,) = ins
@@ -246,6 +279,51 @@ def _(ins: Shapes, outs: Shapes, attrs: Attrs) -> Work:
 @work_rule("slice_rows")
 def _(ins: Shapes, outs: Shapes, attrs: Attrs) -> Work:
     return Work(hbm_bytes=2 * _moved(outs))
+
+
+@work_rule("concat_rows")
+def _(ins: Shapes, outs: Shapes, attrs: Attrs) -> Work:
+    return Work(hbm_bytes=2 * _moved(outs))
+
+
+def _collective_work(kind: str, passes: int, reduces: bool) -> None:
+    """Ring algorithms (Patarasuk and Yuan 2009): in each pass a rank sends (ranks - 1) / ranks of the whole tensor."""
+
+    @work_rule(kind)
+    def _(ins: Shapes, outs: Shapes, attrs: Attrs) -> Work:
+        ranks = int(attrs["ranks"])  # type: ignore[arg-type]
+        whole = max(ins[0], outs[0], key=lambda t: t.nbytes)
+        sent = (ranks - 1) / ranks
+        return Work(
+            flops=sent * math.prod(whole.shape) if reduces else 0.0,
+            hbm_bytes=_moved(ins) + _moved(outs),
+            link_bytes=passes * sent * whole.nbytes,
+        )
+
+
+_collective_work("all_gather", 1, False)
+_collective_work("all_reduce", 2, True)
+_collective_work("reduce_scatter", 1, True)
+
+
+# -------------------------------------------------------------------------------------- split rules
+
+
+def batch_axes(op: Op, inputs: Shapes) -> tuple[int | None, ...] | None:
+    """For each input of `op` the axis that carries the batch, None where a slice needs the whole; None if it has none.
+
+    A custom op declares it in the attribute `split_axes` (-1 for None).
+    """
+    declared = op.attr("split_axes", ())
+    if isinstance(declared, tuple) and len(declared) == len(inputs) > 0:
+        return tuple(None if axis < 0 else axis for axis in declared)
+    rule = SPLIT_RULES.get(op.kind)
+    if rule is None or (op.kind in COLLECTIVES and op.integer("axis") == 0):
+        return None
+    axes = rule * len(inputs) if op.kind == "concat_rows" else rule[: len(inputs)]
+    if op.kind == "gemm":  # a bias is a row for all, a residual a matrix
+        axes = (*axes[:2], *(0 if len(t.shape) == 2 else None for t in inputs[2:]))
+    return axes if all(a is None or a < len(t.shape) for a, t in zip(axes, inputs, strict=True)) else None
 
 
 # ---------------------------------------------------------------------------------- public functions
@@ -377,6 +455,38 @@ def copy(x: Value, *, direction: str = "d2d", name: str | None = None, demand: D
     return apply("copy", [x], {"direction": direction}, name=name, demand=demand)
 
 
+def concat_rows(parts: Sequence[Value], *, name: str | None = None) -> Value:
+    """The rows of all `parts`, one after another, copied into one tensor."""
+    return apply("concat_rows", parts, name=name)
+
+
+NCCL_SMS = Demand(sm=(2, 32))
+"""What a collective asks for unless told: an assumption, after NCCL, which drives a link with a block a channel and
+has at most 32 channels by default; two blocks are the fewest that keep a ring's send and receive going."""
+
+
+def all_gather(x: Value, *, ranks: int, axis: int = 0, name: str | None = None, demand: Demand | None = None) -> Value:
+    """The x of all `ranks`, in their order, joined along `axis`."""
+    return _collective("all_gather", x, ranks, axis, name, demand)
+
+
+def all_reduce(x: Value, *, ranks: int, axis: int = 1, name: str | None = None, demand: Demand | None = None) -> Value:
+    """The sum of x over all `ranks`; `axis` is where a ring cuts it into chunks."""
+    return _collective("all_reduce", x, ranks, axis, name, demand)
+
+
+def reduce_scatter(
+    x: Value, *, ranks: int, axis: int = 0, name: str | None = None, demand: Demand | None = None
+) -> Value:
+    """This rank's share, cut along `axis`, of the sum of x over all `ranks`."""
+    return _collective("reduce_scatter", x, ranks, axis, name, demand)
+
+
+def _collective(kind: str, x: Value, ranks: int, axis: int, name: str | None, demand: Demand | None) -> Value:
+    wanted = demand or (NCCL_SMS if ranks > 1 else None)
+    return apply(kind, [x], {"ranks": ranks, "axis": axis}, name=name, demand=wanted)
+
+
 def slice_rows(x: Value, start: int, stop: int, step: int = 1, *, name: str | None = None) -> Value:
     """x[start:stop:step] along the first axis, copied (the last token of every sequence, say)."""
     return apply("slice_rows", [x], {"start": start, "stop": stop, "step": step}, name=name)
@@ -388,6 +498,6 @@ def check_op(op: Op, tensors: dict[str, Tensor]) -> None:
     if rule is None:
         return
     made = [(tensors[name].shape, tensors[name].dtype) for name in op.outputs]
-    wanted = rule([tensors[name] for name in op.inputs], dict(op.attrs))
+    wanted = rule(seen_inputs(op, tensors), dict(op.attrs))
     if made != wanted:
         raise GraphError(f"op {op.name!r} of kind {op.kind!r} makes {made}, but its inputs give {wanted}.")

@@ -84,6 +84,22 @@ MADE: dict[str, tuple[Maker, tuple[int, ...], str, Work]] = {
     "slice_rows": (
         lambda b: ops.slice_rows(b.input("x", (7, 8), "f32"), 1, 7, 2), (3, 8), "f32", Work(hbm_bytes=2 * 96),
     ),
+    "concat_rows": (
+        lambda b: ops.concat_rows([b.input("x", (2, 8), "f32"), b.input("y", (1, 8), "f32")]),
+        (3, 8), "f32", Work(hbm_bytes=2 * 96),
+    ),
+    "all_gather": (
+        lambda b: ops.all_gather(b.input("x", (3, 8), "f32"), ranks=4, axis=1),
+        (3, 32), "f32", Work(hbm_bytes=96 + 384, link_bytes=3 * 96),
+    ),
+    "all_reduce": (
+        lambda b: ops.all_reduce(b.input("x", (3, 8), "f32"), ranks=4),
+        (3, 8), "f32", Work(flops=18, hbm_bytes=2 * 96, link_bytes=2 * 72),
+    ),
+    "reduce_scatter": (
+        lambda b: ops.reduce_scatter(b.input("x", (3, 8), "f32"), ranks=4, axis=1),
+        (3, 2), "f32", Work(flops=18, hbm_bytes=96 + 24, link_bytes=72),
+    ),
 }  # fmt: skip
 
 
@@ -97,7 +113,7 @@ def test_shape_dtype_and_work_of_every_kind(kind: str) -> None:
     op = b.build().ops[-1]
     assert op.kind == kind
     assert op.work.vector == work.vector
-    assert len(ops.SPLIT_RULES[kind]) >= len(op.inputs) - (kind == "gemm")
+    assert len(ops.SPLIT_RULES[kind]) >= len(op.inputs) or kind == "concat_rows"
 
 
 def test_d2d_copy_moves_twice_within_the_device() -> None:
@@ -133,6 +149,10 @@ MISFITS: dict[str, Callable[[GraphBuilder], Any]] = {
     "argmax": lambda b: ops.argmax(b.input("bad", (3,), "f32")),
     "copy": lambda b: ops.copy(b.input("bad", (3,), "f32"), direction="up"),
     "slice_rows": lambda b: ops.slice_rows(b.input("bad", (3, 4), "f32"), 1, 9),
+    "concat_rows": lambda b: ops.concat_rows([b.input("bad", (3, 4), "f32"), b.input("y", (3, 5), "f32")]),
+    "all_gather": lambda b: ops.all_gather(b.input("bad", (3, 4), "f32"), ranks=2, axis=2),
+    "all_reduce": lambda b: ops.all_reduce(b.input("bad", (3, 4), "f32"), ranks=0),
+    "reduce_scatter": lambda b: ops.reduce_scatter(b.input("bad", (3, 4), "f32"), ranks=2, axis=0),
 }  # fmt: skip
 
 

@@ -4,14 +4,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
 import taskgraph as tg
 from taskgraph.models import llama
-from taskgraph.models.config import from_hf, known, load_config
+from taskgraph.models.config import RopeScaling, from_hf, known, load_config
 from taskgraph.models.session import Session
-from taskgraph.models.weights import open_checkpoint
+from taskgraph.models.weights import hf_name, open_checkpoint, rope_scaling_of
 from taskgraph.schedule.arena import max_live_bytes
 
 PROMPTS = [
@@ -122,6 +124,79 @@ def test_family_equals_transformers(family: str, batch: int) -> None:
         for place in (10, 11):
             step = session.run(ids[:, place].tolist(), [place] * batch)[llama.LOGITS]
             torch.testing.assert_close(step, expected[:, place], atol=1e-3, rtol=1e-3)
+
+
+def write_gguf(path: Path, model: Any) -> None:
+    """A llama as llama.cpp's converter writes it: rotary pairs interleaved, Llama 3's scaling as rope_freqs."""
+    import gguf
+
+    c = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(c.num_hidden_layers)
+    writer.add_embedding_length(c.hidden_size)
+    writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_head_count(c.num_attention_heads)
+    writer.add_head_count_kv(c.num_key_value_heads)
+    writer.add_key_length(c.head_dim)
+    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    writer.add_context_length(c.max_position_embeddings)
+    writer.add_rope_freq_base(c.rope_parameters["rope_theta"])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"t{i}" for i in range(c.vocab_size)])
+    writer.add_tensor("rope_freqs.weight", divisors(c.rope_parameters, c.head_dim))
+    gguf_name = {hf_name(f"{stem}.weight"): f"{stem}.weight" for stem in ("token_embd", "output_norm", "output")}
+    for i in range(c.num_hidden_layers):
+        for part in ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up"):
+            gguf_name[hf_name(f"blk.{i}.{part}.weight")] = f"blk.{i}.{part}.weight"
+        gguf_name[hf_name(f"blk.{i}.ffn_down.weight")] = f"blk.{i}.ffn_down.weight"
+    for name, tensor in model.state_dict().items():
+        heads = {"q_proj": c.num_attention_heads, "k_proj": c.num_key_value_heads}.get(name.split(".")[-2])
+        if heads:
+            tensor = tensor.view(heads, 2, c.head_dim // 2, -1).transpose(1, 2).reshape(tensor.shape)
+        writer.add_tensor(gguf_name[name], tensor.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def divisors(rope: dict[str, float], dim: int) -> npt.NDArray[np.float32]:
+    """What Llama 3's scaling divides each rotary frequency by, from transformers' own frequencies."""
+    import transformers as hf
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config = hf.LlamaConfig(hidden_size=dim, num_attention_heads=1, head_dim=dim, rope_parameters=dict(rope))
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    plain = rope["rope_theta"] ** (-torch.arange(0, dim, 2).double() / dim)
+    ratio: npt.NDArray[np.float32] = (plain / scaled.double()).float().numpy()
+    return ratio
+
+
+def test_gguf_with_scaled_rope_equals_transformers(tmp_path: Path) -> None:
+    model = tiny("llama3")
+    write_gguf(tmp_path / "tiny.gguf", model)
+    ids = torch.randint(0, model.config.vocab_size, (1, 90))
+    with open_checkpoint(tmp_path / "tiny.gguf") as checkpoint:
+        assert checkpoint.config.rope_scaling == RopeScaling(8.0, 1.0, 4.0, 64)
+        weights = llama.load_weights(checkpoint.config, checkpoint, "f32")
+    with Session(checkpoint.config, weights, dtype="f32", cache=96) as session, torch.inference_mode():
+        logits = session.run(ids[0].tolist(), [0], all_logits=True)[llama.LOGITS]
+        torch.testing.assert_close(logits, model(ids).logits[0], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_rope_freqs_of_llama_3_give_its_published_scaling(factor: float) -> None:
+    rope = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192, "rope_theta": 500_000.0}  # fmt: skip
+    for dim in (64, 128):
+        assert rope_scaling_of(divisors(rope, dim), 500_000.0, "x") == RopeScaling(factor, 1.0, 4.0, 8192)
+
+
+def test_unknown_rope_freqs_are_refused() -> None:
+    assert rope_scaling_of(np.ones(32, np.float32), 1e4, "plain") is None
+    for strange in (np.full(32, 4.0), np.linspace(1, 8, 32), np.linspace(8, 1, 32)):
+        with pytest.raises(tg.WeightsError, match="odd"):
+            rope_scaling_of(strange.astype(np.float32), 1e4, "odd")
 
 
 def test_bf16_follows_f32() -> None:

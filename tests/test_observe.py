@@ -153,6 +153,35 @@ def test_trace_has_a_track_a_lane_and_right_durations(
     assert page[2]["args"]["kind"] == "measured"
 
 
+def test_trace_is_what_perfetto_reads(plan: Plan, timelines: dict[str, Timeline], tmp_path: Path) -> None:
+    """The rules of the Trace Event Format for the two phases we write; Perfetto's JSON importer follows them.
+
+    "Trace Event Format", Duncan and others, Google 2013 to 2016: metadata events carry args.name or args.sort_index;
+    complete events carry ts and dur in microseconds, nest or follow each other on a thread, and never overlap.
+    """
+    write_trace(tmp_path / "trace.json", timelines, plan)
+    text = (tmp_path / "trace.json").read_text()
+    body = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    assert isinstance(body["traceEvents"], list) and body["displayTimeUnit"] in ("ms", "ns")
+    keys = {"process_name": "name", "thread_name": "name", "process_sort_index": "sort_index"}
+    keys["thread_sort_index"] = "sort_index"
+    ends: dict[tuple[int, int], float] = {}
+    for event in body["traceEvents"]:
+        assert isinstance(event["pid"], int) and isinstance(event["tid"], int) and isinstance(event["name"], str)
+        if event["ph"] == "M":
+            value = event["args"][keys[event["name"]]]
+            assert isinstance(value, str if "name" in keys[event["name"]] else int)
+            assert event["pid"] not in {pid for pid, _ in ends}, "names come before the spans of their process"
+            continue
+        assert event["ph"] == "X" and isinstance(event["cat"], str) and isinstance(event["args"], dict)
+        assert event["ts"] >= 0 and event["dur"] >= 0
+        track = (event["pid"], event["tid"])
+        assert event["ts"] >= ends.get(track, 0.0) - 1e-6
+        ends[track] = event["ts"] + event["dur"]
+    longest = {pid: max(end for (p, _), end in ends.items() if p == pid) for pid in (1, 2)}
+    assert longest == {1: pytest.approx(10.0), 2: pytest.approx(20.0)}, "microseconds"
+
+
 def test_report_is_one_file_and_escapes_names(plan: Plan, timelines: dict[str, Timeline], tmp_path: Path) -> None:
     facts, table = {"tokens/s": "12,345 (simulated)"}, [("batch", "step"), ("<8>", "1 ms")]
     write_report(tmp_path / "r.html", plan, timelines, facts, table)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -26,25 +27,52 @@ def python(code: str, *, cwd: Path, path: Path | None = None) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel of the checkout, built from a copy, so that the build leaves nothing in the tree."""
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
-    source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "taskgraph", "models", "cuda"):
-        subprocess.run(["cp", "-a", str(ROOT / name), str(source / name)], check=True)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(folder), str(source)]
-    try:
-        import setuptools  # noqa: F401
+def isolation() -> list[str]:
+    """No build environment of its own where setuptools is installed already."""
+    return ["--no-build-isolation"] if find_spec("setuptools") else []
 
-        command.append("--no-build-isolation")
-    except ImportError:
-        pass  # pip fetches the build requirements into its own environment
+
+def wheel_of(source: Path, folder: Path) -> Path:
+    """The wheel that pip builds from a tree or an sdist."""
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "-w",
+        str(folder),
+        *isolation(),
+        str(source),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (made,) = folder.glob("taskgraph_gpu-*.whl")
     return made
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the checkout, so that a build leaves nothing in the tree."""
+    folder = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "README.md", "LICENSE", "taskgraph", "models", "cuda"):
+        subprocess.run(["cp", "-a", str(ROOT / name), str(folder / name)], check=True)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["tree", "sdist"])
+def wheel(request: pytest.FixtureRequest, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel of the tree, and one of the sdist of the tree."""
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "tree":
+        return wheel_of(source, folder)
+    command = [sys.executable, "-m", "build", "--sdist", "--outdir", str(folder), str(source)]
+    command += ["--no-isolation"] if isolation() else []
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (sdist,) = folder.glob("taskgraph_gpu-*.tar.gz")
+    return wheel_of(sdist, folder)
 
 
 @pytest.mark.slow

@@ -148,6 +148,16 @@ CASES: dict[str, tuple[Callable[[GraphBuilder, str], Value], Callable[[Tensors],
     "argmax": (lambda b, d: ops.argmax(b.input("x", (5, 33), d)), lambda t: t["x"].argmax(1)),
     "copy": (lambda b, d: ops.copy(b.input("x", (5, 7), d), direction="h2d"), lambda t: t["x"]),
     "slice_rows": (lambda b, d: ops.slice_rows(b.input("x", (9, 7), d), 2, 9, 3), lambda t: t["x"][2:9:3]),
+    "slice_rows of rows": (
+        lambda b, d: ops.slice_rows(b.input("x", (9, 7), d).rows(3, 9), 1, 6, 2), lambda t: t["x"][4:9:2],
+    ),
+    "concat_rows": (
+        lambda b, d: ops.concat_rows([b.input("x", (5, 7), d), b.input("y", (6, 7), d).rows(2, 4)]),
+        lambda t: torch.cat([t["x"], t["y"][2:4]]),
+    ),
+    "all_gather": (lambda b, d: ops.all_gather(b.input("x", (5, 7), d), ranks=1), lambda t: t["x"]),
+    "all_reduce": (lambda b, d: ops.all_reduce(b.input("x", (5, 7), d), ranks=1), lambda t: t["x"]),
+    "reduce_scatter": (lambda b, d: ops.reduce_scatter(b.input("x", (5, 7), d), ranks=1), lambda t: t["x"]),
 }  # fmt: skip
 
 
@@ -463,6 +473,19 @@ def test_absent_backends(backend: str) -> None:
     graph = product()
     with pytest.raises(BackendUnavailable, match=f"{backend}.*cpu, sim"):
         tg.compile(graph, plan(graph, CPU), backend=backend)
+
+
+@pytest.mark.parametrize("kind", ops.COLLECTIVES)
+def test_collectives_of_several_ranks_need_a_process_group(kind: str) -> None:
+    b = GraphBuilder("ranks")
+    b.output(getattr(ops, kind)(b.input("x", (4, 6), "f32"), ranks=2, name="exchange"))
+    graph = b.build()
+    linked = specs.make("h100_sxm", name="linked", kind="cpu", sm_count=2, sm_granularity=1, sm_min=1)
+    with (
+        tg.compile(graph, plan(graph, linked)) as exe,
+        pytest.raises(BackendUnavailable, match=f"exchange.*{kind} over 2 ranks"),
+    ):
+        exe(x=torch.ones(4, 6))
 
 
 def test_a_kind_without_an_implementation() -> None:

@@ -11,8 +11,8 @@ from datetime import UTC, datetime
 import numpy as np
 
 from taskgraph.cost import surface
-from taskgraph.cost.fitted import Calibration, DeviceModel, Fitted, Response, spec_of
 from taskgraph.cost.families import Family, all_features, bases
+from taskgraph.cost.fitted import Calibration, DeviceModel, Fitted, Response, spec_of
 from taskgraph.cost.formulas import SMS
 from taskgraph.cost.interference import fit_response
 from taskgraph.cost.measurements import Measurements
@@ -61,8 +61,8 @@ def calibrate(
     version: int = 1,
     report: Callable[[str, Errors, Errors], None] = lambda *_: None,
 ) -> Calibration:
-    """The coefficients of `device` from its rows in `tables`; `report` hears (family, formula alone, corrected) held-out
-    errors as they come. CalibrationError when no table has enough rows of the device."""
+    """The coefficients of `device` from its rows in `tables`; `report` hears (family, formula alone, corrected), the
+    held-out errors, as they come. CalibrationError when no table has enough rows of the device."""
     (hbm_reach, hbm_sharp), (link_reach, link_sharp) = fit_response("hbm"), fit_response("link")
     response = Response(hbm_reach, hbm_sharp, link_reach, link_sharp)
     spec = spec_of(device, response, "bf16")
@@ -116,9 +116,7 @@ def _fit_formula(table: Measurements, spec: np.ndarray) -> np.ndarray:
     rows, seconds = table.rows[pick], np.log(table.seconds[pick])
 
     def residuals(x: np.ndarray) -> np.ndarray:
-        return np.concatenate(
-            [np.log(bases(table.family.number, rows, spec, start * np.exp(x))) - seconds, _PULL * x]
-        )
+        return np.concatenate([np.log(bases(table.family.number, rows, spec, start * np.exp(x))) - seconds, _PULL * x])
 
     limits = np.array([_LIMITS.get(name, (value / 20, value * 20)) for name, value in table.family.coefficients])
     found = least_squares(

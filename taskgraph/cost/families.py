@@ -165,7 +165,8 @@ FAMILIES = (
     ),
     Family(
         MOE, "moe",
-        ("num_tokens", "hidden_size", "inter_size", "topk", "num_experts", "moe_tp_size", "moe_ep_size", "distribution"),
+        ("num_tokens", "hidden_size", "inter_size", "topk", "num_experts", "moe_tp_size", "moe_ep_size",
+         "distribution"),
         ("tokens", "hidden", "inter", "top_k", "experts", "expert_ranks", "skew", "itemsize"), f.MOE_COEFFICIENTS,
         ("tokens", "hidden", "inter", "local", "top_k", "rows", "skew", "ranks"),
         (

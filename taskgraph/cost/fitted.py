@@ -1,6 +1,7 @@
 """Fitted coefficients of a device as a value, their files, and the device that borrows them."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,6 +21,7 @@ UNFITTED_BAND = 0.3
 table 2 has a roofline 13 % to 82 % short on GEMMs."""
 TRANSFER_BAND = 1.5
 """A device that borrows coefficients gets this many times the band of the device that they were fitted on."""
+_INNERMOST = re.compile(r"\[[^\[\]{}]*\]")
 _FOLDER = Path(__file__).parent / "coefficients"
 
 
@@ -31,6 +33,10 @@ class Response:
     hbm_sharp: float
     link_reach: float
     link_sharp: float
+
+    def by_resource(self) -> dict[str, tuple[float, float]]:
+        """(reach, sharp) of "hbm" and "link"."""
+        return {"hbm": (self.hbm_reach, self.hbm_sharp), "link": (self.link_reach, self.link_sharp)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +76,8 @@ class Calibration:
             "response": {name: getattr(self.response, name) for name in Response.__slots__},
             "families": {name: _fitted_body(name, fit) for name, fit in self.fitted.items()},
         }
-        Path(path).write_text(json.dumps(body, indent=1) + "\n")
+        text = json.dumps(body, indent=1)
+        Path(path).write_text(_INNERMOST.sub(lambda found: " ".join(found[0].split()), text) + "\n")
 
     @staticmethod
     def load(path: str | Path) -> "Calibration":
@@ -78,7 +85,9 @@ class Calibration:
         try:
             body = json.loads(Path(path).read_text())
             if body["schema"] != SCHEMA:
-                raise CalibrationError(f"{path}: schema {body['schema']}; this version reads {SCHEMA}. Calibrate again.")
+                raise CalibrationError(
+                    f"{path}: schema {body['schema']}; this version reads {SCHEMA}. Calibrate again."
+                )
             fitted = {name: _fitted(name, part) for name, part in body["families"].items()}
             response = Response(**body["response"])
             launch = float(body["launch_seconds"])
@@ -95,20 +104,12 @@ def _fitted_body(name: str, fit: Fitted) -> dict[str, Any]:
         {"axes": [[a.feature, a.low, round(a.step, 6), a.count] for a in term], "log": list(values)}
         for term, values in zip(terms, fit.tables, strict=True)
     ]
-    return {"held_out": dict(fit.held_out), "coefficients": dict(fit.coefficients), "correction": _Flat.of(tables)}
-
-
-class _Flat(dict[str, Any]):
-    """A dict whose lists are written on one line (json with indent would give every number a line)."""
-
-    @staticmethod
-    def of(tables: list[dict[str, Any]]) -> list[str]:
-        return [json.dumps(table) for table in tables]
+    return {"held_out": dict(fit.held_out), "coefficients": dict(fit.coefficients), "correction": tables}
 
 
 def _fitted(name: str, body: Mapping[str, Any]) -> Fitted:
     family = families.BY_NAME[name]
-    tables = tuple(tuple(json.loads(text)["log"]) for text in body["correction"])
+    tables = tuple(tuple(table["log"]) for table in body["correction"])
     wanted = surface.sizes_of(family.terms)
     if [len(t) for t in tables] != wanted or set(body["coefficients"]) != {n for n, _ in family.coefficients}:
         raise CalibrationError(f"family {name!r} has other coefficients than this version. Calibrate again.")
@@ -161,7 +162,11 @@ class DeviceModel:
 def spec_of(device: Device, response: Response, dtype: str) -> np.ndarray:
     """The `spec` vector of formulas.py."""
     spec = np.empty(11)
-    spec[formulas.SMS], spec[formulas.FLOPS], spec[formulas.HBM] = device.sm_count, device.rate(dtype), device.hbm_bytes_per_s
+    spec[formulas.SMS], spec[formulas.FLOPS], spec[formulas.HBM] = (
+        device.sm_count,
+        device.rate(dtype),
+        device.hbm_bytes_per_s,
+    )
     spec[formulas.LINK], spec[formulas.L2] = device.link_bytes_per_s, device.l2_bytes
     spec[formulas.H2D], spec[formulas.D2H] = device.h2d_bytes_per_s, device.d2h_bytes_per_s
     spec[formulas.HBM_REACH], spec[formulas.HBM_SHARP] = response.hbm_reach, response.hbm_sharp

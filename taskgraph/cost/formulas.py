@@ -90,7 +90,7 @@ def gemm_seconds(x: np.ndarray, spec: np.ndarray, c: np.ndarray, sms: float) -> 
     arithmetic = 2.0 * m * n * k / spec[FLOPS]
     best += c[10] * arithmetic * math.log1p(arithmetic / 1e-3)
     drawn = spec[HBM] * c[7] * drawn_share(sms, spec[SMS], spec[HBM_REACH], spec[HBM_SHARP])
-    return c[0] + both(best, itemsize * (m * k + k * n + m * n) / drawn, c[8])
+    return float(c[0] + both(best, itemsize * (m * k + k * n + m * n) / drawn, c[8]))
 
 
 # ----------------------------------------------------------------------------------------- attention
@@ -126,7 +126,7 @@ def prefill_seconds(x: np.ndarray, spec: np.ndarray, c: np.ndarray, sms: float) 
     busy += c[8] * arithmetic * math.log1p(arithmetic / 1e-3)
     moved = itemsize * batch * dim * (2.0 * new * heads + 2.0 * context * kv)
     drawn = spec[HBM] * c[4] * drawn_share(sms, spec[SMS], spec[HBM_REACH], spec[HBM_SHARP])
-    return c[0] + both(busy, moved / drawn, c[5])
+    return float(c[0] + both(busy, moved / drawn, c[5]))
 
 
 DECODE_COEFFICIENTS = (
@@ -153,7 +153,7 @@ def decode_seconds(x: np.ndarray, spec: np.ndarray, c: np.ndarray, sms: float) -
     moved = itemsize * batch * dim * (2.0 * keys * kv + 2.0 * heads)
     hit = min(max(2.0 - moved / (c[8] * spec[L2] + 1.0), 0.0), 1.0)
     drawn = spec[HBM] * c[4] * drawn_share(sms, spec[SMS], spec[HBM_REACH], spec[HBM_SHARP])
-    return c[0] + both(busy, moved * (1.0 - hit + hit / c[7]) / drawn, c[5])
+    return float(c[0] + both(busy, moved * (1.0 - hit + hit / c[7]) / drawn, c[5]))
 
 
 # ----------------------------------------------------------------------------------------------- moe
@@ -186,7 +186,7 @@ def moe_seconds(x: np.ndarray, spec: np.ndarray, c: np.ndarray, sms: float) -> f
     drawn = spec[HBM] * c[3] * drawn_share(sms, spec[SMS], spec[HBM_REACH], spec[HBM_SHARP])
     weights = 3.0 * active * hidden * inter * itemsize / drawn
     moved = c[7] * (rows * (hidden + inter) + tokens * hidden) * itemsize / drawn
-    return c[0] + both(busy, weights, c[4]) + moved + c[6] * tokens * top
+    return float(c[0] + both(busy, weights, c[4]) + moved + c[6] * tokens * top)
 
 
 # --------------------------------------------------------------------- collectives, copies, the rest
@@ -207,7 +207,7 @@ def collective_seconds(x: np.ndarray, spec: np.ndarray, c: np.ndarray, sms: floa
     rate = spec[LINK] * c[2] * drawn_share(sms, spec[SMS], spec[LINK_REACH], spec[LINK_SHARP])
     if rate <= 0.0:
         return math.inf if moved > 0.0 else c[0]
-    return c[0] + both(c[1] * trips * (x[1] - 1.0), moved / rate, c[3])
+    return float(c[0] + both(c[1] * trips * (x[1] - 1.0), moved / rate, c[3]))
 
 
 STREAM_COEFFICIENTS = (
@@ -226,4 +226,4 @@ def stream_seconds(x: np.ndarray, spec: np.ndarray, c: np.ndarray, sms: float) -
     for nbytes, rate in ((x[2], spec[H2D] * host), (x[3], spec[D2H] * host), (x[4], spec[LINK])):
         if nbytes > 0.0:
             t = max(t, nbytes / rate if rate > 0.0 else math.inf)
-    return t + (c[5] if x[2] + x[3] > 0.0 else c[0])
+    return float(t + (c[5] if x[2] + x[3] > 0.0 else c[0]))

@@ -119,9 +119,9 @@ def _family(path: Path, columns: Mapping[str, object]) -> Family:
                 raise CalibrationError(f"{path.name}: column {sorted(lacking)[0]!r} is missing.")
             return family
     near = max((f for f in FAMILIES if f.columns), key=lambda f: len(set(f.columns) & set(columns)))
-    lacking = sorted(set(near.columns) - set(columns))
+    missing = sorted(set(near.columns) - set(columns))
     raise CalibrationError(
-        f"{path.name}: no known table has these columns; as {near.name} it lacks column {lacking[0]!r} "
+        f"{path.name}: no known table has these columns; as {near.name} it lacks column {missing[0]!r} "
         f"(it needs {', '.join(near.columns)}, system, milliseconds)."
     )
 

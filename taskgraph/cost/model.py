@@ -1,12 +1,11 @@
 """The cost model: what one op costs on a device, alone, as a function of its SMs.
 
 A device with coefficients (its own or its relation's) is predicted by the families of families.py; any other, this
-machine's CPU among them, by the roofline of roofline.py. Measured points of an op win over both.
+machine's CPU among them, by the roofline of roofline.py. Measured points of an op win over both (profiles.py).
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -22,22 +21,13 @@ from taskgraph.graph.op import Demand, Op, Tensor
 TENSOR_FAMILIES = frozenset({GEMM, PREFILL, DECODE})
 """Families that run on tensor cores at their operands' rate; the others run at the f32 rate of the vector units."""
 
-ERROR_BAND = UNFITTED_BAND
-
 CO_RESIDENT = 0.4
 """Share of the SMs at which an op's co-residency is read off its response: NanoFlow's operating point (decode attention
 at R = 0.4 beside a GEMM). An op that keeps a speed P there needs 0.4 / P of the SMs while it runs at full speed."""
 _SMALL = 0.1
 _UNSLOWED = 1.25
-"""An op that takes less than this many times as long on a tenth of the SMs needs no more than that tenth and its slowdown:
-it is bound by latency."""
-
-
-class Measured(Protocol):
-    """Where measured points of an op are looked up (the profile database)."""
-
-    def lookup(self, device: str, kind: str, dtype: str, shape: str) -> Sequence[tuple[int, float]]:
-        """Sorted (SMs, seconds without launch) of that op, or nothing."""
+"""An op that takes less than this many times as long on a tenth of the SMs is bound by latency: it needs that tenth
+times its slowdown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,25 +77,21 @@ class _Kernels:
     works: np.ndarray
 
 
-def op_table(graph: Graph, device: Device, sizes: Sequence[int], measured: Measured | None = None) -> OpTable:
+def op_table(graph: Graph, device: Device, sizes: Sequence[int]) -> OpTable:
     """The table of a flat graph's ops on `sizes` SMs; DemandError as in `check_demand`."""
-    return _table(graph.ops, graph.tensor, device, sizes, measured)
+    return _table(graph.ops, graph.tensor, device, sizes)
 
 
-def predict(
-    op: Op, graph: Graph, device: Device, sms: int | None = None, measured: Measured | None = None
-) -> Prediction:
+def predict(op: Op, graph: Graph, device: Device, sms: int | None = None) -> Prediction:
     """Seconds of `op` alone on `sms` SMs of `device` (default: all of them), launch included: a row of op_table."""
-    made = _table((op,), graph.tensor, device, (device.sm_count if sms is None else sms,), measured)
+    made = _table((op,), graph.tensor, device, (device.sm_count if sms is None else sms,))
     hbm, h2d, d2h, link = made.rates[0, 0].tolist()
     seconds = float(made.seconds[0, 0]) + device.launch_seconds
     use, band = float(made.sm_use[0, 0]), float(made.band[0])
     return Prediction(seconds, device.launch_seconds, use, (hbm, h2d, d2h, link), made.sources[0], band)
 
 
-def _table(
-    ops: Sequence[Op], tensors: Mapping[str, Tensor], device: Device, sizes: Sequence[int], measured: Measured | None
-) -> OpTable:
+def _table(ops: Sequence[Op], tensors: Mapping[str, Tensor], device: Device, sizes: Sequence[int]) -> OpTable:
     size = np.asarray(sizes, dtype=np.int64)
     sm_min, sm_max, pinned = _demands(ops, device)
     kernels = _kernels(ops, tensors, sm_max)
@@ -125,8 +111,6 @@ def _table(
     for row, rates in pinned.items():
         slowest = max(n / rate for n, rate in zip(ops[row].work.vector[1:], rates, strict=True) if n and rate)
         every[row] = np.maximum(every[row], slowest)
-    if measured is not None:
-        _look_up(ops, tensors, device, size, measured, every, band, named)
     rates = np.minimum(moves[i][:, None, :] / every[:, :, None], whole)
     return OpTable(every, use, rates, band, tuple(named), sm_min, sm_max)
 
@@ -199,32 +183,6 @@ def _by_roofline(
     cap = np.full(len(useful), device.hbm_bytes_per_s)
     seconds, share = roofline(kernels.works, rates, cap, device, useful)
     return seconds, share * useful, np.full(len(useful), UNFITTED_BAND), ["roofline"] * len(useful)
-
-
-def shape_key(op: Op, tensors: Mapping[str, Tensor]) -> str:
-    """The shapes of an op's inputs as the profile database keys them: "2048x4096;4096x14336"."""
-    return ";".join("x".join(map(str, tensors[name].shape)) for name in op.inputs)
-
-
-def _look_up(
-    ops: Sequence[Op],
-    tensors: Mapping[str, Tensor],
-    device: Device,
-    size: np.ndarray,
-    measured: Measured,
-    seconds: np.ndarray,
-    band: np.ndarray,
-    sources: list[str],
-) -> None:
-    """Replace predictions by what was measured, log-linear between SM counts."""
-    for i, op in enumerate(ops):
-        dtype = tensors[op.inputs[0]].dtype if op.inputs else ""
-        points = measured.lookup(device.name, op.kind, dtype, shape_key(op, tensors))
-        if points:
-            sms, times = np.array(points).T
-            lower = np.minimum.accumulate(times)  # more SMs are never slower: noise is not a reason to take fewer
-            seconds[i] = np.exp(np.interp(np.log(size), np.log(sms), np.log(lower)))
-            sources[i], band[i] = "profile", 0.05
 
 
 def rate_caps(op: Op, device: Device) -> tuple[float, float, float, float]:

@@ -1,7 +1,6 @@
 """Graph (a frozen, checked value) and GraphBuilder (the only thing that changes while a graph is made)."""
 
 import hashlib
-import heapq
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,8 +8,9 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from taskgraph.errors import GraphError
+from taskgraph.graph.edges import predecessors, toposorted
 from taskgraph.graph.functions import register_function
-from taskgraph.graph.op import Attr, Demand, Op, Tensor, TensorSpec, Work, check_work
+from taskgraph.graph.op import ROWS, Attr, Demand, Op, Rows, Tensor, TensorSpec, Work, check_work, rows_attr
 
 if TYPE_CHECKING:
     import networkx
@@ -104,7 +104,7 @@ class Graph:
     def predecessors(self) -> list[tuple[int, ...]]:
         """For every op the sorted indices of the ops that must end before it: data, control and state hazards."""
         if "predecessors" not in self._memo:
-            self._memo["predecessors"] = _predecessors(self.ops, self.repeat)
+            self._memo["predecessors"] = predecessors(self.ops, _loop_results(self.repeat))
         result: list[tuple[int, ...]] = self._memo["predecessors"]
         return result
 
@@ -188,6 +188,7 @@ def _check(graph: Graph) -> None:
     for op in graph.ops:
         check_work(op.name, op.work)
         _check_edges(op, known, role)
+        _check_views(op, graph.tensor)
         for name in op.outputs:
             if name in produced:
                 raise GraphError(f"tensor {name!r} is made by two ops, the second is {op.name!r}.")
@@ -226,6 +227,16 @@ def _check_edges(op: Op, known: set[str], role: Mapping[str, str]) -> None:
             raise GraphError(f"op {op.name!r} writes {name!r}, which must be a state among its inputs.")
 
 
+def _check_views(op: Op, tensors: Mapping[str, Tensor]) -> None:
+    for i, rows in op.views.items():
+        if i >= len(op.inputs):
+            raise GraphError(f"op {op.name!r} takes rows of input {i}, but it has {len(op.inputs)} inputs.")
+        try:
+            rows.of(tensors[op.inputs[i]])
+        except GraphError as error:
+            raise GraphError(f"op {op.name!r}: {error}") from error
+
+
 def _check_repeat(graph: Graph, repeat: Repeat) -> None:
     if repeat.count < 1 or not 0 <= repeat.first < repeat.last <= len(graph.ops):
         raise GraphError(f"repeat {repeat.name!r} has count {repeat.count} over ops [{repeat.first}, {repeat.last}).")
@@ -244,35 +255,9 @@ def _check_repeat(graph: Graph, repeat: Repeat) -> None:
             raise GraphError(f"carry {carry.inside!r} changes shape or dtype between iterations: {sorted(shapes)}.")
 
 
-def _predecessors(ops: Sequence[Op], repeat: Repeat | None) -> list[tuple[int, ...]]:
-    """Edges by tensors, control edges and state hazards (read after write, write after read or write)."""
-    index = {op.name: i for i, op in enumerate(ops)}
-    producer = {name: i for i, op in enumerate(ops) for name in op.outputs}
-    if repeat is not None:
-        producer |= {c.result: producer[c.next] for c in repeat.carries if c.next in producer}
-    writer: dict[str, int] = {}
-    readers: dict[str, list[int]] = {}
-    result: list[tuple[int, ...]] = []
-    for i, op in enumerate(ops):
-        preds = {producer[name] for name in op.inputs if name in producer}
-        for name in op.after:
-            if name not in index:
-                raise GraphError(f"op {op.name!r} is declared after the unknown op {name!r}.")
-            preds.add(index[name])
-        for name in op.inputs:
-            if name in writer:
-                preds.add(writer[name])
-        for name in op.writes:
-            preds.update(readers.pop(name, ()))
-            writer[name] = i
-        for name in op.inputs:
-            if name not in op.writes:
-                readers.setdefault(name, []).append(i)
-        late = next((p for p in preds if p >= i), None)
-        if late is not None:
-            raise GraphError(f"cycle: op {op.name!r} needs {ops[late].name!r}, which stands at or after it.")
-        result.append(tuple(sorted(preds)))
-    return result
+def _loop_results(repeat: Repeat | None) -> Mapping[str, str]:
+    """The tensors that leave the repeat -> what makes them inside it."""
+    return {} if repeat is None else {c.result: c.next for c in repeat.carries}
 
 
 def _unroll(graph: Graph, repeat: Repeat) -> Graph:
@@ -314,10 +299,11 @@ def _renamed(op: Op, rename: Callable[[str], str]) -> Op:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Value:
-    """A tensor of a graph under construction; what the functions of `taskgraph.ops` take and return."""
+    """A tensor of a graph under construction, or some rows of one; what `taskgraph.ops` takes and returns."""
 
     builder: "GraphBuilder"
     tensor: Tensor
+    view: Rows | None = None
 
     @property
     def name(self) -> str:
@@ -331,6 +317,18 @@ class Value:
     def dtype(self) -> str:
         return self.tensor.dtype
 
+    def rows(self, start: int, stop: int) -> "Value":
+        """Rows start to stop along the first axis, in place: an op that takes them reads that part of the tensor."""
+        narrow = Rows(0, start, stop).of(self.tensor)
+        first = start if self.view is None else self.view.start + start
+        return Value(self.builder, narrow, Rows(0, first, first + stop - start))
+
+    def whole(self, purpose: str) -> "Value":
+        """This value; GraphError if it is only some rows of a tensor, which cannot be what `purpose` says."""
+        if self.view is not None:
+            raise GraphError(f"some rows of {self.name!r} cannot be {purpose}; copy them with ops.slice_rows first.")
+        return self
+
 
 class Loop:
     """The body of a repeat under construction."""
@@ -342,6 +340,7 @@ class Loop:
 
     def carry(self, init: Value, name: str | None = None) -> Value:
         """The tensor that iteration 0 takes from `init` and the others from `next`."""
+        init.whole("carried")
         inside = self._builder._tensor(
             name or f"{init.name.rsplit('/', 1)[-1]}_in", init.shape, init.dtype, "activation"
         )
@@ -350,6 +349,7 @@ class Loop:
 
     def next(self, inside: Value, value: Value) -> Value:
         """Feed `value` into the following iteration; returns the tensor that leaves the last one."""
+        value.whole("carried")
         if inside.name not in self._carries:
             raise GraphError(f"{inside.name!r} was not made by carry() of repeat {self.name!r}.")
         result = Tensor(f"{self.name}:{value.name.rsplit('/', 1)[-1]}", value.shape, value.dtype)
@@ -413,6 +413,8 @@ class GraphBuilder:
             if value.builder is not self:
                 raise GraphError(f"op {name!r} takes {value.name!r}, which belongs to another builder.")
         made = tuple(self._tensor(o.name, o.shape, o.dtype, "activation") for o in outputs)
+        views = {i: v.view for i, v in enumerate(inputs) if v.view is not None}
+        rows: dict[str, Attr] = {ROWS: rows_attr(views)} if views else {}
         self._ops.append(
             Op(
                 name=name,
@@ -423,7 +425,7 @@ class GraphBuilder:
                 demand=demand or Demand(),
                 after=tuple(self._known_op(a) for a in after),
                 writes=tuple(v.name for v in writes),
-                attrs=tuple(sorted((attrs or {}).items())),
+                attrs=tuple(sorted({**(attrs or {}), **rows}.items())),
             )
         )
         self._names.add(name)
@@ -440,14 +442,25 @@ class GraphBuilder:
         demand: Demand | None = None,
         after: Sequence[str] = (),
         writes: Sequence[Value] = (),
+        split_axes: Sequence[int | None] | None = None,
+        split_multiple: int = 1,
     ) -> Any:
         """A custom Python op: at run time `function(*inputs, *outputs)` fills the outputs in place.
 
         Returns one Value, or a tuple when there are several outputs. The graph holds the function's name only.
+        An op that may run on slices of its batch says so by `split_axes`: for each input the axis that carries the
+        batch, or None where a slice needs the whole; every output carries it on its first axis. `split_multiple` is
+        what slices must be multiples of.
         """
         key = register_function(function)
+        attrs: dict[str, Attr] = {"function": key}
+        if split_axes is not None:
+            if len(split_axes) != len(inputs) or split_multiple < 1:
+                raise GraphError(f"split_axes has an axis or None for each of {len(inputs)} inputs; got {split_axes}.")
+            attrs["split_axes"] = tuple(-1 if axis is None else axis for axis in split_axes)
+            attrs["split_multiple"] = split_multiple
         name = name or self._free_name(key.rsplit(":", 1)[-1].rsplit(".", 1)[-1].strip("<>"))
-        made = self.op("call", inputs, outputs, work, name, demand, after, writes, {"function": key})
+        made = self.op("call", inputs, outputs, work, name, demand, after, writes, attrs)
         return made[0] if len(made) == 1 else made
 
     @contextmanager
@@ -467,14 +480,14 @@ class GraphBuilder:
     def output(self, *values: Value) -> None:
         """Declare results of the graph."""
         for value in values:
-            if value.name not in self._outputs:
+            if value.whole("an output").name not in self._outputs:
                 self._outputs.append(value.name)
 
     def build(self) -> Graph:
         """The frozen graph, ops in topological order; GraphError if anything is wrong."""
         if not self._outputs:
             raise GraphError(f"graph {self.name!r} has no outputs; call output(...) before build().")
-        ops = self._ops if self._repeat is not None else _toposorted(self._ops)
+        ops = self._ops if self._repeat is not None else toposorted(self._ops)
         return Graph(self.name, tuple(self._tensors.values()), tuple(ops), tuple(self._outputs), self._repeat)
 
     # -- helpers ---------------------------------------------------------------------------------
@@ -502,33 +515,3 @@ class GraphBuilder:
             if self._prefix + name not in self._names:
                 self._counts[self._prefix + stem] = count
                 return name
-
-
-def _toposorted(ops: Sequence[Op]) -> list[Op]:
-    """Ops in topological order, in order of declaration where that is free (Kahn 1962)."""
-    index = {op.name: i for i, op in enumerate(ops)}
-    if len(index) < len(ops) or all(index.get(a, 0) < i for i, op in enumerate(ops) for a in op.after):
-        return list(ops)
-    unknown = next(((op.name, a) for op in ops for a in op.after if a not in index), None)
-    if unknown is not None:
-        raise GraphError(f"op {unknown[0]!r} is declared after the unknown op {unknown[1]!r}.")
-    bare = _predecessors([replace(op, after=()) for op in ops], None)
-    preds = [{*p, *(index[a] for a in op.after)} for p, op in zip(bare, ops, strict=True)]
-    following: dict[int, list[int]] = {}
-    for i, before in enumerate(preds):
-        for p in before:
-            following.setdefault(p, []).append(i)
-    missing = [len(before) for before in preds]
-    ready = [i for i, count in enumerate(missing) if count == 0]
-    order: list[int] = []
-    while ready:
-        i = heapq.heappop(ready)
-        order.append(i)
-        for j in following.get(i, ()):
-            missing[j] -= 1
-            if missing[j] == 0:
-                heapq.heappush(ready, j)
-    if len(order) < len(ops):
-        stuck = [op.name for op, count in zip(ops, missing, strict=True) if count]
-        raise GraphError(f"cycle among ops {', '.join(map(repr, stuck[:8]))}; remove one of their control edges.")
-    return [ops[i] for i in order]

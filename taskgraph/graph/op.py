@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Final
 
 from taskgraph.errors import DemandError, GraphError
@@ -131,11 +131,53 @@ class Tensor:
 
 
 @dataclass(frozen=True, slots=True)
+class Rows:
+    """The part of a tensor from `start` to `stop` along `axis`."""
+
+    axis: int
+    start: int
+    stop: int
+
+    def overlaps(self, other: "Rows") -> bool:
+        """Whether the two parts may share an element."""
+        return self.axis != other.axis or (self.start < other.stop and other.start < self.stop)
+
+    def covers(self, other: "Rows") -> bool:
+        """Whether every element of `other` is an element of this part."""
+        return self.axis == other.axis and self.start <= other.start and other.stop <= self.stop
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The tensor with the shape of this part; GraphError if the part is not within it."""
+        shape = tensor.shape
+        if not (0 <= self.axis < len(shape) and 0 <= self.start < self.stop <= shape[self.axis]):
+            part = f"rows {self.start}:{self.stop} on axis {self.axis}"
+            raise GraphError(f"tensor {tensor.name!r} of shape {list(shape)} has no {part}.")
+        return replace(tensor, shape=(*shape[: self.axis], self.stop - self.start, *shape[self.axis + 1 :]))
+
+
+ROWS: Final = "rows"
+"""The attribute of an op that says which rows of its inputs it takes."""
+
+
+def rows_attr(views: Mapping[int, Rows]) -> tuple[int, ...]:
+    """The value of the attribute `rows` that `Op.views` reads back."""
+    return tuple(n for i in sorted(views) for n in (i, views[i].axis, views[i].start, views[i].stop))
+
+
+def seen_inputs(op: "Op", tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    """The inputs of `op` as it sees them: narrowed to its rows."""
+    views = op.views
+    whole = [tensors[name] for name in op.inputs]
+    return [views[i].of(t) if i in views else t for i, t in enumerate(whole)] if views else whole
+
+
+@dataclass(frozen=True, slots=True)
 class Op:
     """A node. `writes` names the state tensors among `inputs` that it changes in place.
 
     `after` names ops that must end first though no tensor connects them; `attrs` holds the static
-    parameters of the kind as sorted (key, value) pairs. There are no callables inside.
+    parameters of the kind as sorted (key, value) pairs. There are no callables inside. The attribute `rows` belongs
+    to every kind: see `views`.
     """
 
     name: str
@@ -156,6 +198,17 @@ class Op:
         if default is None:
             raise GraphError(f"op {self.name!r} of kind {self.kind!r} has no attribute {key!r}.")
         return default
+
+    @property
+    def views(self) -> "dict[int, Rows]":
+        """Input number -> the rows of it that the op reads or writes in place of the whole; a slice costs no copy.
+
+        Kept in the attribute `rows` as (input, axis, start, stop) of every narrowed input, one after another.
+        """
+        for name, value in self.attrs:
+            if name == ROWS and isinstance(value, tuple) and len(value) % 4 == 0:
+                return {value[i]: Rows(*value[i + 1 : i + 4]) for i in range(0, len(value), 4)}
+        return {}
 
     def integer(self, key: str, default: int | None = None) -> int:
         """The static parameter `key` as an int."""

@@ -249,6 +249,21 @@ class CpuExecutable:
         if failed:
             self._raise([(error, self._names[i][at]) for (at, error), i in failed])
 
+    def eager(self) -> None:
+        """Run the same ops one by one on the calling thread, in the plan's order and without lanes.
+
+        Each op keeps its thread count. For debugging, and as the yardstick of `launch`."""
+        self._check_open()
+        self._capture()
+        with _REPLAY, torch.inference_mode():
+            for step, run in zip(self._plan.steps, self._entries, strict=True):
+                try:
+                    run()
+                except Exception as error:
+                    raise ExecutionError(
+                        f"op {step.op!r} failed: {type(error).__name__}: {error}", op=step.op
+                    ) from error
+
     def _raise(self, failures: list[tuple[BaseException, str]]) -> None:
         position = {step.op: i for i, step in enumerate(self._plan.steps)}
         error, op = min(failures, key=lambda failure: position[failure[1]])

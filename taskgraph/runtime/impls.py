@@ -18,6 +18,7 @@ import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from taskgraph.errors import BackendUnavailable
 from taskgraph.graph.functions import find_function
 from taskgraph.graph.op import Op
+from taskgraph.ops import COLLECTIVES
 from taskgraph.runtime import kernels
 
 Entry = Callable[[], Any]
@@ -59,6 +60,9 @@ def binder(kind: str) -> Callable[[Binder], Binder]:
 
 def bind(op: Op, ins: Tensors, outs: Tensors, site: Site, functions: Mapping[str, Callable[..., Any]]) -> Entry:
     """The program entry of one op; BackendUnavailable when the CPU has no implementation of its kind."""
+    views = op.views
+    if views:
+        ins = [t.narrow(v.axis, v.start, v.stop - v.start) if (v := views.get(i)) else t for i, t in enumerate(ins)]
     if op.kind == "call":
         key = str(op.attr("function"))
         return partial(functions.get(key) or find_function(key), *ins, *outs)
@@ -245,3 +249,22 @@ def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
 def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
     rows = slice(op.integer("start"), op.integer("stop"), op.integer("step"))
     return partial(outs[0].copy_, ins[0][rows])
+
+
+@binder("concat_rows")
+def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
+    return partial(torch.cat, list(ins), out=outs[0])
+
+
+def _bind_collective(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
+    ranks = op.integer("ranks")
+    if ranks > 1:
+        raise BackendUnavailable(
+            f"op {op.name!r}: {op.kind} over {ranks} ranks needs a process group, which the cpu backend does not have; "
+            "use ranks=1, or the sim backend."
+        )
+    return partial(outs[0].copy_, ins[0])
+
+
+for _kind in COLLECTIVES:
+    BINDERS[_kind] = _bind_collective

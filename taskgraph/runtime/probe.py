@@ -33,6 +33,17 @@ def identity() -> str:
     return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
 
 
+def processor() -> str:
+    """The processor's name, for people."""
+    model = next((line for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
+    return model.rpartition(":")[2].strip()
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 def _lines(path: str) -> list[str]:
     try:
         return Path(path).read_text().splitlines()

@@ -4,8 +4,8 @@ A tensor may take the bytes of another only when every user of the other has end
 before the tensor's producer starts. Order in the list of steps says nothing about that.
 """
 
-import heapq
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,8 +14,18 @@ from taskgraph.jit import njit
 from taskgraph.schedule.plan import Slot
 
 ALIGNMENT = 64
-_EXACT = 20_000
-"""Up to this many activations offsets are searched by size; above, in step order."""
+_PAIRS = 1 << 24
+"""Up to this many pairs of tensors that may be alive together, a table of them fits (8 bytes a pair)."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Lifetimes:
+    """Activations in the order of their first steps: `last[t, l]` is the last step of lane l that uses t, or -1."""
+
+    names: list[str]
+    nbytes: np.ndarray
+    first: np.ndarray
+    last: np.ndarray
 
 
 def assign(
@@ -24,32 +34,30 @@ def assign(
     """Slots of all activations but the graph's outputs, and the bytes of the arena.
 
     Step i runs flat op order[i] on lane lanes[i] after steps waits[i]. Greedy by size with the best-fitting gap
-    (Pisarchyk and Lee 2020, "Efficient memory management for deep neural net inference"); graphs above
-    `_EXACT` tensors use a first-fit free list in step order.
+    (Pisarchyk and Lee 2020, "Efficient memory management for deep neural net inference"). Where more than `_PAIRS`
+    pairs may be alive together, which lanes that hardly ever wait for each other bring about, every lane has a
+    region for the tensors that it alone uses.
     """
-    names, size, first, last = _lifetimes(graph, lanes, order)
-    if not names:
+    life = _lifetimes(graph, lanes, order)
+    if not life.names:
         return (), 0
-    ended_before = ended_steps(lanes, waits)
-    sizes = np.array([-(-n // ALIGNMENT) * ALIGNMENT for n in size], np.int64)
-    born = np.array(first, np.int64)
-    gone = np.array(last, np.int64)
-    if len(names) <= _EXACT:
-        offsets = _greedy(np.argsort(-sizes, kind="stable"), sizes, born, gone, ended_before)
+    before = ended_steps(lanes, waits)
+    sizes = -(-life.nbytes // ALIGNMENT) * ALIGNMENT
+    gone = _gone(np.array(lanes, np.int64), life.last, before)
+    if _pairs(life.first, gone) <= _PAIRS:
+        offsets = _by_size(np.argsort(-sizes, kind="stable"), sizes, life.first, life.last, before, gone)
     else:
-        offsets = _in_order(sizes.tolist(), first, gone, ended_before)
-    total = int((offsets + sizes).max())
-    slots = tuple(Slot(name, int(at), int(n)) for name, at, n in zip(names, offsets, sizes, strict=True))
-    return slots, total
+        offsets = _by_region(sizes, life, gone, len(order))
+    slots = map(Slot, life.names, offsets.tolist(), sizes.tolist())
+    return tuple(slots), int((offsets + sizes).max())
 
 
 def max_live_bytes(graph: Graph, lanes: Sequence[int], order: Sequence[int]) -> int:
     """A lower bound on any arena for this order: the most bytes that are alive at one step of it."""
-    _, size, first, last = _lifetimes(graph, lanes, order)
+    life = _lifetimes(graph, lanes, order)
     change = np.zeros(len(order) + 1, np.int64)
-    for nbytes, born, gone in zip(size, first, last, strict=True):
-        change[born] += nbytes
-        change[gone.max() + 1] -= nbytes
+    np.add.at(change, life.first, life.nbytes)
+    np.add.at(change, life.last.max(axis=1) + 1, -life.nbytes)
     return int(np.cumsum(change).max())
 
 
@@ -80,80 +88,165 @@ def _clocks(lane: np.ndarray, wait_ptr: np.ndarray, wait: np.ndarray, lanes: int
     return before
 
 
-def _lifetimes(
-    graph: Graph, lanes: Sequence[int], order: Sequence[int]
-) -> tuple[list[str], list[int], list[int], list[np.ndarray]]:
-    """Per activation: name, bytes, the step that makes it, and the last step of each lane that uses it (-1: none)."""
-    count = max(lanes) + 1
-    outputs = set(graph.outputs)
-    tensors = graph.tensor
-    names: list[str] = []
-    size: list[int] = []
-    first: list[int] = []
-    last: list[np.ndarray] = []
+def _lifetimes(graph: Graph, lanes: Sequence[int], order: Sequence[int]) -> _Lifetimes:
+    outputs, tensors = set(graph.outputs), graph.tensor
     index: dict[str, int] = {}
+    first: list[int] = []
+    used: list[tuple[int, int, int]] = []
     for step, (op_index, lane) in enumerate(zip(order, lanes, strict=True)):
         op = graph.ops[op_index]
-        for name in op.inputs:
-            if name in index:
-                last[index[name]][lane] = step
+        used += [(index[name], lane, step) for name in op.inputs if name in index]
         for name in op.outputs:
             if name not in outputs:
-                index[name] = len(names)
-                names.append(name)
-                size.append(tensors[name].nbytes)
+                used.append((len(index), lane, step))
+                index[name] = len(index)
                 first.append(step)
-                users = np.full(count, -1, np.int64)
-                users[lane] = step
-                last.append(users)
-    return names, size, first, last
+    last = np.full((len(index), max(lanes, default=0) + 1), -1, np.int64)
+    if used:
+        tensor, lane_of, step_of = np.array(used, np.int64).T
+        np.maximum.at(last, (tensor, lane_of), step_of)
+    nbytes = np.array([tensors[name].nbytes for name in index], np.int64)
+    return _Lifetimes(list(index), nbytes, np.array(first, np.int64), last)
 
 
 @njit
-def _greedy(
-    by_size: np.ndarray, size: np.ndarray, first: np.ndarray, last: np.ndarray, before: np.ndarray
+def _gone(lane: np.ndarray, last: np.ndarray, before: np.ndarray) -> np.ndarray:
+    """For each tensor a step from which on every step, on whatever lane, starts after the tensor's users ended."""
+    steps, lanes = before.shape
+    at = np.zeros(lanes, np.int64)
+    of_lane = np.empty((lanes, steps), np.int64)
+    for s in range(steps):
+        of_lane[lane[s], at[lane[s]]] = s
+        at[lane[s]] += 1
+    gone = np.zeros(len(last), np.int64)
+    for t in range(len(last)):
+        for j in range(lanes):
+            low, high = 0, at[j]  # what a lane's steps know only grows
+            while low < high:
+                middle = (low + high) // 2
+                if _ended(last[t], before[of_lane[j, middle]]):
+                    high = middle
+                else:
+                    low = middle + 1
+            if low > 0:
+                gone[t] = max(gone[t], of_lane[j, low - 1] + 1)
+    return gone
+
+
+def _pairs(first: np.ndarray, gone: np.ndarray) -> int:
+    """How many pairs of tensors may be alive together."""
+    return int((np.searchsorted(first, gone) - np.arange(1, len(first) + 1)).sum())
+
+
+@njit
+def _ended(last: np.ndarray, before: np.ndarray) -> bool:
+    """Whether a tensor's users have all ended when a step starts."""
+    ended = True
+    for j in range(len(last)):
+        ended = ended and last[j] <= before[j]
+    return ended
+
+
+@njit
+def _fit(nbytes: int, near: np.ndarray, offset: np.ndarray, size: np.ndarray) -> int:
+    """The tightest gap of at least `nbytes` between the tensors `near`, which come by offset; else their end."""
+    best, best_gap, floor = -1, 0, 0
+    for u in near:
+        gap = offset[u] - floor
+        if gap >= nbytes and (best < 0 or gap < best_gap):
+            best, best_gap = floor, gap
+        floor = max(floor, offset[u] + size[u])
+    return floor if best < 0 else best
+
+
+@njit
+def _by_size(
+    by_size: np.ndarray, size: np.ndarray, first: np.ndarray, last: np.ndarray, before: np.ndarray, gone: np.ndarray
 ) -> np.ndarray:
     """Place tensors from large to small, each in the tightest gap between those alive together with it."""
-    n, lanes = len(size), last.shape[1]
+    n = len(size)
+    start = np.zeros(n + 1, np.int64)
+    for fill in range(2):  # count, then fill: row t has the tensors that may be alive together with t
+        if fill:
+            start[1:] = np.cumsum(start[1:])
+            other = np.empty(start[n], np.int32)
+            free = start[:-1].copy()
+        for t in range(n):
+            u = t + 1
+            while u < n and first[u] < gone[t]:
+                if not _ended(last[t], before[first[u]]):
+                    if fill:
+                        other[free[t]], other[free[u]] = u, t
+                        free[t] += 1
+                        free[u] += 1
+                    else:
+                        start[t + 1] += 1
+                        start[u + 1] += 1
+                u += 1
     offset = np.full(n, -1, np.int64)
-    placed = np.empty(n, np.int64)  # by offset
-    for count in range(n):
-        t = by_size[count]
-        best, best_gap, floor = np.int64(-1), np.int64(0), np.int64(0)
-        for k in range(count):
-            u = placed[k]
-            apart = True
-            for j in range(lanes):
-                apart = apart and last[u, j] <= before[first[t], j]
-            if not apart:
-                apart = True
-                for j in range(lanes):
-                    apart = apart and last[t, j] <= before[first[u], j]
-            if apart:
-                continue
-            gap = offset[u] - floor
-            if gap >= size[t] and (best < 0 or gap < best_gap):
-                best, best_gap = floor, gap
-            floor = max(floor, offset[u] + size[u])
-        offset[t] = floor if best < 0 else best
-        k = count
-        while k > 0 and offset[placed[k - 1]] > offset[t]:
-            placed[k] = placed[k - 1]
-            k -= 1
-        placed[k] = t
+    for t in by_size:
+        near = other[start[t] : start[t + 1]]
+        near = near[offset[near] >= 0]
+        offset[t] = _fit(size[t], near[np.argsort(offset[near])], offset, size)
     return offset
 
 
-def _in_order(size: list[int], first: list[int], last: np.ndarray, before: np.ndarray) -> np.ndarray:
-    """First fit in step order by size class: a slot is free once its tensor's users have ended before the new step."""
-    offset = np.empty(len(size), np.int64)
-    pool: dict[int, list[tuple[int, int]]] = {}
-    end = 0
-    for t, nbytes in enumerate(size):
-        free = pool.setdefault(nbytes, [])
-        if free and bool((last[free[0][1]] <= before[first[t]]).all()):
-            offset[t] = offset[heapq.heappop(free)[1]]
+def _by_region(sizes: np.ndarray, life: _Lifetimes, gone: np.ndarray, steps: int) -> np.ndarray:
+    """A region for the tensors of each lane alone, and one for those that cross lanes, side by side.
+
+    In a region a tensor is alive over an interval of steps: to its last user on its lane, or until all lanes know.
+    """
+    lane_count = (life.last >= 0).sum(axis=1)
+    region = np.where(lane_count == 1, life.last.argmax(axis=1), -1)
+    until = np.where(lane_count == 1, life.last.max(axis=1) + 1, gone)
+    clock = np.arange(-1, steps - 1).reshape(-1, 1)  # one clock for all: what came before has ended
+    offsets, base = np.empty(len(sizes), np.int64), 0
+    for r in np.unique(region):
+        mine = np.flatnonzero(region == r)
+        size, first, end = sizes[mine], life.first[mine], until[mine]
+        if _pairs(first, end) <= _PAIRS:
+            at = _by_size(np.argsort(-size, kind="stable"), size, first, (end - 1).reshape(-1, 1), clock, end)
         else:
-            offset[t], end = end, end + nbytes
-        heapq.heappush(free, (int(last[t].max()), t))
+            at = _in_order(size, first, end, np.argsort(end, kind="stable"))
+        offsets[mine] = base + at
+        base += int((at + size).max())
+    return offsets
+
+
+@njit
+def _in_order(size: np.ndarray, first: np.ndarray, end: np.ndarray, by_end: np.ndarray) -> np.ndarray:
+    """Place tensors as they are made, each in the tightest of the gaps that ended tensors left."""
+    n = len(size)
+    offset = np.empty(n, np.int64)
+    at, room = np.empty(n + 1, np.int64), np.empty(n + 1, np.int64)  # the gaps by offset; the last one has no end
+    at[0], room[0], gaps, ended = 0, np.iinfo(np.int64).max // 2, 1, 0
+    for t in range(n):
+        while end[by_end[ended]] <= first[t]:
+            u = by_end[ended]
+            k = np.searchsorted(at[:gaps], offset[u])
+            joins_left = k > 0 and at[k - 1] + room[k - 1] == offset[u]
+            joins_right = offset[u] + size[u] == at[k]
+            if joins_left and joins_right:
+                room[k - 1] += size[u] + room[k]
+                at[k : gaps - 1], room[k : gaps - 1] = at[k + 1 : gaps], room[k + 1 : gaps]
+                gaps -= 1
+            elif joins_left:
+                room[k - 1] += size[u]
+            elif joins_right:
+                at[k], room[k] = offset[u], room[k] + size[u]
+            else:
+                for j in range(gaps, k, -1):
+                    at[j], room[j] = at[j - 1], room[j - 1]
+                at[k], room[k] = offset[u], size[u]
+                gaps += 1
+            ended += 1
+        best = gaps - 1
+        for k in range(gaps - 1):
+            if size[t] <= room[k] < room[best]:
+                best = k
+        offset[t] = at[best]
+        at[best], room[best] = at[best] + size[t], room[best] - size[t]
+        if room[best] == 0:
+            at[best : gaps - 1], room[best : gaps - 1] = at[best + 1 : gaps], room[best + 1 : gaps]
+            gaps -= 1
     return offset

@@ -1,0 +1,190 @@
+"""Where the batch of a graph is: for every op its units of the batch, and which tokens each of them stands for.
+
+A row of a tensor stands for one or more tokens of the graph's batch. Following that from op to op, a cut of the batch
+at a token becomes a cut of each op in its own units: tokens for a product, sequences for attention over caches.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from taskgraph.graph.graph import Graph
+from taskgraph.graph.op import Op, Tensor, seen_inputs
+from taskgraph.ops import batch_axes
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """`count` rows, the i-th of which stands for `width` tokens from token `first + i * stride` on."""
+
+    count: int
+    first: int
+    stride: int
+    width: int
+
+    @property
+    def dense(self) -> bool:
+        return self.stride == self.width
+
+    @property
+    def end(self) -> int:
+        return self.first + (self.count - 1) * self.stride + self.width
+
+    def part(self, start: int, stop: int) -> "Run":
+        """Rows start to stop."""
+        return replace(self, count=stop - start, first=self.first + start * self.stride)
+
+    def rows_before(self, token: int) -> int | None:
+        """How many rows stand wholly before `token`; None if it lies within a row."""
+        k = min(max((token - self.first - self.width) // self.stride + 1, 0), self.count)
+        return None if k < self.count and self.first + k * self.stride < token else k
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Which tokens, of a batch of `batch`, the rows of a tensor stand for: runs in ascending order."""
+
+    batch: int
+    runs: tuple[Run, ...]
+
+    @staticmethod
+    def own(rows: int) -> "Place":
+        """A batch of its own: every row is a token."""
+        return Place(rows, (Run(rows, 0, 1, 1),))
+
+    @property
+    def rows(self) -> int:
+        return sum(run.count for run in self.runs)
+
+    def part(self, start: int, stop: int) -> "Place":
+        """The place of rows start to stop."""
+        runs, at = [], 0
+        for run in self.runs:
+            low, high = max(start - at, 0), min(stop - at, run.count)
+            if low < high:
+                runs.append(run.part(low, high))
+            at += run.count
+        return Place(self.batch, tuple(runs))
+
+    def sampled(self, start: int, stop: int, step: int) -> "Place":
+        """The place of rows start, start + step, ... before stop."""
+        if step == 1:
+            return self.part(start, stop)
+        count = len(range(start, stop, step))
+        if len(self.runs) > 1:
+            return Place.own(count)
+        run = self.runs[0]
+        return Place(self.batch, (Run(count, run.first + start * run.stride, run.stride * step, run.width),))
+
+    def grouped(self, rows: int) -> "Place":
+        """The place of units of `rows` rows each."""
+        if rows == 1:
+            return self
+        if any(run.count % rows or not run.dense for run in self.runs):
+            return Place.own(self.rows // rows)
+        runs = (Run(run.count // rows, run.first, run.stride * rows, run.width * rows) for run in self.runs)
+        return Place(self.batch, tuple(runs))
+
+    def ungrouped(self, rows: int) -> "Place":
+        """The place of rows of which every one of these has `rows`."""
+        if rows == 1:
+            return self
+        if any(run.width % rows or not run.dense for run in self.runs):
+            return Place.own(self.rows * rows)
+        runs = (Run(run.count * rows, run.first, run.stride // rows, run.width // rows) for run in self.runs)
+        return Place(self.batch, tuple(runs))
+
+    def rows_before(self, token: int) -> int | None:
+        """The cut of the rows that cuts the batch at `token`; None if it would cut a row."""
+        counts = [run.rows_before(token) for run in self.runs]
+        return None if None in counts else sum(c for c in counts if c is not None)
+
+
+def joined(places: Sequence[Place]) -> Place:
+    """The place of the rows of all `places`, one after another."""
+    runs: list[Run] = []
+    for run in (run for place in places for run in place.runs):
+        last = runs[-1] if runs else None
+        if last is not None and run.first < last.end:
+            return Place.own(sum(place.rows for place in places))
+        if last is not None and last.dense and run.dense and (last.end, last.width) == (run.first, run.width):
+            runs[-1] = replace(last, count=last.count + run.count)
+        else:
+            runs.append(run)
+    if len({place.batch for place in places}) > 1:
+        return Place.own(sum(place.rows for place in places))
+    return Place(places[0].batch, tuple(runs))
+
+
+@dataclass(frozen=True, slots=True)
+class OpBatch:
+    """How an op carries the batch: `units` of it, on `axes` of its inputs (None: whole), `factor` rows a unit of each
+    input and `out_factor` of each output. Slices are multiples of `multiple` units; `place` is that of the units."""
+
+    axes: tuple[int | None, ...]
+    units: int
+    factors: tuple[int, ...]
+    out_factors: tuple[int, ...]
+    multiple: int
+    place: Place
+
+
+def moves_rows(op: Op) -> bool:
+    """Whether the op only says which rows follow which: slices of its neighbours can do without it."""
+    return op.kind == "concat_rows" or (op.kind == "slice_rows" and op.integer("step") == 1)
+
+
+def batches(graph: Graph) -> dict[str, OpBatch]:
+    """How each op carries the batch, by op name; ops that carry none are absent."""
+    found: dict[str, OpBatch] = {}
+    places: dict[str, Place] = {}
+    entering = {c.inside: c.init for c in graph.repeat.carries} if graph.repeat else {}
+    leaving = {c.result: c.next for c in graph.repeat.carries} if graph.repeat else {}
+
+    def place(tensor: Tensor, axis: int) -> Place:
+        source = entering.get(tensor.name) or leaving.get(tensor.name) or tensor.name
+        return places.get(source, Place.own(tensor.shape[0])) if axis == 0 else Place.own(tensor.shape[axis])
+
+    for op in graph.ops:
+        whole = [graph.tensor[name] for name in op.inputs]
+        seen = seen_inputs(op, graph.tensor)
+        outputs = [graph.tensor[name] for name in op.outputs]
+        axes = batch_axes(op, seen)
+        if axes is None or any(v.axis != axes[i] for i, v in op.views.items()) or not all(t.shape for t in outputs):
+            continue
+        where = {}
+        for i, axis in enumerate(axes):
+            if axis is not None:
+                view = op.views.get(i)
+                at = place(whole[i], axis)
+                where[i] = at if view is None else at.part(view.start, view.stop)
+        made = _op_batch(op, seen, outputs, axes, where)
+        if made is not None:
+            found[op.name] = made
+            for t, factor in zip(outputs, made.out_factors, strict=True):
+                places[t.name] = made.place.ungrouped(factor)
+    return found
+
+
+def _op_batch(
+    op: Op,
+    inputs: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    axes: tuple[int | None, ...],
+    where: Mapping[int, Place],
+) -> OpBatch | None:
+    multiple = op.integer("split_multiple", 1)
+    if op.kind in ("slice_rows", "concat_rows"):
+        rows = outputs[0].shape[0]
+        at = joined([where[i] for i in range(len(inputs))])
+        if op.kind == "slice_rows":
+            at = where[0].sampled(op.integer("start"), op.integer("stop"), op.integer("step"))
+        return OpBatch(axes, rows, (1,) * len(inputs), (1,), multiple, at)
+    lengths = [t.shape[a] for t, a in zip(inputs, axes, strict=True) if a is not None]
+    if not lengths:
+        return None
+    units = math.gcd(*lengths, *(t.shape[0] for t in outputs))
+    factors = tuple(0 if a is None else t.shape[a] // units for t, a in zip(inputs, axes, strict=True))
+    leader = min((i for i in where if inputs[i].role in ("activation", "input")), default=min(where))
+    at = where[leader].grouped(factors[leader])
+    return OpBatch(axes, units, factors, tuple(t.shape[0] // units for t in outputs), multiple, at)

@@ -1,0 +1,36 @@
+"""What the rewrites share: ops put in place of others, and what follows for the repeat, the shapes and the work."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from taskgraph.graph.graph import Graph
+from taskgraph.graph.op import Op, Tensor, seen_inputs
+from taskgraph.ops import SHAPE_RULES, WORK_RULES
+
+
+def rebuilt(
+    graph: Graph,
+    ops: Iterable[tuple[int, Op]],
+    tensors: Iterable[Tensor],
+    dropped: Iterable[str] = (),
+    outputs: Sequence[str] = (),
+) -> Graph:
+    """`graph` with `ops`, each with the index of the old op that it stands in place of, and these tensors on top."""
+    placed = list(ops)
+    repeat = graph.repeat
+    if repeat is not None:
+        first = sum(i < repeat.first for i, _ in placed)
+        last = sum(i < repeat.last for i, _ in placed)
+        repeat = replace(repeat, first=first, last=last)
+    gone = set(dropped)
+    merged = {t.name: t for t in graph.tensors if t.name not in gone} | {t.name: t for t in tensors}
+    new_ops = tuple(op for _, op in placed)
+    return Graph(graph.name, tuple(merged.values()), new_ops, (*graph.outputs, *outputs), repeat)
+
+
+def derived(op: Op, tensors: Mapping[str, Tensor]) -> tuple[Op, Tensor]:
+    """A standard op with one output, which gets its shape and the op its work from the rules of the kind."""
+    inputs, attrs = seen_inputs(op, tensors), dict(op.attrs)
+    ((shape, dtype),) = SHAPE_RULES[op.kind](inputs, attrs)
+    out = Tensor(op.outputs[0], shape, dtype)
+    return replace(op, work=WORK_RULES[op.kind](inputs, [out], attrs)), out
