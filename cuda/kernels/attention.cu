@@ -31,11 +31,11 @@ __device__ Partial attend(const T* query, const Rows<T>& keys, const Rows<T>& va
     __shared__ float weight[THREADS];
     float scale = rsqrtf(static_cast<float>(dim));
     for (int i = threadIdx.x; i < dim; i += THREADS) q[i] = widen(query[i]) * scale;
-    Partial state = {-INFINITY, 0.0f, {0.0f, 0.0f}};
+    Partial state = {-infinity(), 0.0f, {0.0f, 0.0f}};
     __syncthreads();
     for (int first = begin; first < end; first += THREADS) {
         int key = first + threadIdx.x;
-        float score = -INFINITY;
+        float score = -infinity();
         if (key < end) {
             const T* row = keys.row(key);
             score = 0.0f;
@@ -106,7 +106,7 @@ template <class T>
 __device__ void decode_combine(const float* parts, T* out, int heads, int dim, int splits) {
     Index head = static_cast<Index>(blockIdx.x) * heads + blockIdx.y;
     const float* mine = parts + head * splits * (dim + 2);
-    float largest = -INFINITY, sum = 0.0f;
+    float largest = -infinity(), sum = 0.0f;
     for (int s = 0; s < splits; s++) largest = fmaxf(largest, mine[s * (dim + 2)]);
     for (int s = 0; s < splits; s++)
         if (mine[s * (dim + 2) + 1] > 0.0f) sum += mine[s * (dim + 2) + 1] * expf(mine[s * (dim + 2)] - largest);

@@ -25,6 +25,7 @@ __device__ __forceinline__ bf16 narrow<bf16>(float x) {  // round to nearest, ti
     return bf16{static_cast<unsigned short>(rounded >> 16)};
 }
 
+__device__ __forceinline__ float infinity() { return __uint_as_float(0x7f800000u); }  // NVRTC has no INFINITY
 constexpr int WARP = 32;
 constexpr int THREADS = 128;  // of a block, in the kernels that reduce over one
 
@@ -33,7 +34,7 @@ struct Sum {
     __device__ static float join(float a, float b) { return a + b; }
 };
 struct Max {
-    __device__ static float identity() { return -INFINITY; }
+    __device__ static float identity() { return -infinity(); }
     __device__ static float join(float a, float b) { return fmaxf(a, b); }
 };
 

@@ -47,7 +47,7 @@ template <class T>
 __device__ void argmax(const T* x, Index* out, int columns) {
     __shared__ float best_value[THREADS];
     __shared__ int best_index[THREADS];
-    float best = -INFINITY;
+    float best = -infinity();
     int at = columns;
     for (int i = threadIdx.x; i < columns; i += THREADS) {
         float value = widen(x[static_cast<Index>(blockIdx.x) * columns + i]);

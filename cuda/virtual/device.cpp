@@ -360,3 +360,10 @@ EXPORTED(cuDriverGetVersion, (int* version), version)
 EXPORTED(cuDeviceGetCount, (int* count), count)
 EXPORTED(cuDeviceGet, (int* device, int ordinal), device, ordinal)
 EXPORTED(cuDeviceGetAttribute, (int* value, int attribute, int device), value, attribute, device)
+
+// NVRTC asks for tables of private functions. It crashes where this look-up is missing, and does without the tables
+// where it is refused.
+extern "C" __attribute__((visibility("default"))) Result cuGetExportTable(const void** table, const void*) {
+    *table = nullptr;
+    return NOT_FOUND;
+}

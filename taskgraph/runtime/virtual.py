@@ -36,9 +36,9 @@ _COMPUTE_CAPABILITY = {
 }  # fmt: skip
 """NVIDIA, "CUDA GPU compute capability"."""
 
-_FLAGS = ("-std=c++17", "-fPIC", "-shared", "-pthread", "-U_FORTIFY_SOURCE", "-fno-strict-aliasing")
+_FLAGS = ("-std=c++17", "-fPIC", "-pthread", "-U_FORTIFY_SOURCE", "-fno-strict-aliasing", "-fno-gnu-unique")
 _KERNEL_FLAGS = ("-O2", "-ffp-contract=off", "-Wno-unknown-pragmas")
-_DRIVER_FLAGS = ("-O1", "-fvisibility=hidden", "-Wl,-soname,libcuda.so.1")
+_DRIVER_FLAGS = ("-O1", "-fvisibility=hidden")
 
 
 def is_virtual(device: str | Device | None) -> bool:
@@ -77,11 +77,13 @@ def _compiler() -> str:
     return found
 
 
-def _built(name: str, inputs: Sequence[Path], commands: Sequence[Sequence[str]], extra: Sequence[Path]) -> Path:
+def _built(
+    name: str, inputs: Sequence[Path], flags: Sequence[Sequence[str]], link: Sequence[str], extra: Sequence[Path]
+) -> Path:
     """The cached shared library of `inputs`, built if no process has; keyed by compiler, flags and every source."""
     compiler = _compiler()
     version = subprocess.run([compiler, "-dumpfullversion", "-dumpmachine"], capture_output=True, text=True, check=True)
-    digest = hashlib.blake2b(repr((version.stdout, [list(c) for c in commands])).encode(), digest_size=12)
+    digest = hashlib.blake2b(repr((version.stdout, flags, link)).encode(), digest_size=12)
     for path in sorted({*inputs, *extra}):
         digest.update(path.name.encode() + path.read_bytes())
     target = Path(platformdirs.user_cache_dir("taskgraph")) / "virtual" / digest.hexdigest() / name
@@ -91,13 +93,12 @@ def _built(name: str, inputs: Sequence[Path], commands: Sequence[Sequence[str]],
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         objects = [Path(folder) / f"{path.name}.o" for path in inputs]
         jobs = [
-            ([compiler, *command, "-c", str(source), "-o", str(made)])
-            for command, source, made in zip(commands, inputs, objects, strict=True)
+            [compiler, *mine, "-c", str(source), "-o", str(made)]
+            for mine, source, made in zip(flags, inputs, objects, strict=True)
         ]
-        _run_all(jobs, os.process_cpu_count() if hasattr(os, "process_cpu_count") else len(os.sched_getaffinity(0)))
+        _run_all(jobs, len(os.sched_getaffinity(0)))
         made = Path(folder) / name
-        link = [flag for flag in commands[0] if flag.startswith("-Wl")]
-        _run_all([[compiler, "-shared", "-pthread", *link, *map(str, objects), "-o", str(made), "-ldl"]], 1)
+        _run_all([[compiler, "-shared", "-pthread", *map(str, objects), *link, "-ldl", "-o", str(made)]], 1)
         made.replace(target)
     return target
 
@@ -123,8 +124,10 @@ def driver_library() -> Path:
     """The virtual `libcuda.so.1`, built on first use."""
     folder = sources() / "virtual"
     inputs = sorted(path for path in folder.glob("*.cpp") if path.name != "host_table.cpp")
-    flags = [flag for flag in (*_FLAGS, *_DRIVER_FLAGS) if flag != "-shared"]
-    return _built("libcuda.so.1", inputs, [flags] * len(inputs), sorted(folder.glob("*.h")))
+    exports = folder / "exports.map"
+    link = ["-Wl,-soname,libcuda.so.1", f"-Wl,--version-script={exports}"]
+    flags = [[*_FLAGS, *_DRIVER_FLAGS]] * len(inputs)
+    return _built("libcuda.so.1", inputs, flags, link, [*folder.glob("*.h"), exports])
 
 
 def kernel_library(kernels: Sequence[Path] | None = None) -> Path:
@@ -132,10 +135,10 @@ def kernel_library(kernels: Sequence[Path] | None = None) -> Path:
     folder = sources() / "virtual"
     inputs = sorted((sources() / "kernels").glob("*.cu")) if kernels is None else list(kernels)
     shared = [*folder.glob("*.h"), *(sources() / "kernels").glob("*.cuh")]
-    flags = [flag for flag in (*_FLAGS, *_KERNEL_FLAGS) if flag != "-shared"]
     include = ["-include", str(folder / "host.h"), "-I", str(folder), "-I", str(sources() / "kernels")]
-    commands = [*([*flags, *include, "-x", "c++"] for _ in inputs), [*flags, "-I", str(folder)]]
-    return _built("libtaskgraph_kernels.so", [*inputs, folder / "host_table.cpp"], commands, shared)
+    flags = [*([*_FLAGS, *_KERNEL_FLAGS, *include, "-x", "c++"] for _ in inputs), [*_FLAGS, "-I", str(folder)]]
+    link = [f"-Wl,--version-script={folder / 'exports.map'}"]
+    return _built("libtaskgraph_kernels.so", [*inputs, folder / "host_table.cpp"], flags, link, shared)
 
 
 # ---------------------------------------------------------------------------------------------- settings
