@@ -56,7 +56,7 @@ ENTRY(cuDeviceGet, 2000, 2000, int* device, int ordinal) {
 
 ENTRY(cuDeviceGetName, 2000, 2000, char* name, int length, int device) {
     check_device(device);
-    snprintf(name, static_cast<size_t>(length), "taskgraph virtual %s (simulated)", machine().settings.device.c_str());
+    snprintf(name, static_cast<size_t>(length), "taskgraph virtual %s", machine().settings.device.c_str());
     return SUCCESS;
 }
 

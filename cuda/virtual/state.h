@@ -79,6 +79,7 @@ struct Stream : Object {
     uint64_t id = 0;
     Capture* capture = nullptr;
     std::vector<Node*> deps;  // of the next captured node
+    std::vector<EdgeData> edges;
     ItemPtr last;             // the newest work
     Stream() : Object(Kind::stream) {}
     bool legacy() const { return context && context->legacy == this; }

@@ -311,7 +311,8 @@ ENTRY(cuStreamGetCaptureInfo, 12030, 12030, void* handle, int* status, uint64_t*
     if (id) *id = capture ? capture->id : 0;
     if (graph) *graph = capture ? capture->graph : nullptr;
     if (deps) *deps = capture ? stream->deps.data() : nullptr;
-    if (edges) *edges = nullptr;
+    stream->edges.resize(stream->deps.size());  // full dependencies, all of them
+    if (edges) *edges = capture ? stream->edges.data() : nullptr;
     if (count) *count = capture ? stream->deps.size() : 0;
     return SUCCESS;
 }

@@ -1,8 +1,8 @@
 """The virtual driver from Python: build it, load it in place of NVIDIA's, talk to its control channel.
 
-It is a `libcuda.so.1` of our own (`cuda/virtual/`). Loaded before anything asks for the driver, the unmodified cuda.core
-runs on it: the dynamic linker hands out the library of that name that is there already. Everything it says about time
-is simulated: durations come from this package's evaluator and cost formulas, never from C++.
+It is a `libcuda.so.1` of our own (`cuda/virtual/`). Loaded before anything asks for the driver, the unmodified
+cuda.core runs on it: the dynamic linker hands out the library of that name that is there already. Everything it says
+about time is simulated: durations come from this package's evaluator and cost formulas, never from C++.
 """
 
 import ctypes
@@ -16,10 +16,11 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 
@@ -171,11 +172,11 @@ class Settings:
         return "\n".join([*rows, *(f"host_kernels {path}" for path in self.host_kernels), ""])
 
 
-def settings(device: str | Device, kernels: Sequence[Path] = (), **changes: int) -> Settings:
-    """Settings for "virtual:NAME" or a Device, with our kernels and the host builds of the given .cu files."""
+def settings(device: str | Device, **changes: Any) -> Settings:
+    """Settings for "virtual:NAME" or a Device with our kernels; `changes` are other fields of Settings."""
     spec = spec_of(device) if isinstance(device, str) else device
-    libraries = (kernel_library(), *([kernel_library(kernels)] if kernels else []))
-    return Settings(spec, host_kernels=libraries, **changes)
+    more: tuple[Path, ...] = changes.pop("host_kernels", ())
+    return Settings(spec, host_kernels=(kernel_library(), *more), **changes)
 
 
 def folder_for(chosen: Settings, folder: Path) -> Path:
@@ -196,7 +197,7 @@ def environment(folder: Path, base: Mapping[str, str] | None = None) -> dict[str
 
 
 @contextmanager
-def process_environment(device: str | Device, **changes: int) -> Iterator[dict[str, str]]:
+def process_environment(device: str | Device, **changes: Any) -> Iterator[dict[str, str]]:
     """Environment for one child process on a virtual device; its folder lives as long as the block."""
     with tempfile.TemporaryDirectory(prefix="taskgraph-virtual-") as name:
         yield environment(folder_for(settings(device, **changes), Path(name)))
@@ -305,14 +306,18 @@ def _adopted() -> Control | None:
 
 def _device_of(values: Mapping[str, str]) -> Device:
     """The Device of a control file: a published one, with the numbers that the file changes."""
-    from dataclasses import replace
-
     base = get(values["device"].rstrip("*")) if values["device"].rstrip("*") in _COMPUTE_CAPABILITY else get("h100_sxm")
-    numbers = {"sm_count": "sm_count", "sm_min": "sm_min", "sm_granularity": "sm_align", "memory_bytes": "memory_bytes"}
-    return replace(base, name=values["device"], **{name: int(values[key]) for name, key in numbers.items()})
+    return replace(
+        base,
+        name=values["device"],
+        sm_count=int(values["sm_count"]),
+        sm_min=int(values["sm_min"]),
+        sm_granularity=int(values["sm_align"]),
+        memory_bytes=int(values["memory_bytes"]),
+    )
 
 
-def load(device: str | Device, **changes: int) -> Control:
+def load(device: str | Device, **changes: Any) -> Control:
     """Make the virtual driver this process's CUDA driver.
 
     BackendUnavailable when the process has another driver or another virtual device already."""
