@@ -12,9 +12,9 @@ from rich.table import Table
 
 import taskgraph as tg
 from benchmarks import machine, print_json, seconds_of
-from taskgraph.graph.device import Device, Geometry
-from taskgraph.schedule.evaluate import evaluate
-from taskgraph.schedule.lists import pack
+from taskgraph.graph.device import Device
+from taskgraph.schedule.evaluate import Layout, evaluate
+from taskgraph.schedule.lists import layouts, pack
 from taskgraph.schedule.problem import Problem, make_problem
 
 if TYPE_CHECKING:
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 EPILOG = """\
 The DAG has layers of --width ops; each op reads one to three ops of the layer before. list_seconds is the list
-scheduler plus the evaluator over every geometry of the device that tg.plan tries, after numba has compiled;
-plan_seconds is the whole of tg.plan (problem, all geometries, waits, arena, bounds). The peer is HEFT (Topcuoglu,
-Hariri and Wu 2002) without insertion, a common way to write it over a networkx DiGraph, for one geometry and
+scheduler plus the evaluator over every layout of the device that tg.plan tries, after numba has compiled;
+plan_seconds is the whole of tg.plan (problem, all layouts, waits, arena, bounds). The peer is HEFT (Topcuoglu,
+Hariri and Wu 2002) without insertion, a common way to write it over a networkx DiGraph, for one layout and
 without an evaluator; list_one_seconds is the same for taskgraph. The peer runs on at most --peer-nodes nodes; for
 more nodes networkx_heft_seconds is null and networkx_heft_seconds_at holds what was run.
 
@@ -49,15 +49,6 @@ def layered_graph(nodes: int, width: int, seed: int) -> tg.Graph:
     return builder.build()
 
 
-def candidates(device: Device) -> list[tuple[Geometry, tuple[int, ...]]]:
-    """The geometries and lanes a partition that tg.plan tries."""
-    tried: list[tuple[Geometry, tuple[int, ...]]] = []
-    for geometry in device.splits():
-        parts = len(geometry.partitions)
-        tried += [(geometry, lanes) for lanes in ([(2,), (3,)] if parts == 1 else [(1,) * parts])]
-    return tried
-
-
 def networkx_heft(dag: "networkx.DiGraph[str]", lanes: int) -> dict[str, tuple[int, float]]:
     """HEFT in plain Python: nodes by upward rank, each on the lane where it ends first; (lane, end) by node."""
     import networkx
@@ -78,10 +69,10 @@ def networkx_heft(dag: "networkx.DiGraph[str]", lanes: int) -> dict[str, tuple[i
     return placed
 
 
-def heft_seconds(graph: tg.Graph, problem: Problem, geometry: Geometry) -> float:
+def heft_seconds(graph: tg.Graph, problem: Problem, layout: Layout) -> float:
     """Seconds of networkx_heft for one lane in each partition; the DiGraph is made outside the clock."""
     dag = graph.to_networkx()
-    modes = [problem.sizes.tolist().index(size) for size in geometry.sizes]
+    modes = [problem.mode_of(size) for size in layout.geometries[0].sizes]
     for op, row in zip(graph.ops, problem.seconds[:, modes].tolist(), strict=True):
         dag.nodes[op.name]["seconds"] = row
     return seconds_of(lambda: networkx_heft(dag, len(modes)))
@@ -93,9 +84,15 @@ def measure(
     """All figures, in seconds."""
     say("compiling")
     small = make_problem(layered_graph(64, 8, 0), device)
-    tried = candidates(device)
-    for geometry, lanes in tried:
-        evaluate(small, pack(small, geometry, lanes))
+    tried = layouts(device)
+
+    def search(problem: Problem) -> None:
+        for layout in tried:
+            assignment = pack(problem, layout)
+            assert assignment is not None, "no op of this graph asks for SMs"
+            evaluate(problem, assignment)
+
+    search(small)
     say(f"building {nodes:,} nodes")
     graphs: list[tg.Graph] = []
     build_s = seconds_of(lambda: graphs.append(layered_graph(nodes, width, 1)))
@@ -103,15 +100,10 @@ def measure(
     problems: list[Problem] = []
     problem_s = seconds_of(lambda: problems.append(make_problem(graph, device)))
     problem = problems[0]
-    widest, lanes_of_widest = max(tried, key=lambda c: len(c[0].partitions))
-
-    def search() -> None:
-        for geometry, lanes in tried:
-            evaluate(problem, pack(problem, geometry, lanes))
-
-    say(f"scheduling on {len(tried)} geometries")
-    list_s = [seconds_of(search) for _ in range(rounds)]
-    one_s = [seconds_of(lambda: pack(problem, widest, lanes_of_widest)) for _ in range(rounds)]
+    widest = max(tried, key=lambda layout: len(layout.rows))
+    say(f"scheduling on {len(tried)} layouts")
+    list_s = [seconds_of(lambda: search(problem)) for _ in range(rounds)]
+    one_s = [seconds_of(lambda: pack(problem, widest)) for _ in range(rounds)]
     say("planning")
     plan_s = seconds_of(lambda: tg.plan(graph, device))
     say("HEFT over networkx")
@@ -127,8 +119,8 @@ def measure(
         "plan_seconds": plan_s,
         "build_seconds": build_s,
         "problem_seconds": problem_s,
-        "geometries": len(tried),
-        "lanes_of_one": len(widest.partitions),
+        "layouts": len(tried),
+        "lanes_of_one": len(widest.rows),
         "device": device.name,
         "machine": machine(),
     }
@@ -142,10 +134,10 @@ def table_of(result: dict[str, Any]) -> Table:
     table.add_column("what")
     table.add_column("seconds", justify="right")
     one = f"{result['lanes_of_one']} lanes"
-    table.add_row(f"list scheduler + evaluator, all {result['geometries']} geometries", f"{result['list_seconds']:.3f}")
-    table.add_row(f"list scheduler alone, one geometry, {one}", f"{result['list_one_seconds']:.3f}")
+    table.add_row(f"list scheduler + evaluator, all {result['layouts']} layouts", f"{result['list_seconds']:.3f}")
+    table.add_row(f"list scheduler alone, one layout, {one}", f"{result['list_one_seconds']:.3f}")
     for nodes, seconds in result["networkx_heft_seconds_at"].items():
-        table.add_row(f"HEFT over networkx, one geometry, {one}, {int(nodes):,} nodes", f"{seconds:.3f}")
+        table.add_row(f"HEFT over networkx, one layout, {one}, {int(nodes):,} nodes", f"{seconds:.3f}")
     table.add_row("building the graph", f"{result['build_seconds']:.3f}")
     table.add_row("make_problem", f"{result['problem_seconds']:.3f}")
     table.add_row("tg.plan, whole", f"{result['plan_seconds']:.3f}")

@@ -80,16 +80,6 @@ def test_the_peer_respects_dependencies_and_lanes() -> None:
         assert all(before[1] <= after[0] for before, after in pairwise(spans))
 
 
-def test_candidates_are_those_of_the_planner() -> None:
-    from taskgraph.schedule import planner
-    from taskgraph.schedule.problem import make_problem
-
-    device = tg.devices.get("h100_sxm")
-    problem = make_problem(schedule.layered_graph(20, 4, seed=0), device)
-    tried = [(c.geometry, len(c.assignment.lane_mode)) for c in planner._packings(problem, device)]
-    assert tried == [(geometry, sum(lanes)) for geometry, lanes in schedule.candidates(device)]
-
-
 def test_rounds_are_interleaved() -> None:
     order: list[str] = []
     runs: Mapping[str, Callable[[], None]] = {name: lambda name=name: order.append(name) for name in "ab"}  # type: ignore[misc]

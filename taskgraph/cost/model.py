@@ -1,5 +1,6 @@
 """The cost model: what one op costs on a device, alone, as a function of its SMs."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,6 +43,46 @@ class OpArrays:
     flops_per_s: np.ndarray
     sm_min: np.ndarray
     sm_max: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class OpTable:
+    """What n ops cost on each of m SM counts, alone; all that a planner needs to know of the cost model.
+
+    seconds (n, m): isolated seconds on sizes[j] SMs, without launch.
+    sm_use (n, m): SMs that the op keeps from others while it runs at full speed, at most sizes[j]: two ops that share
+    a partition both run at full speed exactly if their uses fit it. 0 for pure copies.
+    rates (n, m, 4): bytes/s drawn from hbm, h2d, d2h and link while it runs at full speed.
+    band (n,): relative error band; sources (n,): where the number comes from.
+    sm_min, sm_max (n,): the SM counts that the op's demand allows.
+    """
+
+    seconds: np.ndarray
+    sm_use: np.ndarray
+    rates: np.ndarray
+    band: np.ndarray
+    sources: tuple[str, ...]
+    sm_min: np.ndarray
+    sm_max: np.ndarray
+
+
+def op_table(graph: Graph, device: Device, sizes: Sequence[int]) -> OpTable:
+    """The table of a flat graph's ops on `sizes` SMs; DemandError as in `check_demand`."""
+    ops = op_arrays(graph, device)
+    size = np.asarray(sizes, dtype=np.int64)
+    useful = np.minimum(size[None, :], ops.sm_max[:, None])
+    share = np.array([device.compute_share(s) for s in range(1, device.sm_count + 1)])
+    compute = (ops.work[:, :1] / ops.flops_per_s[:, None]) / share[useful - 1]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        moved = ops.work[:, 1:2] / np.minimum(useful * device.sm_hbm_bytes_per_s, ops.caps[:, :1])
+        copies = np.where(ops.work[:, 2:] > 0, ops.work[:, 2:] / ops.caps[:, 1:], 0.0).max(axis=1)
+    seconds = np.maximum(np.maximum(compute, moved), copies[:, None])
+    rates = ops.work[:, None, 1:] / seconds[:, :, None]
+    drawing = rates[:, :, 0] / device.sm_hbm_bytes_per_s
+    sm_use = np.minimum(np.maximum(compute / seconds * useful, drawing), useful)
+    sm_use[(ops.work[:, 0] == 0) & (ops.work[:, 2:4] > 0).any(axis=1)] = 0.0
+    n = len(seconds)
+    return OpTable(seconds, sm_use, rates, np.full(n, ERROR_BAND), ("roofline",) * n, ops.sm_min, ops.sm_max)
 
 
 def compute_rate(op: Op, tensor: dict[str, Tensor] | None, device: Device) -> float:

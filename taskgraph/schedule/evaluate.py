@@ -1,30 +1,87 @@
 """The one clock: an event-driven fluid simulation of ops on lanes.
 
-A lane starts its next op when the op's predecessors have ended, pays the launch, and then progresses at the
-rate that its resources allow. Lanes of one partition share its arithmetic and the bandwidth that its SMs can
-draw; all lanes share hbm, the copy paths and the link. Each is divided by max-min fair share (Bertsekas and
-Gallager 1992, section 6.5.2). Ties are resolved by lane number, so that equal inputs give equal times.
+A running op first pays its launch, and then progresses at the rate that its resources allow. Ops in one partition
+share its SMs and the bandwidth that these can draw; all ops share hbm, the copy paths and the link. Each is divided
+by max-min fair share (Bertsekas and Gallager 1992, section 6.5.2). Ties are resolved by lane number, so that equal
+inputs give equal times.
+
+Two doors lead to the clock. `evaluate` times a finished assignment: every lane has its queue. `dispatch` also makes
+one: whenever an op ends, the ready ops of highest priority start where their SMs fit (the parallel schedule
+generation scheme, Kelley 1963, in fluid time). Its result, evaluated, gives the same times.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from taskgraph.errors import PlanError
+from taskgraph.graph.device import Geometry
 from taskgraph.jit import njit
 from taskgraph.schedule.problem import Problem
 
 _DONE = 1e-12
+_FITS = 1.0 + 1e-9
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The lanes that a schedule may use: geometries, and the number of lanes in each of their partitions."""
+
+    geometries: tuple[Geometry, ...]
+    lanes_each: tuple[tuple[int, ...], ...]
+
+    @staticmethod
+    def shared(sm_count: int, lanes: int) -> "Layout":
+        """`lanes` lanes that share the whole device."""
+        return Layout((Geometry.of(sm_count),), ((lanes,),))
+
+    @staticmethod
+    def isolated(*geometries: Geometry) -> "Layout":
+        """One lane in each partition of each geometry."""
+        return Layout(geometries, tuple((1,) * len(g.partitions) for g in geometries))
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """(partitions, 4): geometry, first SM, SMs, number of lanes; geometry by geometry."""
+        return np.array(
+            [
+                (g, part.first_sm, part.sm_count, lanes)
+                for g, (geometry, each) in enumerate(zip(self.geometries, self.lanes_each, strict=True))
+                for part, lanes in zip(geometry.partitions, each, strict=True)
+            ],
+            np.int64,
+        )
+
+    @cached_property
+    def lane_partition(self) -> np.ndarray:
+        """(lanes,): the row of `rows` that each lane belongs to."""
+        return np.repeat(np.arange(len(self.rows)), self.rows[:, 3])
+
+    @cached_property
+    def conflicts(self) -> np.ndarray:
+        """(lanes, lanes): lanes of different geometries whose partitions overlap; they never run together."""
+        geometry, first, size = self.rows[self.lane_partition, :3].T
+        apart = (first[:, None] + size[:, None] <= first[None, :]) | (first[None, :] + size[None, :] <= first[:, None])
+        return (geometry[:, None] != geometry[None, :]) & ~apart
 
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """Which lane runs which op, in which order: order (n,) op numbers, lane (n,) by op, mode and partition by lane."""
+    """Which lane runs which op, in which order, on how many SMs.
 
+    order (n,) op numbers; lane (n,) and mode (n,) by op; holds (k, 2): pairs (before, after) of ops beyond the
+    problem's edges: the second starts only when the first has ended, because its SMs were not free earlier.
+    """
+
+    layout: Layout
     order: np.ndarray
     lane: np.ndarray
-    lane_mode: np.ndarray
-    lane_partition: np.ndarray
+    mode: np.ndarray
+    holds: np.ndarray
+
+
+NO_HOLDS = np.empty((0, 2), np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,21 +99,60 @@ class Evaluation:
 
 def evaluate(problem: Problem, chosen: Assignment, record: bool = False) -> Evaluation:
     """Times of every op under `chosen`; PlanError when its order makes lanes wait for each other for ever."""
-    n, lanes = problem.n, len(chosen.lane_mode)
+    n, layout = problem.n, chosen.layout
+    lanes = len(layout.lane_partition)
     start, end = np.zeros(n), np.zeros(n)
     trace = np.zeros((2 * n + 2 if record else 1, 6))
     lane_in_order = chosen.lane[chosen.order]
     queue = chosen.order[np.argsort(lane_in_order, kind="stable")]
     queue_ptr = np.zeros(lanes + 1, np.int64)
     np.cumsum(np.bincount(lane_in_order, minlength=lanes), out=queue_ptr[1:])
+    place = np.empty(n, np.int64)
+    place[chosen.order] = np.arange(n)
+    missing, succ_ptr, succ = _with_holds(problem, chosen.holds)
     ended, events = _simulate(
-        queue, queue_ptr, chosen.lane_mode, chosen.lane_partition, problem.sizes, problem.seconds, problem.use,
-        problem.pred_ptr, problem.succ_ptr, problem.succ, problem.capacity, problem.sm_count,
-        problem.sm_bytes_per_s, problem.launch_s, start, end, trace, record,
+        queue, queue_ptr, place, chosen.mode, layout.lane_partition, layout.rows, layout.conflicts,
+        problem.seconds, problem.use, missing, succ_ptr, succ, problem.capacity, problem.sm_count,
+        problem.sm_bytes_per_s, problem.launch_s, problem.switch_s, start, end, trace, record,
     )  # fmt: skip
     if ended < n:
         raise PlanError(f"{n - ended} of {n} ops never start: the order of the lanes contradicts the dependencies.")
     return Evaluation(start, end, trace[:events])
+
+
+def dispatch(
+    problem: Problem, layout: Layout, priority: np.ndarray, mode: np.ndarray, partition: np.ndarray,
+    oversubscribe: float = 1.0, backfill: bool = True,
+) -> tuple[Assignment, Evaluation]:  # fmt: skip
+    """Start ready ops by `priority` (n,), op i on mode[i] SMs in row partition[i] of `layout.rows`.
+
+    An op starts when its partition has a free lane and the SMs it uses, and when no soft resource would be asked for
+    more than `oversubscribe` times its capacity. Without `backfill` no op overtakes one of higher priority that waits
+    for SMs.
+    """
+    n = problem.n
+    start, end, lane, hold = np.zeros(n), np.zeros(n), np.zeros(n, np.int64), np.full(n, -1, np.int64)
+    order = _dispatch(
+        priority, mode, partition, oversubscribe, backfill, layout.lane_partition, layout.rows, layout.conflicts,
+        problem.seconds, problem.use, problem.pred_ptr, problem.succ_ptr, problem.succ, problem.capacity,
+        problem.sm_bytes_per_s, problem.launch_s, problem.switch_s, start, end, lane, hold,
+    )  # fmt: skip
+    held = np.flatnonzero(hold >= 0)
+    holds = np.stack([hold[held], held], axis=1)
+    return Assignment(layout, order, lane, mode, holds), Evaluation(start, end, np.zeros((0, 6)))
+
+
+def _with_holds(problem: Problem, holds: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(missing predecessors, succ_ptr, succ) of the problem's edges and the holds."""
+    missing = np.diff(problem.pred_ptr)
+    if not len(holds):
+        return missing, problem.succ_ptr, problem.succ
+    before = np.concatenate([np.repeat(np.arange(problem.n), np.diff(problem.succ_ptr)), holds[:, 0]])
+    after = np.concatenate([problem.succ, holds[:, 1]])
+    pointer = np.zeros(problem.n + 1, np.int64)
+    np.cumsum(np.bincount(before, minlength=problem.n), out=pointer[1:])
+    missing = missing + np.bincount(holds[:, 1], minlength=problem.n)
+    return missing, pointer, after[np.argsort(before, kind="stable")]
 
 
 @njit
@@ -96,78 +192,229 @@ def _throttle(speed: np.ndarray, wanted: np.ndarray, group: np.ndarray, member: 
 
 
 @njit
+def _advance(
+    running: np.ndarray, latency: np.ndarray, left: np.ndarray, mode: np.ndarray, lane_partition: np.ndarray,
+    rows: np.ndarray, seconds: np.ndarray, use: np.ndarray, capacity: np.ndarray, sm_bytes_per_s: float,
+    speed: np.ndarray, wanted: np.ndarray, everywhere: np.ndarray, used: np.ndarray,
+) -> float:  # fmt: skip
+    """Fill `speed` of every lane and `used` of every resource; returns the seconds until the next event."""
+    lanes = len(running)
+    for i in range(lanes):
+        fluid = running[i] >= 0 and latency[i] <= 0.0
+        speed[i] = 1.0 if fluid else 0.0
+        for r in range(5):
+            wanted[r, i] = use[running[i], mode[running[i]], r] if fluid else 0.0
+    for p in range(len(rows)):
+        _throttle(speed, wanted[0], lane_partition, p, rows[p, 2])
+        _throttle(speed, wanted[1], lane_partition, p, rows[p, 2] * sm_bytes_per_s)
+    for r in range(4):
+        used[r + 1] = _throttle(speed, wanted[r + 1], everywhere, 0, capacity[r])
+    step = np.inf
+    used[0] = 0.0
+    for i in range(lanes):
+        if running[i] >= 0:
+            used[0] += wanted[0, i] * speed[i]
+            if latency[i] > 0.0:
+                step = min(step, latency[i])
+            else:
+                step = min(step, left[i] * seconds[running[i], mode[running[i]]] / speed[i])
+    return step
+
+
+@njit
+def _progress(
+    step: float, running: np.ndarray, latency: np.ndarray, left: np.ndarray, speed: np.ndarray, mode: np.ndarray,
+    seconds: np.ndarray, launch_s: float, ended: np.ndarray,
+) -> int:  # fmt: skip
+    """Move every lane on by `step` seconds; free the lanes whose op is done and list these ops in `ended`."""
+    count = 0
+    for i in range(len(running)):
+        op = running[i]
+        if op < 0:
+            continue
+        if latency[i] > 0.0:
+            latency[i] -= step
+            if latency[i] <= launch_s * _DONE:
+                latency[i] = 0.0
+            continue
+        left[i] -= step * speed[i] / seconds[op, mode[op]]
+        if left[i] <= _DONE:
+            ended[count] = op
+            running[i] = -1
+            count += 1
+    return count
+
+
+@njit
+def _turn(
+    lane: int, now: float, switch_s: float, lane_partition: np.ndarray, conflicts: np.ndarray, ready_at: np.ndarray
+) -> float:
+    """Seconds until the SMs of `lane` have changed to its geometry; those that overlap them must change again later."""
+    here = lane_partition[lane]
+    if np.isinf(ready_at[here]):
+        ready_at[here] = now + switch_s
+    for j in range(len(lane_partition)):
+        if conflicts[lane, j]:
+            ready_at[lane_partition[j]] = np.inf
+    return max(0.0, ready_at[here] - now)
+
+
+@njit
 def _simulate(
-    queue: np.ndarray, queue_ptr: np.ndarray, lane_mode: np.ndarray, lane_partition: np.ndarray, sizes: np.ndarray,
-    seconds: np.ndarray, use: np.ndarray, pred_ptr: np.ndarray, succ_ptr: np.ndarray, succ: np.ndarray,
-    capacity: np.ndarray, sm_count: int, sm_bytes_per_s: float, launch_s: float,
-    start: np.ndarray, end: np.ndarray, trace: np.ndarray, record: bool,
+    queue: np.ndarray, queue_ptr: np.ndarray, place: np.ndarray, mode: np.ndarray, lane_partition: np.ndarray,
+    rows: np.ndarray, conflicts: np.ndarray, seconds: np.ndarray, use: np.ndarray, missing: np.ndarray,
+    succ_ptr: np.ndarray, succ: np.ndarray, capacity: np.ndarray, sm_count: int, sm_bytes_per_s: float,
+    launch_s: float, switch_s: float, start: np.ndarray, end: np.ndarray, trace: np.ndarray, record: bool,
 ) -> tuple[int, int]:  # fmt: skip
     """Fill start and end; returns (ops that ended, rows of trace)."""
-    lanes, n = len(lane_mode), len(start)
-    missing = pred_ptr[1:] - pred_ptr[:-1]
-    head = queue_ptr[:-1].copy()
-    running = np.full(lanes, -1, np.int64)
+    lanes, n = len(lane_partition), len(start)
+    missing, head = missing.copy(), queue_ptr[:-1].copy()
+    running, done_ops = np.full(lanes, -1, np.int64), np.empty(lanes, np.int64)
     latency, left, speed = np.zeros(lanes), np.zeros(lanes), np.zeros(lanes)
-    wanted = np.zeros((5, lanes))
-    everywhere = np.zeros(lanes, np.int64)
-    used = np.zeros(5)
+    wanted, everywhere, used = np.zeros((5, lanes)), np.zeros(lanes, np.int64), np.zeros(5)
+    turns = conflicts.any()
+    ready_at = np.zeros(len(rows))
     now, ended, events = 0.0, 0, 0
     while ended < n:
         busy = 0
         for i in range(lanes):
             if running[i] < 0 and head[i] < queue_ptr[i + 1] and missing[queue[head[i]]] == 0:
-                running[i] = queue[head[i]]
-                head[i] += 1
-                start[running[i]] = now
-                latency[i], left[i] = launch_s, 1.0
+                op = queue[head[i]]
+                free = True
+                if turns:
+                    for j in range(lanes):
+                        if conflicts[i, j]:
+                            waiting = head[j] < queue_ptr[j + 1] and place[queue[head[j]]] < place[op]
+                            free = free and running[j] < 0 and not waiting
+                if free:
+                    running[i] = op
+                    head[i] += 1
+                    start[op] = now
+                    left[i] = 1.0
+                    latency[i] = launch_s + _turn(i, now, switch_s, lane_partition, conflicts, ready_at)
             busy += running[i] >= 0
         if busy == 0:
             break
-        for i in range(lanes):
-            fluid = running[i] >= 0 and latency[i] <= 0.0
-            speed[i] = 1.0 if fluid else 0.0
-            for r in range(5):
-                wanted[r, i] = use[running[i], lane_mode[i], r] if fluid else 0.0
-        used[:] = 0.0
-        for i in range(lanes):
-            first = True
-            for j in range(i):
-                first = first and lane_partition[j] != lane_partition[i]
-            if first:
-                size = sizes[lane_mode[i]]
-                _throttle(speed, wanted[0], lane_partition, lane_partition[i], 1.0)
-                _throttle(speed, wanted[1], lane_partition, lane_partition[i], size * sm_bytes_per_s)
-        for r in range(4):
-            used[r + 1] = _throttle(speed, wanted[r + 1], everywhere, 0, capacity[r])
-        step = np.inf
-        for i in range(lanes):
-            if running[i] >= 0:
-                if latency[i] > 0.0:
-                    step = min(step, latency[i])
-                else:
-                    step = min(step, left[i] * seconds[running[i], lane_mode[i]] / speed[i])
+        step = _advance(
+            running, latency, left, mode, lane_partition, rows, seconds, use, capacity, sm_bytes_per_s,
+            speed, wanted, everywhere, used,
+        )  # fmt: skip
         if record:
             trace[events, 0] = now
-            for i in range(lanes):
-                trace[events, 1] += wanted[0, i] * speed[i] * sizes[lane_mode[i]] / sm_count
+            trace[events, 1] = used[0] / sm_count
             for r in range(4):
                 trace[events, r + 2] = used[r + 1] / capacity[r] if capacity[r] > 0.0 else 0.0
         events += record
         now += step
-        for i in range(lanes):
-            op = running[i]
-            if op < 0:
-                continue
-            if latency[i] > 0.0:
-                latency[i] -= step
-                if latency[i] <= launch_s * _DONE:
-                    latency[i] = 0.0
-                continue
-            left[i] -= step * speed[i] / seconds[op, lane_mode[i]]
-            if left[i] <= _DONE:
-                end[op] = now
-                running[i] = -1
-                ended += 1
-                for k in range(succ_ptr[op], succ_ptr[op + 1]):
-                    missing[succ[k]] -= 1
+        count = _progress(step, running, latency, left, speed, mode, seconds, launch_s, done_ops)
+        for c in range(count):
+            op = done_ops[c]
+            end[op] = now
+            for k in range(succ_ptr[op], succ_ptr[op + 1]):
+                missing[succ[k]] -= 1
+        ended += count
     return ended, events
+
+
+_NO_ROOM, _CONFLICT, _FULL = -1, -2, -3
+
+
+@njit
+def _room(
+    op: int, partition: np.ndarray, mode: np.ndarray, oversubscribe: float, running: np.ndarray,
+    lane_partition: np.ndarray, rows: np.ndarray, conflicts: np.ndarray, use: np.ndarray, capacity: np.ndarray,
+) -> int:  # fmt: skip
+    """The lane on which `op` can start now; _FULL if all lanes are busy, _CONFLICT if another geometry has the SMs,
+    _NO_ROOM if its partition has no free lane, too few SMs left, or a soft resource is spoken for."""
+    where, lanes, at, idle = partition[op], len(running), -1, False
+    for i in range(lanes):
+        if running[i] < 0:
+            idle = True
+            if at < 0 and lane_partition[i] == where:
+                at = i
+    if not idle:
+        return _FULL
+    for i in range(lanes):
+        for j in range(lanes):
+            if running[i] >= 0 and lane_partition[j] == where and conflicts[i, j]:
+                return _CONFLICT
+    if at < 0:
+        return _NO_ROOM
+    for r in range(5):
+        mine, others = use[op, mode[op], r], 0.0
+        for i in range(lanes):
+            other = running[i]
+            if other >= 0 and (r > 0 or lane_partition[i] == where):
+                others += use[other, mode[other], r]
+        limit = rows[where, 2] * 1.0 if r == 0 else capacity[r - 1] * oversubscribe
+        if others > 0.0 and mine > 0.0 and others + mine > limit * _FITS:
+            return _NO_ROOM
+    return at
+
+
+@njit
+def _insert(ready: np.ndarray, count: int, op: int, priority: np.ndarray) -> int:
+    """Insert `op` into ready[:count], which is ordered by falling priority; returns the new count."""
+    k = count
+    while k > 0 and priority[ready[k - 1]] < priority[op]:
+        ready[k] = ready[k - 1]
+        k -= 1
+    ready[k] = op
+    return count + 1
+
+
+@njit
+def _dispatch(
+    priority: np.ndarray, mode: np.ndarray, partition: np.ndarray, oversubscribe: float, backfill: bool,
+    lane_partition: np.ndarray, rows: np.ndarray, conflicts: np.ndarray, seconds: np.ndarray, use: np.ndarray,
+    pred_ptr: np.ndarray, succ_ptr: np.ndarray, succ: np.ndarray, capacity: np.ndarray, sm_bytes_per_s: float,
+    launch_s: float, switch_s: float, start: np.ndarray, end: np.ndarray, lane: np.ndarray, hold: np.ndarray,
+) -> np.ndarray:  # fmt: skip
+    """Fill start, end, lane and hold; returns the ops in the order in which they started."""
+    lanes, n = len(lane_partition), len(start)
+    missing = pred_ptr[1:] - pred_ptr[:-1]
+    order, ready, since = np.empty(n, np.int64), np.empty(n, np.int64), np.zeros(n)
+    running, done_ops = np.full(lanes, -1, np.int64), np.empty(lanes, np.int64)
+    latency, left, speed = np.zeros(lanes), np.zeros(lanes), np.zeros(lanes)
+    wanted, everywhere, used = np.zeros((5, lanes)), np.zeros(lanes, np.int64), np.zeros(5)
+    ready_at = np.zeros(len(rows))
+    waiting, started, ended, last, now = 0, 0, 0, -1, 0.0
+    for op in range(n):
+        if missing[op] == 0:
+            waiting = _insert(ready, waiting, op, priority)
+    while ended < n:
+        kept, blocked = 0, False
+        for w in range(waiting):
+            op = ready[w]
+            at = -1
+            if not blocked:
+                at = _room(op, partition, mode, oversubscribe, running, lane_partition, rows, conflicts, use, capacity)
+                blocked = at == _CONFLICT or at == _FULL or (at == _NO_ROOM and not backfill)
+            if at < 0:
+                ready[kept] = op
+                kept += 1
+                continue
+            running[at], lane[op], start[op] = op, at, now
+            left[at] = 1.0
+            latency[at] = launch_s + _turn(at, now, switch_s, lane_partition, conflicts, ready_at)
+            if now > since[op]:
+                hold[op] = last
+            order[started] = op
+            started += 1
+        waiting = kept
+        step = _advance(
+            running, latency, left, mode, lane_partition, rows, seconds, use, capacity, sm_bytes_per_s,
+            speed, wanted, everywhere, used,
+        )  # fmt: skip
+        now += step
+        count = _progress(step, running, latency, left, speed, mode, seconds, launch_s, done_ops)
+        for c in range(count):
+            last = done_ops[c]
+            end[last] = now
+            for k in range(succ_ptr[last], succ_ptr[last + 1]):
+                missing[succ[k]] -= 1
+                if missing[succ[k]] == 0:
+                    since[succ[k]] = now
+                    waiting = _insert(ready, waiting, succ[k], priority)
+        ended += count
+    return order

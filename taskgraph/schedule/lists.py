@@ -2,38 +2,53 @@
 aware of shared resources by the area that earlier choices have already claimed."""
 
 import heapq
-from collections.abc import Sequence
 
 import numpy as np
 
-from taskgraph.graph.device import Geometry
+from taskgraph.graph.device import Device
 from taskgraph.jit import njit
-from taskgraph.schedule.evaluate import Assignment
+from taskgraph.schedule.evaluate import NO_HOLDS, Assignment, Layout
 from taskgraph.schedule.problem import Problem
 
 
 def sequential(problem: Problem) -> Assignment:
     """Every op in graph order on one lane of the whole device."""
-    whole = np.array([len(problem.sizes) - 1])
-    return Assignment(np.arange(problem.n), np.zeros(problem.n, np.int64), whole, np.zeros(1, np.int64))
+    mode = np.full(problem.n, len(problem.sizes) - 1)
+    layout = Layout.shared(problem.sm_count, 1)
+    return Assignment(layout, np.arange(problem.n), np.zeros(problem.n, np.int64), mode, NO_HOLDS)
 
 
-def pack(problem: Problem, geometry: Geometry, lanes_each: Sequence[int]) -> Assignment:
-    """List-schedule onto `lanes_each[p]` lanes in partition p of `geometry`."""
-    mode_of = {int(size): mode for mode, size in enumerate(problem.sizes)}
-    lane_partition = np.repeat(np.arange(len(lanes_each)), lanes_each)
-    lane_mode = np.array([mode_of[geometry.sizes[p]] for p in lane_partition])
+def layouts(device: Device) -> list[Layout]:
+    """The layouts that a list schedule is tried on: two and three lanes that share the device, and each of its splits."""
+    splits = [Layout.isolated(g) for g in device.splits() if len(g.partitions) > 1]
+    return [*(Layout.shared(device.sm_count, lanes) for lanes in (2, 3)), *splits]
+
+
+def pack(problem: Problem, layout: Layout) -> Assignment | None:
+    """List-schedule onto the lanes of a layout of one geometry, each op on all SMs of its lane's partition.
+
+    None when an op fits no partition.
+    """
+    lane_mode = np.searchsorted(problem.sizes, layout.rows[layout.lane_partition, 2])
     order, lane = _earliest_finish(
         problem.seconds, problem.use, problem.legal, problem.pred_ptr, problem.pred, problem.succ_ptr, problem.succ,
-        problem.capacity, problem.launch_s, upward_rank(problem), lane_mode, lane_partition,
+        problem.capacity, problem.launch_s, upward_rank(problem), lane_mode, layout.lane_partition,
+        layout.rows[:, 2].astype(np.float64),
     )  # fmt: skip
-    return Assignment(order, lane, lane_mode, lane_partition)
+    if len(order) < problem.n:
+        return None
+    return Assignment(layout, order, lane, lane_mode[lane], NO_HOLDS)
+
+
+def label(layout: Layout) -> str:
+    """The layout for people: "84 + 48 SMs, 2 lanes"."""
+    sizes = " | ".join(" + ".join(map(str, g.sizes)) for g in layout.geometries)
+    return f"{sizes} SMs, {len(layout.lane_partition)} lanes"
 
 
 def upward_rank(problem: Problem) -> np.ndarray:
     """Seconds from the start of each op to the end of the graph along its longest chain of best times."""
-    best = np.where(problem.legal, problem.seconds, np.inf).min(axis=1) + problem.launch_s
-    return _upward_rank(best, problem.succ_ptr, problem.succ)
+    return _upward_rank(problem.best_seconds(), problem.succ_ptr, problem.succ)
 
 
 @njit
@@ -51,13 +66,13 @@ def _upward_rank(seconds: np.ndarray, succ_ptr: np.ndarray, succ: np.ndarray) ->
 def _earliest_finish(
     seconds: np.ndarray, use: np.ndarray, legal: np.ndarray, pred_ptr: np.ndarray, pred: np.ndarray,
     succ_ptr: np.ndarray, succ: np.ndarray, capacity: np.ndarray, launch_s: float, rank: np.ndarray,
-    lane_mode: np.ndarray, lane_partition: np.ndarray,
+    lane_mode: np.ndarray, lane_partition: np.ndarray, partition_sms: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """(order, lane): ready ops by rank, each on the lane where it should end first; both empty if an op fits none."""
     n, lanes = len(rank), len(lane_mode)
     order, lane, end = np.zeros(n, np.int64), np.zeros(n, np.int64), np.zeros(n)
     free = np.zeros(lanes)
-    claimed = np.zeros((lane_partition.max() + 1, 1))
+    claimed = np.zeros(len(partition_sms))
     claimed_soft = np.zeros(4)
     missing = pred_ptr[1:] - pred_ptr[:-1]
     ready = [(0.0, 0)]
@@ -79,7 +94,7 @@ def _earliest_finish(
             begin = max(earliest, free[i])
             took = seconds[op, mode]
             finish = begin + launch_s + took
-            finish = max(finish, max(claimed[where, 0], begin) + launch_s + took * use[op, mode, 0])
+            finish = max(finish, max(claimed[where], begin) + launch_s + took * use[op, mode, 0] / partition_sms[where])
             for r in range(4):
                 if use[op, mode, r + 1] > 0.0:
                     finish = max(finish, max(claimed_soft[r], begin) + took * use[op, mode, r + 1] / capacity[r])
@@ -89,7 +104,7 @@ def _earliest_finish(
             return order[:0], lane[:0]
         mode, where = lane_mode[best], lane_partition[best]
         took = seconds[op, mode]
-        claimed[where, 0] = max(claimed[where, 0], best_start) + took * use[op, mode, 0]
+        claimed[where] = max(claimed[where], best_start) + took * use[op, mode, 0] / partition_sms[where]
         for r in range(4):
             if use[op, mode, r + 1] > 0.0:
                 claimed_soft[r] = max(claimed_soft[r], best_start) + took * use[op, mode, r + 1] / capacity[r]

@@ -10,7 +10,7 @@ from typing import Any
 from taskgraph.errors import DeviceError, PlanError
 from taskgraph.graph.device import Device, Geometry, Partition
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +25,14 @@ class Lane:
 class Step:
     """Run `op` on lane number `lane` when its lane is free and the steps numbered in `waits` have ended.
 
-    `waits` holds earlier steps of other lanes; order within a lane needs no wait.
+    `waits` holds earlier steps of other lanes; order within a lane needs no wait. `sms` is the number of SMs that
+    the op is launched on, at most those of the lane's partition; 0 means all of them.
     """
 
     op: str
     lane: int
     waits: tuple[int, ...] = ()
+    sms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +138,10 @@ class Plan:
         where = self.lanes[lane]
         return self.geometries[where.geometry].partitions[where.partition]
 
+    def sms(self, step: int) -> int:
+        """The SMs that step number `step` is launched on."""
+        return self.steps[step].sms or self.partition(self.steps[step].lane).sm_count
+
     def to_json(self) -> str:
         """Text that `Plan.from_json` reads back into an equal plan."""
         return json.dumps(asdict(self), sort_keys=True)
@@ -178,7 +184,7 @@ def _plan_from_json(body: dict[str, Any]) -> Plan:
         device=Device.from_dict(body["device"]),
         geometries=tuple(Geometry(tuple(Partition(**p) for p in g["partitions"])) for g in body["geometries"]),
         lanes=tuple(Lane(**lane) for lane in body["lanes"]),
-        steps=tuple(Step(s["op"], s["lane"], tuple(s["waits"])) for s in body["steps"]),
+        steps=tuple(Step(s["op"], s["lane"], tuple(s["waits"]), s["sms"]) for s in body["steps"]),
         arena=tuple(Slot(**slot) for slot in body["arena"]),
         arena_bytes=body["arena_bytes"],
         timeline=Timeline(timeline["kind"], timeline["origin"], tuple(Span(**s) for s in timeline["spans"])),

@@ -1,13 +1,14 @@
 """plan(): candidates from the schedulers, judged by the one evaluator, against the sequential graph."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from taskgraph.cost.model import ERROR_BAND
+from taskgraph.cost.model import op_table
 from taskgraph.errors import PlanError
-from taskgraph.graph.device import Device, Geometry, get
+from taskgraph.graph.device import Device, get
 from taskgraph.graph.graph import Graph
 from taskgraph.graph.op import RESOURCES
 from taskgraph.jit import njit
@@ -15,9 +16,9 @@ from taskgraph.ops import check_op
 from taskgraph.schedule import lists
 from taskgraph.schedule.arena import assign
 from taskgraph.schedule.bounds import lower_bounds
-from taskgraph.schedule.evaluate import Assignment, Evaluation, evaluate
+from taskgraph.schedule.evaluate import Assignment, Evaluation, Layout, evaluate
 from taskgraph.schedule.plan import Lane, Plan, Span, Step, Timeline, Verdict
-from taskgraph.schedule.problem import Problem, make_problem
+from taskgraph.schedule.problem import Costs, Problem, make_problem
 
 SCHEDULERS = ("auto", "sequential", "list")
 MIN_GAIN = 1.02
@@ -27,12 +28,11 @@ MIN_GAIN = 1.02
 @dataclass(frozen=True, slots=True)
 class _Candidate:
     label: str
-    geometry: Geometry
     assignment: Assignment
     evaluation: Evaluation
 
 
-def plan(graph: Graph, device: str | Device = "cpu", scheduler: str = "auto") -> Plan:
+def plan(graph: Graph, device: str | Device = "cpu", scheduler: str = "auto", *, costs: Costs = op_table) -> Plan:
     """The best plan that `scheduler` finds for `graph` on `device`, with bounds and a verdict.
 
     "sequential" runs op after op on the whole device. "list" packs by list scheduling and keeps the result even
@@ -45,9 +45,9 @@ def plan(graph: Graph, device: str | Device = "cpu", scheduler: str = "auto") ->
     tensors = dict(flat.tensor)
     for op in graph.ops if graph.repeat is None else flat.ops:
         check_op(op, tensors)
-    problem = make_problem(flat, target)
+    problem = make_problem(flat, target, costs=costs)
     in_turn = lists.sequential(problem)
-    baseline = _Candidate("sequential", Geometry.of(target.sm_count), in_turn, evaluate(problem, in_turn))
+    baseline = _Candidate("sequential", in_turn, evaluate(problem, in_turn))
     packed = min(_packings(problem, target), key=lambda c: c.evaluation.makespan_s, default=baseline)
     if scheduler == "sequential":
         packed = baseline
@@ -57,20 +57,37 @@ def plan(graph: Graph, device: str | Device = "cpu", scheduler: str = "auto") ->
         choice="sequential" if chosen is baseline else "packed",
         packed_s=packed.evaluation.makespan_s,
         sequential_s=baseline.evaluation.makespan_s,
-        error_band=ERROR_BAND,
+        error_band=_error_band(problem),
     )
     return _plan_of(graph, target, problem, chosen, verdict, f"{scheduler}: {chosen.label}")
 
 
-def replay_times(graph: Graph, plan: Plan) -> Timeline:
+def _packings(problem: Problem, device: Device) -> Iterator[_Candidate]:
+    """List schedules on every layout that is tried."""
+    for layout in lists.layouts(device):
+        assignment = lists.pack(problem, layout)
+        if assignment is not None:
+            yield _Candidate(f"list on {lists.label(layout)}", assignment, evaluate(problem, assignment))
+
+
+def _error_band(problem: Problem) -> float:
+    """The bands of the ops, weighted by their times: errors of one model lean the same way, so they do not cancel."""
+    weight = problem.best_seconds()
+    return float(np.average(problem.band, weights=weight))
+
+
+# ------------------------------------------------------------------------------------------- replay
+
+
+def replay_times(graph: Graph, plan: Plan, costs: Costs = op_table) -> Timeline:
     """The simulated timeline of `plan` as it stands: its lanes, its order, the evaluator's clock."""
-    chosen, times = _replayed(graph, plan, record=False)
-    return _timeline(graph.flat(), plan.device, chosen.order, chosen.lane, times)
+    problem, chosen, times = _replayed(graph, plan, costs, record=False)
+    return _timeline(graph.flat(), plan.device, problem, chosen.order, [s.lane for s in plan.steps], times)
 
 
-def utilisation(graph: Graph, plan: Plan) -> dict[str, list[tuple[float, float]]]:
+def utilisation(graph: Graph, plan: Plan, costs: Costs = op_table) -> dict[str, list[tuple[float, float]]]:
     """For each resource of the device the steps (time in seconds, used share of its capacity) of a simulated replay."""
-    _, times = _replayed(graph, plan, record=True)
+    _, _, times = _replayed(graph, plan, costs, record=True)
     moments = [*times.trace[:, 0].tolist(), times.makespan_s]
     return {
         name: list(zip(moments, [*times.trace[:, 1 + i].tolist(), 0.0], strict=True))
@@ -78,68 +95,96 @@ def utilisation(graph: Graph, plan: Plan) -> dict[str, list[tuple[float, float]]
     }
 
 
-def _replayed(graph: Graph, plan: Plan, record: bool) -> tuple[Assignment, Evaluation]:
+def _replayed(graph: Graph, plan: Plan, costs: Costs, record: bool) -> tuple[Problem, Assignment, Evaluation]:
     flat = graph.flat()
     index = {op.name: i for i, op in enumerate(flat.ops)}
     order = np.array([index[step.op] for step in plan.steps])
-    lane = np.empty(len(order), np.int64)
-    lane[order] = [step.lane for step in plan.steps]
-    sizes = tuple(sorted({size for geometry in plan.geometries for size in geometry.sizes}))
-    mode = np.array([sizes.index(plan.partition(i).sm_count) for i in range(len(plan.lanes))])
-    chosen = Assignment(order, lane, mode, np.array([here.partition for here in plan.lanes]))
-    return chosen, evaluate(make_problem(flat, plan.device, sizes), chosen, record)
-
-
-def _timeline(flat: Graph, device: Device, order: np.ndarray, lane: np.ndarray, times: Evaluation) -> Timeline:
-    rows = zip(
-        order.tolist(), lane[order].tolist(), times.start_s[order].tolist(), times.end_s[order].tolist(), strict=True
+    sms = np.array([plan.sms(i) for i in range(len(plan.steps))])
+    problem = make_problem(flat, plan.device, np.unique(sms).tolist(), costs)
+    place = Counter((here.geometry, here.partition) for here in plan.lanes)
+    layout = Layout(
+        plan.geometries,
+        tuple(tuple(place[g, p] for p in range(len(geo.partitions))) for g, geo in enumerate(plan.geometries)),
     )
+    by_place = sorted(range(len(plan.lanes)), key=lambda i: (plan.lanes[i].geometry, plan.lanes[i].partition))
+    lane_of = {lane: i for i, lane in enumerate(by_place)}
+    lane, mode = np.empty(len(order), np.int64), np.empty(len(order), np.int64)
+    lane[order] = [lane_of[step.lane] for step in plan.steps]
+    mode[order] = np.searchsorted(problem.sizes, sms)
+    holds = [(order[w], order[i]) for i, step in enumerate(plan.steps) for w in step.waits]
+    chosen = Assignment(layout, order, lane, mode, np.array(holds, np.int64).reshape(-1, 2))
+    return problem, chosen, evaluate(problem, chosen, record)
+
+
+def _timeline(
+    flat: Graph, device: Device, problem: Problem, order: np.ndarray, lanes: list[int], times: Evaluation
+) -> Timeline:
+    rows = zip(order.tolist(), lanes, times.start_s[order].tolist(), times.end_s[order].tolist(), strict=True)
     spans = tuple(Span(flat.ops[i].name, where, begin, end) for i, where, begin, end in rows)
-    return Timeline("simulated", f"{device.name}, roofline", spans)
+    return Timeline("simulated", f"{device.name}, {' + '.join(sorted(set(problem.sources)))}", spans)
 
 
-def _packings(problem: Problem, device: Device) -> Iterator[_Candidate]:
-    """List schedules over the geometries that are tried: shared lanes on the whole device, and isolated partitions."""
-    for geometry in device.splits():
-        whole = len(geometry.partitions) == 1
-        for lanes_each in [(2,), (3,)] if whole else [(1,) * len(geometry.partitions)]:
-            assignment = lists.pack(problem, geometry, lanes_each)
-            if len(assignment.order) == problem.n:
-                label = f"list on {' + '.join(map(str, geometry.sizes))} SMs, {sum(lanes_each)} lanes"
-                yield _Candidate(label, geometry, assignment, evaluate(problem, assignment))
+# ----------------------------------------------------------------------------------- from assignment to plan
 
 
 def _plan_of(
     graph: Graph, device: Device, problem: Problem, chosen: _Candidate, verdict: Verdict, made_by: str
 ) -> Plan:
-    flat, order, times = graph.flat(), chosen.assignment.order, chosen.evaluation
-    used, lane_of_op = np.unique(chosen.assignment.lane, return_inverse=True)
-    step_lane = lane_of_op[order]
-    waits = [tuple(row) for row in _waits(order, lane_of_op, problem)]
-    slots, arena_bytes = assign(flat, step_lane.tolist(), waits, order.tolist())
+    flat, assignment, times = graph.flat(), chosen.assignment, chosen.evaluation
+    order, layout = assignment.order, assignment.layout
+    used, lane_of_op = np.unique(assignment.lane, return_inverse=True)
+    kept, geometry_of = np.unique(layout.rows[layout.lane_partition[used], 0], return_inverse=True)
+    first_row = np.searchsorted(layout.rows[:, 0], kept)
+    step_lane = lane_of_op[order].tolist()
+    waits = [tuple(row) for row in _waits(assignment, lane_of_op, problem)]
+    slots, arena_bytes = assign(flat, step_lane, waits, order.tolist())
+    room = layout.rows[layout.lane_partition[assignment.lane], 2]
+    sms = np.where(problem.sizes[assignment.mode] < room, problem.sizes[assignment.mode], 0)[order].tolist()
     return Plan(
         graph=graph.fingerprint,
         graph_name=graph.name,
         device=device,
-        geometries=(chosen.geometry,),
-        lanes=tuple(Lane(0, int(chosen.assignment.lane_partition[i])) for i in used),
+        geometries=tuple(layout.geometries[g] for g in kept),
+        lanes=tuple(
+            Lane(int(g), int(layout.lane_partition[i] - first_row[g])) for i, g in zip(used, geometry_of, strict=True)
+        ),
         steps=tuple(
-            Step(flat.ops[i].name, lane, wait)
-            for i, lane, wait in zip(order.tolist(), step_lane.tolist(), waits, strict=True)
+            Step(flat.ops[i].name, lane, wait, count)
+            for i, lane, wait, count in zip(order.tolist(), step_lane, waits, sms, strict=True)
         ),
         arena=slots,
         arena_bytes=arena_bytes,
-        timeline=_timeline(flat, device, order, lane_of_op, times),
-        bounds=lower_bounds(problem, device),
+        timeline=_timeline(flat, device, problem, order, step_lane, times),
+        bounds=lower_bounds(problem),
         verdict=verdict,
         made_by=made_by,
     )
 
 
-def _waits(order: np.ndarray, lane: np.ndarray, problem: Problem) -> list[list[int]]:
+def _waits(chosen: Assignment, lane: np.ndarray, problem: Problem) -> list[list[int]]:
     """For every step the earlier steps of other lanes it must wait for, without those that another wait implies."""
-    count, row = _reduced_waits(order, lane, int(lane.max()) + 1, problem.pred_ptr, problem.pred)
+    turns = _turns(chosen.order, chosen.lane, chosen.layout.conflicts)
+    extra = np.concatenate([chosen.holds, turns])
+    pred_ptr, pred = problem.pred_ptr, problem.pred
+    if len(extra):
+        after = np.concatenate([np.repeat(np.arange(problem.n), np.diff(pred_ptr)), extra[:, 1]])
+        pred = np.concatenate([pred, extra[:, 0]])[np.argsort(after, kind="stable")]
+        pred_ptr = np.concatenate([[0], np.cumsum(np.bincount(after, minlength=problem.n))])
+    count, row = _reduced_waits(chosen.order, lane, int(lane.max()) + 1, pred_ptr, pred)
     return [row[i, :c].tolist() for i, c in enumerate(count)] if row.shape[1] else [[] for _ in count]
+
+
+def _turns(order: np.ndarray, lane: np.ndarray, conflicts: np.ndarray) -> np.ndarray:
+    """(k, 2) pairs (before, after) that keep lanes of overlapping geometries from running together."""
+    if not conflicts.any():
+        return np.empty((0, 2), np.int64)
+    last: dict[int, int] = {}
+    pairs: list[tuple[int, int]] = []
+    rivals = [np.flatnonzero(row).tolist() for row in conflicts]
+    for op, here in zip(order.tolist(), lane[order].tolist(), strict=True):
+        pairs += [(last[rival], op) for rival in rivals[here] if rival in last]
+        last[here] = op
+    return np.array(pairs, np.int64).reshape(-1, 2)
 
 
 @njit

@@ -1,22 +1,26 @@
 """Problem: everything a solver may see, as numba-ready arrays."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from taskgraph.cost.model import op_arrays
+from taskgraph.cost.model import OpTable, op_table
 from taskgraph.graph.device import Device
 from taskgraph.graph.graph import Graph
+
+Costs = Callable[[Graph, Device, Sequence[int]], OpTable]
+"""What prices the ops of a flat graph on the given SM counts: `op_table`, or a table of measurements over it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """n ops in topological order, m modes (partition sizes).
+    """n ops in topological order, m modes: the SM counts that an op may be launched on.
 
-    sizes (m,) SMs; legal (n, m); seconds (n, m) isolated without launch; use (n, m, 5) what the op uses of
-    each resource when it runs alone at full speed: the share of its partition's arithmetic, then bytes/s
-    of hbm, h2d, d2h, link. Edges in compressed rows: the predecessors of op i are
-    pred[pred_ptr[i]:pred_ptr[i + 1]]. `capacity` (4,) is bytes/s of the soft resources.
+    sizes (m,) SMs, rising; legal (n, m); seconds (n, m) isolated without launch; use (n, m, 5) what the op takes
+    while it runs alone at full speed: SMs, then bytes/s of hbm, h2d, d2h, link; work (n, 4) its bytes on these four.
+    Edges in compressed rows: the predecessors of op i are pred[pred_ptr[i]:pred_ptr[i + 1]]. `capacity` (4,) is
+    bytes/s of the soft resources. SMs are hard: what runs in a partition shares its SMs and no others.
     """
 
     sizes: np.ndarray
@@ -24,7 +28,6 @@ class Problem:
     seconds: np.ndarray
     use: np.ndarray
     work: np.ndarray
-    arithmetic_s: np.ndarray
     pred_ptr: np.ndarray
     pred: np.ndarray
     succ_ptr: np.ndarray
@@ -33,39 +36,38 @@ class Problem:
     sm_count: int
     sm_bytes_per_s: float
     launch_s: float
+    switch_s: float
+    band: np.ndarray
+    sources: tuple[str, ...]
 
     @property
     def n(self) -> int:
         return len(self.legal)
 
+    def mode_of(self, sms: int) -> int:
+        """The mode of exactly `sms` SMs."""
+        return int(np.searchsorted(self.sizes, sms))
 
-def make_problem(graph: Graph, device: Device, sizes: tuple[int, ...] | None = None) -> Problem:
-    """The Problem of a flat graph on a device with the given partition sizes (default: those of `device.splits()`)."""
+    def best_seconds(self) -> np.ndarray:
+        """(n,) the least time of each op over its legal modes, launch included."""
+        shortest: np.ndarray = np.where(self.legal, self.seconds, np.inf).min(axis=1) + self.launch_s
+        return shortest
+
+
+def make_problem(graph: Graph, device: Device, sizes: Sequence[int] | None = None, costs: Costs = op_table) -> Problem:
+    """The Problem of a flat graph on a device with the given SM counts (default: those of `device.splits()`)."""
     if sizes is None:
-        sizes = tuple(sorted({size for geometry in device.splits() for size in geometry.sizes}))
-    ops = op_arrays(graph, device)
-    size = np.array(sizes, dtype=np.int64)
-    legal = size[None, :] >= ops.sm_min[:, None]
-    useful = np.minimum(size[None, :], ops.sm_max[:, None])
-    share_of = np.array([device.compute_share(s) if s else 0.0 for s in range(device.sm_count + 1)])
-    whole = ops.work[:, :1] / ops.flops_per_s[:, None]
-    drawn = np.minimum(useful * device.sm_hbm_bytes_per_s, ops.caps[:, :1])
-    with np.errstate(divide="ignore", invalid="ignore"):
-        copies = np.where(ops.work[:, 2:] > 0, ops.work[:, 2:] / ops.caps[:, 1:], 0.0).max(axis=1)
-        seconds = np.maximum(np.maximum(whole / share_of[useful], ops.work[:, 1:2] / drawn), copies[:, None])
-        use = np.empty((*seconds.shape, 5))
-        use[:, :, 0] = whole / share_of[size][None, :] / seconds
-        use[:, :, 1:] = ops.work[:, None, 1:] / seconds[:, :, None]
+        sizes = sorted({size for geometry in device.splits() for size in geometry.sizes})
+    table = costs(graph, device, sizes)
     pred_ptr, pred = _rows(graph.predecessors())
     succ_ptr, succ = _transposed(pred_ptr, pred)
     capacity = (device.hbm_bytes_per_s, device.h2d_bytes_per_s, device.d2h_bytes_per_s, device.link_bytes_per_s)
     return Problem(
-        sizes=size,
-        legal=legal,
-        seconds=seconds,
-        use=use,
-        work=ops.work,
-        arithmetic_s=whole[:, 0],
+        sizes=np.array(sizes, dtype=np.int64),
+        legal=np.array(sizes)[None, :] >= table.sm_min[:, None],
+        seconds=table.seconds,
+        use=np.concatenate([table.sm_use[:, :, None], table.rates], axis=2),
+        work=np.array([op.work.vector[1:] for op in graph.ops]),
         pred_ptr=pred_ptr,
         pred=pred,
         succ_ptr=succ_ptr,
@@ -74,6 +76,9 @@ def make_problem(graph: Graph, device: Device, sizes: tuple[int, ...] | None = N
         sm_count=device.sm_count,
         sm_bytes_per_s=device.sm_hbm_bytes_per_s,
         launch_s=device.launch_seconds,
+        switch_s=device.switch_seconds,
+        band=table.band,
+        sources=table.sources,
     )
 
 

@@ -80,11 +80,12 @@ def _every_op_once(plan: Plan, graph: Graph) -> None:
 
 def _demands_met(plan: Plan, graph: Graph) -> None:
     ops = {op.name: op for op in graph.ops}
-    sizes = [plan.partition(i).sm_count for i in range(len(plan.lanes))]
-    for step in plan.steps:
-        demand = ops[step.op].demand
-        if demand.sm is not None and sizes[step.lane] < demand.sm[0]:
-            raise PlanError(f"op {step.op!r} needs {demand.sm[0]} SMs; its partition has {sizes[step.lane]}.")
+    for i, step in enumerate(plan.steps):
+        given, room, demand = plan.sms(i), plan.partition(step.lane).sm_count, ops[step.op].demand
+        if not 0 < given <= room:
+            raise PlanError(f"op {step.op!r} is launched on {given} SMs; its partition has {room}.")
+        if demand.sm is not None and given < demand.sm[0]:
+            raise PlanError(f"op {step.op!r} needs {demand.sm[0]} SMs; it is launched on {given}.")
 
 
 def _known_ended(plan: Plan) -> np.ndarray:
