@@ -241,7 +241,7 @@ class CudaExecutable:
         ins, outs = [self._buffer(n) for n in op.inputs], [self._buffer(n) for n in op.outputs]
         if op.kind == "call":
             return self._call(op, ins, outs)
-        quota = getattr(step, "sms", 0) or self._plan.partition(step.lane).sm_count
+        quota = step.sms or self._plan.partition(step.lane).sm_count
         made = launches(op, ins, outs, _LaneSite(quota, self))
         for launch in made:
             if not isinstance(launch, CopyLaunch):
