@@ -259,8 +259,8 @@ class CudaExecutable:
         arrays = [DeviceArray(b, self) for b in (*ins, *outs)]
         return lambda stream: function(*arrays, stream=stream)
 
-    def _capture(self) -> None:
-        """Capture, compare, instantiate; again only after a `bind` changed an address."""
+    def capture(self) -> None:
+        """Capture, compare, instantiate now; else the first replay does it, and one after a `bind` changed an address."""
         if not self._stale:
             return
         bound = self._launches()
@@ -405,7 +405,7 @@ class CudaExecutable:
         replay on a stream of our own and wait for it."""
         if self._stale:
             self._check_open()
-            self._capture()
+            self.capture()
         if stream is None:
             with driver.driver_errors(f"replay {self._graph.name!r}"):
                 self._exec.launch(self.origin)
@@ -433,7 +433,7 @@ class CudaExecutable:
 
         Measured on a real device; on the virtual one the times are simulated."""
         self._check_open()
-        self._capture()
+        self.capture()
         steps = self._plan.steps
         marks = [(self._gpu.event(timing=True), self._gpu.event(timing=True)) for _ in steps]
         capture, owners = self._captured(self._launches(), marks)
