@@ -52,18 +52,11 @@ def read_instances(path: Path) -> list[Instance]:
         with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(path) as packed:
             packed.extractall(folder)
             return read_instances(Path(folder))
-    optima = {
-        row["problem"].removesuffix(".sm"): float(row["optimum"])
-        for file in path.rglob("optimum.csv")
-        for row in _rows(file)
-    }
+    known = [row for file in path.rglob("optimum.csv") for row in csv.DictReader(io.StringIO(file.read_text()))]
+    optima = {row["problem"].removesuffix(".sm"): float(row["optimum"]) for row in known}
     found = (file for file in path.rglob("*.sm") if file.is_file())
     files = sorted(found, key=lambda file: [int(part) for part in _numbers(file.stem)])
     return [Instance(file.stem, read_project(file), optima.get(file.stem)) for file in files]
-
-
-def _rows(file: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(io.StringIO(file.read_text())))
 
 
 def _numbers(name: str) -> list[str]:

@@ -100,22 +100,17 @@ def _model(
         users = [(interval, int(use[r])) for interval, use in intervals if use[r] > 0]
         model.add_cumulative([u[0] for u in users], [u[1] for u in users], capacity)
     if hint is not None:
-        _add_hint(model, start, chosen, took, project, hint)
+        _add_hint(model, start, chosen, tick, hint)
     model.minimize(makespan)
     return model, start, chosen
 
 
 def _add_hint(
-    model: "cp_model.CpModel",
-    start: list[Any],
-    chosen: list[dict[int, Any]],
-    took: np.ndarray,
-    project: Project,
-    hint: Schedule,
+    model: "cp_model.CpModel", start: list[Any], chosen: list[dict[int, Any]], tick: float, hint: Schedule
 ) -> None:
-    """Start the search from a schedule: its list, placed anew when ticks are coarser than its times."""
+    """Start from a schedule; where ticks are coarser than its times CP-SAT has to repair it."""
     for i, row in enumerate(chosen):
-        model.add_hint(start[i], round(float(hint.start[i])) if project.whole else 0)
+        model.add_hint(start[i], math.ceil(hint.start[i] / tick))
         if len(row) > 1:
             for k, on in row.items():
                 model.add_hint(on, int(k == hint.mode[i]))

@@ -76,7 +76,7 @@ def make_project(
     if use.shape[2] != len(capacity) or not (np.isfinite(capacity).all() and (capacity > 0).all()):
         raise DemandError(f"{use.shape[2]} uses and capacities {capacity.tolist()}; give each resource one above 0.")
     seconds[(use > capacity).any(axis=2)] = np.inf
-    for i in np.flatnonzero(~np.isfinite(seconds).any(axis=1)):
+    for i in np.flatnonzero(~np.isfinite(seconds).any(axis=1)).tolist():
         least = use[i].min(axis=0).tolist()
         raise DemandError(f"Activity {i} has no mode that fits: it uses at least {least} of {capacity.tolist()}.")
     for i, before in enumerate(predecessors):
@@ -104,7 +104,7 @@ def check(project: Project, schedule: Schedule) -> None:
     if not np.isin(mode, np.arange(project.seconds.shape[1])).all():
         raise PlanError(f"A mode is not one of 0 to {project.seconds.shape[1] - 1}.")
     end = start + project.seconds[rows, mode]
-    for i in np.flatnonzero(~(np.isfinite(end) & (start >= 0))):
+    for i in np.flatnonzero(~(np.isfinite(end) & (start >= 0))).tolist():
         raise PlanError(f"Activity {i} starts at {start[i]} in mode {mode[i]} and ends at {end[i]}.")
     _check_precedence(project, start, end)
     _check_capacity(project, start, end, project.use[rows, mode])

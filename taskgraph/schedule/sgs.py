@@ -15,6 +15,7 @@ from taskgraph.schedule.project import FRACTION_SLACK, Project, Schedule, with_b
 
 GRID_TICKS = 1 << 14
 """Above this horizon a profile is kept as events."""
+NEVER = 1 << 62
 ACTIVITY_S = {True: 5e-8, False: 2.5e-7}
 """Seconds to place one activity, with its share of search around it, on a grid and in events; see `schedules_for`."""
 GUARD_S = 0.005
@@ -69,7 +70,7 @@ def make_tables(project: Project) -> tuple[Tables, float]:
 
 
 def make_scratch(tables: Tables) -> Scratch:
-    n, words = len(tables.took), len(tables.free)
+    n = len(tables.took)
     depth = max(tables.horizon, 2 * n + 2)
     return Scratch(
         np.tile(tables.free, depth),
@@ -206,10 +207,10 @@ def _place_in_wide_grid(t: Tables, rows: np.ndarray, at: int, took: int, row: in
 @njit
 def _fits(t: Tables, rows: np.ndarray, k: int, row: int) -> bool:
     words = len(t.free)
+    fits = True
     for w in range(words):
-        if (rows[k * words + w] - t.need[row * words + w]) & t.guard[w] != t.guard[w]:
-            return False
-    return True
+        fits &= (rows[k * words + w] - t.need[row * words + w]) & t.guard[w] == t.guard[w]
+    return fits
 
 
 @njit
@@ -294,7 +295,7 @@ def parallel(
             else:
                 waiting = _release(succ_ptr, succ, i, place, ready, waiting, missing)
                 k = 0
-        following = np.int64(1) << 62
+        following = NEVER
         for c in range(busy):
             following = min(following, end[running[c]])
         now = following if busy > 0 else now
@@ -314,7 +315,8 @@ def parallel(
 
 @njit
 def _release(
-    succ_ptr: np.ndarray, succ: np.ndarray, i: int, place: np.ndarray, ready: np.ndarray, waiting: int, missing: np.ndarray
+    succ_ptr: np.ndarray, succ: np.ndarray, i: int, place: np.ndarray, ready: np.ndarray, waiting: int,
+    missing: np.ndarray,
 ) -> int:  # fmt: skip
     """Activity i is done: put what waited for it alone among the ready ones, in list order; returns their count."""
     for e in range(succ_ptr[i], succ_ptr[i + 1]):
