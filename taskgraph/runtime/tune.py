@@ -133,7 +133,10 @@ def candidates(graph: Graph, device: Device, budget_s: float, seed: int, costs: 
     the device the same lanes in partitions of their own. `budget_s` and `seed` are for schedulers that search."""
     made = [plan(graph, device, name, costs=costs) for name in ("sequential", "list", "auto") if name in SCHEDULERS]
     made += [apart for shared in made for apart in _isolated(shared, graph, costs)]
-    return list({_identity(each): each for each in reversed(made)}.values())[::-1]
+    distinct: dict[tuple[object, ...], Plan] = {}
+    for each in made:
+        distinct.setdefault(_identity(each), each)
+    return list(distinct.values())
 
 
 def _identity(plan: Plan) -> tuple[object, ...]:
