@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -257,29 +258,37 @@ def plan(
 @app.command()
 def devices() -> None:
     """The built-in device specs, with where their numbers come from."""
-    table = Table(title="devices (published specs; dense rates)", title_justify="left")
-    for column in ("name", "SMs", "partition", "bf16", "HBM", "PCIe", "link", "memory", "source"):
-        table.add_column(column, overflow="fold")
+    table = Table(title="devices (published specs; dense rates)", title_justify="left", box=box.SIMPLE_HEAD)
+    for column in ("name", "SMs", "partition", "bf16", "HBM", "PCIe", "link", "memory"):
+        table.add_column(column, no_wrap=True)
     for d in tg.devices.iter_specs():
         table.add_row(
             d.name,
             str(d.sm_count),
-            f"min {d.sm_min}, x{d.sm_granularity}",
+            f"{d.sm_min}+, x{d.sm_granularity}",
             format_quantity(d.rate("bf16"), "FLOP/s"),
             format_quantity(d.hbm_bytes_per_s, "B/s"),
             format_quantity(d.h2d_bytes_per_s, "B/s"),
             format_quantity(d.link_bytes_per_s, "B/s") if d.link_bytes_per_s else "none",
             format_quantity(d.memory_bytes, "B"),
-            dict(d.sources)["hbm_bytes_per_s"],
         )
     _screen.print(table)
+    for d in tg.devices.iter_specs():
+        _screen.print(f"{d.name:>9}: {dict(d.sources)['hbm_bytes_per_s']}", soft_wrap=True)
     _screen.print("also: cpu, this machine as probed (`taskgraph doctor` shows it)")
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    probe: Annotated[bool, typer.Option("--probe", help="measure this machine again, e.g. after it was busy")] = False,
+) -> None:
     """What this machine can run, and what its CPU measured."""
     from importlib import metadata
+
+    if probe:
+        from taskgraph.runtime.probe import cache_path
+
+        cache_path().unlink(missing_ok=True)
 
     table = Table(title="taskgraph doctor", title_justify="left", show_header=False)
     table.add_row("python", sys.version.split()[0])

@@ -41,6 +41,18 @@ def test_doctor_reports_backends(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "cpu backend" in text and "sim backend" in text and "measured" in text
 
 
+def test_doctor_measures_again_when_asked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from taskgraph.runtime import probe
+
+    kept = tmp_path / "cpu.json"
+    kept.write_text("{}")
+    monkeypatch.setattr(probe, "cache_path", lambda: kept)
+    assert call(monkeypatch, "doctor") == 0 and kept.exists()
+    assert call(monkeypatch, "doctor", "--probe") == 0 and not kept.exists()
+
+
 def test_plan_of_70b_without_weights(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
