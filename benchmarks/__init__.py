@@ -42,22 +42,22 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds of every round of every run, one of each in turn, so that a disturbance meets all of them alike.
 
-    Stops after `rounds`, or after the first round that ends beyond `budget_s`. `pause_s` lets the worker threads of
-    the run before fall asleep; `lead` untimed runs come straight before each timed one, so that it finds its own
-    caches and threads warm, and not those of its neighbour.
+    Stops after `rounds`, or after the first round that ends beyond `budget_s`, but not before the third. `pause_s`
+    lets the worker threads of the run before fall asleep; `lead` untimed runs come straight before each timed one,
+    so that it finds its own caches and threads warm, and not those of its neighbour.
     """
     for _ in range(warmup):
         for run in runs.values():
             run()
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     begin = time.perf_counter()
-    for _ in range(rounds):
+    for done in range(1, rounds + 1):
         for name, run in runs.items():
             time.sleep(pause_s)
             for _ in range(lead):
                 run()
             seconds[name].append(seconds_of(run))
-        if time.perf_counter() - begin > budget_s:
+        if done >= 3 and time.perf_counter() - begin > budget_s:
             break
     return seconds
 

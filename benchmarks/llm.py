@@ -20,13 +20,14 @@ from benchmarks.peers import (
     PREFILL,
     PROMPT,
     TOKENS,
+    TORCH_DTYPES,
     LlamaCpp,
     Run,
     bf16_gguf,
     compiled_run,
     has_llama_cpp,
     prompt,
-    transformers_model,
+    transformers_models,
     transformers_run,
 )
 from taskgraph.models import llama
@@ -38,7 +39,6 @@ from taskgraph.runtime.cpu import CpuExecutable
 if TYPE_CHECKING:
     import torch
 
-TORCH_DTYPES = ("bfloat16", "float32")
 EPILOG = f"""\
 Cases: prefill of {PROMPT} tokens, batch 1, logits of the last token only; one decode step of batch 1, 8 and 32 with
 {CONTEXT} tokens in each sequence's cache. All contenders use the same dequantised weights and all cores.
@@ -54,9 +54,9 @@ Cases: prefill of {PROMPT} tokens, batch 1, logits of the last token only; one d
                 what fails, or takes longer than --compile-limit)
 
 Within a case all contenders take turns, round by round, with a pause between them, so that the threads of one are
-asleep when the next begins, and one untimed step before the timed one; the figure is the median and the spread is
-half the interquartile range. "eager" has a pool of threads beside the lanes' and pays for it: "sequential" is the
-stricter yardstick of a plan.
+asleep when the next begins, and an untimed decode step before each timed one; the figure is the median and the
+spread is half the interquartile range. "eager" has a pool of threads beside the lanes' and pays for it:
+"sequential" is the stricter yardstick of a plan.
 
 examples:
   python -m benchmarks.llm --json
@@ -112,7 +112,7 @@ def measure(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, A
     with open_checkpoint(source) as checkpoint:
         config = checkpoint.config
         weights = llama.load_weights(config, checkpoint, args.dtype)
-        models = {} if args.no_peers else {d: transformers_model(checkpoint, d) for d in TORCH_DTYPES}
+        models = {} if args.no_peers else transformers_models(checkpoint)
     other = None
     if models and has_llama_cpp() and source.suffix == ".gguf":
         other = LlamaCpp(bf16_gguf(source), len(os.sched_getaffinity(0)))
@@ -137,7 +137,8 @@ def measure(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, A
                 executables["taskgraph"].launch()
                 say(differences(executables["taskgraph"].outputs[llama.LOGITS], runs))
             say(f"{case}: measuring")
-            seconds[case] = interleaved(runs, rounds=args.rounds, warmup=1, budget_s=args.budget, pause_s=0.01, lead=1)
+            lead = 0 if case == PREFILL else 1  # a prefill step is long enough to warm itself
+            seconds[case] = interleaved(runs, rounds=args.rounds, budget_s=args.budget, pause_s=0.01, lead=lead)
     if other is not None:
         other.close()
     return {
@@ -195,7 +196,7 @@ def table_of(result: dict[str, Any]) -> Table:
     titles = {"transformers_bfloat16": "transformers\nbf16", "transformers_float32": "transformers\nfp32"}
     table.add_column("case")
     for name in columns:
-        table.add_column(titles.get(name, name.replace("_", ".", 1)), justify="right")
+        table.add_column(titles.get(name, name.replace("_", ".")), justify="right")
     against = [name for name in ("eager", "transformers", "llama_cpp") if result[name]]
     for name in against:
         table.add_column(f"gain over\n{name.replace('_', '.')}", justify="right")

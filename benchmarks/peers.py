@@ -4,6 +4,7 @@ import random
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ PREFILL = f"prefill_{PROMPT}"
 TOKENS = {PREFILL: PROMPT, **{f"decode_{batch}": batch for batch in BATCHES}}
 """The cases of benchmarks.llm, with the tokens of a step."""
 
+TORCH_DTYPES = ("bfloat16", "float32")
+
 Run = Callable[[], Any]
 
 
@@ -34,8 +37,8 @@ def prompt(config: ModelConfig, count: int) -> list[int]:
 # -- transformers -------------------------------------------------------------------------------------------------
 
 
-def transformers_model(checkpoint: "Checkpoint", dtype: str) -> Any:
-    """LlamaForCausalLM with the checkpoint's weights."""
+def transformers_models(checkpoint: "Checkpoint") -> dict[str, Any]:
+    """LlamaForCausalLM with the checkpoint's weights, in every dtype of TORCH_DTYPES."""
     import torch
     import transformers
 
@@ -59,7 +62,7 @@ def transformers_model(checkpoint: "Checkpoint", dtype: str) -> Any:
     if unexpected or set(missing) - {"lm_head.weight"}:
         raise RuntimeError(f"weights do not fit transformers: missing {missing}, unexpected {unexpected}.")
     model.tie_weights()
-    return model.eval().to(getattr(torch, dtype))
+    return {dtype: deepcopy(model).eval().to(getattr(torch, dtype)) for dtype in TORCH_DTYPES}
 
 
 def transformers_run(model: Any, config: ModelConfig, case: str) -> Run:

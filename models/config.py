@@ -66,7 +66,7 @@ class ModelConfig:
 
 def from_hf(body: Mapping[str, Any], name: str) -> ModelConfig:
     """The ModelConfig of a Hugging Face config.json; WeightsError names what is missing or not supported."""
-    architecture = (body.get("architectures") or ["?"])[0]
+    architecture = (body.get("architectures") or ["none"])[0]
     if architecture not in FAMILIES:
         raise WeightsError(f"{name}: architecture {architecture!r} is not supported; use one of {', '.join(FAMILIES)}.")
     try:

@@ -1,5 +1,6 @@
 """The command line: run, plan, devices, doctor. Errors are one line and exit code 2."""
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -35,6 +37,23 @@ def main() -> None:
     except TaskgraphError as error:
         _status.print(f"taskgraph: {' '.join(str(error).split())}", style="red", markup=False, soft_wrap=True)
         sys.exit(2)
+
+
+def _check_outputs(*paths: Path | None) -> None:
+    """PlanError, before any work is done, for a file that cannot be written."""
+    for path in filter(None, paths):
+        standing = next(folder for folder in path.absolute().parents if folder.exists())
+        if path.is_dir() or not standing.is_dir() or not os.access(standing, os.W_OK | os.X_OK):
+            raise tg.PlanError(f"cannot write {str(path)!r}: a folder, or in no folder that can be written.")
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """PlanError for what goes wrong while `path` is written; what stood there before is still there."""
+    try:
+        yield
+    except OSError as error:
+        raise tg.PlanError(f"cannot write {str(path)!r}: {error.strerror}. Choose another place.") from error
 
 
 @contextmanager
@@ -78,6 +97,7 @@ def run(
         raise BackendUnavailable(f"run works on the cpu backend in this version; {backend!r} cannot generate text.")
     if dtype not in ("bf16", "f32"):
         raise tg.PlanError(f"dtype is bf16 or f32; got {dtype!r}.")
+    _check_outputs(trace, report, plan_out)
     with _stages("load weights", "probe this machine", "plan and capture prefill", "plan and capture decode") as stages:
         with stages.stage("load weights"):
             from taskgraph.models.llama import load_weights
@@ -110,7 +130,8 @@ def run(
         decode = session.step(1)
         _screen.print(tg.explain(decode.plan), markup=False)
         if plan_out is not None:
-            decode.plan.save(plan_out)
+            with _writing(plan_out):
+                decode.plan.save(plan_out)
         _write_files(decode, rows, trace, report)
 
 
@@ -169,12 +190,14 @@ def _write_files(
 
     timelines = {"predicted": step.plan.timeline, "measured": step.executable.timeline()}
     if trace is not None:
-        tg.write_trace(trace, timelines, step.plan)
+        with _writing(trace):
+            tg.write_trace(trace, timelines, step.plan)
         _screen.print(f"trace: {trace} (open it at ui.perfetto.dev)", soft_wrap=True)
     if report is not None:
         facts = {what: value for what, _, value in rows}
         used = utilisation(step.graph, step.plan)
-        tg.write_report(report, step.plan, timelines, facts, [("", "prefill", "decode"), *rows], used)
+        with _writing(report):
+            tg.write_report(report, step.plan, timelines, facts, [("", "prefill", "decode"), *rows], used)
         _screen.print(f"report: {report}", soft_wrap=True)
 
 
@@ -199,6 +222,7 @@ def plan(
     from taskgraph.schedule.planner import utilisation
     from taskgraph.schedule.verify import resident_bytes
 
+    _check_outputs(out, trace, report)
     config = load_config(model)
     if context < tokens:
         raise tg.PlanError(f"context is {context}; it counts the {tokens} new tokens too, so make it larger.")
@@ -218,11 +242,14 @@ def plan(
             soft_wrap=True,
         )
     if out is not None:
-        made.save(out)
+        with _writing(out):
+            made.save(out)
     if trace is not None:
-        tg.write_trace(trace, {"predicted": made.timeline}, made)
+        with _writing(trace):
+            tg.write_trace(trace, {"predicted": made.timeline}, made)
     if report is not None:
-        tg.write_report(report, made, {"predicted": made.timeline}, utilisation=utilisation(graph, made))
+        with _writing(report):
+            tg.write_report(report, made, {"predicted": made.timeline}, utilisation=utilisation(graph, made))
 
 
 # ----------------------------------------------------------------------------------- devices, doctor
@@ -231,29 +258,37 @@ def plan(
 @app.command()
 def devices() -> None:
     """The built-in device specs, with where their numbers come from."""
-    table = Table(title="devices (published specs; dense rates)", title_justify="left")
-    for column in ("name", "SMs", "partition", "bf16", "HBM", "PCIe", "link", "memory", "source"):
-        table.add_column(column, overflow="fold")
+    table = Table(title="devices (published specs; dense rates)", title_justify="left", box=box.SIMPLE_HEAD)
+    for column in ("name", "SMs", "partition", "bf16", "HBM", "PCIe", "link", "memory"):
+        table.add_column(column, no_wrap=True)
     for d in tg.devices.iter_specs():
         table.add_row(
             d.name,
             str(d.sm_count),
-            f"min {d.sm_min}, x{d.sm_granularity}",
+            f"{d.sm_min}+, x{d.sm_granularity}",
             format_quantity(d.rate("bf16"), "FLOP/s"),
             format_quantity(d.hbm_bytes_per_s, "B/s"),
             format_quantity(d.h2d_bytes_per_s, "B/s"),
             format_quantity(d.link_bytes_per_s, "B/s") if d.link_bytes_per_s else "none",
             format_quantity(d.memory_bytes, "B"),
-            dict(d.sources)["hbm_bytes_per_s"],
         )
     _screen.print(table)
+    for d in tg.devices.iter_specs():
+        _screen.print(f"{d.name:>9}: {dict(d.sources)['hbm_bytes_per_s']}", soft_wrap=True)
     _screen.print("also: cpu, this machine as probed (`taskgraph doctor` shows it)")
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    probe: Annotated[bool, typer.Option("--probe", help="measure this machine again, e.g. after it was busy")] = False,
+) -> None:
     """What this machine can run, and what its CPU measured."""
     from importlib import metadata
+
+    if probe:
+        from taskgraph.runtime.probe import cache_path
+
+        cache_path().unlink(missing_ok=True)
 
     table = Table(title="taskgraph doctor", title_justify="left", show_header=False)
     table.add_row("python", sys.version.split()[0])

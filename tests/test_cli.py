@@ -41,6 +41,18 @@ def test_doctor_reports_backends(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "cpu backend" in text and "sim backend" in text and "measured" in text
 
 
+def test_doctor_measures_again_when_asked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from taskgraph.runtime import probe
+
+    kept = tmp_path / "cpu.json"
+    kept.write_text("{}")
+    monkeypatch.setattr(probe, "cache_path", lambda: kept)
+    assert call(monkeypatch, "doctor") == 0 and kept.exists()
+    assert call(monkeypatch, "doctor", "--probe") == 0 and not kept.exists()
+
+
 def test_plan_of_70b_without_weights(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -76,6 +88,30 @@ def test_bad_input_is_exit_2(
     assert call(monkeypatch, *arguments) == 2
     error = capsys.readouterr().err
     assert word in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("option", ["--out", "--trace", "--report"])
+@pytest.mark.parametrize("place", [".", "file/x.json"])
+def test_a_place_that_cannot_be_written_is_named_before_the_work(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, option: str, place: str
+) -> None:
+    (tmp_path / "file").write_text("kept")
+    assert call(monkeypatch, "plan", "llama-3-8b", option, str(tmp_path / place)) == 2
+    heard = capsys.readouterr()
+    assert len(heard.err.strip().splitlines()) == 1 and "cannot write" in heard.err and not heard.out
+    assert [p.name for p in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_write_that_fails_late_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tg, "write_trace", full)
+    assert call(monkeypatch, "plan", "smollm2-135m", "--trace", str(tmp_path / "t.json")) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.endswith("No space left on device. Choose another place.") and len(error.splitlines()) == 1
 
 
 def test_error_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
