@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import taskgraph as tg
-from benchmarks import interleaved, overhead, schedule, spread
+from benchmarks import interleaved, overhead, schedule, spread, tune
 
 
 def run(capsys: pytest.CaptureFixture[str], main: Callable[[Sequence[str]], int], *argv: str) -> dict[str, Any]:
@@ -92,7 +92,16 @@ def test_rounds_are_interleaved() -> None:
     assert order == list("aaabbb")
 
 
-@pytest.mark.parametrize("main", [overhead.main, schedule.main])
+def test_tune_prints_its_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    result = run(capsys, tune.main, "--graphs", "chains", "--budget", "3", "--rounds", "3", "--depth", "3")
+    row = result["chains"]
+    assert row["kind"] == "measured"
+    assert row["remembered"]
+    assert {"choice", "gain", "noise", "sequential_s", "packed_s", "winner_is_best", "checked_s"} <= set(row)
+    assert result["machine"]
+
+
+@pytest.mark.parametrize("main", [overhead.main, schedule.main, tune.main])
 def test_help_teaches(main: Callable[[Sequence[str]], int], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["--help"])

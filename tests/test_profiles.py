@@ -266,17 +266,18 @@ def test_an_op_is_priced_by_measurements_or_by_the_formula(data: st.DataObject, 
     sizes = sorted({size for geometry in device.splits() for size in geometry.sizes})
     table, formula = measured_costs(profile)(flat, device, sizes), op_table(flat, device, sizes)
     for i, op in enumerate(flat.ops):
-        legal = [j for j, size in enumerate(sizes) if size >= formula.sm_min[i]]
-        found = [profile(op, flat.tensor, sizes[j]) for j in legal]
-        if table.sources[i] == "measured":
-            assert [table.seconds[i, j] for j in legal] == pytest.approx(
-                [max((t or math.nan) - device.launch_seconds, 1e-9) for t in found]
-            )
-            assert (table.rates[i, :, 0] <= device.hbm_bytes_per_s).all()
-        else:
-            assert not legal or None in found
-            assert (table.seconds[i] == formula.seconds[i]).all()
-            assert (table.rates[i] == formula.rates[i]).all()
+        found = [profile(op, flat.tensor, size) for size in sizes]
+        for j, seconds in enumerate(found):
+            if seconds is None:
+                assert table.seconds[i, j] == formula.seconds[i, j]
+                assert (table.rates[i, j] == formula.rates[i, j]).all()
+            else:
+                assert table.seconds[i, j] == pytest.approx(max(seconds - device.launch_seconds, 1e-9))
+                assert table.rates[i, j, 0] <= device.hbm_bytes_per_s
+        assert table.sources[i].startswith("measured") == any(t is not None for t in found)
+        assert (table.sources[i] == "measured") == (None not in found)
+        alone = measured_costs(profile)(flat, device, sizes[-1:])
+        assert alone.seconds[i, 0] == table.seconds[i, -1], "a price does not depend on what else is asked"
 
 
 def test_planning_reads_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

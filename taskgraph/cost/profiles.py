@@ -130,10 +130,12 @@ class Profile:
 
 
 def measured_costs(profile: Profile, base: Costs = op_table) -> Costs:
-    """Price ops by `profile` where it covers every SM count asked for, by `base` elsewhere; `sources` says which.
+    """Price every op and SM count by `profile` where it has points around it, by `base` elsewhere.
 
-    An op that takes longer than `base` says keeps its SMs for longer, it does not leave them idle; one that is faster
-    than its traffic allows had part of it from a cache, so it draws what the device has and no more.
+    The price of an op on some SMs depends on nothing else that is asked for, so that plans, replays and bounds agree.
+    `sources` says "measured" where all of an op's prices are, and names both where some are. An op that takes longer
+    than `base` says keeps its SMs for longer, it does not leave them idle; one that is faster than its traffic allows
+    had part of it from a cache, so it draws what the device has and no more.
     """
 
     def costs(graph: Graph, device: Device, sizes: Sequence[int]) -> OpTable:
@@ -145,16 +147,18 @@ def measured_costs(profile: Profile, base: Costs = op_table) -> Costs:
         tensors = graph.tensor
         for i, op in enumerate(graph.ops):
             points = profile.points(op, tensors)
-            legal = np.asarray(sizes) >= table.sm_min[i]
-            found = [interpolate(points, size) for size, may in zip(sizes, legal, strict=True) if may]
-            if not found or None in found:
+            found = [interpolate(points, size) for size in sizes] if points else []
+            priced = np.array([t is not None for t in found], bool)
+            if not priced.any():
                 continue
             known = seconds[i].copy()
-            known[legal] = np.maximum(np.array(found, float) - device.launch_seconds, _SHORTEST_S)
-            rates[i] = np.minimum(rates[i] * (seconds[i] / known)[:, None], most)
+            times = np.array([t for t in found if t is not None])
+            known[priced] = np.maximum(times - device.launch_seconds, _SHORTEST_S)
+            rates[i, priced] = np.minimum(rates[i, priced] * (seconds[i] / known)[priced, None], most)
             seconds[i] = known
-            band[i] = max(spread_s / median_s for _, median_s, spread_s in points)
-            sources[i] = "measured"
+            spread = max(spread_s / median_s for _, median_s, spread_s in points)
+            band[i] = spread if priced.all() else max(spread, band[i])
+            sources[i] = "measured" if priced.all() else f"measured and {sources[i]}"
         return replace(table, seconds=seconds, rates=rates, band=band, sources=tuple(sources))
 
     return costs

@@ -17,8 +17,10 @@ from taskgraph.graph.device import Device, get
 from taskgraph.graph.graph import Graph
 from taskgraph.runtime import probe
 from taskgraph.runtime.measure import LEAST_ROUNDS, Bench, Budget, Session
+from taskgraph.schedule.bounds import lower_bounds
 from taskgraph.schedule.plan import Lane, Plan, Verdict, write_atomically
 from taskgraph.schedule.planner import SCHEDULERS, plan, replay_times
+from taskgraph.schedule.problem import make_problem
 from taskgraph.schedule.verify import verify
 from taskgraph.units import format_seconds
 
@@ -133,7 +135,10 @@ def candidates(graph: Graph, device: Device, budget_s: float, seed: int, costs: 
     the device the same lanes in partitions of their own. `budget_s` and `seed` are for schedulers that search."""
     made = [plan(graph, device, name, costs=costs) for name in ("sequential", "list", "auto") if name in SCHEDULERS]
     made += [apart for shared in made for apart in _isolated(shared, graph, costs)]
-    return list({_identity(each): each for each in reversed(made)}.values())[::-1]
+    distinct: dict[tuple[object, ...], Plan] = {}
+    for each in made:
+        distinct.setdefault(_identity(each), each)
+    return list(distinct.values())
 
 
 def _identity(plan: Plan) -> tuple[object, ...]:
@@ -155,6 +160,13 @@ def _isolated(shared: Plan, graph: Graph, costs: Costs) -> Iterator[Plan]:
             apart = replace(shared, geometries=(split,), lanes=lanes)
             label = f"{shared.made_by}, each in its own of {' + '.join(map(str, split.sizes))} SMs"
             yield replace(apart, timeline=replay_times(graph, apart, costs), made_by=label)
+
+
+def _predicted(plan: Plan, graph: Graph, costs: Costs) -> Plan:
+    """`plan` as it stands, with the timeline and the bounds that `costs` give it."""
+    sizes = {*_sizes(plan.device), *(plan.sms(i) for i in range(len(plan.steps)))}
+    problem = make_problem(graph.flat(), plan.device, sorted(sizes), costs)
+    return replace(plan, timeline=replay_times(graph, plan, costs), bounds=lower_bounds(problem))
 
 
 # --------------------------------------------------------------------------------------------- loop
@@ -211,7 +223,6 @@ class _Tuner:
             self.say(f"planning, pass {number}")
         left_s = max(self.budget.seconds - self.budget.spent_s, 0.0)
         made = {_identity(p): p for p in self.candidates(left_s)}
-        self.known |= {key: p for key, p in made.items() if key in self.known}
         new = sorted((key for key in made if key not in self.known), key=lambda key: made[key].makespan_s)[:MOST]
         self.known |= {key: made[key] for key in new}
         return new
@@ -241,7 +252,12 @@ class _Tuner:
         self.profile = Profile(store.table(place))
 
     def settle(self) -> None:
-        """A measured win must repeat itself; where nothing competed, the sequential plan runs against itself."""
+        """A measured win must repeat itself; where nothing competed, the sequential plan runs against itself.
+
+        Both plans are predicted once more, with the op times that are measured by now.
+        """
+        for key in {self.first, self.leader or self.first} if self.profile.times else ():
+            self.known[key] = _predicted(self.known[key], self.graph, measured_costs(self.profile))
         if self.leader is not None and self.bench.kind == "measured":
             self.say("repeating the win")
             self.compete([self.leader], REPEAT, 0.9)
