@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from taskgraph.cost.profiles import ProfileDB
     from taskgraph.errors import (
         BackendUnavailable,
+        CalibrationError,
         DemandError,
         DeviceError,
         ExecutionError,
@@ -39,7 +40,7 @@ __version__ = "0.1.0"
 _HOME = {
     "taskgraph.cost.profiles": "ProfileDB",
     "taskgraph.errors": (
-        "BackendUnavailable DemandError DeviceError ExecutionError GraphError PlanError "
+        "BackendUnavailable CalibrationError DemandError DeviceError ExecutionError GraphError PlanError "
         "ProfileError TaskgraphError WeightsError"
     ),
     "taskgraph.graph.device": "Device Geometry Partition",

@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -306,6 +306,76 @@ def doctor(
         table.add_row("cpu backend", str(error))
     table.add_row("sim backend", "ready, any device spec (simulated)")
     table.add_row("cuda backend", "not part of this version")
+    _screen.print(table)
+
+
+# ------------------------------------------------------------------------------- calibrate, what-if
+
+
+@app.command()
+def calibrate(
+    tables: Annotated[list[Path], typer.Argument(help="CSV, CSV.gz or Parquet files of measurements, or their folder")],
+    device: Annotated[str, typer.Option(help="whose rows to fit; see `taskgraph devices`")],
+    out: Annotated[Path, typer.Option(help="write the coefficient file here")],
+    version: Annotated[int, typer.Option(min=1, help="version of the coefficients")] = 1,
+    source: Annotated[str, typer.Option(help="where the measurements come from")] = "not stated",
+    licence: Annotated[str, typer.Option(help="their licence")] = "not stated",
+) -> None:
+    """Fit the cost model's coefficients to measured kernels; prints the errors on held-out shapes."""
+    from taskgraph.cost import command
+
+    with _stages("fit") as stages, stages.stage("fit"):
+        made = command.run(tables, device, out, version, source, licence, lambda name: None)
+    table = Table(title=f"{device}: absolute percentage error on held-out shapes", title_justify="left")
+    for column in ("family", "rows", "formula median", "formula p90", "median", "mean", "p90"):
+        table.add_column(column)
+    for name, plain, best in made.families:
+        shown = (plain.median, plain.p90, best.median, best.mean, best.p90)
+        table.add_row(name, f"{best.rows:,}", *(f"{100 * e:.1f} %" for e in shown))
+    _screen.print(table)
+    for row in made.interference:
+        _screen.print(
+            f"R -> P, {row.resource}, {row.table} (published): |dP| {row.mean:.3f} mean, {row.largest:.3f} largest"
+        )
+    _screen.print(f"coefficients: {out}", soft_wrap=True)
+
+
+@app.command()
+def whatif(
+    model: Annotated[str, typer.Argument(help="a known size such as llama-3-70b, a config.json, or its folder")],
+    device: Annotated[str, typer.Option(help="the device to start from")] = "h100_sxm",
+    sm: Annotated[str, typer.Option(help="SMs (and their arithmetic), as x0.5")] = "x1",
+    flops: Annotated[str, typer.Option(help="arithmetic of every SM")] = "x1",
+    hbm: Annotated[str, typer.Option(help="memory bandwidth, as x1.5")] = "x1",
+    link: Annotated[str, typer.Option(help="bandwidth between devices")] = "x1",
+    pcie: Annotated[str, typer.Option(help="bandwidth to the host")] = "x1",
+    batch: Annotated[int, typer.Option(min=1, help="sequences in the step")] = 256,
+    context: Annotated[int, typer.Option(min=1, help="tokens that each sequence has in its cache")] = 1024,
+    tokens: Annotated[int, typer.Option(min=1, help="new tokens a sequence")] = 1,
+    scheduler: Annotated[str, typer.Option(help="as for `plan`")] = "auto",
+) -> None:
+    """How the best plan of a step and its bounds move on a device with more or less of something (simulated)."""
+    from taskgraph.models.whatif import Outcome, parse_factor, what_if
+
+    given = {"sm": sm, "flops": flops, "hbm": hbm, "link": link, "pcie": pcie}
+    factors = {name: factor for name, text in given.items() if (factor := parse_factor(text)) != 1.0}
+    sizes = {"batch": batch, "context": context, "tokens": tokens}
+    pair = what_if(model, tg.devices.get(device), factors, **sizes, scheduler=scheduler)
+    table = Table(title=f"{model}, {batch} x {tokens} tokens, context {context} (simulated)", title_justify="left")
+    for column in ("", *(outcome.device.name for outcome in pair), "change"):
+        table.add_column(column, overflow="fold")
+
+    def row(what: str, number: Callable[[Outcome], float], show: Callable[[float], str]) -> None:
+        before, after = (number(outcome) for outcome in pair)
+        table.add_row(what, show(before), show(after), f"x{after / before:.3f}" if before else "")
+
+    row("step", lambda o: o.plan.makespan_s, format_seconds)
+    row("tokens/s", lambda o: o.tokens_per_s, "{:,.0f}".format)
+    row("sequential step", lambda o: o.plan.verdict.sequential_s, format_seconds)
+    row("lower bound", lambda o: o.plan.bounds.best_s, format_seconds)
+    table.add_row("binding bound", *(o.plan.bounds.binding for o in pair), "")
+    table.add_row("verdict", *(f"{o.plan.verdict.choice}, {o.plan.verdict.gain:.2f}x" for o in pair), "")
+    table.add_row("error band", *(f"±{100 * o.plan.verdict.error_band:.0f} %" for o in pair), "")
     _screen.print(table)
 
 

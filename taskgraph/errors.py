@@ -24,6 +24,10 @@ class PlanError(TaskgraphError, ValueError):
     """A plan that breaks a rule, belongs to another graph, or has another schema version."""
 
 
+class CalibrationError(TaskgraphError, ValueError):
+    """A table of measurements or a coefficient file that cannot be used; names the row and the column."""
+
+
 class ProfileError(TaskgraphError, RuntimeError):
     """A profile database that is damaged, foreign or not writable, or a row that is no measurement."""
 

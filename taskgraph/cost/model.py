@@ -1,48 +1,49 @@
-"""The cost model: what one op costs on a device, alone, as a function of its SMs."""
+"""The cost model: what one op costs on a device, alone, as a function of its SMs.
 
-from collections.abc import Sequence
+A device with coefficients (its own or its relation's) is predicted by the families of families.py; any other, this
+machine's CPU among them, by the roofline of roofline.py. Measured points of an op win over both (profiles.py).
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from taskgraph.cost.formulas import compute_seconds, drawn_bytes_per_s, roofline_seconds, transfer_seconds
+from taskgraph.cost.families import DECODE, GEMM, PREFILL
+from taskgraph.cost.fitted import UNFITTED_BAND, DeviceModel, model_of
+from taskgraph.cost.roofline import roofline
+from taskgraph.cost.rows import Row, row_of
 from taskgraph.errors import DemandError
 from taskgraph.graph.device import Device
 from taskgraph.graph.graph import Graph
 from taskgraph.graph.op import Demand, Op, Tensor
 
-TENSOR_KINDS = frozenset({"gemm", "attention", "decode_attention"})
-"""Kinds that run on tensor cores at their operands' rate; the others run at the f32 rate of the vector units."""
+TENSOR_FAMILIES = frozenset({GEMM, PREFILL, DECODE})
+"""Families that run on tensor cores at their operands' rate; the others run at the f32 rate of the vector units."""
 
-ERROR_BAND = 0.3
-"""Relative error of an uncalibrated roofline: NanoFlow's table 2 has it 13 % to 82 % short on GEMMs of a 70B model."""
+CO_RESIDENT = 0.4
+"""Share of the SMs at which an op's co-residency is read off its response: NanoFlow's operating point (decode attention
+at R = 0.4 beside a GEMM). An op that keeps a speed P there needs 0.4 / P of the SMs while it runs at full speed."""
+_SMALL = 0.1
+_UNSLOWED = 1.25
+"""An op that takes less than this many times as long on a tenth of the SMs is bound by latency: it needs that tenth
+times its slowdown."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Isolated time of an op on `sms` SMs: launch, then the longest of its parts.
+    """Isolated time of an op on `sms` SMs, launch included.
 
-    `compute_s` is the arithmetic alone; `bytes_s` the seconds on hbm, h2d, d2h and link alone, each at
-    the rate the op can draw. `source` says where the number comes from and `band` its relative error.
+    `bytes_s` are the bytes/s drawn from hbm, h2d, d2h and link, `sm_use` the SMs kept from others. `source`
+    says where the number comes from and `band` its relative error.
     """
 
     seconds: float
     launch_s: float
-    compute_s: float
-    bytes_s: tuple[float, float, float, float]
-    source: str = "roofline"
-    band: float = ERROR_BAND
-
-
-@dataclass(frozen=True, slots=True)
-class OpArrays:
-    """For n ops: work (n, 5), rate caps (n, 4) in bytes/s, whole-device FLOP/s (n,), SM minimum and maximum (n,)."""
-
-    work: np.ndarray
-    caps: np.ndarray
-    flops_per_s: np.ndarray
-    sm_min: np.ndarray
-    sm_max: np.ndarray
+    sm_use: float
+    rates: tuple[float, float, float, float]
+    source: str
+    band: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,49 +67,123 @@ class OpTable:
     sm_max: np.ndarray
 
 
+@dataclass(frozen=True, slots=True)
+class _Kernels:
+    """The distinct kernels among ops: `index` (ops,) into `rows`, `most` SMs of each, `works` (kernels, 5)."""
+
+    index: np.ndarray
+    rows: list[Row]
+    most: np.ndarray
+    works: np.ndarray
+
+
 def op_table(graph: Graph, device: Device, sizes: Sequence[int]) -> OpTable:
     """The table of a flat graph's ops on `sizes` SMs; DemandError as in `check_demand`."""
-    ops = op_arrays(graph, device)
-    size = np.asarray(sizes, dtype=np.int64)
-    useful = np.minimum(size[None, :], ops.sm_max[:, None])
-    share = np.array([device.compute_share(s) for s in range(1, device.sm_count + 1)])
-    compute = (ops.work[:, :1] / ops.flops_per_s[:, None]) / share[useful - 1]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        moved = ops.work[:, 1:2] / np.minimum(useful * device.sm_hbm_bytes_per_s, ops.caps[:, :1])
-        copies = np.where(ops.work[:, 2:] > 0, ops.work[:, 2:] / ops.caps[:, 1:], 0.0).max(axis=1)
-    seconds = np.maximum(np.maximum(compute, moved), copies[:, None])
-    rates = ops.work[:, None, 1:] / seconds[:, :, None]
-    drawing = rates[:, :, 0] / device.sm_hbm_bytes_per_s
-    sm_use = np.minimum(np.maximum(compute / seconds * useful, drawing), useful)
-    sm_use[(ops.work[:, 0] == 0) & (ops.work[:, 2:4] > 0).any(axis=1)] = 0.0
-    n = len(seconds)
-    return OpTable(seconds, sm_use, rates, np.full(n, ERROR_BAND), ("roofline",) * n, ops.sm_min, ops.sm_max)
-
-
-def compute_rate(op: Op, tensor: dict[str, Tensor] | None, device: Device) -> float:
-    """FLOP/s of the whole device for this op's arithmetic."""
-    if tensor is None or op.kind not in TENSOR_KINDS or not op.inputs:
-        return device.rate("f32")
-    operand = op.inputs[1] if op.kind == "gemm" else op.inputs[-1]
-    return device.rate(tensor[operand].dtype)
+    return _table(graph.ops, graph.tensor, device, sizes)
 
 
 def predict(op: Op, graph: Graph, device: Device, sms: int | None = None) -> Prediction:
-    """Seconds of `op` alone on `sms` SMs of `device` (default: all of them), launch included."""
-    sms = device.sm_count if sms is None else sms
-    check_demand(op, device)
-    useful = min(sms, op.demand.sm[1]) if op.demand.sm else sms
-    caps = rate_caps(op, device)
-    work = op.work
-    compute = compute_seconds(work.flops, compute_rate(op, dict(graph.tensor), device), device.compute_share(useful))
-    hbm = transfer_seconds(work.hbm_bytes, drawn_bytes_per_s(useful, device.sm_hbm_bytes_per_s, caps[0]))
-    parts = (
-        hbm,
-        transfer_seconds(work.h2d_bytes, caps[1]),
-        transfer_seconds(work.d2h_bytes, caps[2]),
-        transfer_seconds(work.link_bytes, caps[3]),
-    )
-    return Prediction(device.launch_seconds + roofline_seconds(compute, *parts), device.launch_seconds, compute, parts)
+    """Seconds of `op` alone on `sms` SMs of `device` (default: all of them), launch included: a row of op_table."""
+    made = _table((op,), graph.tensor, device, (device.sm_count if sms is None else sms,))
+    hbm, h2d, d2h, link = made.rates[0, 0].tolist()
+    seconds = float(made.seconds[0, 0]) + device.launch_seconds
+    use, band = float(made.sm_use[0, 0]), float(made.band[0])
+    return Prediction(seconds, device.launch_seconds, use, (hbm, h2d, d2h, link), made.sources[0], band)
+
+
+def _table(ops: Sequence[Op], tensors: Mapping[str, Tensor], device: Device, sizes: Sequence[int]) -> OpTable:
+    size = np.asarray(sizes, dtype=np.int64)
+    sm_min, sm_max, pinned = _demands(ops, device)
+    kernels = _kernels(ops, tensors, sm_max)
+    useful = np.minimum(size[None, :], kernels.most[:, None])
+    if device.calibration and not device.compute_scaling:
+        seconds, use, band, sources = _by_family(kernels, model_of(device), useful)
+    else:
+        seconds, use, band, sources = _by_roofline(kernels, device, useful)
+    moves = kernels.works[:, 1:]
+    whole = np.array([device.hbm_bytes_per_s, device.h2d_bytes_per_s, device.d2h_bytes_per_s, device.link_bytes_per_s])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        least = np.where(moves > 0, moves / whole, 0.0).max(axis=1)  # a cache of the benchmark's is not ours
+    drawn = moves[:, :1] / (useful * device.sm_hbm_bytes_per_s)  # the cap that the evaluator puts on a partition
+    seconds = np.maximum(np.maximum(seconds, least[:, None]), drawn)
+    use[(kernels.works[:, 0] == 0) & (moves[:, 1:3] > 0).any(axis=1)] = 0.0
+    i = kernels.index
+    every, use, band, named = seconds[i], use[i], band[i], [sources[k] for k in i.tolist()]
+    for row, rates in pinned.items():
+        slowest = max(n / rate for n, rate in zip(ops[row].work.vector[1:], rates, strict=True) if n and rate)
+        every[row] = np.maximum(every[row], slowest)
+    rates = np.minimum(moves[i][:, None, :] / every[:, :, None], whole)
+    return OpTable(every, use, rates, band, tuple(named), sm_min, sm_max)
+
+
+def _kernels(ops: Sequence[Op], tensors: Mapping[str, Tensor], sm_max: np.ndarray) -> _Kernels:
+    """The distinct kernels of `ops`: layers repeat, so there are far fewer of them than ops."""
+    place: dict[tuple[Row, object, int], int] = {}
+    firsts: list[int] = []
+    index = np.empty(len(ops), np.int64)
+    rows: list[Row] = []
+    for i, (op, most) in enumerate(zip(ops, sm_max.tolist(), strict=True)):
+        row = row_of(op, tensors)
+        key = (row, op.work, most)
+        at = place.setdefault(key, len(firsts))
+        if at == len(firsts):
+            firsts.append(i)
+            rows.append(row)
+        index[i] = at
+    works = np.array([ops[i].work.vector for i in firsts])
+    return _Kernels(index, rows, sm_max[firsts], works)
+
+
+def _demands(ops: Sequence[Op], device: Device) -> tuple[np.ndarray, np.ndarray, dict[int, tuple[float, ...]]]:
+    """(sm_min, sm_max, rates of the ops that pin some); DemandError when the device cannot meet a demand."""
+    n, plain = len(ops), Demand()
+    low, high = np.ones(n, np.int64), np.full(n, device.sm_count, np.int64)
+    pinned: dict[int, tuple[float, ...]] = {}
+    lacking = not (device.h2d_bytes_per_s and device.d2h_bytes_per_s and device.link_bytes_per_s)
+    for i, op in enumerate(ops):
+        demand = op.demand
+        if demand is not plain and demand != plain:
+            check_demand(op, device)
+            low[i], high[i] = demand.sm or (1, device.sm_count)
+            if demand.hbm_bytes_per_s or demand.pcie_bytes_per_s or demand.link_bytes_per_s:
+                caps = rate_caps(op, device)
+                if any(n and rate for n, rate in zip(op.work.vector[1:], caps, strict=True)):
+                    pinned[i] = caps
+        elif lacking:
+            check_demand(op, device)
+    return low, np.minimum(high, device.sm_count), pinned
+
+
+def _by_family(
+    kernels: _Kernels, model: DeviceModel, useful: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
+    """Seconds without launch, SM use, bands and sources of every kernel on `useful` SMs."""
+    seconds, use = np.empty(useful.shape), np.empty(useful.shape)
+    band, sources = np.empty(len(useful)), [""] * len(useful)
+    groups: dict[tuple[int, str, int], list[int]] = {}
+    for i, ((family, dtype, _), most) in enumerate(zip(kernels.rows, kernels.most.tolist(), strict=True)):
+        groups.setdefault((family, dtype, most), []).append(i)
+    for (family, dtype, _), members in groups.items():
+        part = model.families[family]
+        shapes = np.array([kernels.rows[i][2] for i in members], np.float64)
+        sms = useful[members[0]].astype(np.float64)
+        times = part.seconds(shapes, model.spec(dtype), np.concatenate([sms, CO_RESIDENT * sms, _SMALL * sms]))
+        full, part_of, tenth = np.split(np.maximum(times - model.launch_s, 0.05 * times), 3, axis=1)
+        share = np.minimum(CO_RESIDENT * part_of / full, 1.0)
+        share = np.where(tenth < _UNSLOWED * full, np.minimum(share, _SMALL * tenth / full), share)
+        seconds[members], use[members], band[members] = full, share * sms, part.band
+        for i in members:
+            sources[i] = part.source
+    return seconds, use, band, sources
+
+
+def _by_roofline(
+    kernels: _Kernels, device: Device, useful: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
+    rates = np.array([device.rate(dtype if family in TENSOR_FAMILIES else "f32") for family, dtype, _ in kernels.rows])
+    cap = np.full(len(useful), device.hbm_bytes_per_s)
+    seconds, share = roofline(kernels.works, rates, cap, device, useful)
+    return seconds, share * useful, np.full(len(useful), UNFITTED_BAND), ["roofline"] * len(useful)
 
 
 def rate_caps(op: Op, device: Device) -> tuple[float, float, float, float]:
@@ -147,24 +222,3 @@ def check_demand(op: Op, device: Device) -> None:
             f"op {op.name!r} asks for {op.demand.workspace_bytes} bytes of workspace; "
             f"{device.name} has {device.memory_bytes}. Lower demand.workspace_bytes."
         )
-
-
-def op_arrays(graph: Graph, device: Device) -> "OpArrays":
-    """The numbers of all ops of a flat graph, for the solvers; DemandError as in `check_demand`."""
-    tensor = dict(graph.tensor)
-    n = len(graph.ops)
-    work = np.array([op.work.vector for op in graph.ops])
-    whole = rate_caps(Op("", "", (), (), graph.ops[0].work), device)
-    caps = np.tile(np.array(whole), (n, 1))
-    rate = np.full(n, device.rate("f32"))
-    sm_min, sm_max = np.ones(n, np.int64), np.full(n, device.sm_count, np.int64)
-    plain = Demand()
-    lacking = [work[:, 2 + i].any() and not r for i, r in enumerate(whole[1:])]
-    for i, op in enumerate(graph.ops):
-        if op.kind in TENSOR_KINDS:
-            rate[i] = compute_rate(op, tensor, device)
-        if op.demand != plain or any(lacking):
-            check_demand(op, device)
-            caps[i] = rate_caps(op, device)
-            sm_min[i], sm_max[i] = op.demand.sm or (1, device.sm_count)
-    return OpArrays(work, caps, rate, sm_min, np.minimum(sm_max, device.sm_count))

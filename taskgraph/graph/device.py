@@ -51,7 +51,9 @@ class Device:
     the non-tensor ops. `sm_hbm_bytes_per_s` is what one SM can draw at most. Copy and link rates are
     bytes/s in one direction; 0 means the device has none. `launch_seconds` is the cost of one node
     in a replayed graph, `switch_seconds` of a change of geometry within a plan. `compute_scaling[k-1]`
-    is the measured share of the full compute rate on k SMs; empty means linear.
+    is the measured share of the full compute rate on k SMs; empty means linear. `calibration` names the
+    fitted coefficients that the cost model uses, those of the device or of its nearest relation; empty is
+    a plain roofline. `l2_bytes` is the last-level cache, 0 if unknown.
     """
 
     name: str
@@ -70,6 +72,8 @@ class Device:
     switch_seconds: float
     compute_scaling: tuple[float, ...] = ()
     sources: tuple[tuple[str, str], ...] = ()
+    l2_bytes: int = 0
+    calibration: str = ""
 
     def __post_init__(self) -> None:
         if not 1 <= self.sm_min <= self.sm_count or self.sm_granularity < 1:
@@ -119,10 +123,11 @@ class Device:
 
     @staticmethod
     def from_dict(body: Mapping[str, Any]) -> "Device":
-        """The device that `to_dict` wrote; DeviceError when a field is missing or unknown."""
-        known = {f.name for f in fields(Device)}
-        if set(body) != known:
-            raise DeviceError(f"not a device: fields {sorted(set(body) ^ known)} are missing or unknown.")
+        """The device that `to_dict` wrote; DeviceError when a field is missing (other than those that came later) or
+        unknown."""
+        known, later = {f.name for f in fields(Device)}, {"l2_bytes", "calibration"}
+        if wrong := (set(body) ^ known) - (later - set(body)):
+            raise DeviceError(f"not a device: fields {sorted(wrong)} are missing or unknown.")
         pairs = {key: tuple((a, b) for a, b in body[key]) for key in ("flops_per_s", "sources")}
         return Device(**{**body, **pairs, "compute_scaling": tuple(body["compute_scaling"])})
 
@@ -134,6 +139,7 @@ _HALF = (
     "attention at 0.8 of its speed on 0.4 of an A100"
 )
 _LAUNCH = "assumed: 1.5 us a kernel node in a replayed graph, 10 us a join of all lanes; calibrate to replace"
+_L2 = "NVIDIA architecture white papers (Ampere, Hopper, Ada, Blackwell): L2 cache of the product"
 _SPLIT_9 = "CUDA Programming Guide 4.6.5: compute capability 9.0 and later, min 8, multiple of 8"
 _SPLIT_8 = "CUDA Programming Guide 4.6.5: compute capability 8.x, min 4, multiple of 2"
 
@@ -147,15 +153,17 @@ def _gpu(
     pcie: float,
     link: float,
     memory: float,
+    l2: float,
+    calibration: str,
     sheet: str,
 ) -> Device:
-    """A Device from datasheet units: dense TFLOP/s, GB/s (PCIe and NVLink in one direction), GB."""
+    """A Device from datasheet units: dense TFLOP/s, GB/s (PCIe and NVLink in one direction), GB, MB of L2."""
     granularity, minimum = split
     text = {"hbm_bytes_per_s": sheet, "flops_per_s": sheet + " (dense)", "memory_bytes": sheet, "sm_count": sheet}
     text |= {"h2d_bytes_per_s": sheet + " (PCIe, one direction)", "link_bytes_per_s": sheet + " (one direction)"}
     text |= {"sm_granularity": _SPLIT_9 if granularity == 8 else _SPLIT_8, "sm_hbm_bytes_per_s": _HALF}
     text |= {"launch_seconds": _LAUNCH, "d2h_bytes_per_s": text["h2d_bytes_per_s"]}
-    text |= {"sm_min": text["sm_granularity"], "switch_seconds": _LAUNCH}
+    text |= {"sm_min": text["sm_granularity"], "switch_seconds": _LAUNCH, "l2_bytes": _L2}
     return Device(
         name=name,
         kind="gpu",
@@ -172,6 +180,8 @@ def _gpu(
         launch_seconds=1.5e-6,
         switch_seconds=10e-6,
         sources=tuple(sorted(text.items())),
+        l2_bytes=int(l2 * 1e6),
+        calibration=calibration,
     )
 
 
@@ -184,12 +194,48 @@ _5090 = {"bf16": 209.5, "f16": 209.5, "f8": 419, "i8": 838, "f32": 104.8, "f64":
 _SPECS = {
     device.name: device
     for device in (
-        _gpu("a100_sxm", 108, (2, 4), _A100, 2039, 32, 300, 80, "NVIDIA A100 datasheet, 80GB SXM"),
-        _gpu("h100_sxm", 132, (8, 8), _H100, 3350, 64, 450, 80, "NVIDIA H100 datasheet and Hopper white paper, SXM5"),
-        _gpu("h200_sxm", 132, (8, 8), _H100, 4800, 64, 450, 141, "NVIDIA H200 datasheet, SXM"),
-        _gpu("b200_sxm", 148, (8, 8), _B200, 8000, 64, 900, 180, "NVIDIA HGX B200 datasheet, an eighth of the board"),
-        _gpu("l40s", 142, (2, 4), _L40S, 864, 32, 0, 48, "NVIDIA L40S datasheet"),
-        _gpu("rtx5090", 170, (8, 8), _5090, 1792, 64, 0, 32, "NVIDIA RTX Blackwell white paper, GeForce RTX 5090"),
+        _gpu("a100_sxm", 108, (2, 4), _A100, 2039, 32, 300, 80, 40, "a100_sxm", "NVIDIA A100 datasheet, 80GB SXM"),
+        _gpu(
+            "h100_sxm",
+            132,
+            (8, 8),
+            _H100,
+            3350,
+            64,
+            450,
+            80,
+            50,
+            "h100_sxm",
+            "NVIDIA H100 datasheet and Hopper white paper, SXM5",
+        ),
+        _gpu("h200_sxm", 132, (8, 8), _H100, 4800, 64, 450, 141, 50, "h100_sxm", "NVIDIA H200 datasheet, SXM"),
+        _gpu(
+            "b200_sxm",
+            148,
+            (8, 8),
+            _B200,
+            8000,
+            64,
+            900,
+            180,
+            126,
+            "h100_sxm",
+            "NVIDIA HGX B200 datasheet, an eighth of the board",
+        ),
+        _gpu("l40s", 142, (2, 4), _L40S, 864, 32, 0, 48, 96, "a100_sxm", "NVIDIA L40S datasheet"),
+        _gpu(
+            "rtx5090",
+            170,
+            (8, 8),
+            _5090,
+            1792,
+            64,
+            0,
+            32,
+            96,
+            "h100_sxm",
+            "NVIDIA RTX Blackwell white paper, GeForce RTX 5090",
+        ),
     )
 }
 

@@ -1,0 +1,201 @@
+"""Fitted coefficients of a device as a value, their files, and the device that borrows them."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from taskgraph.cost import families, formulas, surface
+from taskgraph.cost.families import FAMILIES, Family
+from taskgraph.errors import CalibrationError
+from taskgraph.graph.device import Device
+
+SCHEMA = 1
+UNFITTED_BAND = 0.3
+"""Error band of families that no table measures (norms, elementwise, copies) and of plain rooflines: NanoFlow's
+table 2 has a roofline 13 % to 82 % short on GEMMs."""
+TRANSFER_BAND = 1.5
+"""A device that borrows coefficients gets this many times the band of the device that they were fitted on."""
+_INNERMOST = re.compile(r"\[[^\[\]{}]*\]")
+_FOLDER = Path(__file__).parent / "coefficients"
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """How bandwidth follows SMs: `drawn_share` of device memory and of the link (see interference.py)."""
+
+    hbm_reach: float
+    hbm_sharp: float
+    link_reach: float
+    link_sharp: float
+
+    def by_resource(self) -> dict[str, tuple[float, float]]:
+        """(reach, sharp) of "hbm" and "link"."""
+        return {"hbm": (self.hbm_reach, self.hbm_sharp), "link": (self.link_reach, self.link_sharp)}
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """One family on one device: coefficients by name, the tables of its correction, and the held-out errors
+    (rows, median, mean, p90). `band` is the 90th percentile of the held-out error."""
+
+    coefficients: Mapping[str, float]
+    tables: tuple[tuple[float, ...], ...]
+    held_out: Mapping[str, float]
+
+    @property
+    def band(self) -> float:
+        return float(self.held_out["p90"])
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """The coefficients of one device, with where they come from. `launch_seconds` is the part of every time
+    that is launch."""
+
+    device: str
+    version: int
+    launch_seconds: float
+    response: Response
+    fitted: Mapping[str, Fitted]
+    provenance: Mapping[str, str]
+
+    def save(self, path: str | Path) -> None:
+        """Write the coefficient file."""
+        body = {
+            "schema": SCHEMA,
+            "device": self.device,
+            "version": self.version,
+            "launch_seconds": self.launch_seconds,
+            "provenance": dict(self.provenance),
+            "response": {name: getattr(self.response, name) for name in Response.__slots__},
+            "families": {name: _fitted_body(name, fit) for name, fit in self.fitted.items()},
+        }
+        text = json.dumps(body, indent=1)
+        Path(path).write_text(_INNERMOST.sub(lambda found: " ".join(found[0].split()), text) + "\n")
+
+    @staticmethod
+    def load(path: str | Path) -> "Calibration":
+        """The calibration in a file; CalibrationError when it is not one of this version."""
+        try:
+            body = json.loads(Path(path).read_text())
+            if body["schema"] != SCHEMA:
+                raise CalibrationError(
+                    f"{path}: schema {body['schema']}; this version reads {SCHEMA}. Calibrate again."
+                )
+            fitted = {name: _fitted(name, part) for name, part in body["families"].items()}
+            response = Response(**body["response"])
+            launch = float(body["launch_seconds"])
+            return Calibration(body["device"], body["version"], launch, response, fitted, body["provenance"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, CalibrationError):
+                raise
+            raise CalibrationError(f"{path}: not a coefficient file ({error!r}).") from error
+
+
+def _fitted_body(name: str, fit: Fitted) -> dict[str, Any]:
+    terms = families.BY_NAME[name].terms
+    tables = [
+        {"axes": [[a.feature, a.low, round(a.step, 6), a.count] for a in term], "log": list(values)}
+        for term, values in zip(terms, fit.tables, strict=True)
+    ]
+    return {"held_out": dict(fit.held_out), "coefficients": dict(fit.coefficients), "correction": tables}
+
+
+def _fitted(name: str, body: Mapping[str, Any]) -> Fitted:
+    family = families.BY_NAME[name]
+    tables = tuple(tuple(table["log"]) for table in body["correction"])
+    wanted = surface.sizes_of(family.terms)
+    if [len(t) for t in tables] != wanted or set(body["coefficients"]) != {n for n, _ in family.coefficients}:
+        raise CalibrationError(f"family {name!r} has other coefficients than this version. Calibrate again.")
+    return Fitted(body["coefficients"], tables, body["held_out"])
+
+
+@lru_cache(maxsize=16)
+def shipped(name: str) -> Calibration:
+    """The calibration of that name that comes with the package."""
+    path = _FOLDER / f"{name}.json"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in _FOLDER.glob("*.json")))
+        raise CalibrationError(f"no coefficients named {name!r} come with the package; it has {known}.")
+    return Calibration.load(path)
+
+
+@dataclass(frozen=True, slots=True)
+class FamilyModel:
+    """A family made ready for numba on one device."""
+
+    family: Family
+    coefficients: np.ndarray
+    axes: np.ndarray
+    offsets: np.ndarray
+    values: np.ndarray
+    band: float
+    source: str
+
+    def seconds(self, rows: np.ndarray, spec: np.ndarray, sms: np.ndarray) -> np.ndarray:
+        """Seconds (rows, sms), launch included."""
+        return families.table(
+            self.family.number, rows, spec, self.coefficients, self.axes, self.offsets, self.values, sms
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceModel:
+    """Every family on one device. `launch_s` is the launch within the families' seconds."""
+
+    device: Device
+    response: Response
+    launch_s: float
+    families: tuple[FamilyModel, ...]
+
+    def spec(self, dtype: str = "bf16") -> np.ndarray:
+        """The device's numbers as the formulas take them, with the arithmetic rate of `dtype`."""
+        return spec_of(self.device, self.response, dtype)
+
+
+def spec_of(device: Device, response: Response, dtype: str) -> np.ndarray:
+    """The `spec` vector of formulas.py."""
+    spec = np.empty(11)
+    spec[formulas.SMS], spec[formulas.FLOPS], spec[formulas.HBM] = (
+        device.sm_count,
+        device.rate(dtype),
+        device.hbm_bytes_per_s,
+    )
+    spec[formulas.LINK], spec[formulas.L2] = device.link_bytes_per_s, device.l2_bytes
+    spec[formulas.H2D], spec[formulas.D2H] = device.h2d_bytes_per_s, device.d2h_bytes_per_s
+    spec[formulas.HBM_REACH], spec[formulas.HBM_SHARP] = response.hbm_reach, response.hbm_sharp
+    spec[formulas.LINK_REACH], spec[formulas.LINK_SHARP] = response.link_reach, response.link_sharp
+    return spec
+
+
+@lru_cache(maxsize=64)
+def model_of(device: Device) -> DeviceModel:
+    """The device's calibrated model, its own or its relation's; CalibrationError if it names coefficients that are
+    not shipped."""
+    return model_with(shipped(device.calibration), device)
+
+
+def model_with(calibration: Calibration, device: Device) -> DeviceModel:
+    """`device` under the coefficients of `calibration`."""
+    own = calibration.device == device.name
+    made = f"{calibration.device} v{calibration.version}"
+    source, wider = (f"calibrated {made}", 1.0) if own else (f"transferred from {made}", TRANSFER_BAND)
+    models = tuple(_family_model(family, calibration.fitted.get(family.name), source, wider) for family in FAMILIES)
+    return DeviceModel(device, calibration.response, calibration.launch_seconds, models)
+
+
+def _family_model(family: Family, fitted: Fitted | None, source: str, wider: float) -> FamilyModel:
+    if fitted is None:
+        start = np.array([value for _, value in family.coefficients])
+        axes, offsets = surface.pack((), family.features)
+        return FamilyModel(family, start, axes, offsets, np.zeros(0), UNFITTED_BAND, "formula, not calibrated")
+    values = np.array([value for table in fitted.tables for value in table])
+    axes, offsets = surface.pack(family.terms, family.features)
+    named = np.array([fitted.coefficients[name] for name, _ in family.coefficients])
+    return FamilyModel(family, named, axes, offsets, values, fitted.band * wider, source)

@@ -1,0 +1,201 @@
+"""Tables of kernel measurements: CSV (plain or gzipped) or Parquet, one row a shape; checked, then shape rows.
+
+A table is known by its columns, not by its file name. `milliseconds` is the median time of one kernel launch,
+`system` the device; the rest are the columns of a Family.
+"""
+
+import csv
+import gzip
+import hashlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from taskgraph.cost.families import DECODE, FAMILIES, GEMM, MOE, PREFILL, Family
+from taskgraph.cost.formulas import COLLECTIVES
+from taskgraph.errors import CalibrationError
+
+_BF16_BYTES = 2.0
+_LONGEST_MS, _SHORTEST_MS = 1e6, 1e-4
+_WORDS = ("op_name", "distribution", "system")
+_MAY_BE_ZERO = ("window_size",)
+_SUFFIXES = (".csv", ".csv.gz", ".parquet")
+
+
+@dataclass(frozen=True, slots=True)
+class Measurements:
+    """Measured kernels of one family: `systems` (n,) device names, `rows` (n, shape) as the formulas take them,
+    `seconds` (n,), and `keys` (n,), a hash of the shape in [0, 1), the same on every device."""
+
+    family: Family
+    systems: np.ndarray
+    rows: np.ndarray
+    seconds: np.ndarray
+    keys: np.ndarray
+
+    def where(self, mask: np.ndarray) -> "Measurements":
+        """The rows that `mask` picks."""
+        return Measurements(self.family, self.systems[mask], self.rows[mask], self.seconds[mask], self.keys[mask])
+
+
+def read(paths: str | Path | Iterable[str | Path]) -> tuple[Measurements, ...]:
+    """Every table under `paths` (files or folders), one Measurements a family; CalibrationError when one is bad."""
+    given = [paths] if isinstance(paths, (str, Path)) else list(paths)
+    files = [file for path in given for file in _files(Path(path))]
+    if not files:
+        raise CalibrationError(f"no table in {', '.join(map(str, given))}; give {', '.join(_SUFFIXES)} files.")
+    found: dict[str, list[Measurements]] = {}
+    for file in files:
+        table = read_table(file)
+        found.setdefault(table.family.name, []).append(table)
+    return tuple(_joined(tables) for tables in found.values())
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        return sorted(p for p in path.iterdir() if p.name.endswith(_SUFFIXES))
+    if not path.is_file():
+        raise CalibrationError(f"there is no table {str(path)!r}.")
+    return [path]
+
+
+def _joined(tables: Sequence[Measurements]) -> Measurements:
+    parts = [(t.systems, t.rows, t.seconds, t.keys) for t in tables]
+    return Measurements(tables[0].family, *(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def read_table(path: Path) -> Measurements:
+    """One table; CalibrationError with the row and the column of what is wrong with it."""
+    columns = _columns(path)
+    family = _family(path, columns)
+    checked = {name: _checked(path, name, columns[name]) for name in (*family.columns, "system", "milliseconds")}
+    _check_time(path, checked["milliseconds"])
+    rows = _shape_rows(path, family, checked)
+    keys = np.array([_hash(row) for row in rows.tolist()])
+    return Measurements(family, checked["system"], rows, checked["milliseconds"] * 1e-3, keys)
+
+
+def _columns(path: Path) -> Mapping[str, list[object]]:
+    try:
+        if path.name.endswith(".parquet"):
+            return _parquet(path)
+        with gzip.open(path, "rt", newline="") if path.name.endswith(".gz") else path.open(newline="") as stream:
+            rows = list(csv.reader(stream))
+    except (OSError, UnicodeDecodeError, csv.Error, EOFError) as error:
+        raise CalibrationError(f"{path.name}: cannot be read as a table: {error}.") from error
+    if len(rows) < 2:
+        raise CalibrationError(f"{path.name}: the table is empty; it needs a header and at least one row.")
+    for number, row in enumerate(rows[1:], start=2):
+        if len(row) != len(rows[0]):
+            raise CalibrationError(
+                f"{path.name}: row {number} has {len(row)} cells, but the header names {len(rows[0])} columns."
+            )
+    return {name: list(cells) for name, cells in zip(rows[0], zip(*rows[1:], strict=True), strict=True)}
+
+
+def _parquet(path: Path) -> Mapping[str, list[object]]:
+    try:
+        from pyarrow import ArrowInvalid, parquet
+    except ImportError as error:
+        raise CalibrationError(
+            f"{path.name}: Parquet needs pyarrow: pip install 'taskgraph-gpu[calibrate]'."
+        ) from error
+    try:
+        columns: Mapping[str, list[object]] = parquet.read_table(path).to_pydict()
+    except ArrowInvalid as error:
+        raise CalibrationError(f"{path.name}: cannot be read as a table: {error}.") from error
+    if not columns or not next(iter(columns.values())):
+        raise CalibrationError(f"{path.name}: the table is empty; it needs at least one row.")
+    return columns
+
+
+def _family(path: Path, columns: Mapping[str, object]) -> Family:
+    for family in FAMILIES:
+        if family.columns and set(family.columns) <= set(columns):
+            if lacking := {"system", "milliseconds"} - set(columns):
+                raise CalibrationError(f"{path.name}: column {sorted(lacking)[0]!r} is missing.")
+            return family
+    near = max((f for f in FAMILIES if f.columns), key=lambda f: len(set(f.columns) & set(columns)))
+    missing = sorted(set(near.columns) - set(columns))
+    raise CalibrationError(
+        f"{path.name}: no known table has these columns; as {near.name} it lacks column {missing[0]!r} "
+        f"(it needs {', '.join(near.columns)}, system, milliseconds)."
+    )
+
+
+def _checked(path: Path, name: str, cells: Sequence[object]) -> np.ndarray:
+    if name in _WORDS:
+        return np.array([str(cell) for cell in cells])
+    try:
+        numbers = np.array(cells, dtype=np.float64)
+    except (TypeError, ValueError):
+        numbers = np.array([_number(cell) for cell in cells])
+    low = 0.0 if name in _MAY_BE_ZERO else np.nextafter(0.0, 1.0)
+    wrong = ~(np.isfinite(numbers) & (numbers >= low))
+    if wrong.any():
+        row = int(wrong.argmax())
+        need = "a number >= 0" if name in _MAY_BE_ZERO else "a positive number"
+        raise CalibrationError(f"{path.name}: row {row + 2}, column {name!r} is {cells[row]!r}; it must be {need}.")
+    return numbers
+
+
+def _number(cell: object) -> float:
+    try:
+        return float(str(cell))
+    except ValueError:
+        return math.nan
+
+
+def _check_time(path: Path, milliseconds: np.ndarray) -> None:
+    """No kernel takes under 100 ns or over 1000 s: such a number was not in milliseconds."""
+    wrong = (milliseconds < _SHORTEST_MS) | (milliseconds > _LONGEST_MS)
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise CalibrationError(
+            f"{path.name}: row {row + 2}, column 'milliseconds' is {milliseconds[row]:g}; a kernel takes "
+            f"{_SHORTEST_MS:g} to {_LONGEST_MS:g} ms. Are the units mixed?"
+        )
+
+
+def _hash(row: Sequence[float]) -> float:
+    digest = hashlib.blake2b(repr(row).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big") / 2**32
+
+
+def _shape_rows(path: Path, family: Family, c: Mapping[str, np.ndarray]) -> np.ndarray:
+    size = np.full(len(c["milliseconds"]), _BF16_BYTES)
+    if family.number == GEMM:
+        return np.stack([c["m"], c["n"], c["k"], size], axis=1)
+    if family.number in (PREFILL, DECODE):
+        heads = (c["num_heads"], c["num_key_value_heads"], c["head_dim"], c["window_size"], size)
+        if family.number == PREFILL:
+            return np.stack([c["batch_size"], c["isl"], c["isl"], *heads], axis=1)
+        return np.stack([c["batch_size"], c["step"] + 1, *heads], axis=1)
+    if family.number == MOE:
+        skew = np.array([_skew(path, i, word) for i, word in enumerate(c["distribution"])])
+        inter = c["inter_size"] / c["moe_tp_size"]
+        parts = (c["hidden_size"], inter, c["topk"], c["num_experts"], c["moe_ep_size"], skew, size)
+        return np.stack([c["num_tokens"], *parts], axis=1)
+    kind = np.array([_collective(path, i, word) for i, word in enumerate(c["op_name"])])
+    return np.stack([kind, c["num_gpus"], c["message_bytes_or_elements"] * size], axis=1)
+
+
+def _skew(path: Path, row: int, word: str) -> float:
+    """The exponent of "power_law_1.2"; 0 for "balanced"."""
+    exponent = 0.0 if word == "balanced" else _number(word.removeprefix("power_law_"))
+    if not math.isfinite(exponent):
+        raise CalibrationError(
+            f"{path.name}: row {row + 2}, column 'distribution' is {word!r}; it is balanced or power_law_X."
+        )
+    return exponent
+
+
+def _collective(path: Path, row: int, word: str) -> float:
+    if word not in COLLECTIVES:
+        raise CalibrationError(
+            f"{path.name}: row {row + 2}, column 'op_name' is {word!r}; it is one of {', '.join(COLLECTIVES)}."
+        )
+    return float(COLLECTIVES.index(word))
