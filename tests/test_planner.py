@@ -76,8 +76,8 @@ def test_every_plan_keeps_the_rules_and_the_bounds(graph: Graph, device: Device)
 # ---------------------------------------------------------------------- the evaluator, in closed form
 
 PLAIN = specs.make(
-    "h100_sxm", name="plain", calibration="", sm_count=64, launch_seconds=0.0, hbm_bytes_per_s=1e12, sm_hbm_bytes_per_s=1e12,
-    h2d_bytes_per_s=1e10, flops_per_s=(("f32", 1e14),),
+    "h100_sxm", name="plain", calibration="", sm_count=64, launch_seconds=0.0, hbm_bytes_per_s=1e12,
+    sm_hbm_bytes_per_s=1e12, h2d_bytes_per_s=1e10, flops_per_s=(("f32", 1e14),),
 )  # fmt: skip
 PLAIN_SWITCHING = replace(PLAIN, switch_seconds=0.125)
 SECOND_OF_BYTES, SECOND_OF_FLOPS = Work(hbm_bytes=1e12), Work(flops=1e14)
