@@ -179,3 +179,23 @@ def test_published_70b_layer() -> None:
         shape = np.array([[m, n, k, 2.0]], float)
         seconds = 80 * model.families[families.GEMM].seconds(shape, model.spec(), np.array([108.0]))[0, 0]
         assert seconds * 1e3 == pytest.approx(real_ms, rel=0.2)
+
+
+def test_a_slice_costs_what_a_graph_of_its_own_size_costs() -> None:
+    """Half of a batch by `rows` is the kernel of half the batch, whole tensors or not."""
+    sizes = (54, 108)
+
+    def step(batch: int, rows: int | None) -> Graph:
+        b = tg.GraphBuilder(f"step{batch}")
+        q, places = b.input("q", (batch, 8, 64), "bf16"), b.input("places", (batch,), "i64")
+        keys, values = (b.state(n, (batch, 2, 512, 64), "bf16") for n in ("keys", "values"))
+        x, w = b.input("x", (batch, 1024), "bf16"), b.weight("w", (1024, 2048), "bf16")
+        if rows is not None:
+            q, places, keys, values, x = (t.rows(0, rows) for t in (q, places, keys, values, x))
+        b.output(tg.ops.attention(q, places, keys, values, name="attend"), tg.ops.gemm(x, w, name="project"))
+        return b.build()
+
+    device = tg.devices.get("a100_sxm")
+    part, own = (op_table(g, device, sizes) for g in (step(256, 128), step(128, None)))
+    assert part.seconds == pytest.approx(own.seconds)
+    assert part.sm_use == pytest.approx(own.sm_use)

@@ -21,7 +21,7 @@ from taskgraph.cost.model import OpTable, op_table
 from taskgraph.errors import ProfileError
 from taskgraph.graph.device import Device
 from taskgraph.graph.graph import Graph
-from taskgraph.graph.op import Op, Tensor
+from taskgraph.graph.op import ROWS, Op, Tensor, seen_inputs
 
 Points = tuple[tuple[int, float, float], ...]
 """(SMs, median seconds, spread in seconds), SMs rising. Seconds are of the op alone, launch included."""
@@ -31,8 +31,8 @@ Costs = Callable[[Graph, Device, Sequence[int]], OpTable]
 _SHORTEST_S = 1e-9
 """What is left, at least, of a measured time after the device's launch is taken off."""
 
-TIMELESS = frozenset({"eps", "theta", "out_dtype"})
-"""Attributes that do not change an op's time, or that its dtypes already say; so are those that begin "scaling_"."""
+TIMELESS = frozenset({"eps", "theta", "out_dtype", ROWS})
+"""Attributes that do not change an op's time, or that its shapes and dtypes say; so are those that begin "scaling_"."""
 
 
 class Measured(Protocol):
@@ -81,7 +81,7 @@ class OpTime:
 
 def shape_key(op: Op, tensors: Mapping[str, Tensor]) -> OpKey:
     """The key of an op: "64x576 w576x1536 -> 64x1536 transpose_w=True"; a w marks a weight, which backends may pack."""
-    ins, outs = [tensors[n] for n in op.inputs], [tensors[n] for n in op.outputs]
+    ins, outs = seen_inputs(op, tensors), [tensors[n] for n in op.outputs]
     attrs = [f"{k}={v}" for k, v in op.attrs if k not in TIMELESS and not k.startswith("scaling_")]
     if op.kind == "call":  # a custom op may do anything: its declared work tells apart what its shapes do not
         attrs.append("work=" + ",".join(f"{x:g}" for x in op.work.vector))

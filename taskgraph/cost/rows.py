@@ -1,27 +1,29 @@
 """From ops to kernels: which family an op belongs to, and the row of shape numbers that its formula takes.
 
-One rule a kind; an op of any other kind (custom ones too) is a stream of its declared work.
+One rule a kind, over the inputs as the op sees them (a slice sees its rows of a tensor) and its outputs; an op of any
+other kind (custom ones too) is a stream of its declared work.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from taskgraph.cost.families import COLLECTIVE, DECODE, GEMM, PREFILL, STREAM
 from taskgraph.cost.formulas import COLLECTIVES
-from taskgraph.graph.op import ITEMSIZE, Op, Tensor
+from taskgraph.graph.op import ITEMSIZE, Op, Tensor, seen_inputs
 
 Row = tuple[int, str, tuple[float, ...]]
 """(family, dtype whose arithmetic rate counts, shape numbers)."""
 
-Tensors = Mapping[str, Tensor]
+Tensors = Sequence[Tensor]
+Rule = Callable[[Op, Tensors, Tensors], Row]
 
-ROW_RULES: dict[str, Callable[[Op, Tensors], Row]] = {}
-"""kind -> the Row of an op."""
+ROW_RULES: dict[str, Rule] = {}
+"""kind -> the Row of an op from its inputs and outputs."""
 
 
-def row_rule(*kinds: str) -> Callable[[Callable[[Op, Tensors], Row]], Callable[[Op, Tensors], Row]]:
+def row_rule(*kinds: str) -> Callable[[Rule], Rule]:
     """Register the row rule of `kinds`."""
 
-    def register(rule: Callable[[Op, Tensors], Row]) -> Callable[[Op, Tensors], Row]:
+    def register(rule: Rule) -> Rule:
         for kind in kinds:
             ROW_RULES[kind] = rule
         return rule
@@ -29,10 +31,12 @@ def row_rule(*kinds: str) -> Callable[[Callable[[Op, Tensors], Row]], Callable[[
     return register
 
 
-def row_of(op: Op, tensors: Tensors) -> Row:
+def row_of(op: Op, tensors: Mapping[str, Tensor]) -> Row:
     """The kernel that `op` is for the cost model."""
     rule = ROW_RULES.get(op.kind)
-    return _stream(op) if rule is None else rule(op, tensors)
+    if rule is None:
+        return _stream(op)
+    return rule(op, seen_inputs(op, tensors), [tensors[name] for name in op.outputs])
 
 
 def _stream(op: Op) -> Row:
@@ -42,17 +46,17 @@ def _stream(op: Op) -> Row:
 
 
 @row_rule("gemm")
-def _(op: Op, tensors: Tensors) -> Row:
-    m, k = tensors[op.inputs[0]].shape
-    weight = tensors[op.inputs[1]].dtype
-    return GEMM, weight, (m, tensors[op.outputs[0]].shape[1], k, ITEMSIZE[weight])
+def _(op: Op, ins: Tensors, outs: Tensors) -> Row:
+    x, weight = ins[:2]
+    m, k = x.shape
+    return GEMM, weight.dtype, (m, outs[0].shape[1], k, ITEMSIZE[weight.dtype])
 
 
 @row_rule("attention")
-def _(op: Op, tensors: Tensors) -> Row:
-    tokens, heads, dim = tensors[op.inputs[0]].shape
-    cache = tensors[op.inputs[2]]
-    batch, kv = tensors[op.inputs[1]].shape[0], cache.shape[1]  # a slice of the batch reads its part of the caches
+def _(op: Op, ins: Tensors, outs: Tensors) -> Row:
+    tokens, heads, dim = ins[0].shape
+    cache = ins[2]
+    batch, kv = cache.shape[:2]
     new, context, size = tokens // batch, op.integer("context"), ITEMSIZE[cache.dtype]
     if new == 1:
         return DECODE, cache.dtype, (batch, context, heads, kv, dim, 0.0, size)
@@ -60,14 +64,14 @@ def _(op: Op, tensors: Tensors) -> Row:
 
 
 @row_rule("decode_attention")
-def _(op: Op, tensors: Tensors) -> Row:
-    cache = tensors[op.inputs[1]]
+def _(op: Op, ins: Tensors, outs: Tensors) -> Row:
+    q, cache = ins
     _, batch, length, kv, dim = cache.shape
-    return DECODE, cache.dtype, (batch, length, tensors[op.inputs[0]].shape[1], kv, dim, 0.0, ITEMSIZE[cache.dtype])
+    return DECODE, cache.dtype, (batch, length, q.shape[1], kv, dim, 0.0, ITEMSIZE[cache.dtype])
 
 
 @row_rule(*COLLECTIVES)
-def _(op: Op, tensors: Tensors) -> Row:
+def _(op: Op, ins: Tensors, outs: Tensors) -> Row:
     """The whole message is the larger side: what goes in of a reduction, what comes out of a gather."""
-    sides = (sum(tensors[name].nbytes for name in names) for names in (op.inputs, op.outputs))
+    sides = (sum(t.nbytes for t in side) for side in (ins, outs))
     return COLLECTIVE, "f32", (COLLECTIVES.index(op.kind), op.number("ranks"), max(sides))
