@@ -576,3 +576,9 @@ def test_bad_input_names_the_culprit(case: str) -> None:
     make, pattern = BAD[case]
     with pytest.raises(GraphError, match=pattern):
         make()
+
+
+def test_an_output_is_a_value() -> None:
+    b = GraphBuilder("g")
+    with pytest.raises(GraphError, match="'x'"):
+        b.output("x")  # type: ignore[arg-type]

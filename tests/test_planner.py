@@ -259,6 +259,20 @@ def test_a_search_needs_a_budget(budget_s: float) -> None:
         plan(independent(SECOND_OF_FLOPS), PLAIN, "search", budget_s=budget_s)
 
 
+@pytest.mark.parametrize(
+    ("rate", "work"),
+    [
+        ("hbm", Work(hbm_bytes=1.0)),
+        ("pcie", Work(h2d_bytes=1.0)),
+        ("pcie", Work(d2h_bytes=1.0)),
+        ("link", Work(link_bytes=1.0)),
+    ],
+)
+def test_a_rate_beyond_the_device_is_a_demand_error(rate: str, work: Work) -> None:
+    with pytest.raises(DemandError, match=rf"op0.*99 TB/s of {rate}.*h100_sxm has"):
+        plan(independent(work, demands=(tg.demand(**{rate: "99TB/s"}),)), "h100_sxm")  # type: ignore[arg-type]
+
+
 def test_unknown_scheduler() -> None:
     with pytest.raises(PlanError, match=r"magic.*sequential"):
         plan(independent(SECOND_OF_FLOPS), "h100_sxm", "magic")

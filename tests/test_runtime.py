@@ -18,6 +18,7 @@ from taskgraph.graph import device as specs
 from taskgraph.graph.device import Device
 from taskgraph.graph.graph import Graph, GraphBuilder, Value
 from taskgraph.graph.op import Work, spec
+from taskgraph.runtime.cpu import CpuExecutable
 from taskgraph.runtime.impls import BINDERS, TORCH_DTYPE
 from taskgraph.schedule.plan import Plan
 from taskgraph.schedule.planner import plan
@@ -324,6 +325,22 @@ def test_an_exception_while_measuring() -> None:
         assert caught.value.op == "n0_1"
         exe.bind(x1=good["x1"])
         assert all(torch.equal(exe(good)[name], wanted[name]) for name in graph.outputs)
+
+
+def test_eager_is_the_same_ops_one_by_one() -> None:
+    graph = braid(explode)
+    good = {name: t.abs() + 1 for name, t in random_tensors(graph).items()}
+    with tg.compile(graph, listed(graph)) as exe:
+        assert isinstance(exe, CpuExecutable)
+        wanted = exe(good)
+        for out in exe.outputs.values():
+            out.zero_()
+        exe.eager()
+        assert all(torch.equal(exe.outputs[name], wanted[name]) for name in graph.outputs)
+        exe.bind(x1=-torch.ones(64))
+        with pytest.raises(ExecutionError, match="negative") as caught:
+            exe.eager()
+        assert caught.value.op == "n0_1"
 
 
 # ------------------------------------------------------------------------------------------- binding

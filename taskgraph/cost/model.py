@@ -17,6 +17,7 @@ from taskgraph.errors import DemandError
 from taskgraph.graph.device import Device
 from taskgraph.graph.graph import Graph
 from taskgraph.graph.op import Demand, Op, Tensor
+from taskgraph.units import format_quantity
 
 TENSOR_FAMILIES = frozenset({GEMM, PREFILL, DECODE})
 """Families that run on tensor cores at their operands' rate; the others run at the f32 rate of the vector units."""
@@ -217,6 +218,18 @@ def check_demand(op: Op, device: Device) -> None:
     ):
         if nbytes and not rate:
             raise DemandError(f"op {op.name!r} needs {path}; {device.name} has none. Choose another device.")
+    pinned = op.demand
+    for needed, asked, offered, name in (
+        (op.work.hbm_bytes, pinned.hbm_bytes_per_s, device.hbm_bytes_per_s, "hbm"),
+        (op.work.h2d_bytes, pinned.pcie_bytes_per_s, device.h2d_bytes_per_s, "pcie"),
+        (op.work.d2h_bytes, pinned.pcie_bytes_per_s, device.d2h_bytes_per_s, "pcie"),
+        (op.work.link_bytes, pinned.link_bytes_per_s, device.link_bytes_per_s, "link"),
+    ):
+        if needed and asked is not None and asked > offered:
+            raise DemandError(
+                f"op {op.name!r} asks for {format_quantity(asked, 'B/s')} of {name}; {device.name} has "
+                f"{format_quantity(offered, 'B/s')}. Lower demand.{name}_bytes_per_s or choose another device."
+            )
     if op.demand.workspace_bytes > device.memory_bytes:
         raise DemandError(
             f"op {op.name!r} asks for {op.demand.workspace_bytes} bytes of workspace; "

@@ -480,6 +480,8 @@ class GraphBuilder:
     def output(self, *values: Value) -> None:
         """Declare results of the graph."""
         for value in values:
+            if not isinstance(value, Value):
+                raise GraphError(f"output() takes the values that ops return; got {value!r}.")
             if value.whole("an output").name not in self._outputs:
                 self._outputs.append(value.name)
 

@@ -3,6 +3,7 @@
 import io
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import asdict
 
 from rich import box
@@ -119,17 +120,23 @@ def _times(ratio: float) -> str:
     return f"{ratio:.2f}x" if abs(ratio - 1) >= 0.01 else f"{ratio:.3f}x"
 
 
-def explain(plan: Plan, color: bool = False) -> str:
-    """What the plan does and how good it is, as text for a terminal of 100 columns."""
+def text_console(width: int, color: bool) -> tuple[Console, Callable[[], str]]:
+    """A console of `width` columns that prints into a text, and what gives the text without trailing blanks."""
     out = io.StringIO()
     console = Console(
         file=out,
-        width=_WIDTH,
+        width=width,
         force_terminal=color,
         color_system="truecolor" if color else None,
         highlight=False,
         legacy_windows=False,
     )
+    return console, lambda: "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+
+
+def explain(plan: Plan, color: bool = False) -> str:
+    """What the plan does and how good it is, as text for a terminal of 100 columns."""
+    console, text = text_console(_WIDTH, color)
     console.print(_header(plan))
     for title, body in (
         (f"Critical path ({plan.timeline.kind})", _path_table(plan)),
@@ -141,7 +148,7 @@ def explain(plan: Plan, color: bool = False) -> str:
     console.print(Text("\nVerdict", style="bold"))
     style = "green" if plan.verdict.choice == "packed" else "yellow"
     console.print(Padding(Text(verdict_sentence(plan), style=style), (0, 0, 0, 2)))
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+    return text()
 
 
 def counts(plan: Plan) -> dict[str, str]:

@@ -1,12 +1,10 @@
 """explain_tuned(): what autotune tried and why it chose, as text for a terminal."""
 
-import io
-
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from taskgraph.observe.explain import text_console
 from taskgraph.runtime.tune import Trial, Tuned
 from taskgraph.units import format_seconds
 
@@ -15,22 +13,14 @@ _WIDTH = 120
 
 def explain_tuned(tuned: Tuned, color: bool = False) -> str:
     """Every candidate with its predicted time and the time it took, then the choice and its reason."""
-    out = io.StringIO()
-    console = Console(
-        file=out,
-        width=_WIDTH,
-        force_terminal=color,
-        color_system="truecolor" if color else None,
-        highlight=False,
-        legacy_windows=False,
-    )
+    console, text = text_console(_WIDTH, color)
     console.print(Text(f"graph {tuned.plan.graph_name}, device {tuned.plan.device.name}", style="bold"))
     console.print(Text(f"times {tuned.kind}: {tuned.origin or tuned.plan.timeline.origin}", style="dim"))
     console.print(_table(tuned))
     style = "green" if tuned.verdict.choice == "packed" else "yellow"
     console.print(Text(tuned.reason, style=style))
     console.print(Text(_ending(tuned), style="dim"))
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+    return text()
 
 
 def _table(tuned: Tuned) -> Table:

@@ -25,6 +25,8 @@ from taskgraph.schedule.search import Space, anneal, realise, search_layouts, st
 SCHEDULERS = ("auto", "sequential", "list", "search")
 WINDOW = 8
 """Iterations of a repeated body that the search looks at; the decisions then hold for all of them."""
+_TABLE = 2_000_000
+"""The most (op, SM count) pairs that a search looks at."""
 MIN_GAIN = 1.02
 """A packed plan must be predicted this much faster than the sequential one; less is not worth its events."""
 
@@ -61,7 +63,7 @@ def plan(
     tensors = dict(flat.tensor)
     for op in graph.ops if graph.repeat is None else flat.ops:
         check_op(op, tensors)
-    problem = make_problem(flat, target, costs=costs)
+    problem = make_problem(flat, target, _sizes(flat, target) if scheduler == "search" else None, costs)
     in_turn = lists.sequential(problem)
     baseline = _Candidate("sequential", in_turn, evaluate(problem, in_turn))
     packings = _packings(problem, target)
@@ -122,6 +124,12 @@ def _repeated(graph: Graph, problem: Problem, count: int) -> Space:
     body = np.tile(np.arange(repeat.first, repeat.last), count)
     decision = np.concatenate([np.arange(repeat.first), body, np.arange(repeat.last, len(graph.ops))])
     return Space(problem, decision, np.arange(len(graph.ops)), count, repeat.count)
+
+
+def _sizes(flat: Graph, device: Device) -> tuple[int, ...] | None:
+    """Every legal SM count, as far as the tables of a graph of this size stay small; None for the usual few."""
+    every = device.partition_sizes()
+    return every if len(flat.ops) * len(every) <= _TABLE else None
 
 
 def _error_band(problem: Problem) -> float:
