@@ -258,7 +258,9 @@ def plan(
 @app.command()
 def devices() -> None:
     """The built-in device specs, with where their numbers come from."""
-    table = Table(title="devices (published specs; dense rates)", title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True)
+    table = Table(
+        title="devices (published specs; dense rates)", title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True
+    )
     for column in ("name", "SMs", "split", "bf16", "HBM", "PCIe", "link", "memory"):
         table.add_column(column, no_wrap=True)
     for d in tg.devices.iter_specs():
