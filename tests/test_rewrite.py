@@ -613,3 +613,18 @@ def test_saved_activations_are_outputs() -> None:
 def test_what_cannot_be_offloaded(names: list[str], options: dict[str, Any], pattern: str) -> None:
     with pytest.raises(GraphError, match=pattern):
         rewrite.offload(STEP, names, **options)
+
+
+def test_a_split_of_a_split_finds_free_names_for_its_copies() -> None:
+    """The first split copies rows of the carry's start; the second one copies the same rows of it again."""
+    b = tg.GraphBuilder("twice")
+    start = ops.embedding(b.input("tokens", (2,), "i64"), b.weight("table", (23, 16), "f32"), name="embedding")
+    with b.repeat(2, "layer") as layer:
+        entries = [layer.carry(start, f"c{i}") for i in range(2)]
+        sums = [ops.add(x, x, name=f"add{i}") for i, x in enumerate(entries)]
+        b.output(*(layer.next(x, y) for x, y in zip(entries, sums, strict=True)))
+    graph = b.build()
+    once = rewrite.split_batch(graph, {"layer/add0": (1, 1)})
+    assert any(op.name.startswith("embedding#join") for op in once.ops)
+    twice = rewrite.split_batch(once, {"layer/add1": (1, 1)})
+    assert_equal(graph, twice)

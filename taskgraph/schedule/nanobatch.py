@@ -191,6 +191,7 @@ class _Rewriter:
         self.stem = {name: op.name for op in graph.ops for name in op.outputs}
         self.parts_of: dict[str, tuple[str, ...]] = {}
         self.joins: dict[tuple[str, int, int], str] = {}
+        self.taken = {op.name for op in graph.ops}
         self.awaited = {name for op in graph.ops for name in op.after}
 
     def run(self) -> Graph:
@@ -357,9 +358,9 @@ class _Rewriter:
         whole = stop - start == _length(declared, 0)
         stem = self.stem.get(tensor, tensor)
         if whole:
-            name, out = self.virtual[tensor].name if tensor in self.virtual else f"{stem}#join", declared
+            name, out = self.virtual[tensor].name if tensor in self.virtual else self._free(f"{stem}#join"), declared
         else:
-            name = f"{stem}#join.{start}.{stop}"
+            name = self._free(f"{stem}#join.{start}.{stop}")
             out = replace(declared, name=f"{name}.out", role="activation", shape=(stop - start, *declared.shape[1:]))
         inputs = tuple(p.name for p in covering)
         if len(covering) == 1:
@@ -375,6 +376,15 @@ class _Rewriter:
         self.sections[self._section(tensor)].append(op)
         self.joins[key] = out.name
         return out.name
+
+    def _free(self, name: str) -> str:
+        """`name`, numbered when the graph has such an op already: it may be the result of an earlier split."""
+        found, number = name, 1
+        while found in self.taken:
+            number += 1
+            found = f"{name}#{number}"
+        self.taken.add(found)
+        return found
 
     def _section(self, tensor: str) -> int:
         """Where ops on `tensor` stand: with its producer, so that what a repeat only reads is joined once."""
