@@ -88,9 +88,9 @@ def measure(
 
     def search(problem: Problem) -> None:
         for layout in tried:
-            assignment = pack(problem, layout)
-            assert assignment is not None, "no op of this graph asks for SMs"
-            evaluate(problem, assignment)
+            packed = pack(problem, layout)
+            assert packed is not None, "no op of this graph asks for SMs"
+            evaluate(problem, packed.assignment)
 
     search(small)
     say(f"building {nodes:,} nodes")

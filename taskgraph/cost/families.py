@@ -46,7 +46,7 @@ def base_seconds(family: int, x: np.ndarray, spec: np.ndarray, c: np.ndarray, sm
         return f.moe_seconds(x, spec, c, sms)
     if family == COLLECTIVE:
         return f.collective_seconds(x, spec, c, sms)
-    return f.stream_seconds(x, spec, c, sms)
+    return f.stream_seconds(x, spec, c, sms, f.drawn_share(sms, spec[f.SMS], spec[f.HBM_REACH], spec[f.HBM_SHARP]))
 
 
 @njit
@@ -100,6 +100,12 @@ def table(
 ) -> np.ndarray:  # fmt: skip
     """Seconds (rows, sms) of many shapes of one family, launch included."""
     out = np.empty((len(rows), len(sms)))
+    if family == STREAM:
+        for j in range(len(sms)):
+            share = f.drawn_share(sms[j], spec[f.SMS], spec[f.HBM_REACH], spec[f.HBM_SHARP])
+            for i in range(len(rows)):
+                out[i, j] = f.stream_seconds(rows[i], spec, c, sms[j], share)
+        return out
     features = np.empty(MOST_FEATURES)
     for i in range(len(rows)):
         seconds_on(family, rows[i], spec, c, axes, offsets, values, sms, features, out[i])

@@ -217,10 +217,10 @@ STREAM_COEFFICIENTS = (
 
 
 @njit
-def stream_seconds(x: np.ndarray, spec: np.ndarray, c: np.ndarray, sms: float) -> float:
+def stream_seconds(x: np.ndarray, spec: np.ndarray, c: np.ndarray, sms: float, share: float) -> float:
     """x = (flops, hbm bytes, h2d bytes, d2h bytes, link bytes, pageable): norms, elementwise, embedding, sampling,
-    copies and custom ops: the slowest path binds (roofline, Williams et al. 2009), at a part of the published rate."""
-    share = drawn_share(sms, spec[SMS], spec[HBM_REACH], spec[HBM_SHARP])
+    copies and custom ops: the slowest path binds (roofline, Williams et al. 2009), at a part of the published rate.
+    `share` is the `drawn_share` of hbm on these SMs, which graphs of many small ops look up once."""
     t = both(x[0] / (spec[FLOPS] * sms / spec[SMS]), x[1] / (spec[HBM] * c[1] * share), c[2])
     host = c[3] * (c[4] if x[5] > 0.0 else 1.0)
     for nbytes, rate in ((x[2], spec[H2D] * host), (x[3], spec[D2H] * host), (x[4], spec[LINK])):

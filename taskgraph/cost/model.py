@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from taskgraph.cost.families import DECODE, GEMM, PREFILL
+from taskgraph.cost.families import DECODE, GEMM, PREFILL, STREAM
 from taskgraph.cost.fitted import UNFITTED_BAND, DeviceModel, model_of
 from taskgraph.cost.roofline import roofline
 from taskgraph.cost.rows import Row, row_of
@@ -119,14 +119,13 @@ def _table(ops: Sequence[Op], tensors: Mapping[str, Tensor], device: Device, siz
 
 def _kernels(ops: Sequence[Op], tensors: Mapping[str, Tensor], sm_max: np.ndarray) -> _Kernels:
     """The distinct kernels of `ops`: layers repeat, so there are far fewer of them than ops."""
-    place: dict[tuple[Row, object, int], int] = {}
+    place: dict[tuple[Row, object, int], int] = {}  # the row of a stream is its work
     firsts: list[int] = []
     index = np.empty(len(ops), np.int64)
     rows: list[Row] = []
     for i, (op, most) in enumerate(zip(ops, sm_max.tolist(), strict=True)):
         row = row_of(op, tensors)
-        key = (row, op.work, most)
-        at = place.setdefault(key, len(firsts))
+        at = place.setdefault((row, None if row[0] == STREAM else op.work, most), len(firsts))
         if at == len(firsts):
             firsts.append(i)
             rows.append(row)

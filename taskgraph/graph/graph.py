@@ -5,6 +5,8 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
+from struct import pack
 from typing import TYPE_CHECKING, Any
 
 from taskgraph.errors import GraphError
@@ -68,24 +70,17 @@ class Graph:
         """Hex digest of all that the graph says; equal graphs have equal fingerprints."""
         if "fingerprint" not in self._memo:
             digest = hashlib.blake2b(digest_size=16)
-            digest.update(repr((SCHEMA, self.name, self.outputs, self.repeat)).encode())
-            for t in self.tensors:
-                digest.update(repr((t.name, t.shape, t.dtype, t.role)).encode())
-            plain = Demand()
-            for op in self.ops:
-                pinned = None if op.demand == plain else op.demand
-                text = (
-                    op.name,
-                    op.kind,
-                    op.inputs,
-                    op.outputs,
-                    tuple(map(float, op.work.vector)),
-                    op.after,
-                    op.writes,
-                    op.attrs,
-                    pinned,
-                )
-                digest.update(repr(text).encode())
+            tensors, ops, plain = self.tensors, self.ops, Demand()
+            columns: tuple[object, ...] = (
+                (SCHEMA, self.name, self.outputs, self.repeat),
+                *([getattr(t, name) for t in tensors] for name in ("name", "shape", "dtype", "role")),
+                *([getattr(op, name) for op in ops] for name in ("name", "kind", "inputs", "outputs", "after")),
+                *([getattr(op, name) for op in ops] for name in ("writes", "attrs")),
+                [None if op.demand == plain else op.demand for op in ops],
+            )
+            for column in columns:
+                digest.update(repr(column).encode())
+            digest.update(pack(f"<{5 * len(ops)}d", *chain.from_iterable(op.work.vector for op in ops)))
             self._memo["fingerprint"] = digest.hexdigest()
         return str(self._memo["fingerprint"])
 

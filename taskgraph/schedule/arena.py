@@ -11,10 +11,10 @@ import numpy as np
 
 from taskgraph.graph.graph import Graph
 from taskgraph.jit import njit
-from taskgraph.schedule.plan import Slot
+from taskgraph.schedule.plan import Slot, rows
 
 ALIGNMENT = 64
-_PAIRS = 1 << 24
+_PAIRS = 1 << 22
 """Up to this many pairs of tensors that may be alive together, a table of them fits (8 bytes a pair)."""
 
 
@@ -48,8 +48,8 @@ def assign(
         offsets = _by_size(np.argsort(-sizes, kind="stable"), sizes, life.first, life.last, before, gone)
     else:
         offsets = _by_region(sizes, life, gone, len(order))
-    slots = map(Slot, life.names, offsets.tolist(), sizes.tolist())
-    return tuple(slots), int((offsets + sizes).max())
+    slots = rows(Slot, len(sizes), life.names, offsets.tolist(), sizes.tolist())
+    return slots, int((offsets + sizes).max())
 
 
 def max_live_bytes(graph: Graph, lanes: Sequence[int], order: Sequence[int]) -> int:
@@ -89,24 +89,23 @@ def _clocks(lane: np.ndarray, wait_ptr: np.ndarray, wait: np.ndarray, lanes: int
 
 
 def _lifetimes(graph: Graph, lanes: Sequence[int], order: Sequence[int]) -> _Lifetimes:
-    outputs, tensors = set(graph.outputs), graph.tensor
-    index: dict[str, int] = {}
-    first: list[int] = []
-    used: list[tuple[int, int, int]] = []
-    for step, (op_index, lane) in enumerate(zip(order, lanes, strict=True)):
-        op = graph.ops[op_index]
-        used += [(index[name], lane, step) for name in op.inputs if name in index]
-        for name in op.outputs:
-            if name not in outputs:
-                used.append((len(index), lane, step))
-                index[name] = len(index)
-                first.append(step)
-    last = np.full((len(index), max(lanes, default=0) + 1), -1, np.int64)
-    if used:
-        tensor, lane_of, step_of = np.array(used, np.int64).T
-        np.maximum.at(last, (tensor, lane_of), step_of)
-    nbytes = np.array([tensors[name].nbytes for name in index], np.int64)
-    return _Lifetimes(list(index), nbytes, np.array(first, np.int64), last)
+    outputs, ops = set(graph.outputs), graph.ops
+    made = [name for op in ops for name in op.outputs if name not in outputs]
+    index = dict(zip(made, range(len(made)), strict=True))
+    maker = np.repeat(np.arange(len(ops)), [sum(name not in outputs for name in op.outputs) for op in ops])
+    read = np.array([index.get(name, -1) for op in ops for name in op.inputs], np.int64)
+    reader = np.repeat(np.arange(len(ops)), [len(op.inputs) for op in ops])[read >= 0]
+    step_of, lane_of = np.empty(len(ops), np.int64), np.empty(len(ops), np.int64)
+    step_of[order], lane_of[order] = np.arange(len(ops)), lanes
+    by_first = np.argsort(step_of[maker], kind="stable")
+    place = np.empty(len(made), np.int64)
+    place[by_first] = np.arange(len(made))
+    tensor, user = np.concatenate([place, place[read[read >= 0]]]), np.concatenate([maker, reader])
+    last = np.full((len(made), max(lanes, default=0) + 1), -1, np.int64)
+    np.maximum.at(last, (tensor, lane_of[user]), step_of[user])
+    names, tensors = [made[k] for k in by_first.tolist()], graph.tensor
+    nbytes = np.array([tensors[name].nbytes for name in names], np.int64)
+    return _Lifetimes(names, nbytes, step_of[maker][by_first], last)
 
 
 @njit

@@ -1,16 +1,22 @@
 """Plan, Timeline, Bounds, Verdict: the values that the plan stage hands on. They carry no callables."""
 
+import gc
 import json
 import os
 import tempfile
-from dataclasses import asdict, dataclass
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from taskgraph.errors import DeviceError, PlanError
 from taskgraph.graph.device import Device, Geometry, Partition
 
 SCHEMA = 2
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +180,28 @@ class Plan:
             raise PlanError(f"cannot read plan file {str(path)!r}: {error.strerror}.") from error
         except PlanError as error:
             raise PlanError(f"{path}: {error}") from error
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Python's cycle collector rests: what planning makes and drops has no cycles, and a large graph's millions of
+    objects would be walked again and again for nothing."""
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
+
+
+def rows(kind: type[R], count: int, *columns: Iterable[Any]) -> tuple[R, ...]:
+    """`count` values of a frozen slotted dataclass from its columns: what a million calls of it make, ten times faster,
+    because slots are filled a column at a time and no line of Python runs for a row."""
+    made = tuple(map(kind.__new__, repeat(kind, count)))
+    for field, column in zip(fields(kind), columns, strict=True):  # type: ignore[arg-type]
+        deque(map(getattr(kind, field.name).__set__, made, column), maxlen=0)
+    return made
 
 
 def _plan_from_json(body: dict[str, Any]) -> Plan:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -18,7 +19,7 @@ from taskgraph.schedule import lists
 from taskgraph.schedule.arena import assign
 from taskgraph.schedule.bounds import lower_bounds
 from taskgraph.schedule.evaluate import Assignment, Evaluation, Layout, evaluate
-from taskgraph.schedule.plan import Lane, Plan, Span, Step, Timeline, Verdict
+from taskgraph.schedule.plan import Lane, Plan, Span, Step, Timeline, Verdict, rows, uncollected
 from taskgraph.schedule.problem import Costs, Problem, make_problem
 from taskgraph.schedule.search import Space, anneal, realise, search_layouts, starts
 
@@ -27,6 +28,8 @@ WINDOW = 8
 """Iterations of a repeated body that the search looks at; the decisions then hold for all of them."""
 _TABLE = 2_000_000
 """The most (op, SM count) pairs that a search looks at."""
+LARGE, THREADS = 20_000, 2
+"""From so many ops on, list schedules are made on this many threads, and only as many of them are evaluated."""
 MIN_GAIN = 1.02
 """A packed plan must be predicted this much faster than the sequential one; less is not worth its events."""
 
@@ -59,11 +62,13 @@ def plan(
         raise PlanError(f"unknown scheduler {scheduler!r}; this version has {', '.join(SCHEDULERS)}.")
     if not budget_s > 0:
         raise PlanError(f"budget_s is {budget_s}; give the search some seconds, or use scheduler='list'.")
-    target, flat = get(device), graph.flat()
-    tensors = dict(flat.tensor)
-    for op in graph.ops if graph.repeat is None else flat.ops:
-        check_op(op, tensors)
-    problem = make_problem(flat, target, _sizes(flat, target) if scheduler == "search" else None, costs)
+    target = get(device)
+    with uncollected():
+        flat = graph.flat()
+        tensors = dict(flat.tensor)
+        for op in flat.ops:
+            check_op(op, tensors)
+        problem = make_problem(flat, target, _sizes(flat, target) if scheduler == "search" else None, costs)
     in_turn = lists.sequential(problem)
     baseline = _Candidate("sequential", in_turn, evaluate(problem, in_turn))
     packings = _packings(problem, target)
@@ -80,15 +85,20 @@ def plan(
         sequential_s=baseline.evaluation.makespan_s,
         error_band=_error_band(problem),
     )
-    return _plan_of(graph, target, problem, chosen, verdict, f"{scheduler}: {chosen.label}")
+    with uncollected():
+        return _plan_of(graph, target, problem, chosen, verdict, f"{scheduler}: {chosen.label}")
 
 
 def _packings(problem: Problem, device: Device) -> Iterator[_Candidate]:
-    """List schedules on every layout that is tried."""
-    for layout in lists.layouts(device):
-        assignment = lists.pack(problem, layout)
-        if assignment is not None:
-            yield _Candidate(f"list on {lists.label(layout)}", assignment, evaluate(problem, assignment))
+    """List schedules on every layout that is tried; of a large graph those that the lists themselves find best."""
+    tried = lists.layouts(device)
+    with ThreadPoolExecutor(THREADS) as threads:
+        run = threads.map if problem.n >= LARGE else map
+        packed = [made for made in run(lambda layout: lists.pack(problem, layout), tried) if made is not None]
+        if problem.n >= LARGE:
+            packed = sorted(packed, key=lambda made: made.seconds)[:THREADS]
+        for made, times in zip(packed, run(lambda made: evaluate(problem, made.assignment), packed), strict=True):
+            yield _Candidate(f"list on {lists.label(made.assignment.layout)}", made.assignment, times)
 
 
 def _searched(
@@ -181,8 +191,8 @@ def _replayed(graph: Graph, plan: Plan, costs: Costs, record: bool) -> tuple[Pro
 def _timeline(
     flat: Graph, device: Device, problem: Problem, order: np.ndarray, lanes: list[int], times: Evaluation
 ) -> Timeline:
-    rows = zip(order.tolist(), lanes, times.start_s[order].tolist(), times.end_s[order].tolist(), strict=True)
-    spans = tuple(Span(flat.ops[i].name, where, begin, end) for i, where, begin, end in rows)
+    names = [flat.ops[i].name for i in order.tolist()]
+    spans = rows(Span, len(names), names, lanes, times.start_s[order].tolist(), times.end_s[order].tolist())
     return Timeline("simulated", f"{device.name}, {' + '.join(sorted(set(problem.sources)))}", spans)
 
 
@@ -198,7 +208,7 @@ def _plan_of(
     kept, geometry_of = np.unique(layout.rows[layout.lane_partition[used], 0], return_inverse=True)
     first_row = np.searchsorted(layout.rows[:, 0], kept)
     step_lane = lane_of_op[order].tolist()
-    waits = [tuple(row) for row in _waits(assignment, lane_of_op, problem)]
+    waits = _waits(assignment, lane_of_op, problem)
     slots, arena_bytes = assign(flat, step_lane, waits, order.tolist())
     room = layout.rows[layout.lane_partition[assignment.lane], 2]
     sms = np.where(problem.sizes[assignment.mode] < room, problem.sizes[assignment.mode], 0)[order].tolist()
@@ -210,10 +220,7 @@ def _plan_of(
         lanes=tuple(
             Lane(int(g), int(layout.lane_partition[i] - first_row[g])) for i, g in zip(used, geometry_of, strict=True)
         ),
-        steps=tuple(
-            Step(flat.ops[i].name, lane, wait, count)
-            for i, lane, wait, count in zip(order.tolist(), step_lane, waits, sms, strict=True)
-        ),
+        steps=rows(Step, problem.n, [flat.ops[i].name for i in order.tolist()], step_lane, waits, sms),
         arena=slots,
         arena_bytes=arena_bytes,
         timeline=_timeline(flat, device, problem, order, step_lane, times),
@@ -223,7 +230,7 @@ def _plan_of(
     )
 
 
-def _waits(chosen: Assignment, lane: np.ndarray, problem: Problem) -> list[list[int]]:
+def _waits(chosen: Assignment, lane: np.ndarray, problem: Problem) -> list[tuple[int, ...]]:
     """For every step the earlier steps of other lanes it must wait for, without those that another wait implies."""
     turns = _turns(chosen.order, chosen.lane, chosen.layout.conflicts)
     extra = np.concatenate([chosen.holds, turns])
@@ -233,7 +240,9 @@ def _waits(chosen: Assignment, lane: np.ndarray, problem: Problem) -> list[list[
         pred = np.concatenate([pred, extra[:, 0]])[np.argsort(after, kind="stable")]
         pred_ptr = np.concatenate([[0], np.cumsum(np.bincount(after, minlength=problem.n))])
     count, row = _reduced_waits(chosen.order, lane, int(lane.max()) + 1, pred_ptr, pred)
-    return [row[i, :c].tolist() for i, c in enumerate(count)] if row.shape[1] else [[] for _ in count]
+    flat = row[np.arange(row.shape[1]) < count[:, None]].tolist()
+    end = np.cumsum(count)
+    return [tuple(flat[a:b]) for a, b in zip((end - count).tolist(), end.tolist(), strict=True)]
 
 
 def _turns(order: np.ndarray, lane: np.ndarray, conflicts: np.ndarray) -> np.ndarray:
