@@ -61,5 +61,5 @@ def compile(
         hint = " The cuda backend is not part of this version." if backend == "cuda" else ""
         raise BackendUnavailable(f"no backend {backend!r}; use one of {', '.join(BACKENDS)}.{hint}")
     module, _, name = BACKENDS[backend].partition(":")
-    made: Executable = getattr(import_module(module), name)(graph, plan, functions or {})
+    made: Executable = getattr(import_module(module), name)(plan.sliced(graph), plan, functions or {})
     return made

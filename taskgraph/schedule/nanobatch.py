@@ -54,6 +54,10 @@ class Split:
         return Split(tuple((tuple(names), tuple(sizes)) for names, sizes in parts))
 
 
+UNSPLIT = Split()
+"""Leaves every op whole."""
+
+
 def split_batch(graph: Graph, sizes: Sizes | Mapping[str, Sizes], ops: Iterable[str] | None = None) -> Graph:
     """The graph with `ops` (default: all that can) split along the batch into slices of `sizes`.
 

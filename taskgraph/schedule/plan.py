@@ -14,8 +14,10 @@ from typing import Any, TypeVar
 
 from taskgraph.errors import DeviceError, PlanError
 from taskgraph.graph.device import Device, Geometry, Partition
+from taskgraph.graph.graph import Graph
+from taskgraph.schedule.nanobatch import UNSPLIT, Split, apply
 
-SCHEMA = 2
+SCHEMA = 3
 R = TypeVar("R")
 
 
@@ -87,6 +89,22 @@ class Bounds:
 
 
 @dataclass(frozen=True, slots=True)
+class Period:
+    """A repeated body as a loop: `count` iterations end `seconds` after each other on average.
+
+    prologue_s is the end of the first iteration and epilogue_s what follows the end of the last, so that
+    prologue_s + (count - 1) * seconds + epilogue_s is the makespan. `overlap` is how many iterations are under way
+    at a time in the middle: 1.0 when each starts as the one before it ends.
+    """
+
+    count: int
+    seconds: float
+    prologue_s: float
+    epilogue_s: float
+    overlap: float
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict:
     """Packed or sequential, and by how much. `error_band` is relative: a gain inside it is no win."""
 
@@ -114,7 +132,8 @@ class Slot:
 @dataclass(frozen=True, slots=True)
 class Plan:
     """A schedule of one graph on one device. `graph` is the fingerprint of the graph it was made for;
-    steps name the ops of that graph written out (`Graph.flat()`), in an order that respects every wait."""
+    steps name the ops of that graph, split by `split`, written out (`Graph.flat()`), in an order that respects every
+    wait. `period` is there when the graph repeats a body."""
 
     graph: str
     graph_name: str
@@ -128,6 +147,8 @@ class Plan:
     bounds: Bounds
     verdict: Verdict
     made_by: str
+    split: Split = UNSPLIT
+    period: Period | None = None
     schema: int = SCHEMA
 
     @property
@@ -138,6 +159,10 @@ class Plan:
     def gap(self) -> float:
         """Makespan over the best lower bound; 1.0 is proven optimal."""
         return self.makespan_s / self.bounds.best_s
+
+    def sliced(self, graph: Graph) -> Graph:
+        """The graph whose ops the steps name, from the one that the plan was made for."""
+        return apply(graph, self.split) if self.split.parts and graph.fingerprint == self.graph else graph
 
     def partition(self, lane: int) -> Partition:
         """The partition that lane number `lane` is bound to."""
@@ -219,6 +244,8 @@ def _plan_from_json(body: dict[str, Any]) -> Plan:
         bounds=Bounds(**body["bounds"]),
         verdict=Verdict(**body["verdict"]),
         made_by=body["made_by"],
+        split=Split.from_json(body["split"]["parts"]),
+        period=Period(**body["period"]) if body["period"] else None,
     )
 
 

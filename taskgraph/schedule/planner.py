@@ -3,8 +3,6 @@
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from itertools import chain
 
 import numpy as np
 
@@ -19,26 +17,15 @@ from taskgraph.schedule import lists
 from taskgraph.schedule.arena import assign
 from taskgraph.schedule.bounds import lower_bounds
 from taskgraph.schedule.evaluate import Assignment, Evaluation, Layout, evaluate
-from taskgraph.schedule.plan import Lane, Plan, Span, Step, Timeline, Verdict, rows, uncollected
+from taskgraph.schedule.explore import Candidate, explore, legal_sizes
+from taskgraph.schedule.plan import Lane, Period, Plan, Span, Step, Timeline, Verdict, rows, uncollected
 from taskgraph.schedule.problem import Costs, Problem, make_problem
-from taskgraph.schedule.search import Space, anneal, realise, search_layouts, starts
 
 SCHEDULERS = ("auto", "sequential", "list", "search")
-WINDOW = 8
-"""Iterations of a repeated body that the search looks at; the decisions then hold for all of them."""
-_TABLE = 2_000_000
-"""The most (op, SM count) pairs that a search looks at."""
 LARGE, THREADS = 20_000, 2
 """From so many ops on, list schedules are made on this many threads, and only as many of them are evaluated."""
 MIN_GAIN = 1.02
 """A packed plan must be predicted this much faster than the sequential one; less is not worth its events."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Candidate:
-    label: str
-    assignment: Assignment
-    evaluation: Evaluation
 
 
 def plan(
@@ -48,6 +35,7 @@ def plan(
     *,
     budget_s: float = 1.0,
     seed: int = 0,
+    nano_batches: bool = True,
     costs: Costs = op_table,
 ) -> Plan:
     """The best plan that `scheduler` finds for `graph` on `device`, with bounds and a verdict.
@@ -55,7 +43,9 @@ def plan(
     "sequential" runs op after op on the whole device. "list" packs by list scheduling and keeps the result even
     where it loses. "search" anneals for about `budget_s` seconds, deterministically for a `seed`, and keeps the
     better of its result and the list's. "auto" packs by list scheduling. All but "list" fall back to the sequential
-    plan unless packing wins by MIN_GAIN. `costs` prices the ops.
+    plan unless packing wins by MIN_GAIN. `costs` prices the ops. With `nano_batches` the search also splits the batch
+    of a graph for a GPU where that pays: `Plan.split` says how, and everything that takes the plan with its graph
+    splits the graph alike.
     DemandError if an op asks for more than the device has; PlanError for an unknown scheduler or a budget of 0.
     """
     if scheduler not in SCHEDULERS:
@@ -68,12 +58,15 @@ def plan(
         tensors = dict(flat.tensor)
         for op in flat.ops:
             check_op(op, tensors)
-        problem = make_problem(flat, target, _sizes(flat, target) if scheduler == "search" else None, costs)
+        sizes = legal_sizes(len(flat.ops), target) if scheduler == "search" else None
+        problem = make_problem(flat, target, sizes, costs)
     in_turn = lists.sequential(problem)
-    baseline = _Candidate("sequential", in_turn, evaluate(problem, in_turn))
-    packings = _packings(problem, target)
+    baseline = Candidate("sequential", graph, problem, in_turn, evaluate(problem, in_turn))
+    packings = list(_packings(graph, problem, target))
     if scheduler == "search":
-        packings = chain(packings, _searched(graph, target, problem, costs, budget_s, seed))
+        limit_s = min(c.evaluation.makespan_s for c in [baseline, *packings])
+        found = explore(graph, target, costs, budget_s, seed, limit_s, nano_batches)
+        packings += [found] if found is not None else []
     packed = min(packings, key=lambda c: c.evaluation.makespan_s, default=baseline)
     if scheduler == "sequential":
         packed = baseline
@@ -83,13 +76,13 @@ def plan(
         choice="sequential" if chosen is baseline else "packed",
         packed_s=packed.evaluation.makespan_s,
         sequential_s=baseline.evaluation.makespan_s,
-        error_band=_error_band(problem),
+        error_band=_error_band(chosen.problem),
     )
     with uncollected():
-        return _plan_of(graph, target, problem, chosen, verdict, f"{scheduler}: {chosen.label}")
+        return _plan_of(graph, target, chosen, verdict, f"{scheduler}: {chosen.label}")
 
 
-def _packings(problem: Problem, device: Device) -> Iterator[_Candidate]:
+def _packings(graph: Graph, problem: Problem, device: Device) -> Iterator[Candidate]:
     """List schedules on every layout that is tried; of a large graph those that the lists themselves find best."""
     tried = lists.layouts(device)
     with ThreadPoolExecutor(THREADS) as threads:
@@ -98,48 +91,8 @@ def _packings(problem: Problem, device: Device) -> Iterator[_Candidate]:
         if problem.n >= LARGE:
             packed = sorted(packed, key=lambda made: made.seconds)[:THREADS]
         for made, times in zip(packed, run(lambda made: evaluate(problem, made.assignment), packed), strict=True):
-            yield _Candidate(f"list on {lists.label(made.assignment.layout)}", made.assignment, times)
-
-
-def _searched(
-    graph: Graph, device: Device, problem: Problem, costs: Costs, budget_s: float, seed: int
-) -> Iterator[_Candidate]:
-    """The best of an annealing run on each layout, on the problem's SM counts."""
-    window, whole = _spaces(graph, device, problem, costs)
-    tried = search_layouts(device)
-    for layout in tried:
-        if int(problem.sizes[window.lowest_mode()].max()) > layout.rows[:, 2].max():
-            continue
-        state = anneal(window, layout, starts(window, layout), budget_s / len(tried), seed)
-        assignment, _ = realise(whole, layout, state)
-        label = f"search on {lists.label(assignment.layout)}, seed {seed}"
-        yield _Candidate(label, assignment, evaluate(problem, assignment))
-
-
-def _spaces(graph: Graph, device: Device, problem: Problem, costs: Costs) -> tuple[Space, Space]:
-    """What the search sees, and the whole: the same where nothing repeats, else a window of iterations."""
-    repeat = graph.repeat
-    if repeat is None or repeat.count <= WINDOW:
-        return (Space.flat(problem),) * 2
-    sizes = problem.sizes.tolist()
-    fewer = replace(graph, repeat=replace(repeat, count=WINDOW)).flat()
-    seen = make_problem(fewer, device, sizes, costs)
-    return _repeated(graph, seen, WINDOW), _repeated(graph, problem, repeat.count)
-
-
-def _repeated(graph: Graph, problem: Problem, count: int) -> Space:
-    """One decision for each op of the body, whatever the iteration."""
-    repeat = graph.repeat
-    assert repeat is not None
-    body = np.tile(np.arange(repeat.first, repeat.last), count)
-    decision = np.concatenate([np.arange(repeat.first), body, np.arange(repeat.last, len(graph.ops))])
-    return Space(problem, decision, np.arange(len(graph.ops)), count, repeat.count)
-
-
-def _sizes(flat: Graph, device: Device) -> tuple[int, ...] | None:
-    """Every legal SM count, as far as the tables of a graph of this size stay small; None for the usual few."""
-    every = device.partition_sizes()
-    return every if len(flat.ops) * len(every) <= _TABLE else None
+            label = f"list on {lists.label(made.assignment.layout)}"
+            yield Candidate(label, graph, problem, made.assignment, times)
 
 
 def _error_band(problem: Problem) -> float:
@@ -153,13 +106,14 @@ def _error_band(problem: Problem) -> float:
 
 def replay_times(graph: Graph, plan: Plan, costs: Costs = op_table) -> Timeline:
     """The simulated timeline of `plan` as it stands: its lanes, its order, the evaluator's clock."""
+    graph = plan.sliced(graph)
     problem, chosen, times = _replayed(graph, plan, costs, record=False)
     return _timeline(graph.flat(), plan.device, problem, chosen.order, [s.lane for s in plan.steps], times)
 
 
 def utilisation(graph: Graph, plan: Plan, costs: Costs = op_table) -> dict[str, list[tuple[float, float]]]:
     """For each resource of the device the steps (time in seconds, used share of its capacity) of a simulated replay."""
-    _, _, times = _replayed(graph, plan, costs, record=True)
+    _, _, times = _replayed(plan.sliced(graph), plan, costs, record=True)
     moments = [*times.trace[:, 0].tolist(), times.makespan_s]
     return {
         name: list(zip(moments, [*times.trace[:, 1 + i].tolist(), 0.0], strict=True))
@@ -199,10 +153,9 @@ def _timeline(
 # ----------------------------------------------------------------------------------- from assignment to plan
 
 
-def _plan_of(
-    graph: Graph, device: Device, problem: Problem, chosen: _Candidate, verdict: Verdict, made_by: str
-) -> Plan:
-    flat, assignment, times = graph.flat(), chosen.assignment, chosen.evaluation
+def _plan_of(graph: Graph, device: Device, chosen: Candidate, verdict: Verdict, made_by: str) -> Plan:
+    flat, problem = chosen.graph.flat(), chosen.problem
+    assignment, times = chosen.assignment, chosen.evaluation
     order, layout = assignment.order, assignment.layout
     used, lane_of_op = np.unique(assignment.lane, return_inverse=True)
     kept, geometry_of = np.unique(layout.rows[layout.lane_partition[used], 0], return_inverse=True)
@@ -227,7 +180,22 @@ def _plan_of(
         bounds=lower_bounds(problem),
         verdict=verdict,
         made_by=made_by,
+        split=chosen.split,
+        period=_period(chosen.graph, times),
     )
+
+
+def _period(graph: Graph, times: Evaluation) -> Period | None:
+    """How the iterations of a repeat follow each other in time."""
+    repeat = graph.repeat
+    if repeat is None or repeat.count < 2:
+        return None
+    inside = slice(repeat.first, repeat.first + repeat.count * (repeat.last - repeat.first))
+    start, end = (a[inside].reshape(repeat.count, -1) for a in (times.start_s, times.end_s))
+    ends, length = end.max(axis=1), end.max(axis=1) - start.min(axis=1)
+    seconds = float((ends[-1] - ends[0]) / (repeat.count - 1))
+    overlap = float(length[repeat.count // 2]) / seconds
+    return Period(repeat.count, seconds, float(ends[0]), times.makespan_s - float(ends[-1]), overlap)
 
 
 def _waits(chosen: Assignment, lane: np.ndarray, problem: Problem) -> list[tuple[int, ...]]:

@@ -33,12 +33,15 @@ class Space:
     """What is decided, on which problem.
 
     decision (n,) by op; kin (d,) numbers groups of decisions that are alike, as the slices of one op are; `window`
-    iterations of a repeated body are in the problem and `total` in the graph.
+    iterations of a repeated body are in the problem and `total` in the graph. iteration (n,) by op: ops before the
+    body belong to the first, those after it to the last; inside (n,) says which are of the body.
     """
 
     problem: Problem
     decision: np.ndarray
     kin: np.ndarray
+    iteration: np.ndarray
+    inside: np.ndarray
     window: int = 1
     total: int = 1
 
@@ -46,7 +49,7 @@ class Space:
     def flat(problem: Problem) -> "Space":
         """Every op decides for itself."""
         everyone = np.arange(problem.n)
-        return Space(problem, everyone, everyone)
+        return Space(problem, everyone, everyone, np.zeros(problem.n, np.int64), np.ones(problem.n, np.bool_))
 
     def lowest_mode(self) -> np.ndarray:
         """(d,) the least mode that is legal for every op of a decision."""
@@ -129,7 +132,7 @@ def anneal(space: Space, layout: Layout, begin: Sequence[State], budget_s: float
 def realise(space: Space, layout: Layout, state: State) -> tuple[Assignment, Evaluation]:
     """The schedule of `state` on the space's problem."""
     problem, d = space.problem, space.decision
-    mode = _fitted(state.mode[d], state.row[d], state.rows, problem.sizes, np.array(layout.rows[:, 3]))
+    mode = fitted(state.mode[d], state.row[d], state.rows, problem.sizes, np.array(layout.rows[:, 3]))
     priority = upward_rank(problem) - state.delay[d]
     limits = (float(_OVERSUBSCRIBE[state.policy[_SM]]), float(_OVERSUBSCRIBE[state.policy[_SOFT]]))
     backfill = bool(state.policy[_BACKFILL])
@@ -154,7 +157,7 @@ def _walk(kernel: tuple[object, ...], state: State, trials: int, seed: int, hot:
 
 
 @njit
-def _fitted(
+def fitted(
     mode: np.ndarray, row: np.ndarray, rows: np.ndarray, sizes: np.ndarray, lanes_each: np.ndarray
 ) -> np.ndarray:
     """Modes that fit the partitions: all SMs of a partition with one lane, at most them in one with several."""
@@ -178,7 +181,7 @@ def _judge(
     Not the time between two iterations in the window: that rewards a schedule that runs one slice far ahead."""
     n = len(decision)
     start, end, lane, hold = np.zeros(n), np.zeros(n), np.zeros(n, np.int64), np.full(n, -1, np.int64)
-    mode_of_op = _fitted(mode[decision], row[decision], rows, sizes, rows[:, 3])
+    mode_of_op = fitted(mode[decision], row[decision], rows, sizes, rows[:, 3])
     _dispatch(
         rank - delay[decision], mode_of_op, row[decision], _OVERSUBSCRIBE[policy[_SM:]], policy[_BACKFILL] == 1,
         lane_partition, rows, conflicts, seconds, use, pred_ptr, succ_ptr, succ, capacity, sm_bytes_per_s, launch_s,

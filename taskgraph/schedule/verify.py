@@ -23,7 +23,7 @@ def verify(plan: Plan, graph: Graph, memory: bool = True) -> None:
         raise PlanError(f"the plan has schema {plan.schema}; this version knows {SCHEMA}. Plan again.")
     if plan.graph != graph.fingerprint:
         raise PlanError(f"the plan was made for graph {plan.graph_name!r}, not for this {graph.name!r}. Plan again.")
-    flat = graph.flat()
+    flat = plan.sliced(graph).flat()
     for rule in _RULES:
         rule(plan, flat)
     if memory:
@@ -225,7 +225,7 @@ def _fits_memory(plan: Plan, graph: Graph) -> None:
 
 def resident_bytes(plan: Plan, graph: Graph) -> int:
     """Bytes on the device while the plan runs: inputs, weights, states, outputs, arena, and a workspace a lane."""
-    flat = graph.flat()
+    flat = plan.sliced(graph).flat()
     held = sum(t.nbytes for t in flat.with_role("input", "weight", "state"))
     held += sum(flat.tensor[name].nbytes for name in set(flat.outputs) if flat.tensor[name].role == "activation")
     ops = {op.name: op for op in flat.ops}

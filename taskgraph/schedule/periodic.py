@@ -1,0 +1,270 @@
+"""Fixed orders, annealed: every lane has a queue, and in a repeated body the same queue in every iteration.
+
+A cycle gives every decision (an op of the body, for all iterations) its lane, its SMs and its place in time, counted in
+periods; places may reach over several iterations, so that iterations overlap (modulo scheduling, Lam 1988). The
+iterations of a body written out in that order run in step, and the one clock says what a period takes.
+"""
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from taskgraph.jit import njit
+from taskgraph.schedule.evaluate import NO_HOLDS, Assignment, Evaluation, Layout, _simulate
+from taskgraph.schedule.search import ISLANDS, Space, State, fitted, realise
+
+_ROUNDS = 6
+_OP_S = 5e-7
+"""Seconds that one op costs in one trial; it turns a budget into a number of trials, as in `search`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cycle:
+    """place (d,) in periods, lane (d,) and mode (d,) by decision, and the seconds of the whole graph."""
+
+    place: np.ndarray
+    lane: np.ndarray
+    mode: np.ndarray
+    seconds: float = np.inf
+
+
+def cycle_of(space: Space, layout: Layout, state: State) -> Cycle:
+    """The cycle that the schedule of a search's state suggests: what its middle iteration does, on lanes of its own."""
+    _, times = realise(space, layout, state)
+    period_s = period(space, times)
+    middle = np.full(len(space.kin), -1)
+    wanted = (space.iteration == space.window // 2) | ~space.inside
+    middle[space.decision[wanted]] = np.flatnonzero(wanted)
+    begin = times.start_s[middle] / period_s - space.iteration[middle]
+    length = (times.end_s - times.start_s)[middle] / period_s
+    lane = np.empty(len(middle), np.int64)
+    _colour(begin, length, state.row, layout.lane_partition, space.window > 1, lane)
+    return Cycle(begin, lane, state.mode)
+
+
+def plain_cycle(space: Space, layout: Layout, state: State) -> Cycle:
+    """A cycle that is never a deadlock: the ops in their order, one iteration after another, on the state's SMs."""
+    place = np.empty(len(space.kin))
+    once = np.flatnonzero((space.iteration == 0) | ~space.inside)
+    place[space.decision[once]] = np.arange(len(once)) / len(once)
+    lane = np.searchsorted(layout.lane_partition, state.row)
+    return Cycle(place, lane, state.mode)
+
+
+def period(space: Space, times: Evaluation) -> float:
+    """Seconds from the end of one iteration to that of the next, in the middle; of a flat graph its makespan."""
+    seconds: float = _period(times.end_s, space.iteration, space.inside, space.window)
+    return seconds
+
+
+def polish(space: Space, layout: Layout, begin: Sequence[Cycle], budget_s: float, seed: int) -> Cycle:
+    """The best cycle found from `begin`; equal arguments give equal results, as for `search.anneal`."""
+    kernel = _kernel_arguments(space, layout)
+    trials = max(8, int(budget_s / (_OP_S * space.problem.n * _ROUNDS)))
+    deadline = time.monotonic() + 2 * budget_s + 0.5
+    pool = [_walk(kernel, cycle, 1, 0, 1e-3, 1e-4) for cycle in begin]
+    best = sorted(pool, key=lambda c: c.seconds)[:ISLANDS]
+    best = [best[i % len(best)] for i in range(ISLANDS)]
+    with ThreadPoolExecutor(ISLANDS) as threads:
+        for turn in range(_ROUNDS):
+            hot = 0.01 * (1 - turn / _ROUNDS) ** 2 + 2e-4
+            jobs = [
+                threads.submit(_walk, kernel, cycle, trials, (seed * _ROUNDS + turn) * ISLANDS + i, hot, hot / 20)
+                for i, cycle in enumerate(best)
+            ]
+            found = [job.result() for job in jobs]
+            leader = min([*found, *best], key=lambda c: c.seconds)
+            best = [leader, *found[1:]] if turn < _ROUNDS // 2 else [leader] * ISLANDS
+            if time.monotonic() > deadline:
+                break
+    return min(best, key=lambda c: c.seconds)
+
+
+def written_out(space: Space, layout: Layout, cycle: Cycle) -> Assignment:
+    """The cycle's queues for every iteration of the space's problem."""
+    d = space.decision
+    order = np.argsort(space.iteration + cycle.place[d], kind="stable")
+    mode = fitted(
+        cycle.mode, layout.lane_partition[cycle.lane], layout.rows, space.problem.sizes, np.array(layout.rows[:, 3])
+    )
+    return Assignment(layout, order, cycle.lane[d], mode[d], NO_HOLDS)
+
+
+def _kernel_arguments(space: Space, layout: Layout) -> tuple[object, ...]:
+    problem = space.problem
+    return (
+        space.decision, space.iteration, space.inside, space.kin, space.window, space.total, space.lowest_mode(),
+        _followers(space), layout.lane_partition, layout.rows, layout.conflicts, problem.sizes, problem.seconds,
+        problem.use, np.diff(problem.pred_ptr), problem.succ_ptr, problem.succ, problem.capacity, problem.sm_count,
+        problem.sm_bytes_per_s, problem.launch_s, problem.switch_s,
+    )  # fmt: skip
+
+
+def _followers(space: Space) -> np.ndarray:
+    """(d, d) whether a decision's op comes after another's in one iteration; itself included. Empty when large."""
+    d, problem = len(space.kin), space.problem
+    if d > 2000:
+        return np.zeros((0, 0), np.bool_)
+    after = np.eye(d, dtype=np.bool_)
+    for op in range(problem.n - 1, -1, -1):
+        if space.iteration[op] == 0:
+            for succ in problem.succ[problem.succ_ptr[op] : problem.succ_ptr[op + 1]]:
+                if space.iteration[succ] == 0:
+                    after[space.decision[op]] |= after[space.decision[succ]]
+    return after
+
+
+def _walk(kernel: tuple[object, ...], cycle: Cycle, trials: int, seed: int, hot: float, cold: float) -> Cycle:
+    place, lane, mode = (a.copy() for a in (cycle.place, cycle.lane, cycle.mode))
+    seconds = _polish(place, lane, mode, trials, seed % 2**32, hot, cold, *kernel)  # type: ignore[arg-type]
+    return replace(cycle, place=place, lane=lane, mode=mode, seconds=seconds)
+
+
+@njit
+def _colour(
+    begin: np.ndarray, length: np.ndarray, row: np.ndarray, lane_partition: np.ndarray, cyclic: bool, lane: np.ndarray
+) -> None:
+    """Give every decision the lane of its partition on which it overlaps least with those given before."""
+    order = np.argsort(begin, kind="mergesort")
+    for x in range(len(order)):
+        i = order[x]
+        least = np.inf
+        for at in range(len(lane_partition)):
+            if lane_partition[at] != row[i]:
+                continue
+            overlap = 0.0
+            for y in range(x):
+                j = order[y]
+                if lane[j] == at:
+                    shifts = 4 if cyclic else 0
+                    for shift in range(-shifts, shifts + 1):
+                        low, high = (
+                            max(begin[j] + shift, begin[i]),
+                            min(begin[j] + length[j] + shift, begin[i] + length[i]),
+                        )
+                        overlap += max(0.0, high - low)
+            if overlap < least - 1e-12:
+                least = overlap
+                lane[i] = at
+
+
+@njit
+def _period(end: np.ndarray, iteration: np.ndarray, inside: np.ndarray, window: int) -> float:
+    if window < 4:
+        whole: float = end.max()
+        return whole / window
+    low, high = window // 3, window - 2
+    ends = np.zeros(window)
+    for i in range(len(end)):
+        if inside[i]:
+            ends[iteration[i]] = max(ends[iteration[i]], end[i])
+    per_iteration: float = (ends[high] - ends[low]) / (high - low)
+    return per_iteration
+
+
+@njit
+def _judge(
+    place: np.ndarray, lane: np.ndarray, mode: np.ndarray, decision: np.ndarray, iteration: np.ndarray,
+    inside: np.ndarray, window: int, total: int, lane_partition: np.ndarray, rows: np.ndarray, conflicts: np.ndarray,
+    sizes: np.ndarray, seconds: np.ndarray, use: np.ndarray, missing: np.ndarray, succ_ptr: np.ndarray,
+    succ: np.ndarray, capacity: np.ndarray, sm_count: int, sm_bytes_per_s: float, launch_s: float, switch_s: float,
+) -> float:  # fmt: skip
+    """Seconds of the whole graph: the window's, and a period for every iteration beyond it; inf for a deadlock, and
+    for places so far apart that a window does not show what the whole would do."""
+    n, lanes = len(decision), len(lane_partition)
+    if total > window and place.max() - place.min() > window / 2 - 1:
+        return np.inf
+    order = np.argsort(iteration + place[decision], kind="mergesort")
+    queue, queue_ptr = np.empty(n, np.int64), np.zeros(lanes + 1, np.int64)
+    for op in range(n):
+        queue_ptr[lane[decision[op]] + 1] += 1
+    queue_ptr = np.cumsum(queue_ptr)
+    at, rank = queue_ptr[:-1].copy(), np.empty(n, np.int64)
+    for x in range(n):
+        here = lane[decision[order[x]]]
+        queue[at[here]] = order[x]
+        at[here] += 1
+        rank[order[x]] = x
+    modes = fitted(mode, lane_partition[lane], rows, sizes, rows[:, 3])[decision]
+    start, end, trace = np.zeros(n), np.zeros(n), np.zeros((1, 6))
+    ended, _ = _simulate(
+        queue, queue_ptr, rank, modes, lane_partition, rows, conflicts, seconds, use, missing, succ_ptr, succ,
+        capacity, sm_count, sm_bytes_per_s, launch_s, switch_s, start, end, trace, False,
+    )  # fmt: skip
+    if ended < n:
+        return np.inf
+    total_s: float = end.max()
+    if total > window:
+        total_s += (total - window) * _period(end, iteration, inside, window)
+    return total_s
+
+
+@njit
+def _polish(
+    place: np.ndarray, lane: np.ndarray, mode: np.ndarray, trials: int, seed: int, hot: float, cold: float,
+    decision: np.ndarray, iteration: np.ndarray, inside: np.ndarray, kin: np.ndarray, window: int, total: int,
+    lowest: np.ndarray, after: np.ndarray, lane_partition: np.ndarray, rows: np.ndarray, conflicts: np.ndarray,
+    sizes: np.ndarray, seconds: np.ndarray, use: np.ndarray, missing: np.ndarray, succ_ptr: np.ndarray,
+    succ: np.ndarray, capacity: np.ndarray, sm_count: int, sm_bytes_per_s: float, launch_s: float, switch_s: float,
+) -> float:  # fmt: skip
+    """Metropolis over `trials` moves, cooling from `hot` to `cold` (relative to the time); leaves the best cycle in the
+    first three arguments and returns its seconds."""
+    np.random.seed(seed)
+    now = best = _judge(
+        place, lane, mode, decision, iteration, inside, window, total, lane_partition, rows, conflicts, sizes, seconds,
+        use, missing, succ_ptr, succ, capacity, sm_count, sm_bytes_per_s, launch_s, switch_s,
+    )  # fmt: skip
+    best_place, best_lane, best_mode = place.copy(), lane.copy(), mode.copy()
+    old_place, old_lane, old_mode = place.copy(), lane.copy(), mode.copy()
+    for trial in range(trials - 1):
+        old_place[:], old_lane[:], old_mode[:] = place, lane, mode
+        _move(place, lane, mode, kin, lowest, after, lane_partition, rows, sizes)
+        then = _judge(
+            place, lane, mode, decision, iteration, inside, window, total, lane_partition, rows, conflicts, sizes,
+            seconds, use, missing, succ_ptr, succ, capacity, sm_count, sm_bytes_per_s, launch_s, switch_s,
+        )  # fmt: skip
+        heat = now * hot * (cold / hot) ** (trial / trials)
+        if then <= now or np.random.random() < np.exp((now - then) / heat):
+            now = then
+            if now < best:
+                best = now
+                best_place[:], best_lane[:], best_mode[:] = place, lane, mode
+        else:
+            place[:], lane[:], mode[:] = old_place, old_lane, old_mode
+    place[:], lane[:], mode[:] = best_place, best_lane, best_mode
+    return best
+
+
+@njit
+def _move(
+    place: np.ndarray, lane: np.ndarray, mode: np.ndarray, kin: np.ndarray, lowest: np.ndarray, after: np.ndarray,
+    lane_partition: np.ndarray, rows: np.ndarray, sizes: np.ndarray,
+) -> None:  # fmt: skip
+    """Change the SMs of a decision or all its kin, its place or the places of all that follow it, or its lane."""
+    d, what = len(kin), np.random.random()
+    at = np.random.randint(d)
+    reach = 4.0 / max(d, 8)
+    if what < 0.3:
+        step = np.random.randint(1, 4) if np.random.random() < 0.9 else np.random.randint(1, len(sizes) + 1)
+        step = step if np.random.random() < 0.5 else -step
+        alike = np.random.random() < 0.3
+        for i in range(d):
+            if i == at or (alike and kin[i] == kin[at]):
+                mode[i] = min(max(mode[i] + step, lowest[i]), len(sizes) - 1)
+    elif what < 0.6:
+        place[at] += np.random.normal() * reach * (1.0 if np.random.random() < 0.7 else 4.0)
+    elif what < 0.75:
+        other = np.random.randint(d)
+        place[at], place[other] = place[other], place[at]
+    elif what < 0.9 and len(after) > 0:
+        shift = np.random.normal() * 0.15
+        for i in range(d):
+            if after[at, i]:
+                place[i] += shift
+    else:
+        to = np.random.randint(len(lane_partition))
+        if rows[lane_partition[to], 2] >= sizes[lowest[at]]:
+            lane[at] = to
