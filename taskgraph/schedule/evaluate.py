@@ -10,6 +10,7 @@ one: whenever an op ends, the ready ops of highest priority start where their SM
 generation scheme, Kelley 1963, in fluid time). Its result, evaluated, gives the same times.
 """
 
+import heapq
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -354,9 +355,23 @@ def _room(
     return at
 
 
+_DEPTH = 64
+"""So many ready ops of highest priority may start; the others wait in a heap. It bounds the time of an event."""
+
+
 @njit
-def _insert(ready: np.ndarray, count: int, op: int, priority: np.ndarray) -> int:
-    """Insert `op` into ready[:count], which is ordered by falling priority; returns the new count."""
+def _insert(
+    ready: np.ndarray, count: int, op: int, priority: np.ndarray, rest: list[tuple[float, int, int]], turn: int
+) -> int:
+    """Insert `op` into ready[:count], which is ordered by falling priority, or into the heap `rest` of those of lower
+    priority, equal ones by `turn`; returns the new count."""
+    if count == _DEPTH:
+        last = ready[count - 1]
+        if priority[last] >= priority[op]:
+            heapq.heappush(rest, (-priority[op], turn, op))
+            return count
+        heapq.heappush(rest, (-priority[last], -turn, last))  # ahead of its equals, which came later
+        count -= 1
     k = count
     while k > 0 and priority[ready[k - 1]] < priority[op]:
         ready[k] = ready[k - 1]
@@ -375,15 +390,18 @@ def _dispatch(
     """Fill start, end, lane and hold; returns the ops in the order in which they started."""
     lanes, n = len(lane_partition), len(start)
     missing = pred_ptr[1:] - pred_ptr[:-1]
-    order, ready, since = np.empty(n, np.int64), np.empty(n, np.int64), np.zeros(n)
+    order, ready, since = np.empty(n, np.int64), np.empty(_DEPTH, np.int64), np.zeros(n)
+    rest = [(0.0, 0, 0)]
+    rest.pop()
     running, done_ops = np.full(lanes, -1, np.int64), np.empty(lanes, np.int64)
     latency, left, speed = np.zeros(lanes), np.zeros(lanes), np.zeros(lanes)
     wanted, everywhere, used = np.zeros((5, lanes)), np.zeros(lanes, np.int64), np.zeros(5)
     ready_at = np.zeros(len(rows))
-    waiting, started, ended, last, now = 0, 0, 0, -1, 0.0
+    waiting, started, ended, last, now, turn = 0, 0, 0, -1, 0.0, 0
     for op in range(n):
         if missing[op] == 0:
-            waiting = _insert(ready, waiting, op, priority)
+            turn += 1
+            waiting = _insert(ready, waiting, op, priority, rest, turn)
     while ended < n:
         kept, blocked = 0, False
         for w in range(waiting):
@@ -404,6 +422,9 @@ def _dispatch(
             order[started] = op
             started += 1
         waiting = kept
+        while waiting < _DEPTH and len(rest) > 0:
+            ready[waiting] = heapq.heappop(rest)[2]
+            waiting += 1
         step = _advance(
             running, latency, left, mode, lane_partition, rows, seconds, use, capacity, sm_bytes_per_s,
             speed, wanted, everywhere, used,
@@ -417,6 +438,7 @@ def _dispatch(
                 missing[succ[k]] -= 1
                 if missing[succ[k]] == 0:
                     since[succ[k]] = now
-                    waiting = _insert(ready, waiting, succ[k], priority)
+                    turn += 1
+                    waiting = _insert(ready, waiting, succ[k], priority, rest, turn)
         ended += count
     return order

@@ -15,7 +15,7 @@ from taskgraph.graph.graph import Graph
 from taskgraph.graph.op import RESOURCES
 from taskgraph.jit import njit
 from taskgraph.ops import check_op
-from taskgraph.schedule import lists
+from taskgraph.schedule import lists, rules
 from taskgraph.schedule.arena import assign
 from taskgraph.schedule.bounds import lower_bounds
 from taskgraph.schedule.evaluate import Assignment, Evaluation, Layout, evaluate
@@ -104,7 +104,12 @@ def _packings(problem: Problem, device: Device) -> Iterator[_Candidate]:
 def _searched(
     graph: Graph, device: Device, problem: Problem, costs: Costs, budget_s: float, seed: int
 ) -> Iterator[_Candidate]:
-    """The best of an annealing run on each layout, on the problem's SM counts."""
+    """The best of an annealing run on each layout, on the problem's SM counts; of a large graph the best rule."""
+    if graph.repeat is None and problem.n >= rules.FROM and device.kind == "gpu":
+        rule, assignment, times = rules.best_rule(problem, budget_s, seed)
+        at = f"slack {rule.slack:.2f} on {lists.label(assignment.layout)}"
+        yield _Candidate(f"search over rules, {at}, seed {seed}", assignment, times)
+        return
     window, whole = _spaces(graph, device, problem, costs)
     tried = search_layouts(device)
     for layout in tried:
