@@ -1,19 +1,21 @@
 """Scheduling time: list scheduler and evaluator on a random layered DAG, against HEFT over networkx in plain Python."""
 
 import argparse
+import bisect
 import random
 import statistics
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 import taskgraph as tg
 from benchmarks import machine, print_json, seconds_of
 from taskgraph.graph.device import Device
-from taskgraph.schedule.evaluate import Layout, evaluate
+from taskgraph.schedule.evaluate import NO_HOLDS, Assignment, Layout, evaluate
 from taskgraph.schedule.lists import layouts, pack
 from taskgraph.schedule.problem import Problem, make_problem
 
@@ -22,14 +24,22 @@ if TYPE_CHECKING:
 
 EPILOG = """\
 The DAG has layers of --width ops; each op reads one to three ops of the layer before. list_seconds is the list
-scheduler plus the evaluator over every layout of the device that tg.plan tries, after numba has compiled;
-plan_seconds is the whole of tg.plan (problem, all layouts, waits, arena, bounds). The peer is HEFT (Topcuoglu,
-Hariri and Wu 2002) without insertion, a common way to write it over a networkx DiGraph, for one layout and
-without an evaluator; list_one_seconds is the same for taskgraph. The peer runs on at most --peer-nodes nodes; for
-more nodes networkx_heft_seconds is null and networkx_heft_seconds_at holds what was run.
+scheduler plus the evaluator over every layout of the device that tg.plan tries; plan_seconds is the whole of
+tg.plan(scheduler="list") on a graph that it has not seen: costs, all layouts, waits, arena, bounds, fingerprint. Both
+are warm: numba's machine code is loaded. With several --nodes every size has a row and the JSON's "growth" holds
+them; the other keys are those of the last size. --search S adds a search of S seconds at the last size.
 
-example:
+The peer is HEFT (Topcuoglu, Hariri and Wu 2002) with insertion, a common way to write it over a networkx DiGraph, for
+one layout and without an evaluator; list_one_seconds is the same for taskgraph. The peer runs on at most --peer-nodes
+nodes; for more nodes networkx_heft_seconds is null and networkx_heft_seconds_at holds what was run.
+
+--dags N compares makespans on N seeded random DAGs of 20 to 200 ops in layers of 2 to 24: the peer's schedules of all
+layouts, timed by taskgraph's evaluator, the best of them counts, against tg.plan(scheduler="list"); worse_share is
+the share of the DAGs on which taskgraph's makespan is longer.
+
+examples:
   python -m benchmarks.schedule --nodes 10000 --device h100_sxm --json
+  python -m benchmarks.schedule --nodes 1000 10000 100000 1000000 --dags 0 --peer-nodes 10000
 """
 
 
@@ -58,15 +68,56 @@ def networkx_heft(dag: "networkx.DiGraph[str]", lanes: int) -> dict[str, tuple[i
     for node in reversed(order):
         seconds = statistics.fmean(dag.nodes[node]["seconds"])
         rank[node] = seconds + max((rank[after] for after in dag.successors(node)), default=0.0)
-    free = [0.0] * lanes
+    busy: list[list[tuple[float, float]]] = [[] for _ in range(lanes)]
     placed: dict[str, tuple[int, float]] = {}
     for node in sorted(order, key=lambda name: -rank[name]):
         ready = max((placed[before][1] for before in dag.predecessors(node)), default=0.0)
         seconds = dag.nodes[node]["seconds"]
-        end, lane = min((max(ready, free[i]) + seconds[i], i) for i in range(lanes))
-        free[lane] = end
+        end, lane = min((_gap(busy[i], ready, seconds[i]) + seconds[i], i) for i in range(lanes))
+        bisect.insort(busy[lane], (end - seconds[lane], end))
         placed[node] = (lane, end)
     return placed
+
+
+def _gap(busy: list[tuple[float, float]], ready: float, seconds: float) -> float:
+    """The earliest start after `ready` in a gap of a lane that is long enough: the insertion of HEFT."""
+    begin = ready
+    for start, end in busy[max(bisect.bisect_left(busy, (ready, 0.0)) - 1, 0) :]:
+        if begin + seconds <= start:
+            break
+        begin = max(begin, end)
+    return begin
+
+
+def heft_makespan(graph: tg.Graph, dag: "networkx.DiGraph[str]", problem: Problem, layout: Layout) -> float:
+    """Seconds of the peer's schedule on one layout, as taskgraph's evaluator times it."""
+    lane_mode = np.array([problem.mode_of(size) for size in layout.rows[layout.lane_partition, 2].tolist()])
+    for op, row in zip(graph.ops, (problem.seconds[:, lane_mode] + problem.launch_s).tolist(), strict=True):
+        dag.nodes[op.name]["seconds"] = row
+    placed = networkx_heft(dag, len(lane_mode))
+    lane = np.array([placed[op.name][0] for op in graph.ops])
+    end = np.array([placed[op.name][1] for op in graph.ops])
+    order = np.argsort(end, kind="stable")
+    return evaluate(problem, Assignment(layout, order, lane, lane_mode[lane], NO_HOLDS)).makespan_s
+
+
+def against_heft(dags: int, device: Device) -> dict[str, Any]:
+    """Makespans of `dags` random DAGs over the peer's: how many are longer, and the geometric mean of the ratio."""
+    ratios: list[float] = []
+    for seed in range(dags):
+        draw = random.Random(seed)
+        graph = layered_graph(draw.randint(20, 200), draw.randint(2, 24), seed)
+        problem, dag = make_problem(graph, device), graph.to_networkx()
+        peer = min(heft_makespan(graph, dag, problem, layout) for layout in layouts(device))
+        ratios.append(tg.plan(graph, device, "list").makespan_s / peer)
+    worse = sum(ratio > 1 + 1e-9 for ratio in ratios)
+    return {
+        "dags": dags,
+        "worse": worse,
+        "worse_share": worse / dags,
+        "mean_ratio": statistics.geometric_mean(ratios),
+        "worst_ratio": max(ratios),
+    }
 
 
 def heft_seconds(graph: tg.Graph, problem: Problem, layout: Layout) -> float:

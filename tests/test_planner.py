@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from strategies import devices, graphs
 
 import taskgraph as tg
+from benchmarks.schedule import layered_graph
 from taskgraph.cost.model import predict
 from taskgraph.errors import DemandError, PlanError
 from taskgraph.graph import device as specs
@@ -22,10 +23,10 @@ from taskgraph.graph.graph import Graph, GraphBuilder
 from taskgraph.graph.op import Demand, Work, spec
 from taskgraph.models.config import load_config
 from taskgraph.models.llama import step_graph
-from taskgraph.schedule import lists
+from taskgraph.schedule import lists, rules
 from taskgraph.schedule.evaluate import NO_HOLDS, Assignment, Evaluation, Layout, dispatch, evaluate
 from taskgraph.schedule.plan import Plan
-from taskgraph.schedule.planner import SCHEDULERS, plan, replay_times
+from taskgraph.schedule.planner import LARGE, SCHEDULERS, plan, replay_times
 from taskgraph.schedule.problem import make_problem
 
 DEVICES = st.one_of(devices(), st.sampled_from([specs.get("a100_sxm"), specs.get("h100_sxm")]))
@@ -375,3 +376,25 @@ def test_the_design_page_is_packed() -> None:
     p = plan(design_page(), "h100_sxm")
     assert p.verdict.choice == "packed"
     assert p.verdict.gain > 1.1
+
+
+# ----------------------------------------------------------------------------------------- large graphs
+
+
+@pytest.mark.parametrize(("nodes", "width"), [(2 * rules.FROM, 4), (LARGE, 64)])
+def test_large_graphs_keep_the_rules_and_the_search_is_no_worse_than_the_list(nodes: int, width: int) -> None:
+    graph = layered_graph(nodes, width, 3)
+    listed, found = plan(graph, "h100_sxm", "list"), plan(graph, "h100_sxm", "search", budget_s=1.0)
+    tg.verify(listed, graph)
+    tg.verify(found, graph)
+    assert found.made_by.startswith("search: search over rules")
+    assert found.bounds.best_s <= found.makespan_s < listed.makespan_s
+
+
+def test_more_ready_ops_than_may_start_wait_in_order() -> None:
+    """All ops are ready at once, far more than the front holds: they start by priority whatever their number."""
+    graph = independent(*[SECOND_OF_FLOPS * (1.0 + i / 7) for i in range(300)])
+    problem = make_problem(graph, PLAIN, (64,))
+    priority = np.random.default_rng(5).integers(0, 40, 300).astype(np.float64)
+    chosen, _ = dispatch(problem, Layout.shared(64, 2), priority, np.zeros(300, np.int64), np.zeros(300, np.int64))
+    assert chosen.order.tolist() == sorted(range(300), key=lambda i: (-priority[i], i))

@@ -10,6 +10,7 @@ one: whenever an op ends, the ready ops of highest priority start where their SM
 generation scheme, Kelley 1963, in fluid time). Its result, evaluated, gives the same times.
 """
 
+import heapq
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -157,10 +158,12 @@ def _with_holds(problem: Problem, holds: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 @njit
-def _throttle(speed: np.ndarray, wanted: np.ndarray, group: np.ndarray, member: int, capacity: float) -> float:
+def _throttle(
+    speed: np.ndarray, wanted: np.ndarray, group: np.ndarray, member: int, capacity: float, settled: np.ndarray
+) -> float:
     """Scale down `speed` of the lanes with group == member so that their max-min shares of `capacity` fit it.
 
-    `wanted` is each lane's use at full speed. Returns the use after scaling."""
+    `wanted` is each lane's use at full speed, `settled` is scratch. Returns the use after scaling."""
     lanes = len(speed)
     total = 0.0
     for i in range(lanes):
@@ -172,7 +175,7 @@ def _throttle(speed: np.ndarray, wanted: np.ndarray, group: np.ndarray, member: 
     for i in range(lanes):
         if group[i] == member and wanted[i] * speed[i] > 0.0:
             open_lanes += 1
-    settled = np.zeros(lanes, np.bool_)
+    settled[:] = False
     while open_lanes > 0:
         level = left / open_lanes
         changed = False
@@ -193,10 +196,21 @@ def _throttle(speed: np.ndarray, wanted: np.ndarray, group: np.ndarray, member: 
 
 
 @njit
+def _begin(
+    lane: int, op: int, mode: int, use: np.ndarray, seconds: np.ndarray, running: np.ndarray, left: np.ndarray,
+    full: np.ndarray, took: np.ndarray,
+) -> None:  # fmt: skip
+    """Put `op` on a lane: all of it is left; `full` (lanes, 5) is what it draws at full speed, `took` its seconds."""
+    running[lane], left[lane], took[lane] = op, 1.0, seconds[op, mode]
+    for r in range(5):
+        full[lane, r] = use[op, mode, r]
+
+
+@njit
 def _advance(
-    running: np.ndarray, latency: np.ndarray, left: np.ndarray, mode: np.ndarray, lane_partition: np.ndarray,
-    rows: np.ndarray, seconds: np.ndarray, use: np.ndarray, capacity: np.ndarray, sm_bytes_per_s: float,
-    speed: np.ndarray, wanted: np.ndarray, everywhere: np.ndarray, used: np.ndarray,
+    running: np.ndarray, latency: np.ndarray, left: np.ndarray, full: np.ndarray, took: np.ndarray,
+    lane_partition: np.ndarray, rows: np.ndarray, capacity: np.ndarray, sm_bytes_per_s: float, speed: np.ndarray,
+    wanted: np.ndarray, everywhere: np.ndarray, settled: np.ndarray, used: np.ndarray,
 ) -> float:  # fmt: skip
     """Fill `speed` of every lane and `used` of every resource; returns the seconds until the next event."""
     lanes = len(running)
@@ -204,12 +218,12 @@ def _advance(
         fluid = running[i] >= 0 and latency[i] <= 0.0
         speed[i] = 1.0 if fluid else 0.0
         for r in range(5):
-            wanted[r, i] = use[running[i], mode[running[i]], r] if fluid else 0.0
+            wanted[r, i] = full[i, r] if fluid else 0.0
     for p in range(len(rows)):
-        _throttle(speed, wanted[0], lane_partition, p, rows[p, 2])
-        _throttle(speed, wanted[1], lane_partition, p, rows[p, 2] * sm_bytes_per_s)
+        _throttle(speed, wanted[0], lane_partition, p, rows[p, 2], settled)
+        _throttle(speed, wanted[1], lane_partition, p, rows[p, 2] * sm_bytes_per_s, settled)
     for r in range(4):
-        used[r + 1] = _throttle(speed, wanted[r + 1], everywhere, 0, capacity[r])
+        used[r + 1] = _throttle(speed, wanted[r + 1], everywhere, 0, capacity[r], settled)
     step = np.inf
     used[0] = 0.0
     for i in range(lanes):
@@ -218,14 +232,14 @@ def _advance(
             if latency[i] > 0.0:
                 step = min(step, latency[i])
             else:
-                step = min(step, left[i] * seconds[running[i], mode[running[i]]] / speed[i])
+                step = min(step, left[i] * took[i] / speed[i])
     return step
 
 
 @njit
 def _progress(
-    step: float, running: np.ndarray, latency: np.ndarray, left: np.ndarray, speed: np.ndarray, mode: np.ndarray,
-    seconds: np.ndarray, launch_s: float, ended: np.ndarray,
+    step: float, running: np.ndarray, latency: np.ndarray, left: np.ndarray, speed: np.ndarray, took: np.ndarray,
+    launch_s: float, ended: np.ndarray,
 ) -> int:  # fmt: skip
     """Move every lane on by `step` seconds; free the lanes whose op is done and list these ops in `ended`."""
     count = 0
@@ -238,7 +252,7 @@ def _progress(
             if latency[i] <= launch_s * _DONE:
                 latency[i] = 0.0
             continue
-        left[i] -= step * speed[i] / seconds[op, mode[op]]
+        left[i] -= step * speed[i] / took[i]
         if left[i] <= _DONE:
             ended[count] = op
             running[i] = -1
@@ -274,6 +288,7 @@ def _simulate(
     running, done_ops = np.full(lanes, -1, np.int64), np.empty(lanes, np.int64)
     latency, left, speed = np.zeros(lanes), np.zeros(lanes), np.zeros(lanes)
     wanted, everywhere, used = np.zeros((5, lanes)), np.zeros(lanes, np.int64), np.zeros(5)
+    full, took, settled = np.zeros((lanes, 5)), np.zeros(lanes), np.zeros(lanes, np.bool_)
     turns = conflicts.any()
     ready_at = np.zeros(len(rows))
     now, ended, events = 0.0, 0, 0
@@ -289,17 +304,16 @@ def _simulate(
                             waiting = head[j] < queue_ptr[j + 1] and place[queue[head[j]]] < place[op]
                             free = free and running[j] < 0 and not waiting
                 if free:
-                    running[i] = op
+                    _begin(i, op, mode[op], use, seconds, running, left, full, took)
                     head[i] += 1
                     start[op] = now
-                    left[i] = 1.0
                     latency[i] = launch_s + _turn(i, now, switch_s, lane_partition, conflicts, ready_at)
             busy += running[i] >= 0
         if busy == 0:
             break
         step = _advance(
-            running, latency, left, mode, lane_partition, rows, seconds, use, capacity, sm_bytes_per_s,
-            speed, wanted, everywhere, used,
+            running, latency, left, full, took, lane_partition, rows, capacity, sm_bytes_per_s, speed, wanted,
+            everywhere, settled, used,
         )  # fmt: skip
         if record:
             trace[events, 0] = now
@@ -308,7 +322,7 @@ def _simulate(
                 trace[events, r + 2] = used[r + 1] / capacity[r] if capacity[r] > 0.0 else 0.0
         events += record
         now += step
-        count = _progress(step, running, latency, left, speed, mode, seconds, launch_s, done_ops)
+        count = _progress(step, running, latency, left, speed, took, launch_s, done_ops)
         for c in range(count):
             op = done_ops[c]
             end[op] = now
@@ -354,9 +368,23 @@ def _room(
     return at
 
 
+_DEPTH = 64
+"""So many ready ops of highest priority may start; the others wait in a heap. It bounds the time of an event."""
+
+
 @njit
-def _insert(ready: np.ndarray, count: int, op: int, priority: np.ndarray) -> int:
-    """Insert `op` into ready[:count], which is ordered by falling priority; returns the new count."""
+def _insert(
+    ready: np.ndarray, count: int, op: int, priority: np.ndarray, rest: list[tuple[float, int, int]], turn: int
+) -> int:
+    """Insert `op` into ready[:count], which is ordered by falling priority, or into the heap `rest` of those of lower
+    priority, equal ones by `turn`; returns the new count."""
+    if count == _DEPTH:
+        last = ready[count - 1]
+        if priority[last] >= priority[op]:
+            heapq.heappush(rest, (-priority[op], turn, op))
+            return count
+        heapq.heappush(rest, (-priority[last], -turn, last))  # ahead of its equals, which came later
+        count -= 1
     k = count
     while k > 0 and priority[ready[k - 1]] < priority[op]:
         ready[k] = ready[k - 1]
@@ -375,15 +403,19 @@ def _dispatch(
     """Fill start, end, lane and hold; returns the ops in the order in which they started."""
     lanes, n = len(lane_partition), len(start)
     missing = pred_ptr[1:] - pred_ptr[:-1]
-    order, ready, since = np.empty(n, np.int64), np.empty(n, np.int64), np.zeros(n)
+    order, ready, since = np.empty(n, np.int64), np.empty(_DEPTH, np.int64), np.zeros(n)
+    rest = [(0.0, 0, 0)]
+    rest.pop()
     running, done_ops = np.full(lanes, -1, np.int64), np.empty(lanes, np.int64)
     latency, left, speed = np.zeros(lanes), np.zeros(lanes), np.zeros(lanes)
     wanted, everywhere, used = np.zeros((5, lanes)), np.zeros(lanes, np.int64), np.zeros(5)
+    full, took, settled = np.zeros((lanes, 5)), np.zeros(lanes), np.zeros(lanes, np.bool_)
     ready_at = np.zeros(len(rows))
-    waiting, started, ended, last, now = 0, 0, 0, -1, 0.0
+    waiting, started, ended, last, now, turn = 0, 0, 0, -1, 0.0, 0
     for op in range(n):
         if missing[op] == 0:
-            waiting = _insert(ready, waiting, op, priority)
+            turn += 1
+            waiting = _insert(ready, waiting, op, priority, rest, turn)
     while ended < n:
         kept, blocked = 0, False
         for w in range(waiting):
@@ -396,20 +428,23 @@ def _dispatch(
                 ready[kept] = op
                 kept += 1
                 continue
-            running[at], lane[op], start[op] = op, at, now
-            left[at] = 1.0
+            _begin(at, op, mode[op], use, seconds, running, left, full, took)
+            lane[op], start[op] = at, now
             latency[at] = launch_s + _turn(at, now, switch_s, lane_partition, conflicts, ready_at)
             if now > since[op]:
                 hold[op] = last
             order[started] = op
             started += 1
         waiting = kept
+        while waiting < _DEPTH and len(rest) > 0:
+            ready[waiting] = heapq.heappop(rest)[2]
+            waiting += 1
         step = _advance(
-            running, latency, left, mode, lane_partition, rows, seconds, use, capacity, sm_bytes_per_s,
-            speed, wanted, everywhere, used,
+            running, latency, left, full, took, lane_partition, rows, capacity, sm_bytes_per_s, speed, wanted,
+            everywhere, settled, used,
         )  # fmt: skip
         now += step
-        count = _progress(step, running, latency, left, speed, mode, seconds, launch_s, done_ops)
+        count = _progress(step, running, latency, left, speed, took, launch_s, done_ops)
         for c in range(count):
             last = done_ops[c]
             end[last] = now
@@ -417,6 +452,7 @@ def _dispatch(
                 missing[succ[k]] -= 1
                 if missing[succ[k]] == 0:
                     since[succ[k]] = now
-                    waiting = _insert(ready, waiting, succ[k], priority)
+                    turn += 1
+                    waiting = _insert(ready, waiting, succ[k], priority, rest, turn)
         ended += count
     return order

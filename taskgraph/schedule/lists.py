@@ -57,11 +57,12 @@ def label(layout: Layout) -> str:
 
 def upward_rank(problem: Problem) -> np.ndarray:
     """Seconds from the start of each op to the end of the graph along its longest chain of best times."""
-    return _upward_rank(problem.best_seconds(), problem.succ_ptr, problem.succ)
+    return longest_tail(problem.best_seconds(), problem.succ_ptr, problem.succ)
 
 
 @njit
-def _upward_rank(seconds: np.ndarray, succ_ptr: np.ndarray, succ: np.ndarray) -> np.ndarray:
+def longest_tail(seconds: np.ndarray, succ_ptr: np.ndarray, succ: np.ndarray) -> np.ndarray:
+    """Seconds from the start of every op to the end when nothing but the chains binds."""
     rank = np.zeros(len(seconds))
     for i in range(len(seconds) - 1, -1, -1):
         below = 0.0

@@ -9,7 +9,7 @@ import numpy as np
 from taskgraph.errors import PlanError
 from taskgraph.jit import njit
 from taskgraph.schedule.bounds import longest_path
-from taskgraph.schedule.lists import _upward_rank
+from taskgraph.schedule.lists import longest_tail
 from taskgraph.schedule.project import Project, Schedule
 from taskgraph.schedule.sgs import (
     GUARD_S,
@@ -41,7 +41,7 @@ def chains(tables: Tables) -> Chains:
     """Chains of the shortest allowed times, in ticks."""
     took = np.where(tables.took < 0, np.inf, tables.took).min(axis=1)
     head = longest_path(took, tables.pred_ptr, tables.pred) - took
-    tail = _upward_rank(took, tables.succ_ptr, tables.succ)
+    tail = longest_tail(took, tables.succ_ptr, tables.succ)
     return Chains(head.astype(np.int64), tail.astype(np.int64))
 
 
@@ -104,7 +104,7 @@ def priorities(project: Project, tables: Tables, chain: Chains) -> np.ndarray:
     after = [tables.succ[tables.succ_ptr[i] : tables.succ_ptr[i + 1]] for i in range(project.n)]
     rank = took + np.array([took[row].sum() for row in after])
     share = 1.0 + (project.use / project.capacity).max(axis=2).min(axis=1)
-    scarce = _upward_rank(took * share, tables.succ_ptr, tables.succ).astype(np.int64)
+    scarce = longest_tail(took * share, tables.succ_ptr, tables.succ).astype(np.int64)
     rules = [took - chain.tail, -chain.tail, -rank, -scarce]
     if project.n <= FEW:
         below = [0] * project.n

@@ -13,7 +13,7 @@ from taskgraph.graph.graph import Graph
 from taskgraph.graph.op import RESOURCES
 from taskgraph.jit import njit
 from taskgraph.ops import check_op
-from taskgraph.schedule import lists
+from taskgraph.schedule import lists, rules
 from taskgraph.schedule.arena import assign
 from taskgraph.schedule.bounds import lower_bounds
 from taskgraph.schedule.evaluate import Assignment, Evaluation, Layout, evaluate
@@ -65,7 +65,7 @@ def plan(
     packings = list(_packings(graph, problem, target))
     if scheduler == "search":
         limit_s = min(c.evaluation.makespan_s for c in [baseline, *packings])
-        found = explore(graph, target, costs, budget_s, seed, limit_s, nano_batches)
+        found = _searched(graph, target, problem, costs, budget_s, seed, limit_s, nano_batches)
         packings += [found] if found is not None else []
     packed = min(packings, key=lambda c: c.evaluation.makespan_s, default=baseline)
     if scheduler == "sequential":
@@ -93,6 +93,18 @@ def _packings(graph: Graph, problem: Problem, device: Device) -> Iterator[Candid
         for made, times in zip(packed, run(lambda made: evaluate(problem, made.assignment), packed), strict=True):
             label = f"list on {lists.label(made.assignment.layout)}"
             yield Candidate(label, graph, problem, made.assignment, times)
+
+
+def _searched(
+    graph: Graph, device: Device, problem: Problem, costs: Costs, budget_s: float, seed: int, limit_s: float,
+    nano_batches: bool,
+) -> Candidate | None:  # fmt: skip
+    """What `explore` finds; of a large graph without a repeat the schedule of the best rule."""
+    if graph.repeat is None and problem.n >= rules.FROM and device.kind == "gpu":
+        rule, assignment, times = rules.best_rule(problem, budget_s, seed)
+        at = f"slack {rule.slack:.2f} on {lists.label(assignment.layout)}"
+        return Candidate(f"search over rules, {at}, seed {seed}", graph, problem, assignment, times)
+    return explore(graph, device, costs, budget_s, seed, limit_s, nano_batches)
 
 
 def _error_band(problem: Problem) -> float:
