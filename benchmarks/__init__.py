@@ -1,4 +1,4 @@
-"""Benchmarks: `python -m benchmarks.NAME --json` from the repository root. Every number they print is measured."""
+"""Benchmarks: `python -m benchmarks.NAME --json` from the repository root. Measured, unless it says otherwise."""
 
 import json
 import os

@@ -1,14 +1,17 @@
 """One rank of a tensor-parallel mixed step: decode and prefill tokens together (Megatron-LM, Shoeybi et al. 2019).
 
 Dense ops take all tokens at once, decode first; attention is split by kind over two caches. Products are sharded
-by columns (qkv, gate and up, vocabulary) and rows (o, down), and an all-reduce follows each product sharded by rows.
+by columns (qkv, gate and up, vocabulary) and rows (o, down), and an all-reduce follows each product sharded by rows,
+unless `collectives` says otherwise.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import taskgraph as tg
 from taskgraph.models.config import ModelConfig
 from taskgraph.models.llama import LOGITS, NEXT, rope_scaling
+from taskgraph.schedule.rewrite import with_collectives
 
 __all__ = ["LOGITS", "NEXT", "mixed_step"]
 
@@ -40,6 +43,7 @@ def mixed_step(
     dtype: str = "bf16",
     decode_cache: int | None = None,
     prefill_cache: int | None = None,
+    collectives: Mapping[str, str] | None = None,
 ) -> tg.Graph:
     """A step of `decode_tokens` sequences that decode and `prefill_sequences` that prefill `prefill_tokens` in all.
 
@@ -47,7 +51,9 @@ def mixed_step(
     unless told. Inputs: tokens i64, decode first; decode_positions and prefill_positions i64, the place of each
     sequence's first new token. Outputs: logits of every sequence's last token, decode first, and next, their argmax.
     Either kind may have no tokens. With `tensor_parallel` ranks the graph is that of one rank, which has its share of
-    heads, features and vocabulary; every rank must be given the same inputs.
+    heads, features and vocabulary; every rank must be given the same inputs. `collectives` names what takes the place
+    of the all-reduce after "o" or "down", "scatter" or "gather" (see `rewrite.with_collectives`): {"o": "gather"} is
+    NanoFlow's layer of two all-gathers and one all-reduce, whose weight "layer/o.columns" is sharded by columns.
     """
     _check_shares(config, tensor_parallel, prefill_tokens, prefill_sequences)
     tokens = decode_tokens + prefill_tokens
@@ -113,7 +119,10 @@ def mixed_step(
         part = tg.ops.gemm(x, head, transpose_w=True, name="lm_head_shard")
         logits = tg.ops.all_gather(part, ranks=tensor_parallel, axis=1, name="lm_head_proj")
     b.output(logits, tg.ops.argmax(logits, name="sample"))
-    return b.build()
+    graph = b.build()
+    if not collectives:
+        return graph
+    return with_collectives(graph, {f"layer/{name}_reduce": choice for name, choice in collectives.items()})
 
 
 def _last_tokens(x: tg.Value, groups: list[_Group]) -> tg.Value:

@@ -460,7 +460,8 @@ def concat_rows(parts: Sequence[Value], *, name: str | None = None) -> Value:
     return apply("concat_rows", parts, name=name)
 
 
-NCCL_SMS = Demand(sm=(2, 32))
+NCCL_CHANNELS = 32
+NCCL_SMS = Demand(sm=(2, NCCL_CHANNELS))
 """What a collective asks for unless told: an assumption, after NCCL, which drives a link with a block a channel and
 has at most 32 channels by default; two blocks are the fewest that keep a ring's send and receive going."""
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from taskgraph.cost.families import DECODE, GEMM, PREFILL, STREAM
+from taskgraph.cost.families import COLLECTIVE, DECODE, GEMM, PREFILL, STREAM
 from taskgraph.cost.fitted import UNFITTED_BAND, DeviceModel, model_of
 from taskgraph.cost.roofline import roofline
 from taskgraph.cost.rows import Row, row_of
@@ -17,6 +17,7 @@ from taskgraph.errors import DemandError
 from taskgraph.graph.device import Device
 from taskgraph.graph.graph import Graph
 from taskgraph.graph.op import Demand, Op, Tensor
+from taskgraph.ops import NCCL_CHANNELS
 from taskgraph.units import format_quantity
 
 TENSOR_FAMILIES = frozenset({GEMM, PREFILL, DECODE})
@@ -98,7 +99,8 @@ def _table(ops: Sequence[Op], tensors: Mapping[str, Tensor], device: Device, siz
     kernels = _kernels(ops, tensors, sm_max)
     useful = np.minimum(size[None, :], kernels.most[:, None])
     if device.calibration and not device.compute_scaling:
-        seconds, use, band, sources = _by_family(kernels, model_of(device), useful)
+        seconds, use, band, sources = _by_family(kernels, model_of(device), _left_to(kernels, size))
+        use = np.minimum(use, useful)
     else:
         seconds, use, band, sources = _by_roofline(kernels, device, useful)
     moves = kernels.works[:, 1:]
@@ -152,6 +154,16 @@ def _demands(ops: Sequence[Op], device: Device) -> tuple[np.ndarray, np.ndarray,
         elif lacking:
             check_demand(op, device)
     return low, np.minimum(high, device.sm_count), pinned
+
+
+def _left_to(kernels: _Kernels, size: np.ndarray) -> np.ndarray:
+    """The SMs (kernels, sizes) that a kernel's time answers to: of a partition, those that the op may use.
+
+    A collective on all the channels that its library takes answers to the whole partition instead. Measured alone on a
+    GPU it ran on those few channels already; what slows it, by the R -> P tables, is how much its neighbours have.
+    """
+    free = np.array([row[0] == COLLECTIVE for row in kernels.rows]) & (kernels.most >= NCCL_CHANNELS)
+    return np.where(free[:, None], size[None, :], np.minimum(size[None, :], kernels.most[:, None]))
 
 
 def _by_family(
