@@ -307,7 +307,12 @@ def doctor(
     except DeviceError as error:
         table.add_row("cpu backend", str(error))
     table.add_row("sim backend", "ready, any device spec (simulated)")
-    table.add_row("cuda backend", "not part of this version")
+    from taskgraph.runtime.driver import probe as probe_gpu
+
+    gpu = probe_gpu()
+    table.add_row("cuda backend", gpu.describe())
+    for text in gpu.notes:
+        table.add_row("  note", text)
     _screen.print(table)
 
 

@@ -46,3 +46,19 @@ class ExecutionError(TaskgraphError, RuntimeError):
     def __init__(self, message: str, op: str) -> None:
         super().__init__(message)
         self.op = op
+
+
+class CudaError(TaskgraphError, RuntimeError):
+    """The CUDA driver refused a call or lost the device; `code` is its name for it (CUDA_ERROR_OUT_OF_MEMORY)."""
+
+    def __init__(self, message: str, code: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class CaptureMismatch(TaskgraphError, RuntimeError):  # noqa: N818 - the name says what it means
+    """A captured graph that is not the plan: `what` names the property that differs."""
+
+    def __init__(self, message: str, what: str) -> None:
+        super().__init__(message)
+        self.what = what

@@ -1,13 +1,52 @@
 """Fixtures that several test files share."""
 
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from taskgraph.models.hub import smollm2_path
+
+Call = Callable[..., Any]
 
 
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
     """Path of the cached SmolLM2 GGUF, fetched on first use (marker `model`)."""
     return smollm2_path()
+
+
+@contextmanager
+def virtual_process(device: str = "virtual:h100_sxm", **changes: Any) -> Iterator[Call]:
+    """A process whose CUDA driver is the virtual one: call(function, *args) runs there and gives result or error."""
+    from taskgraph.runtime import virtual
+
+    virtual.driver_library(), virtual.kernel_library()  # built here, so that a missing compiler says so
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, initializer=_load, initargs=(device, changes)) as pool:
+        yield lambda function, *args: pool.submit(_called, function, *args).result()
+
+
+def _called(function: Call, *args: Any) -> Any:
+    """The result; what pytest raises in the child goes back as an AssertionError, which can be pickled."""
+    try:
+        return function(*args)
+    except pytest.fail.Exception as error:
+        raise AssertionError(str(error)) from None
+
+
+def _load(device: str, changes: dict[str, Any]) -> None:
+    from taskgraph.runtime import virtual
+
+    virtual.load(device, **changes)
+
+
+@pytest.fixture(scope="session")
+def on_virtual() -> Iterator[Call]:
+    """One process on the virtual H100 for all tests that leave it as they found it."""
+    with virtual_process() as call:
+        yield call

@@ -10,7 +10,11 @@ from taskgraph.graph.graph import Graph
 from taskgraph.schedule.plan import Plan, Timeline
 from taskgraph.schedule.verify import verify
 
-BACKENDS = {"cpu": "taskgraph.runtime.cpu:CpuExecutable", "sim": "taskgraph.runtime.sim:SimExecutable"}
+BACKENDS = {
+    "cpu": "taskgraph.runtime.cpu:CpuExecutable",
+    "sim": "taskgraph.runtime.sim:SimExecutable",
+    "cuda": "taskgraph.runtime.cuda:CudaExecutable",
+}
 
 
 class Executable(Protocol):
@@ -49,17 +53,24 @@ class Executable(Protocol):
 
 
 def compile(
-    graph: Graph, plan: Plan, backend: str = "cpu", functions: Mapping[str, Callable[..., Any]] | None = None
+    graph: Graph,
+    plan: Plan,
+    backend: str = "cpu",
+    functions: Mapping[str, Callable[..., Any]] | None = None,
+    device: str | None = None,
 ) -> Executable:
-    """An Executable of `plan` on `backend` ("cpu" or "sim"), after the plan has passed `verify`.
+    """An Executable of `plan` on `backend` ("cpu", "cuda" or "sim"), after the plan has passed `verify`.
 
-    `functions` gives Python functions for custom ops whose function cannot be imported by name.
+    `functions` gives Python functions for custom ops whose function cannot be imported by name. `device` is for the
+    cuda backend: "virtual:h100_sxm" runs on the virtual driver, whose times are simulated.
     PlanError when plan and graph do not fit; BackendUnavailable for a backend that is not here.
     """
     verify(plan, graph)
     if backend not in BACKENDS:
-        hint = " The cuda backend is not part of this version." if backend == "cuda" else ""
-        raise BackendUnavailable(f"no backend {backend!r}; use one of {', '.join(BACKENDS)}.{hint}")
+        raise BackendUnavailable(f"no backend {backend!r}; use one of {', '.join(BACKENDS)}.")
+    if device is not None and backend != "cuda":
+        raise BackendUnavailable(f"device={device!r} is for the cuda backend; the {backend} backend takes the plan's.")
     module, _, name = BACKENDS[backend].partition(":")
-    made: Executable = getattr(import_module(module), name)(plan.sliced(graph), plan, functions or {})
+    extra = {} if device is None else {"device": device}
+    made: Executable = getattr(import_module(module), name)(plan.sliced(graph), plan, functions or {}, **extra)
     return made

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 
@@ -163,6 +164,18 @@ def _timeline(
 
 
 # ----------------------------------------------------------------------------------- from assignment to plan
+
+
+def plan_from(graph: Graph, device: Device, problem: Problem, chosen: Assignment, made_by: str) -> Plan:
+    """The plan of an assignment that came from elsewhere, as it stands: no search, no fall back.
+
+    `problem` is that of `graph.flat()` on `device`; the verdict compares with the sequential order on its SM counts.
+    """
+    turns = _turns(chosen.order, chosen.lane, chosen.layout.conflicts)
+    held = replace(chosen, holds=np.concatenate([chosen.holds, turns]))
+    times, in_turn = evaluate(problem, held), evaluate(problem, lists.sequential(problem))
+    verdict = Verdict("packed", times.makespan_s, in_turn.makespan_s, _error_band(problem))
+    return _plan_of(graph, device, Candidate(made_by, graph, problem, held, times), verdict, made_by)
 
 
 def _plan_of(graph: Graph, device: Device, chosen: Candidate, verdict: Verdict, made_by: str) -> Plan:

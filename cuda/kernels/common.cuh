@@ -1,0 +1,52 @@
+// What all kernels share: bf16 as bits, widening and narrowing, reductions over a block.
+#pragma once
+#ifndef EXPORT
+#define EXPORT(NAME)  // a host build lists the kernel here
+#endif
+
+struct bf16 {
+    unsigned short bits;
+};
+
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ float widen(bf16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
+
+template <class T>
+__device__ __forceinline__ T narrow(float x);
+template <>
+__device__ __forceinline__ float narrow<float>(float x) {
+    return x;
+}
+template <>
+__device__ __forceinline__ bf16 narrow<bf16>(float x) {  // round to nearest, ties to even; a NaN stays one
+    unsigned bits = __float_as_uint(x);
+    bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+    unsigned rounded = nan ? (bits | 0x400000u) : bits + 0x7fffu + ((bits >> 16) & 1u);
+    return bf16{static_cast<unsigned short>(rounded >> 16)};
+}
+
+__device__ __forceinline__ float infinity() { return __uint_as_float(0x7f800000u); }  // NVRTC has no INFINITY
+constexpr int WARP = 32;
+constexpr int THREADS = 128;  // of a block, in the kernels that reduce over one
+
+struct Sum {
+    __device__ static float identity() { return 0.0f; }
+    __device__ static float join(float a, float b) { return a + b; }
+};
+struct Max {
+    __device__ static float identity() { return -infinity(); }
+    __device__ static float join(float a, float b) { return fmaxf(a, b); }
+};
+
+// The reduction of one value a thread over a block of THREADS threads, given to all of them.
+template <class Op>
+__device__ __forceinline__ float over_block(float value) {
+    __shared__ float parts[THREADS / WARP];
+    for (int offset = WARP / 2; offset > 0; offset /= 2) value = Op::join(value, __shfl_xor_sync(0xffffffffu, value, offset));
+    __syncthreads();  // the parts of an earlier call have been read
+    if (threadIdx.x % WARP == 0) parts[threadIdx.x / WARP] = value;
+    __syncthreads();
+    float whole = Op::identity();
+    for (int i = 0; i < THREADS / WARP; i++) whole = Op::join(whole, parts[i]);
+    return whole;
+}

@@ -1,0 +1,69 @@
+// Rotary embedding, halves rotated (Su et al. 2021; Hugging Face layout), alone and fused with the write of the KV cache.
+#include "common.cuh"
+
+using Index = long long;
+
+struct Pair {
+    float low, high;
+};
+
+__device__ __forceinline__ Pair rotated(float low, float high, float angle) {
+    float c = cosf(angle), s = sinf(angle);
+    return {low * c - high * s, high * c + low * s};
+}
+
+// One block a token and head.
+template <class T>
+__device__ void rope(const T* x, const Index* positions, const float* inverse, T* out, int heads, int dim) {
+    Index at = (static_cast<Index>(blockIdx.x) * heads + blockIdx.y) * dim;
+    float position = static_cast<float>(positions[blockIdx.x]);
+    for (int i = threadIdx.x; i < dim / 2; i += blockDim.x) {
+        Pair r = rotated(widen(x[at + i]), widen(x[at + dim / 2 + i]), position * inverse[i]);
+        out[at + i] = narrow<T>(r.low);
+        out[at + dim / 2 + i] = narrow<T>(r.high);
+    }
+}
+
+// One block a token (x) and a head of the fused row (y): queries, then keys, then values. The caches are
+// (batch, kv heads, length, dim); a place beyond `length` is left out. q_norm and k_norm may be null.
+template <class T>
+__device__ void rope_kv(const T* qkv, const Index* positions, T* keys, T* values, const T* q_norm, const T* k_norm,
+                        const float* inverse, T* out, int heads, int kv_heads, int dim, int each, Index length, float eps) {
+    int token = blockIdx.x, head = blockIdx.y, sequence = token / each;
+    const T* row = qkv + (static_cast<Index>(token) * (heads + 2 * kv_heads) + head) * dim;
+    Index place = positions[sequence] + token % each;
+    bool is_query = head < heads, is_value = head >= heads + kv_heads;
+    int kv_head = (head - heads) % kv_heads;
+    T* cache = (is_value ? values : keys) + ((static_cast<Index>(sequence) * kv_heads + kv_head) * length + place) * dim;
+    T* target = is_query ? out + (static_cast<Index>(token) * heads + head) * dim : cache;
+    const T* norm = is_query ? q_norm : k_norm;
+    float scale = 1.0f;
+    if (norm && !is_value) {
+        float squares = 0.0f;
+        for (int i = threadIdx.x; i < dim; i += THREADS) squares += widen(row[i]) * widen(row[i]);
+        scale = rsqrtf(over_block<Sum>(squares) / dim + eps);
+    }
+    if (!is_query && (place < 0 || place >= length)) return;
+    for (int i = threadIdx.x; i < dim / 2; i += THREADS) {
+        Pair p = {widen(row[i]), widen(row[dim / 2 + i])};
+        if (norm && !is_value) p = {p.low * scale * widen(norm[i]), p.high * scale * widen(norm[dim / 2 + i])};
+        if (!is_value) p = rotated(p.low, p.high, static_cast<float>(place) * inverse[i]);
+        target[i] = narrow<T>(p.low);
+        target[dim / 2 + i] = narrow<T>(p.high);
+    }
+}
+
+#define OF_TYPE(T, NAME)                                                                                               \
+    extern "C" __global__ void rope_##NAME(const T* x, const long long* positions, const float* inverse, T* out,       \
+                                           int heads, int dim) {                                                       \
+        rope(x, positions, inverse, out, heads, dim);                                                                  \
+    }                                                                                                                  \
+    EXPORT(rope_##NAME)                                                                                                \
+    extern "C" __global__ void rope_kv_##NAME(const T* qkv, const long long* positions, T* keys, T* values,            \
+                                              const T* q_norm, const T* k_norm, const float* inverse, T* out,          \
+                                              int heads, int kv_heads, int dim, int each, long long length, float eps) { \
+        rope_kv(qkv, positions, keys, values, q_norm, k_norm, inverse, out, heads, kv_heads, dim, each, length, eps);  \
+    }                                                                                                                  \
+    EXPORT(rope_kv_##NAME)
+OF_TYPE(float, f32)
+OF_TYPE(bf16, bf16)

@@ -1,0 +1,568 @@
+"""The CUDA backend: a plan becomes one CUDA graph whose nodes sit in the green contexts of its partitions.
+
+Capture forks from an origin stream to every lane by events, runs each op on its lane, and joins all lanes. Then the
+graph is read back from the driver and compared with the plan; a difference is CaptureMismatch, never a wrong graph.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from taskgraph.errors import BackendUnavailable, CaptureMismatch, ExecutionError, GraphError, PlanError
+from taskgraph.graph.functions import find_function
+from taskgraph.graph.graph import Graph
+from taskgraph.graph.op import ITEMSIZE, Op, Tensor
+from taskgraph.runtime import driver, virtual
+from taskgraph.runtime.driver import Gpu, GraphFacts, Memory
+from taskgraph.runtime.impls import TORCH_DTYPE
+from taskgraph.runtime.launches import Buffer, CopyLaunch, Launches, launches, seen
+from taskgraph.schedule.plan import Plan, Span, Step, Timeline
+from taskgraph.schedule.planner import replay_times
+
+_TYPESTR = {
+    "f64": "<f8", "f32": "<f4", "f16": "<f2", "bf16": "<V2", "i64": "<i8", "i32": "<i4", "i8": "|i1", "u8": "|u1",
+    "bool": "|b1",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceArray:
+    """A tensor in device memory that the executable owns; libraries take it by `__cuda_array_interface__`."""
+
+    buffer: Buffer
+    owner: object = field(repr=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.buffer.shape
+
+    @property
+    def dtype(self) -> str:
+        return self.buffer.dtype
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        """Version 3 of the protocol; bf16 goes as two raw bytes."""
+        b = self.buffer
+        strides = tuple(n * ITEMSIZE[b.dtype] for n in b.strides) if b.strides else None
+        data = (b.address, False)
+        return {"shape": b.shape, "typestr": _TYPESTR[b.dtype], "data": data, "strides": strides, "version": 3}
+
+    def numpy_bytes(self) -> npt.NDArray[np.uint8]:
+        """A copy of the bytes on the host."""
+        host = np.empty(self.buffer.nbytes, np.uint8)
+        driver.download(host.ctypes.data, self.buffer.address, host.nbytes)
+        return host
+
+    def cpu(self) -> torch.Tensor:
+        """A copy on the host."""
+        return torch.from_numpy(self.numpy_bytes()).view(TORCH_DTYPE[self.dtype]).view(self.shape)
+
+
+class _LaneSite:
+    """What launch rules may ask for; scratch and constants live as long as the executable."""
+
+    def __init__(self, sm_count: int, owner: "CudaExecutable") -> None:
+        self._sm_count, self._owner = sm_count, owner
+
+    @property
+    def sm_count(self) -> int:
+        return self._sm_count
+
+    def scratch(self, nbytes: int) -> int:
+        return self._owner._own(nbytes).address
+
+    def constant(self, values: npt.NDArray[Any]) -> int:
+        packed = np.ascontiguousarray(values)
+        address = self._owner._own(packed.nbytes).address
+        driver.upload(address, packed.ctypes.data, packed.nbytes)
+        return address
+
+
+@dataclass(frozen=True, slots=True)
+class CaptureReport:
+    """What was captured and found equal to the plan."""
+
+    nodes: int
+    edges: int
+    kernels: int
+    partitions: tuple[int, ...]
+    capability: str
+
+
+class CudaExecutable:
+    """A plan captured on a GPU, real or virtual. Buffers are device memory that is allocated before capture."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        plan: Plan,
+        functions: Mapping[str, Callable[..., Any]],
+        device: str | None = None,
+    ) -> None:
+        self._graph, self._plan, self._functions = graph.flat(), plan, dict(functions)
+        self._ops = {op.name: op for op in self._graph.ops}
+        self._closed = True
+        self._memory: list[Memory] = []
+        self._exec: Any = None
+        if plan.device.kind != "gpu":
+            raise PlanError(f"the plan is for {plan.device.name}, which is no GPU; plan with device='h100_sxm', say.")
+        self._gpu = Gpu.open(device)
+        if plan.device.sm_count > self._gpu.capability.sm_count:
+            raise PlanError(
+                f"the plan is for {plan.device.name} with {plan.device.sm_count} SMs; "
+                f"{self._gpu.capability.device} has {self._gpu.capability.sm_count}. Plan for this device."
+            )
+        self._given: dict[str, Buffer] = {}
+        self._kept: dict[str, Any] = {}
+        self._set: set[str] = set()
+        self._inputs = {t.name for t in self._graph.with_role("input")}
+        self._closed, self._stale = False, True
+        try:
+            self._open_lanes()
+            self._buffers = self._allocate()
+        except BaseException:
+            self.close()
+            raise
+
+    # -- lanes and buffers -----------------------------------------------------------------------
+
+    def _open_lanes(self) -> None:
+        """A context for each partition that a lane uses, one split a geometry, and a stream for each lane."""
+        self._partitions = [self._gpu.partition(geometry) for geometry in self._plan.geometries]
+        self.origin = self._gpu.stream()
+        self._streams = []
+        for lane in self._plan.lanes:
+            context = self._partitions[lane.geometry].contexts[lane.partition]
+            self._streams.append(self._gpu.stream(context))
+        self._contexts = [int(stream.context.handle) for stream in self._streams]
+
+    def _own(self, nbytes: int, pinned: bool = False) -> Memory:
+        memory = Memory(max(nbytes, 1), pinned)
+        self._memory.append(memory)
+        return memory
+
+    def _allocate(self) -> dict[str, Buffer]:
+        """Inputs, outputs, states, weights each on their own; activations in the arena. What a copy op moves between
+        host and device lies in pinned host memory on the host's side."""
+        tensors, pinned = self._graph.tensor, self._pinned()
+        arena = self._own(self._plan.arena_bytes).address
+        buffers = {
+            slot.tensor: Buffer(arena + slot.offset, tensors[slot.tensor].shape, tensors[slot.tensor].dtype)
+            for slot in self._plan.arena
+        }
+        for name in dict.fromkeys([*sorted(self._inputs), *self._graph.outputs]):
+            t = tensors[name]
+            if t.role in ("input", "activation"):
+                memory = self._own(t.nbytes, name in pinned)
+                buffers[name] = Buffer(memory.address, t.shape, t.dtype, memory.pinned)
+        return buffers
+
+    def _pinned(self) -> set[str]:
+        """Graph inputs that are copied to the device, and graph outputs that are copied to the host."""
+        copies = [op for op in self._graph.ops if op.kind == "copy"]
+        sources = {op.inputs[0] for op in copies if op.attr("direction") == "h2d"}
+        targets = {op.outputs[0] for op in copies if op.attr("direction") == "d2h"}
+        given = {t.name for t in self._graph.with_role("input", "weight", "state")}
+        return (sources & given) | (targets & set(self._graph.outputs))
+
+    def _buffer(self, name: str) -> Buffer:
+        return self._given.get(name) or self._buffers[name]
+
+    @property
+    def outputs(self) -> Mapping[str, DeviceArray]:
+        """The output buffers by tensor name; each replay overwrites them."""
+        self._check_open()
+        return {name: DeviceArray(self._buffer(name), self) for name in self._graph.outputs}
+
+    @property
+    def inputs(self) -> Mapping[str, DeviceArray]:
+        """The input buffers by tensor name."""
+        self._check_open()
+        return {name: DeviceArray(self._buffer(name), self) for name in sorted(self._inputs)}
+
+    @property
+    def held_bytes(self) -> int:
+        """Device and pinned memory that the executable owns."""
+        return sum(memory.nbytes for memory in self._memory)
+
+    def state(self, name: str) -> DeviceArray:
+        """A bound weight or state as it is now on the device."""
+        self._check_open()
+        if name not in self._given:
+            raise GraphError(f"{name!r} is not bound; bind() it first.")
+        return DeviceArray(self._given[name], self)
+
+    def bind(self, tensors: Mapping[str, Any] | None = None, **named: Any) -> None:
+        """Use device tensors in place (`__cuda_array_interface__`, DLPack through torch); upload host tensors once.
+
+        GraphError when a name is unknown or a shape or dtype differs."""
+        self._check_open()
+        for name, value in {**(tensors or {}), **named}.items():
+            declared = self._declared(name)
+            buffer = _device_buffer(declared, value)
+            if buffer is None:
+                self._upload(name, declared, value)
+            else:
+                self._kept[name] = value
+                self._stale = self._stale or self._given.get(name) != buffer
+                self._given[name] = buffer
+            self._set.add(name)
+
+    def _declared(self, name: str) -> Tensor:
+        declared = self._graph.tensor.get(name)
+        if declared is None or (declared.role == "activation" and name not in self._graph.outputs):
+            raise GraphError(f"graph {self._graph.name!r} has no input, weight, state or output {name!r}.")
+        return declared
+
+    def _upload(self, name: str, declared: Tensor, value: Any) -> None:
+        """Copy a host tensor into a buffer of ours, made at its first use."""
+        host = _host_tensor(declared, value)
+        if name not in self._given and name not in self._buffers:
+            memory = self._own(declared.nbytes, name in self._pinned())
+            self._given[name] = Buffer(memory.address, declared.shape, declared.dtype, memory.pinned)
+            self._stale = True
+        driver.upload(self._buffer(name).address, host.data_ptr(), declared.nbytes)
+
+    # -- capture ---------------------------------------------------------------------------------
+
+    def _launches(self) -> list[Launches | Callable[[Any], None]]:
+        """What every step runs, bound to its buffers; scratch and constants are allocated here, before capture."""
+        missing = [t.name for t in self._graph.with_role("weight", "state") if t.name not in self._given]
+        if missing:
+            raise GraphError(
+                f"{len(missing)} weights or states are not bound, the first is {missing[0]!r}; bind() them."
+            )
+        return [self._bound(step, self._ops[step.op]) for step in self._plan.steps]
+
+    def _bound(self, step: Step, op: Op) -> Launches | Callable[[Any], None]:
+        ins, outs = seen(op, [self._buffer(n) for n in op.inputs]), [self._buffer(n) for n in op.outputs]
+        if op.kind == "call":
+            return self._call(op, ins, outs)
+        quota = step.sms or self._plan.partition(step.lane).sm_count
+        made = launches(op, ins, outs, _LaneSite(quota, self))
+        for launch in made:
+            if not isinstance(launch, CopyLaunch):
+                self._gpu.kernel(launch.kernel, launch.source)  # compiled and loaded before capture
+        return made
+
+    def _call(self, op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer]) -> Callable[[Any], None]:
+        """A custom op: its function launches on the lane's stream, which it gets as `stream`."""
+        key = str(op.attr("function"))
+        function = self._functions.get(key) or find_function(key)
+        if "stream" not in inspect.signature(function).parameters:
+            raise BackendUnavailable(
+                f"op {op.name!r}: on the cuda backend {key!r} must take a keyword argument `stream` and launch on it."
+            )
+        arrays = [DeviceArray(b, self) for b in (*ins, *outs)]
+        return lambda stream: function(*arrays, stream=stream)
+
+    def capture(self) -> None:
+        """Capture, compare, instantiate now; else the first replay does it, and one after `bind` moved a buffer."""
+        if not self._stale:
+            return
+        bound = self._launches()
+        capture, owners = self._captured(bound, None)
+        try:
+            facts = driver.read_graph(capture.handle)
+            self._compare(facts, owners)
+            self._tell_times(owners)
+            self._renew(capture)
+        finally:
+            capture.close()
+        kernels = sum(node.kind == "kernel" for node in facts.nodes)
+        sizes = tuple(size for made in self._partitions for size in made.sm_counts)
+        self.report = CaptureReport(len(facts.nodes), len(facts.edges), kernels, sizes, self._gpu.capability.describe())
+        self._stale = False
+
+    def _renew(self, capture: driver.Capture) -> None:
+        """Update the executable graph in place where CUDA allows it; else instantiate a new one."""
+        if self._exec is not None:
+            try:
+                with driver.driver_errors("update the graph"):
+                    self._exec.update(capture.builder)
+                return
+            except Exception as error:
+                if getattr(error, "code", "") != "CUDA_ERROR_GRAPH_EXEC_UPDATE_FAILURE":
+                    raise
+                self._exec.close()
+        self._exec = capture.instantiate()
+
+    def _captured(
+        self, bound: Sequence[Launches | Callable[[Any], None]], marks: Sequence[tuple[Any, Any]] | None
+    ) -> tuple[driver.Capture, list[list[int]]]:
+        """Capture all steps; gives the nodes of each step. `marks` are events around every step."""
+        steps = self._plan.steps
+        wanted = {wait for step in steps for wait in step.waits}
+        done: dict[int, Any] = {}
+        owners: list[list[int]] = []
+        capture = driver.Capture(self.origin)
+        try:
+            fork = self._record(self.origin)
+            entered: set[int] = set()
+            for i, (step, entry) in enumerate(zip(steps, bound, strict=True)):
+                stream = self._streams[step.lane]
+                if step.lane not in entered:
+                    entered.add(step.lane)
+                    self._wait(stream, fork)
+                for wait in step.waits:
+                    self._wait(stream, done[wait])
+                if marks:
+                    driver.record_external(marks[i][0], stream)
+                owners.append(self._run(entry, stream))
+                if marks:
+                    driver.record_external(marks[i][1], stream)
+                if i in wanted:
+                    done[i] = self._record(stream)
+            for lane in sorted(entered):
+                self._wait(self.origin, self._record(self._streams[lane]))
+            capture.end()
+        except BaseException:
+            capture.close()
+            raise
+        return capture, owners
+
+    def _record(self, stream: Any) -> Any:
+        event = self._gpu.event()
+        with driver.driver_errors("record an event"):
+            stream.record(event)
+        return event
+
+    def _wait(self, stream: Any, event: Any) -> None:
+        with driver.driver_errors("wait for an event"):
+            stream.wait(event)
+
+    def _run(self, entry: Launches | Callable[[Any], None], stream: Any) -> list[int]:
+        """Launch one step; the nodes it became."""
+        if callable(entry):
+            before = set(driver.captured_handles(stream))
+            entry(stream)
+            return [node for node in driver.captured_handles(stream) if node not in before]
+        nodes: list[int] = []
+        for launch in entry:
+            if isinstance(launch, CopyLaunch):
+                driver.copy_on(stream, launch.target, launch.source, launch.nbytes)
+            else:
+                kernel = self._gpu.kernel(launch.kernel, launch.source)
+                driver.launch_kernel(stream, kernel, launch.grid, launch.block, launch.args)
+            nodes += driver.last_nodes(stream)
+        return nodes
+
+    # -- comparing the graph with the plan ---------------------------------------------------------
+
+    def _compare(self, facts: GraphFacts, owners: Sequence[Sequence[int]]) -> None:
+        """CaptureMismatch unless the graph is the plan: all nodes, in their partitions, in the plan's order."""
+        owner = {node: i for i, nodes in enumerate(owners) for node in nodes}
+        steps = self._plan.steps
+        empty = next((steps[i].op for i, nodes in enumerate(owners) if not nodes), None)
+        if empty is not None:
+            raise CaptureMismatch(f"op {empty!r} left no node in the graph: its work escaped the capture.", "nodes")
+        if len(facts.nodes) != len(owner):
+            raise CaptureMismatch(f"the graph has {len(facts.nodes)} nodes; the plan made {len(owner)}.", "nodes")
+        for node in facts.nodes:
+            if node.handle not in owner:
+                raise CaptureMismatch(f"the graph has a {node.kind} node that no op of the plan made.", "nodes")
+            step = steps[owner[node.handle]]
+            if node.kind == "kernel" and node.context != self._contexts[step.lane]:
+                raise CaptureMismatch(
+                    f"op {step.op!r} ({node.kernel}) is not in its partition of "
+                    f"{self._plan.partition(step.lane).sm_count} SMs.",
+                    "partition",
+                )
+        self._compare_order(facts, owner)
+
+    def _compare_order(self, facts: GraphFacts, owner: Mapping[int, int]) -> None:
+        """The steps that must end before each step: by the plan's lanes and waits, and by the graph's edges."""
+        planned = _ancestors(_plan_edges(self._plan.steps), len(self._plan.steps))
+        pairs = ((owner[a], owner[b]) for a, b in facts.edges)
+        found = _ancestors(((a, b) for a, b in pairs if a != b), len(self._plan.steps))
+        for i, step in enumerate(self._plan.steps):
+            if planned[i] != found[i]:
+                differing = self._plan.steps[(planned[i] ^ found[i]).bit_length() - 1].op
+                less = planned[i] & ~found[i]
+                how = "does not wait for" if less else "waits in the graph, but not in the plan, for"
+                raise CaptureMismatch(f"op {step.op!r} {how} {differing!r}.", "order")
+
+    def _tell_times(self, owners: Sequence[Sequence[int]]) -> None:
+        """Give the virtual driver the evaluator's time of every op, in equal parts to the op's nodes."""
+        control = virtual.loaded()
+        if control is None:
+            return
+        spans = replay_times(self._graph, self._plan).spans
+        nodes: list[int] = []
+        seconds: list[float] = []
+        for span, mine in zip(spans, owners, strict=True):
+            nodes += mine
+            seconds += [(span.end_s - span.start_s) / len(mine)] * len(mine)
+        control.node_seconds(nodes, seconds)
+
+    # -- replay ----------------------------------------------------------------------------------
+
+    def launch(self, stream: object = None) -> None:
+        """Replay once in the order of `stream` (anything with `__cuda_stream__`) and return at once; without one,
+        replay on a stream of our own and wait for it."""
+        if self._stale:
+            self._check_open()
+            self.capture()
+        if stream is None:
+            with driver.driver_errors(f"replay {self._graph.name!r}"):
+                self._exec.launch(self.origin)
+                self.origin.sync()
+        else:
+            self._exec.launch(stream)
+
+    def __call__(self, tensors: Mapping[str, Any] | None = None, **named: Any) -> dict[str, torch.Tensor]:
+        """Copy the given inputs into their buffers, bind weights and states, replay, return copies of the outputs."""
+        self._check_open()
+        for name, value in {**(tensors or {}), **named}.items():
+            if name in self._inputs and _device_buffer(self._declared(name), value) is None:
+                self._upload(name, self._declared(name), value)
+                self._set.add(name)
+            else:
+                self.bind({name: value})
+        missing = sorted(self._inputs - self._set)
+        if missing:
+            raise GraphError(f"input {missing[0]!r} of graph {self._graph.name!r} was never given; pass or bind() it.")
+        self.launch()
+        return {name: DeviceArray(self._buffer(name), self).cpu() for name in self._graph.outputs}
+
+    def timeline(self) -> Timeline:
+        """Replay a second graph once, with event records around every op, and read them.
+
+        Measured on a real device; on the virtual one the times are simulated."""
+        self._check_open()
+        self.capture()
+        steps = self._plan.steps
+        marks = [(self._gpu.event(timing=True), self._gpu.event(timing=True)) for _ in steps]
+        capture, owners = self._captured(self._launches(), marks)
+        executable = None
+        try:
+            self._tell_times(owners)
+            executable = capture.instantiate()
+            begin = self._gpu.event(timing=True)
+            with driver.driver_errors("replay with events"):
+                self.origin.record(begin)
+                executable.launch(self.origin)
+                self.origin.sync()
+            spans = [
+                Span(s.op, s.lane, driver.seconds_between(begin, a), driver.seconds_between(begin, b))
+                for s, (a, b) in zip(steps, marks, strict=True)
+            ]
+        finally:
+            if executable is not None:
+                executable.close()
+            capture.close()
+        zero = min(span.start_s for span in spans)
+        shifted = tuple(Span(s.op, s.lane, s.start_s - zero, s.end_s - zero) for s in spans)
+        capability = self._gpu.capability
+        kind = "simulated" if capability.virtual else "measured"
+        return Timeline(kind, capability.device, shifted)
+
+    # -- life ------------------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ExecutionError("the executable is closed; compile the plan again.", op="")
+
+    def close(self) -> None:
+        """Free graph, streams, contexts and memory in reverse order; a second call does nothing."""
+        self._closed = self._stale = True
+        if self._exec is not None:
+            self._exec.close()
+            self._exec = None
+        for stream in reversed([getattr(self, "origin", None), *getattr(self, "_streams", [])]):
+            if stream is not None:
+                stream.close()
+        self.origin, self._streams = None, []
+        for made in reversed(getattr(self, "_partitions", [])):
+            for context in made.contexts:
+                if context is not None:
+                    context.close()
+        self._partitions = []
+        for memory in reversed(self._memory):
+            memory.close()
+        self._memory, self._given, self._kept = [], {}, {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _plan_edges(steps: Sequence[Step]) -> Iterator[tuple[int, int]]:
+    last: dict[int, int] = {}
+    for i, step in enumerate(steps):
+        if step.lane in last:
+            yield last[step.lane], i
+        for wait in step.waits:
+            yield wait, i
+        last[step.lane] = i
+
+
+def _ancestors(edges: Iterator[tuple[int, int]], count: int) -> list[int]:
+    """For each step the set of steps that precede it, as bits; edges lead from lower to higher numbers."""
+    before: list[list[int]] = [[] for _ in range(count)]
+    for a, b in edges:
+        if a >= b:
+            raise CaptureMismatch(f"the graph orders step {a} before step {b}, against the plan.", "order")
+        before[b].append(a)
+    closed: list[int] = []
+    for row in before:
+        bits = 0
+        for a in row:
+            bits |= closed[a] | (1 << a)
+        closed.append(bits)
+    return closed
+
+
+def _device_buffer(declared: Tensor, value: Any) -> Buffer | None:
+    """The buffer of a tensor in device memory; None for one on the host."""
+    if isinstance(value, DeviceArray):
+        found = (value.shape, value.dtype, value.buffer.address)
+    elif isinstance(value, torch.Tensor):
+        if not value.is_cuda:
+            return None
+        if not value.is_contiguous():
+            raise GraphError(f"tensor {declared.name!r} must be contiguous; call .contiguous() first.")
+        found = (tuple(value.shape), _dtype_name(value.dtype), value.data_ptr())
+    else:
+        interface = getattr(value, "__cuda_array_interface__", None)
+        if interface is None:
+            return None
+        if interface.get("strides") is not None:
+            raise GraphError(f"tensor {declared.name!r} must be contiguous.")
+        names = {text: name for name, text in _TYPESTR.items()}
+        typestr = interface["typestr"]
+        found = (tuple(interface["shape"]), names.get(typestr, typestr), int(interface["data"][0]))
+    _same(declared, *found[:2])
+    return Buffer(found[2], declared.shape, declared.dtype)
+
+
+def _dtype_name(kind: torch.dtype) -> str:
+    return next((name for name, known in TORCH_DTYPE.items() if known == kind), str(kind))
+
+
+def _host_tensor(declared: Tensor, value: Any) -> torch.Tensor:
+    if not isinstance(value, torch.Tensor) and not hasattr(value, "__dlpack__"):
+        raise GraphError(
+            f"tensor {declared.name!r} was given a {type(value).__name__}; give a tensor (torch, NumPy, DLPack)."
+        )
+    tensor = value if isinstance(value, torch.Tensor) else torch.utils.dlpack.from_dlpack(value)
+    _same(declared, tuple(tensor.shape), _dtype_name(tensor.dtype))
+    return tensor.detach().cpu().contiguous()
+
+
+def _same(declared: Tensor, shape: tuple[int, ...], dtype: str) -> None:
+    if (shape, dtype) != (declared.shape, declared.dtype):
+        raise GraphError(
+            f"tensor {declared.name!r} is {declared.dtype}{list(declared.shape)}; got {dtype}{list(shape)}."
+        )

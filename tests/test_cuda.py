@@ -1,0 +1,313 @@
+"""The cuda backend on the virtual driver: random plans, the rules of CUDA, and the layers of a model.
+
+What runs on the virtual GPU runs in a process of its own (`on_virtual`), for a process has one CUDA driver.
+"""
+
+import gc
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Call
+
+import taskgraph as tg
+from benchmarks import capture, capture_rules
+from taskgraph.errors import BackendUnavailable, CaptureMismatch, GraphError, PlanError
+from taskgraph.graph.op import Rows
+from taskgraph.models.config import ModelConfig
+from taskgraph.models.llama import step_graph
+from taskgraph.runtime import driver, virtual
+from taskgraph.runtime.cuda import CudaExecutable
+from taskgraph.runtime.impls import TORCH_DTYPE
+from taskgraph.runtime.launches import LAUNCH_RULES, Buffer
+from taskgraph.schedule.plan import Plan
+from taskgraph.schedule.planner import replay_times
+
+DEVICE = capture.DEVICE
+KERNELS = sorted(driver.kernel_folder().glob("*.cu"))
+SMALL = ModelConfig(
+    name="small-smollm2", family="llama", hidden_size=96, layers=2, heads=3, kv_heads=1, head_dim=32,
+    intermediate_size=256, vocab_size=512, norm_eps=1e-5, rope_theta=100000.0, max_context=256, tie_embeddings=True,
+)  # fmt: skip
+"""SmolLM2's proportions (heads to kv heads, hidden to intermediate), smaller."""
+
+
+# ------------------------------------------------------------------------------------------ random plans
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_random_plans_are_captured_equal(on_virtual: Call, block: int) -> None:
+    """Every node in its partition, the plan's order, outputs and states of the cpu backend, the evaluator's times."""
+    results = on_virtual(check_plans, range(1000 + 5 * block, 1005 + 5 * block))
+    assert [r.wrong for r in results] == [""] * 5
+    assert max(r.time_error for r in results) < 0.01
+
+
+def check_plans(seeds: range) -> list[capture.PlanResult]:
+    return [capture.check_plan(seed) for seed in seeds]
+
+
+def test_random_cases_reach_every_kind_views_and_geometries() -> None:
+    graphs = [capture.random_graph(np.random.default_rng(seed)) for seed in range(1000, 1020)]
+    kinds = {op.kind for graph in graphs for op in graph.ops}
+    assert {"gemm", "rope_kv", "attention", "decode_attention", "concat_rows", "copy", "all_gather"} <= kinds
+    views = [(op.kind, v.axis) for graph in graphs for op in graph.ops for v in op.views.values()]
+    assert ("decode_attention", 1) in views and ("gemm", 0) in views
+    plans = [
+        capture.random_plan(np.random.default_rng(i), graph, virtual.spec_of(DEVICE)) for i, graph in enumerate(graphs)
+    ]
+    assert {len(p.geometries) for p in plans} == {1, 2}
+    assert any(step.sms for p in plans for step in p.steps) and any(p.made_by.startswith("search") for p in plans)
+
+
+def test_every_standard_kind_has_launches() -> None:
+    assert set(tg.ops.SHAPE_RULES) == set(LAUNCH_RULES)
+
+
+def test_a_part_of_a_buffer_is_where_torch_says() -> None:
+    whole = torch.arange(2 * 5 * 3 * 4, dtype=torch.float32).view(2, 5, 3, 4)
+    made = Buffer(whole.data_ptr(), tuple(whole.shape), "f32")
+    for axis, start, stop in ((0, 1, 2), (1, 2, 4), (2, 0, 1)):
+        part, view = made.part(Rows(axis, start, stop)), whole.narrow(axis, start, stop - start)
+        assert (part.address, part.shape) == (view.data_ptr(), tuple(view.shape))
+        assert part.strides == (None if axis == 0 else view.stride())
+        again, deeper = part.part(Rows(1, 0, 1)), view.narrow(1, 0, 1)
+        assert again.address == deeper.data_ptr() and again.strides in (None, deeper.stride())
+
+
+# ----------------------------------------------------------------------------------------------- rules
+
+
+@pytest.fixture(scope="module")
+def rules(on_virtual: Call) -> dict[str, str]:
+    result: dict[str, str] = on_virtual(all_rules)
+    return result
+
+
+def all_rules() -> dict[str, str]:
+    control = virtual.loaded()
+    assert control is not None
+    return capture_rules.check_rules(control)
+
+
+@pytest.mark.parametrize("rule", capture_rules.RULES, ids=lambda rule: rule.name)
+def test_the_virtual_driver_enforces(rules: dict[str, str], rule: capture_rules.Rule) -> None:
+    assert rule.source
+    assert rules[rule.name] == "", rule.source
+
+
+def test_there_are_rules_enough() -> None:
+    assert len({rule.name for rule in capture_rules.RULES}) == len(capture_rules.RULES) >= 40
+
+
+# ------------------------------------------------------------------------------------------- real layers
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("tokens", [1, 7], ids=["decode", "prefill"])
+def test_layers_of_smollm2_equal_the_cpu_backend(on_virtual: Call, dtype: str, tokens: int) -> None:
+    graph = step_graph(SMALL, batch=2, tokens=tokens, cache=32, dtype=dtype)
+    given = model_tensors(graph, tokens)
+    expected = {name: t.clone() for name, t in given.items()}
+    with tg.compile(graph, tg.plan(graph, "cpu", "sequential"), "cpu") as exe:
+        wanted = exe(expected)
+    states = [t.name for t in graph.flat().with_role("state")]
+    wanted |= {name: expected[name] for name in states}
+    plan = tg.plan(graph, "h100_sxm", "list")
+    got = on_virtual(run_plan, graph, plan, given, tuple(states))
+    for name, value in wanted.items():
+        if value.dtype.is_floating_point:
+            tolerance = 2e-5 if dtype == "f32" else 3e-2
+            scale = float(value.float().abs().max())
+            assert float((got[name].float() - value.float()).abs().max()) <= tolerance * max(scale, 1.0), name
+        else:
+            assert torch.equal(got[name], value) or dtype == "bf16", name
+
+
+def model_tensors(graph: tg.Graph, tokens: int) -> dict[str, torch.Tensor]:
+    rng = np.random.default_rng(7)
+    result = {}
+    for t in graph.flat().with_role("input", "weight", "state"):
+        if t.dtype == "i64":
+            values = rng.integers(0, SMALL.vocab_size, t.shape) if t.name == "tokens" else rng.integers(0, 20, t.shape)
+            result[t.name] = torch.from_numpy(values)
+        else:
+            scale = 0.5 if t.role == "state" else t.shape[-1] ** -0.5
+            values = rng.standard_normal(t.shape, np.float32) * scale + (1.0 if len(t.shape) == 1 else 0.0)
+            result[t.name] = torch.from_numpy(values).to(TORCH_DTYPE[t.dtype])
+    return result
+
+
+def run_plan(graph: tg.Graph, plan: Plan, given: dict[str, Any], states: tuple[str, ...] = ()) -> dict[str, Any]:
+    with tg.compile(graph, plan, "cuda", device=DEVICE) as exe:
+        assert isinstance(exe, CudaExecutable)
+        got: dict[str, Any] = exe(given)
+        return got | {name: exe.state(name).cpu() for name in states}
+
+
+# --------------------------------------------------------------------------------------------- executable
+
+
+def small_graph() -> tg.Graph:
+    b = tg.GraphBuilder("small")
+    x, w = b.input("x", (16, 16), "f32"), b.weight("w", (16, 16), "f32")
+    left, right = tg.ops.gemm(x, w, name="left"), tg.ops.add(x, x, name="right")
+    b.output(tg.ops.add(left, right, name="sum"))
+    return b.build()
+
+
+def held(control: virtual.Control) -> dict[str, int]:
+    """What is alive in the driver."""
+    gc.collect()
+    report = control.report()
+    return {**report.live, "bytes": report.allocated_bytes, "allocations": report.allocations}
+
+
+def test_an_executable_replays_rebinds_and_frees_everything(on_virtual: Call) -> None:
+    on_virtual(replay_rebind_free)
+
+
+def replay_rebind_free() -> None:
+    control = virtual.loaded()
+    assert control is not None
+    graph = small_graph()
+    plan = tg.plan(graph, "h100_sxm", "list")
+    x, w, v = (torch.randn(16, 16) for _ in range(3))
+    run_plan(graph, plan, {"x": x, "w": w})  # kernels are loaded once and stay
+    control.clear_log()
+    before = held(control)
+    with tg.compile(graph, plan, "cuda", device=DEVICE) as exe:
+        assert isinstance(exe, CudaExecutable)
+        with pytest.raises(GraphError, match=r"'x'.*never given"):
+            exe(w=w)
+        torch.testing.assert_close(exe(x=x, w=w)["sum.out"], x @ w + 2 * x)
+        first = exe.report
+        assert first.capability.startswith("taskgraph virtual h100_sxm (simulated), 132 SMs, driver 13.5")
+        torch.testing.assert_close(exe(x=v)["sum.out"], v @ w + 2 * v)
+        assert exe.report is first, "new values of inputs need no new capture"
+        exe.bind(w=v)  # the same buffer: uploaded, not captured again
+        torch.testing.assert_close(exe(x=x)["sum.out"], x @ v + 2 * x)
+        assert exe.report is first
+        with tg.compile(graph, plan, "cuda", device=DEVICE) as other:
+            other.bind(x=exe.inputs["x"])  # type: ignore[attr-defined]
+            with pytest.raises(GraphError, match=r"'w'.*bind"):
+                other.launch()
+            other.bind(w=exe.state("w"))
+            other.launch()
+            torch.testing.assert_close(other.outputs["sum.out"].cpu(), x @ v + 2 * x)
+        exe.launch(exe.origin)
+        exe.origin.sync()
+        assert exe.timeline().kind == "simulated"
+        wanted = replay_times(graph, plan).spans
+        for a, b in zip(exe.timeline().spans, wanted, strict=True):
+            assert a.end_s - a.start_s == pytest.approx(b.end_s - b.start_s, rel=1e-6)
+        with pytest.raises(GraphError, match=r"f32\[16, 16\]"):
+            exe.bind(w=torch.randn(16, 8))
+    assert held(control) == before, f"{held(control)} against {before}"
+    assert not control.report().texts("error")
+
+
+def test_custom_ops_launch_on_their_lane(on_virtual: Call) -> None:
+    on_virtual(run_custom_op)
+
+
+def run_custom_op() -> None:
+    def twice(x: Any, out: Any, stream: Any) -> None:
+        kernel = driver.Gpu.open().kernel("add_f32", "elementwise")
+        driver.launch_kernel(stream, kernel, (1,), 256, (x.buffer.address,) * 2 + (out.buffer.address, np.int64(64)))
+
+    def escapes(x: Any, out: Any, stream: Any) -> None:
+        pass
+
+    def deaf(x: Any, out: Any) -> None:
+        pass
+
+    def compiled(function: Any) -> Any:
+        b = tg.GraphBuilder("custom")
+        x = b.input("x", (64,), "f32")
+        b.output(
+            b.call(
+                function, [x], [tg.spec("y", (64,), "f32")], work=tg.Work(hbm_bytes=512), name="mine",
+                demand=tg.demand(sm=8),
+            )
+        )  # fmt: skip
+        graph = b.build()
+        return tg.compile(graph, tg.plan(graph, "h100_sxm", "list"), "cuda", device=DEVICE)
+
+    x = torch.randn(64)
+    with compiled(twice) as exe:
+        torch.testing.assert_close(exe(x=x)["y"], 2 * x)
+    with compiled(escapes) as exe, pytest.raises(CaptureMismatch, match="'mine' left no node"):
+        exe(x=x)
+    with compiled(deaf) as exe, pytest.raises(BackendUnavailable, match="`stream`"):
+        exe(x=x)
+
+
+def test_a_tampered_plan_is_a_mismatch_never_a_wrong_graph(on_virtual: Call) -> None:
+    on_virtual(tamper)
+
+
+def tamper() -> None:
+    graph = small_graph()
+    plan = tg.plan(graph, "h100_sxm", "list")
+    exe = tg.compile(graph, plan, "cuda", device=DEVICE)
+    assert isinstance(exe, CudaExecutable)
+    with exe:
+        exe.bind(w=torch.randn(16, 16))
+        exe._contexts = [1 for _ in exe._contexts]
+        with pytest.raises(CaptureMismatch, match="not in its partition") as caught:
+            exe.capture()
+        assert caught.value.what == "partition"
+
+
+def test_plans_for_other_devices_are_refused(on_virtual: Call) -> None:
+    on_virtual(refuse_plans)
+
+
+def refuse_plans() -> None:
+    graph = small_graph()
+    with pytest.raises(PlanError, match="no GPU"):
+        tg.compile(graph, tg.plan(graph, "cpu"), "cuda", device=DEVICE)
+    with pytest.raises(PlanError, match=r"148 SMs.*132"):
+        tg.compile(graph, tg.plan(graph, "b200_sxm", "sequential"), "cuda", device=DEVICE)
+    with pytest.raises(BackendUnavailable, match="another process"):
+        tg.compile(graph, tg.plan(graph, "a100_sxm", "sequential"), "cuda", device="virtual:a100_sxm")
+
+
+def test_without_a_driver_the_reason_and_the_way_out_are_said() -> None:
+    found = driver.probe()
+    if found.available:
+        pytest.skip("this machine has a GPU")
+    graph = small_graph()
+    with pytest.raises(BackendUnavailable, match="virtual:h100_sxm"):
+        tg.compile(graph, tg.plan(graph, "h100_sxm"), "cuda")
+
+
+# -------------------------------------------------------------------------------------------- compilation
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.stem)
+def test_nvcc_compiles_without_a_warning(source: Path, arch: str, tmp_path: Path) -> None:
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc is not on PATH")
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    if arch not in known:
+        pytest.skip(f"this nvcc does not know {arch}")
+    command = [nvcc, "-std=c++17", "-Werror", "all-warnings", f"-arch={arch}", "-cubin", "-o", str(tmp_path / "out")]
+    done = subprocess.run([*command, str(source)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_nvrtc_compiles_beside_the_virtual_driver(on_virtual: Call, arch: str) -> None:
+    assert all(size > 1000 for size in on_virtual(nvrtc_sizes, arch))
+
+
+def nvrtc_sizes(arch: str) -> list[int]:
+    return [len(driver.compiled(path, arch)) for path in KERNELS]
