@@ -1,19 +1,25 @@
 """Model shapes: read from a Hugging Face config.json, and shipped for the well-known sizes."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from taskgraph.errors import WeightsError
+from taskgraph.errors import ConfigError, WeightsError
 
 FAMILIES = {
     "LlamaForCausalLM": "llama",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
+    "MixtralForCausalLM": "mixtral",
+    "Qwen2MoeForCausalLM": "qwen2_moe",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+    "DeepseekV3ForCausalLM": "deepseek_v3",
 }
+"""Architecture -> family, which is also the model_type of its config.json."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +33,55 @@ class RopeScaling:
 
 
 @dataclass(frozen=True, slots=True)
+class Yarn:
+    """YaRN's stretch (Peng et al. 2023): frequency number i is divided by `factor` from `high` on, not up to `low`, and
+    in part between; `attention` multiplies cosines and sines, and `score_scale` the scores of latent attention."""
+
+    factor: float
+    low: float
+    high: float
+    attention: float
+    score_scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """The mixture of experts of a model's sparse layers; the fields are those of `ops.route`.
+
+    `shared_size` is the inner size of the expert that every token goes to (0: there is none), `shared_gate` whether
+    a sigmoid weighs it. `dense` are the layers that have a plain MLP instead.
+    """
+
+    count: int
+    top_k: int
+    inner_size: int
+    normalize: bool
+    scoring: str = "softmax"
+    scale: float = 1.0
+    groups: int = 1
+    top_groups: int = 1
+    correction: bool = False
+    shared_size: int = 0
+    shared_gate: bool = False
+    dense: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Latent:
+    """Multi-head latent attention: ranks of the compressed queries (0: not compressed) and keys and values, and the
+    channels of a head: rotated, not rotated, and of its values."""
+
+    q_rank: int
+    rank: int
+    rotary: int
+    plain: int
+    values: int
+    interleaved: bool
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """The shapes of a dense decoder of the Llama family."""
+    """The shapes of a decoder of the Llama family, dense or with experts, with grouped or latent attention."""
 
     name: str
     family: str
@@ -43,67 +96,291 @@ class ModelConfig:
     rope_theta: float
     max_context: int
     tie_embeddings: bool
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: RopeScaling | Yarn | None = None
+    experts: Experts | None = None
+    latent: Latent | None = None
 
     @property
     def qkv_bias(self) -> bool:
-        return self.family == "qwen2"
+        return self.family in ("qwen2", "qwen2_moe")
 
     @property
     def qk_norm(self) -> bool:
-        return self.family == "qwen3"
+        return self.family in ("qwen3", "qwen3_moe")
+
+    def sparse(self, layer: int) -> bool:
+        """Whether the layer has experts."""
+        return self.experts is not None and layer not in self.experts.dense
 
     @property
     def parameters(self) -> int:
         """The exact number of parameters."""
-        width = (self.heads + 2 * self.kv_heads) * self.head_dim
-        layer = self.hidden_size * (width + self.heads * self.head_dim + 3 * self.intermediate_size + 2)
-        layer += width if self.qkv_bias else 0
-        layer += 2 * self.head_dim if self.qk_norm else 0
+        sparse = sum(map(self.sparse, range(self.layers)))
+        mlps = sparse * self._expert_parameters() + (self.layers - sparse) * 3 * self.hidden_size * (
+            self.intermediate_size
+        )
         tables = 1 if self.tie_embeddings else 2
-        return self.layers * layer + self.hidden_size * (tables * self.vocab_size + 1)
+        layers = self.layers * (self._attention_parameters() + 2 * self.hidden_size)
+        return layers + mlps + self.hidden_size * (tables * self.vocab_size + 1)
+
+    def _attention_parameters(self) -> int:
+        if self.latent is not None:
+            a, hidden, heads = self.latent, self.hidden_size, self.heads
+            queries = a.q_rank * (hidden + heads * self.head_dim + 1) if a.q_rank else hidden * heads * self.head_dim
+            compressed = hidden * (a.rank + a.rotary) + a.rank
+            return queries + compressed + a.rank * heads * (a.plain + a.values) + heads * a.values * hidden
+        width = (self.heads + 2 * self.kv_heads) * self.head_dim
+        extra = (width if self.qkv_bias else 0) + (2 * self.head_dim if self.qk_norm else 0)
+        return self.hidden_size * (width + self.heads * self.head_dim) + extra
+
+    def _expert_parameters(self) -> int:
+        e = self.experts
+        if e is None:
+            return 0
+        inner = e.count * e.inner_size + e.shared_size
+        return self.hidden_size * (3 * inner + e.count + (1 if e.shared_gate else 0))
+
+
+# ----------------------------------------------------------------------------------- reading config.json
+
+
+@dataclass(frozen=True, slots=True)
+class _Body:
+    """The keys of a config.json; ConfigError names the one that is missing or makes no sense."""
+
+    name: str
+    keys: Mapping[str, Any]
+
+    def wrong(self, key: str, reason: str) -> ConfigError:
+        return ConfigError(f"{self.name}: {key} is {self.keys.get(key)!r}; {reason}.")
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self.keys.get(key)
+        value = default if value is None else value
+        if value is None:
+            raise ConfigError(f"{self.name}: its config.json has no {key!r}.")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+            raise self.wrong(key, "it must be a positive number")
+        return float(value)
+
+    def count(self, key: str, default: int | None = None) -> int:
+        value = self.number(key, default)
+        if value != int(value):
+            raise self.wrong(key, "it must be a whole number")
+        return int(value)
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        value = self.keys.get(key)
+        value = default if value is None else value
+        if not isinstance(value, bool):
+            raise self.wrong(key, "it must be true or false")
+        return value
+
+    def need(self, good: bool, key: str, reason: str) -> None:
+        if not good:
+            raise self.wrong(key, reason)
+
+    def part(self, key: str) -> "_Body":
+        """The object under `key`, empty when there is none."""
+        value = self.keys.get(key) or {}
+        if not isinstance(value, Mapping):
+            raise self.wrong(key, "it must be an object")
+        return _Body(f"{self.name}: {key}", value)
 
 
 def from_hf(body: Mapping[str, Any], name: str) -> ModelConfig:
-    """The ModelConfig of a Hugging Face config.json; WeightsError names what is missing or not supported."""
-    architecture = (body.get("architectures") or ["none"])[0]
-    if architecture not in FAMILIES:
-        raise WeightsError(f"{name}: architecture {architecture!r} is not supported; use one of {', '.join(FAMILIES)}.")
-    try:
-        hidden, heads = int(body["hidden_size"]), int(body["num_attention_heads"])
-        rope = body.get("rope_parameters") or {}
-        return ModelConfig(
-            name=name,
-            family=FAMILIES[architecture],
-            hidden_size=hidden,
-            layers=int(body["num_hidden_layers"]),
-            heads=heads,
-            kv_heads=int(body.get("num_key_value_heads") or heads),
-            head_dim=int(body.get("head_dim") or hidden // heads),
-            intermediate_size=int(body["intermediate_size"]),
-            vocab_size=int(body["vocab_size"]),
-            norm_eps=float(body["rms_norm_eps"]),
-            rope_theta=float(rope.get("rope_theta") or body.get("rope_theta") or 10000.0),
-            max_context=int(body.get("max_position_embeddings") or 2048),
-            tie_embeddings=bool(body.get("tie_word_embeddings", False)),
-            rope_scaling=_scaling(body.get("rope_scaling") or rope, name),
-        )
-    except KeyError as error:
-        raise WeightsError(f"{name}: its config.json has no {error.args[0]!r}.") from error
-
-
-def _scaling(body: Mapping[str, Any], name: str) -> RopeScaling | None:
-    kind = body.get("rope_type") or body.get("type") or "default"
-    if kind == "default":
-        return None
-    if kind != "llama3":
-        raise WeightsError(f"{name}: rope scaling {kind!r} is not supported; this version knows llama3's.")
-    return RopeScaling(
-        factor=float(body["factor"]),
-        low_freq_factor=float(body["low_freq_factor"]),
-        high_freq_factor=float(body["high_freq_factor"]),
-        original_max_position=int(body["original_max_position_embeddings"]),
+    """The ModelConfig of a Hugging Face config.json; ConfigError names what is missing or not supported."""
+    keys = _Body(name, body)
+    family = _family(keys)
+    _check_supported(keys, family)
+    hidden, heads = keys.count("hidden_size"), keys.count("num_attention_heads")
+    latent = _latent(keys) if family == "deepseek_v3" else None
+    kv_heads = heads if latent else keys.count("num_key_value_heads", heads)
+    keys.need(heads % kv_heads == 0, "num_key_value_heads", f"{heads} attention heads are no multiple of it")
+    if latent is None and keys.keys.get("head_dim") is None:
+        keys.need(hidden % heads == 0, "num_attention_heads", f"hidden_size {hidden} is no multiple of it")
+    head_dim = latent.plain + latent.rotary if latent else keys.count("head_dim", hidden // heads)
+    keys.need(head_dim % 2 == 0, "head_dim", f"the rotary embedding needs pairs of channels, and a head has {head_dim}")
+    layers, theta = keys.count("num_hidden_layers"), _rope(keys).number("rope_theta", keys.number("rope_theta", 1e4))
+    return ModelConfig(
+        name=name,
+        family=family,
+        hidden_size=hidden,
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        intermediate_size=keys.count("intermediate_size"),
+        vocab_size=keys.count("vocab_size"),
+        norm_eps=keys.number("rms_norm_eps"),
+        rope_theta=theta,
+        max_context=keys.count("max_position_embeddings", 2048),
+        tie_embeddings=keys.flag("tie_word_embeddings"),
+        rope_scaling=_scaling(keys, theta, latent.rotary if latent else head_dim),
+        experts=_EXPERTS[family](keys, layers) if family in _EXPERTS else None,
+        latent=latent,
     )
+
+
+def _family(keys: _Body) -> str:
+    """By the first architecture, or by model_type where the config lists none."""
+    named = keys.keys.get("architectures")
+    if named:
+        if named[0] not in FAMILIES:
+            known = ", ".join(FAMILIES)
+            raise ConfigError(f"{keys.name}: architecture {named[0]!r} is not supported; use one of {known}.")
+        return FAMILIES[named[0]]
+    known = ", ".join(FAMILIES.values())
+    keys.need(keys.keys.get("model_type") in FAMILIES.values(), "model_type", f"use one of {known}")
+    return str(keys.keys["model_type"])
+
+
+def _check_supported(keys: _Body, family: str) -> None:
+    """ConfigError for a setting that changes the arithmetic and that the graphs do not have."""
+    keys.need(keys.keys.get("hidden_act", "silu") == "silu", "hidden_act", "only silu is supported")
+    for key in ("attention_bias", "mlp_bias"):
+        keys.need(not keys.flag(key), key, "these biases are not supported")
+    if family == "qwen2_moe":
+        keys.need(keys.flag("qkv_bias", True), "qkv_bias", "the qkv bias of this family cannot be left out")
+    for key, only in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc")):
+        given = keys.keys.get(key, only)
+        keys.need(family != "deepseek_v3" or given == only, key, f"this version knows {only}")
+    window = keys.keys.get("sliding_window")
+    slides = family in ("llama", "mixtral") or keys.flag("use_sliding_window")
+    if window and slides and window < keys.count("max_position_embeddings", 2048):
+        raise keys.wrong("sliding_window", "attention within a window is not supported")
+
+
+def _latent(keys: _Body) -> Latent:
+    made = Latent(
+        q_rank=keys.count("q_lora_rank") if keys.keys.get("q_lora_rank") is not None else 0,
+        rank=keys.count("kv_lora_rank"),
+        rotary=keys.count("qk_rope_head_dim"),
+        plain=keys.count("qk_nope_head_dim"),
+        values=keys.count("v_head_dim"),
+        interleaved=keys.flag("rope_interleave", True),
+    )
+    keys.need(made.rotary % 2 == 0, "qk_rope_head_dim", "the rotary embedding needs pairs of channels")
+    return made
+
+
+# --------------------------------------------------------------------------------------------- experts
+
+
+def _checked(keys: _Body, experts: Experts, layers: int) -> Experts:
+    keys.need(
+        experts.top_k <= experts.count, "num_experts_per_tok", f"there are only {experts.count} experts to choose from"
+    )
+    beyond = [i for i in experts.dense if not 0 <= i < layers]
+    keys.need(not beyond, "mlp_only_layers", f"there are {layers} layers")
+    return experts
+
+
+def _count(keys: _Body) -> int:
+    """The number of experts, which families name differently."""
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    return keys.count(next((n for n in names if keys.keys.get(n) is not None), names[0]))
+
+
+def _mixtral_experts(keys: _Body, layers: int) -> Experts:
+    inner = keys.count("intermediate_size")
+    return _checked(keys, Experts(_count(keys), keys.count("num_experts_per_tok"), inner, normalize=True), layers)
+
+
+def _qwen_experts(keys: _Body, layers: int) -> Experts:
+    """A layer has experts when its number, from 1, is a multiple of decoder_sparse_step and it is not in
+    mlp_only_layers."""
+    step, named = keys.count("decoder_sparse_step", 1), keys.keys.get("mlp_only_layers") or []
+    good = isinstance(named, list) and all(isinstance(i, int) for i in named)
+    keys.need(good, "mlp_only_layers", "it must be a list of layer numbers")
+    shared = keys.count("shared_expert_intermediate_size") if "shared_expert_intermediate_size" in keys.keys else 0
+    made = Experts(
+        count=_count(keys),
+        top_k=keys.count("num_experts_per_tok"),
+        inner_size=keys.count("moe_intermediate_size"),
+        normalize=keys.flag("norm_topk_prob"),
+        shared_size=shared,
+        shared_gate=shared > 0,
+        dense=frozenset([*named, *(i for i in range(layers) if (i + 1) % step)]),
+    )
+    return _checked(keys, made, layers)
+
+
+def _deepseek_experts(keys: _Body, layers: int) -> Experts:
+    """The first layers are dense; sigmoid scores, a learnt correction of the choice, and groups of experts."""
+    count, inner, groups = _count(keys), keys.count("moe_intermediate_size"), keys.count("n_group", 1)
+    kept, first = keys.count("topk_group", 1), keys.keys.get("first_k_dense_replace") or 0
+    keys.need(isinstance(first, int) and 0 <= first <= layers, "first_k_dense_replace", f"there are {layers} layers")
+    keys.need(count % groups == 0, "n_group", f"{count} experts do not make equal groups")
+    keys.need(kept <= groups, "topk_group", f"there are only {groups} groups")
+    keys.need(groups == 1 or count // groups >= 2, "n_group", "a group is scored by its two best experts")
+    top = keys.count("num_experts_per_tok")
+    keys.need(top <= kept * (count // groups), "num_experts_per_tok", f"{kept} groups do not hold as many experts")
+    shared = inner * keys.count("n_shared_experts") if keys.keys.get("n_shared_experts") else 0
+    made = Experts(
+        count, top, inner, keys.flag("norm_topk_prob", True), "sigmoid", keys.number("routed_scaling_factor", 1.0),
+        groups, kept, True, shared, False, frozenset(range(first)),
+    )  # fmt: skip
+    return _checked(keys, made, layers)
+
+
+_EXPERTS = {
+    "mixtral": _mixtral_experts,
+    "qwen2_moe": _qwen_experts,
+    "qwen3_moe": _qwen_experts,
+    "deepseek_v3": _deepseek_experts,
+}
+
+
+# ----------------------------------------------------------------------------------------- rotary scaling
+
+
+def _rope(keys: _Body) -> _Body:
+    """The rotary settings, under their name since transformers 5 or the one before."""
+    old, new = keys.part("rope_scaling"), keys.part("rope_parameters")
+    return old if old.keys else new
+
+
+def _scaling(keys: _Body, theta: float, dim: int) -> RopeScaling | Yarn | None:
+    rope = _rope(keys)
+    kind = rope.keys.get("rope_type") or rope.keys.get("type") or "default"
+    if kind == "yarn":
+        return _yarn(rope, theta, dim)
+    if kind == "llama3":
+        return RopeScaling(
+            factor=rope.number("factor"),
+            low_freq_factor=rope.number("low_freq_factor"),
+            high_freq_factor=rope.number("high_freq_factor"),
+            original_max_position=rope.count("original_max_position_embeddings"),
+        )
+    if kind != "default":
+        raise ConfigError(f"{keys.name}: rope scaling {kind!r} is not supported; this version knows llama3 and yarn.")
+    return None
+
+
+def _yarn(rope: _Body, theta: float, dim: int) -> Yarn:
+    """The ramp over frequencies and the two factors (Peng et al. 2023, sections 3.2 and 3.4; DeepSeek's `mscale`)."""
+    factor, context = rope.number("factor"), rope.number("original_max_position_embeddings")
+
+    def turning(turns: float) -> float:
+        """The number of the frequency that turns so often over the original context."""
+        return dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = turning(rope.number("beta_fast", 32.0)), turning(rope.number("beta_slow", 1.0))
+    if rope.flag("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+
+    def size(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1.0 else 1.0
+
+    part, whole = rope.keys.get("mscale"), rope.keys.get("mscale_all_dim")
+    inferred = size(float(part)) / size(float(whole)) if part and whole else size(1.0)
+    attention = rope.number("attention_factor", inferred)
+    return Yarn(factor, low, high if high > low else low + 0.001, attention, size(float(whole)) ** 2 if whole else 1.0)
+
+
+# ------------------------------------------------------------------------------------------- known sizes
 
 
 def known() -> tuple[str, ...]:
@@ -123,6 +400,9 @@ def load_config(source: str | Path) -> ModelConfig:
     if not path.is_file():
         raise WeightsError(f"no model {name!r}: not a config.json, and not one of {', '.join(known())}.")
     try:
-        return from_hf(json.loads(path.read_text()), path.parent.name)
+        body = json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise WeightsError(f"{path} is not JSON: {error}.") from error
+        raise ConfigError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(body, dict):
+        raise ConfigError(f"{path} holds a {type(body).__name__}; a config.json is an object.")
+    return from_hf(body, path.parent.name)

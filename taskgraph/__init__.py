@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from taskgraph.errors import (
         BackendUnavailable,
         CalibrationError,
+        ConfigError,
         DemandError,
         DeviceError,
         ExecutionError,
@@ -40,8 +41,8 @@ __version__ = "0.1.0"
 _HOME = {
     "taskgraph.cost.profiles": "ProfileDB",
     "taskgraph.errors": (
-        "BackendUnavailable CalibrationError DemandError DeviceError ExecutionError GraphError PlanError "
-        "ProfileError TaskgraphError WeightsError"
+        "BackendUnavailable CalibrationError ConfigError DemandError DeviceError ExecutionError GraphError "
+        "PlanError ProfileError TaskgraphError WeightsError"
     ),
     "taskgraph.graph.device": "Device Geometry Partition",
     "taskgraph.graph.graph": "Graph GraphBuilder Value",

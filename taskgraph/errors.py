@@ -36,6 +36,10 @@ class WeightsError(TaskgraphError, ValueError):
     """A checkpoint that is missing, truncated or does not fit the model."""
 
 
+class ConfigError(WeightsError):
+    """A model's config.json that lacks a key, contradicts itself, or asks for what is not supported; names the key."""
+
+
 class BackendUnavailable(TaskgraphError, RuntimeError):  # noqa: N818 - the name says what it means
     """A backend that this machine or this version cannot offer."""
 

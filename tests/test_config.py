@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from taskgraph.errors import WeightsError
+from taskgraph.errors import ConfigError, WeightsError
 from taskgraph.models.config import from_hf, known, load_config
 
 PUBLISHED_PARAMETERS = {
@@ -17,6 +17,11 @@ PUBLISHED_PARAMETERS = {
     "llama-3-70b": 70_553_706_496,
     "llama-3.2-1b": 1_235_814_400,
     "llama-3.2-3b": 3_212_749_824,
+    "mixtral-8x7b": 46_702_792_704,
+    "deepseek-v3": 671_026_404_352,
+    "qwen1.5-moe-a2.7b": 14_315_784_192,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen3-30b-a3b": 30_532_122_624,
     "qwen2-7b": 7_615_616_512,
     "qwen2-72b": 72_706_203_648,
     "qwen3-0.6b": 596_049_920,
@@ -66,18 +71,107 @@ def test_a_missing_key_is_named(key: str) -> None:
 
 
 def test_an_unsupported_architecture_is_named() -> None:
-    with pytest.raises(WeightsError, match="MixtralForCausalLM"):
-        from_hf(body(architectures=["MixtralForCausalLM"]), "tiny")
+    with pytest.raises(ConfigError, match="GPT2LMHeadModel"):
+        from_hf(body(architectures=["GPT2LMHeadModel"]), "tiny")
+
+
+def test_the_model_type_stands_in_for_the_architecture() -> None:
+    assert from_hf(body(architectures=None, model_type="qwen3"), "tiny").family == "qwen3"
+    for kind in ("gpt2", None):
+        with pytest.raises(ConfigError, match=r"model_type.*qwen3"):
+            from_hf(body(architectures=None, model_type=kind), "tiny")
 
 
 def test_an_unsupported_rope_scaling_is_named() -> None:
-    with pytest.raises(WeightsError, match="yarn"):
+    with pytest.raises(ConfigError, match="longrope"):
+        from_hf(body(rope_scaling={"rope_type": "longrope", "factor": 4.0}), "tiny")
+
+
+def test_a_yarn_without_its_context_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"rope_scaling.*original_max_position_embeddings"):
         from_hf(body(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "tiny")
+
+
+EXPERTS: dict[str, Any] = {
+    "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48,
+}  # fmt: skip
+LATENT: dict[str, Any] = {
+    **EXPERTS, "num_experts": None, "n_routed_experts": 8, "kv_lora_rank": 32, "q_lora_rank": 24,
+    "qk_rope_head_dim": 16, "v_head_dim": 24, "qk_nope_head_dim": 32, "n_group": 4, "topk_group": 2,
+}  # fmt: skip
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", {}),
+    "mixtral": ("MixtralForCausalLM", {**EXPERTS, "num_experts": None, "num_local_experts": 8}),
+    "qwen2_moe": ("Qwen2MoeForCausalLM", EXPERTS),
+    "deepseek": ("DeepseekV3ForCausalLM", LATENT),
+}
+
+
+def family_body(family: str, **changes: Any) -> dict[str, Any]:
+    architecture, keys = ARCHITECTURES[family]
+    return body(architectures=[architecture], **{**keys, **changes})
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_each_family_reads_its_keys(family: str) -> None:
+    assert from_hf(family_body(family), "tiny").parameters > 0
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "value"),
+    [
+        ("llama", "num_key_value_heads", 3),
+        ("llama", "num_attention_heads", 6),
+        ("llama", "num_attention_heads", 0),
+        ("llama", "hidden_size", -64),
+        ("llama", "hidden_size", "big"),
+        ("llama", "num_hidden_layers", 2.5),
+        ("llama", "num_hidden_layers", True),
+        ("llama", "rms_norm_eps", float("nan")),
+        ("llama", "head_dim", 15),
+        ("llama", "hidden_act", "gelu"),
+        ("llama", "attention_bias", True),
+        ("llama", "tie_word_embeddings", "yes"),
+        ("llama", "rope_scaling", 4.0),
+        ("mixtral", "num_experts_per_tok", 9),
+        ("mixtral", "num_local_experts", None),
+        ("mixtral", "sliding_window", 128),
+        ("qwen2_moe", "moe_intermediate_size", None),
+        ("qwen2_moe", "mlp_only_layers", [2]),
+        ("qwen2_moe", "mlp_only_layers", 1),
+        ("qwen2_moe", "decoder_sparse_step", 0),
+        ("qwen2_moe", "qkv_bias", False),
+        ("deepseek", "kv_lora_rank", None),
+        ("deepseek", "qk_rope_head_dim", 15),
+        ("deepseek", "n_group", 3),
+        ("deepseek", "n_group", 8),
+        ("deepseek", "topk_group", 5),
+        ("deepseek", "num_experts_per_tok", 5),
+        ("deepseek", "first_k_dense_replace", 3),
+        ("deepseek", "scoring_func", "softmax"),
+        ("deepseek", "topk_method", "greedy"),
+    ],
+)
+def test_a_senseless_value_names_its_key(family: str, key: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"tiny.*{key}"):
+        from_hf(family_body(family, **{key: value}), "tiny")
+
+
+def test_sparse_layers_follow_the_step_and_the_list() -> None:
+    keys = family_body("qwen2_moe", num_hidden_layers=6, decoder_sparse_step=2, mlp_only_layers=[3])
+    config = from_hf(keys, "tiny")
+    assert [i for i in range(6) if config.sparse(i)] == [1, 5]
 
 
 def test_bad_json_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(WeightsError, match=r"config\.json"):
+        load_config(tmp_path)
+
+
+def test_a_config_that_is_no_object_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(ConfigError, match=r"config\.json holds a list"):
         load_config(tmp_path)
 
 

@@ -72,6 +72,37 @@ MADE: dict[str, tuple[Maker, tuple[int, ...], str, Work]] = {
         (2, 4, 8), "bf16", Work(flops=4 * 2 * 16 * 4 * 8, hbm_bytes=2 * (64 + 1024 + 64)),
     ),
     "swiglu": (lambda b: ops.swiglu(b.input("x", (3, 8), "f32")), (3, 4), "f32", Work(flops=96, hbm_bytes=4 * 36)),
+    "route": (
+        lambda b: ops.route(b.input("l", (3, 8), "f32"), b.weight("c", (8,), "f32"), top_k=2),
+        (3, 8), "f32", Work(flops=4 * 24, hbm_bytes=4 * (24 + 8 + 24)),
+    ),
+    "experts": (
+        lambda b: ops.experts(
+            b.input("x", (2, 8), "bf16"), b.input("r", (2, 4), "f32"), b.weight("g", (4, 12, 8), "bf16"),
+            b.weight("d", (4, 8, 6), "bf16"), b.input("res", (2, 8), "bf16"), top_k=2,
+        ),
+        (2, 8), "bf16",
+        Work(flops=2 * 2 * 2 * 3 * 6 * 8, hbm_bytes=2 * 3 * 6 * 8 * 3 + 4 * 8 + 2 * 3 * 16),  # 3 experts of 4 expected
+    ),
+    "gated_add": (
+        lambda b: ops.gated_add(b.input("x", (3, 8), "f32"), b.input("g", (3, 1), "f32"), b.input("y", (3, 8), "f32")),
+        (3, 8), "f32", Work(flops=48, hbm_bytes=4 * (72 + 3)),
+    ),
+    "latent_rope": (
+        lambda b: ops.latent_rope(
+            b.input("q", (6, 24), "bf16"), b.input("kv", (6, 12), "bf16"), b.weight("n", (8,), "bf16"),
+            b.input("p", (2,), "i64"), b.state("c", (2, 16, 12), "bf16"), heads=2, rotary=4,
+        ),
+        (6, 2, 12), "bf16", Work(flops=3 * 6 * 4 * 3 + 4 * 6 * 8, hbm_bytes=2 * 2 * (144 + 72) + 16 + 16),
+    ),
+    "latent_attention": (
+        lambda b: ops.latent_attention(
+            b.input("q", (2, 4, 12), "f32"), b.input("p", (2,), "i64"), b.state("c", (2, 16, 12), "f32"),
+            b.weight("u", (4 * 14, 8), "f32"), rotary=4, scale=0.3, context=10,
+        ),
+        (2, 24), "f32",
+        Work(flops=2 * 4 * (2 * 8 * 14 + 2 * 10 * 20), hbm_bytes=4 * (96 + 56 * 8 + 48) + 16 + 2 * 10 * 12 * 4),
+    ),
     "add": (
         lambda b: ops.add(b.input("x", (3, 8), "f32"), b.input("y", (3, 8), "f32")),
         (3, 8), "f32", Work(flops=24, hbm_bytes=4 * 72),
@@ -144,6 +175,43 @@ MISFITS: dict[str, Callable[[GraphBuilder], Any]] = {
         b.input("bad", (3, 4, 8), "f32"), b.state("kv", (2, 2, 16, 2, 8), "f32")
     ),
     "swiglu": lambda b: ops.swiglu(b.input("bad", (3, 7), "f32")),
+    "route": lambda b: ops.route(b.input("bad", (3, 4), "f32"), top_k=5),
+    "route groups": lambda b: ops.route(b.input("bad", (3, 9), "f32"), top_k=2, groups=4, top_groups=2),
+    "route kept": lambda b: ops.route(b.input("bad", (3, 8), "f32"), top_k=2, groups=2, top_groups=3),
+    "route single": lambda b: ops.route(b.input("bad", (3, 8), "f32"), top_k=2, groups=8, top_groups=3),
+    "route scoring": lambda b: ops.route(b.input("bad", (3, 8), "f32"), top_k=2, scoring="tanh"),
+    "route correction": lambda b: ops.route(b.input("l", (3, 8), "f32"), b.weight("bad", (7,), "f32"), top_k=2),
+    "experts": lambda b: ops.experts(
+        b.input("x", (2, 8), "f32"), b.input("bad", (2, 3), "f32"), b.weight("g", (4, 12, 8), "f32"),
+        b.weight("d", (4, 8, 6), "f32"), top_k=2,
+    ),
+    "experts gate_up": lambda b: ops.experts(
+        b.input("x", (2, 8), "f32"), b.input("r", (2, 4), "f32"), b.weight("bad", (4, 10, 8), "f32"),
+        b.weight("d", (4, 8, 6), "f32"), top_k=2,
+    ),
+    "experts residual": lambda b: ops.experts(
+        b.input("x", (2, 8), "f32"), b.input("r", (2, 4), "f32"), b.weight("g", (4, 12, 8), "f32"),
+        b.weight("d", (4, 8, 6), "f32"), b.input("bad", (1, 8), "f32"), top_k=2,
+    ),
+    "gated_add": lambda b: ops.gated_add(
+        b.input("x", (3, 8), "f32"), b.input("bad", (3, 8), "f32"), b.input("y", (3, 8), "f32")
+    ),
+    "latent_rope": lambda b: ops.latent_rope(
+        b.input("q", (6, 24), "f32"), b.input("bad", (6, 10), "f32"), b.weight("n", (8,), "f32"),
+        b.input("p", (2,), "i64"), b.state("c", (2, 16, 12), "f32"), heads=2, rotary=4,
+    ),
+    "latent_rope odd": lambda b: ops.latent_rope(
+        b.input("q", (6, 24), "f32"), b.input("kv", (6, 12), "f32"), b.weight("n", (7,), "f32"),
+        b.input("p", (2,), "i64"), b.state("bad", (2, 16, 12), "f32"), heads=2, rotary=5,
+    ),
+    "latent_attention": lambda b: ops.latent_attention(
+        b.input("q", (2, 4, 12), "f32"), b.input("p", (2,), "i64"), b.state("c", (2, 16, 12), "f32"),
+        b.weight("bad", (4 * 14, 9), "f32"), rotary=4, scale=0.3,
+    ),
+    "latent_attention values": lambda b: ops.latent_attention(
+        b.input("q", (2, 4, 12), "f32"), b.input("p", (2,), "i64"), b.state("c", (2, 16, 12), "f32"),
+        b.weight("bad", (4 * 8, 8), "f32"), rotary=4, scale=0.3,
+    ),
     "add": lambda b: ops.add(b.input("x", (3, 8), "f32"), b.input("bad", (3, 7), "f32")),
     "add dtype": lambda b: ops.add(b.input("x", (3, 8), "f32"), b.input("bad", (3, 8), "bf16")),
     "argmax": lambda b: ops.argmax(b.input("bad", (3,), "f32")),

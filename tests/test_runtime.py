@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import cases_experts
 import numpy as np
 import pytest
 import torch
@@ -159,6 +160,7 @@ CASES: dict[str, tuple[Callable[[GraphBuilder, str], Value], Callable[[Tensors],
     "all_gather": (lambda b, d: ops.all_gather(b.input("x", (5, 7), d), ranks=1), lambda t: t["x"]),
     "all_reduce": (lambda b, d: ops.all_reduce(b.input("x", (5, 7), d), ranks=1), lambda t: t["x"]),
     "reduce_scatter": (lambda b, d: ops.reduce_scatter(b.input("x", (5, 7), d), ranks=1), lambda t: t["x"]),
+    **cases_experts.CASES,
 }  # fmt: skip
 
 

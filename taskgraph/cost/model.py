@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from taskgraph.cost.families import COLLECTIVE, DECODE, GEMM, PREFILL, STREAM
+from taskgraph.cost.families import COLLECTIVE, STREAM
 from taskgraph.cost.fitted import UNFITTED_BAND, DeviceModel, model_of
 from taskgraph.cost.roofline import roofline
 from taskgraph.cost.rows import Row, row_of
@@ -19,9 +19,6 @@ from taskgraph.graph.graph import Graph
 from taskgraph.graph.op import Demand, Op, Tensor
 from taskgraph.ops import NCCL_CHANNELS
 from taskgraph.units import format_quantity
-
-TENSOR_FAMILIES = frozenset({GEMM, PREFILL, DECODE})
-"""Families that run on tensor cores at their operands' rate; the others run at the f32 rate of the vector units."""
 
 CO_RESIDENT = 0.4
 """Share of the SMs at which an op's co-residency is read off its response: NanoFlow's operating point (decode attention
@@ -192,7 +189,7 @@ def _by_family(
 def _by_roofline(
     kernels: _Kernels, device: Device, useful: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
-    rates = np.array([device.rate(dtype if family in TENSOR_FAMILIES else "f32") for family, dtype, _ in kernels.rows])
+    rates = np.array([device.rate(dtype) for _, dtype, _ in kernels.rows])
     cap = np.full(len(useful), device.hbm_bytes_per_s)
     seconds, share = roofline(kernels.works, rates, cap, device, useful)
     return seconds, share * useful, np.full(len(useful), UNFITTED_BAND), ["roofline"] * len(useful)

@@ -6,7 +6,7 @@ other kind (custom ones too) is a stream of its declared work.
 
 from collections.abc import Callable, Mapping, Sequence
 
-from taskgraph.cost.families import COLLECTIVE, DECODE, GEMM, PREFILL, STREAM
+from taskgraph.cost.families import COLLECTIVE, DECODE, GEMM, MOE, PREFILL, STREAM
 from taskgraph.cost.formulas import COLLECTIVES
 from taskgraph.graph.op import ITEMSIZE, Op, Tensor, seen_inputs
 
@@ -75,3 +75,23 @@ def _(op: Op, ins: Tensors, outs: Tensors) -> Row:
     """The whole message is the larger side: what goes in of a reduction, what comes out of a gather."""
     sides = (sum(t.nbytes for t in side) for side in (ins, outs))
     return COLLECTIVE, "f32", (COLLECTIVES.index(op.kind), op.number("ranks"), max(sides))
+
+
+@row_rule("experts")
+def _(op: Op, ins: Tensors, outs: Tensors) -> Row:
+    """The measured kernels route too, so a `route` beside this one is counted twice: a few microseconds."""
+    (tokens, hidden), (experts, _, inner) = ins[0].shape, ins[3].shape
+    dtype = ins[2].dtype
+    return MOE, dtype, (tokens, hidden, inner, op.integer("top_k"), experts, 1.0, 0.0, ITEMSIZE[dtype])
+
+
+LATENT_EFFICIENCY = 660 / 989
+"""Share of the tensor cores' rate that latent attention reaches when arithmetic binds it: FlashMLA's 660 TFLOPS of
+the H800's 989 (published, github.com/deepseek-ai/FlashMLA)."""
+
+
+@row_rule("latent_attention")
+def _(op: Op, ins: Tensors, outs: Tensors) -> Row:
+    """No table measures it: its work as a stream whose arithmetic runs on tensor cores."""
+    family, _, (flops, *moved) = _stream(op)
+    return family, ins[2].dtype, (flops / LATENT_EFFICIENCY, *moved)

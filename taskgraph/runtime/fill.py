@@ -18,6 +18,8 @@ INDEX_RANGES: dict[tuple[str, int], Callable[[Op, Sequence[Tensor]], Range]] = {
     ("rope", 1): lambda op, ins: (0, ins[0].shape[0]),
     ("rope_kv", 1): lambda op, ins: _last_place(ins[2].shape[2], ins),
     ("attention", 1): lambda op, ins: _last_place(op.integer("context"), ins),
+    ("latent_rope", 3): lambda op, ins: _last_place(ins[4].shape[1], [ins[0], ins[3]]),
+    ("latent_attention", 1): lambda op, ins: _last_place(op.integer("context"), ins),
 }
 """(kind, input number) -> the range [low, high) of an integer input that is an index and not data.
 

@@ -1,0 +1,88 @@
+"""A decoder layer's scope: it names the ops, weights and states of one layer in a graph, and where layers repeat."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import taskgraph as tg
+from taskgraph.models.config import ModelConfig
+
+Names = tuple[str, ...]
+Sources = dict[str, Names | tuple[Names, ...]]
+"""Our weight of a layer -> the Hugging Face tensors that it joins along the first axis; a tuple of such, one an
+expert, is stacked on an axis of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """Appends to `builder`; `mark` begins every name, and `number` is the layer's in the model."""
+
+    builder: tg.GraphBuilder
+    config: ModelConfig
+    dtype: str
+    mark: str = ""
+    number: int = 0
+
+    def name(self, name: str) -> str:
+        """The name of an op of this layer."""
+        return self.mark + name
+
+    def weight(self, name: str, *shape: int, dtype: str | None = None) -> tg.Value:
+        """A weight of this layer."""
+        return self.builder.weight(self.mark + name, shape, dtype or self.dtype)
+
+    def state(self, name: str, *shape: int) -> tg.Value:
+        """A state of this layer."""
+        return self.builder.state(self.mark + name, shape, self.dtype)
+
+    def norm(self, x: tg.Value, weight: str, name: str) -> tg.Value:
+        """The RMS norm of x."""
+        return tg.ops.rmsnorm(x, self.weight(weight, x.shape[-1]), eps=self.config.norm_eps, name=self.name(name))
+
+    def product(
+        self,
+        x: tg.Value,
+        weight: str,
+        rows: int,
+        name: str,
+        *,
+        bias: tg.Value | None = None,
+        residual: tg.Value | None = None,
+        out_dtype: str | None = None,
+    ) -> tg.Value:
+        """x times the weight (rows, columns of x) transposed, plus bias and residual."""
+        w = self.weight(weight, rows, x.shape[1])
+        return tg.ops.gemm(x, w, bias, residual, transpose_w=True, out_dtype=out_dtype, name=self.name(name))
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Which layers a graph writes out, the `first` ones, and which period of layers it then repeats `count` times."""
+
+    first: int
+    period: int
+    count: int
+
+    def marks(self) -> list[str]:
+        """What begins the flat names of each layer of the model."""
+        head = [self.head(i) for i in range(self.first)]
+        return head + [f"layer.{i}/{self.body(j)}" for i in range(self.count) for j in range(self.period)]
+
+    def head(self, number: int) -> str:
+        """What begins the names of a layer before the repeat."""
+        return f"first.{number}/"
+
+    def body(self, place: int) -> str:
+        """What begins the names of a layer within the repeat."""
+        return f"{place}." if self.period > 1 else ""
+
+
+def layout_of(kinds: Sequence[object]) -> Layout:
+    """The layout with the fewest layers stored, for layers of these kinds."""
+    n = len(kinds)
+    choices = ((first, period) for first in range(n) for period in range(1, n - first + 1))
+    first, period = min((c for c in choices if _repeats(kinds[c[0] :], c[1])), key=lambda c: (sum(c), c[1]))
+    return Layout(first, period, (n - first) // period)
+
+
+def _repeats(kinds: Sequence[object], period: int) -> bool:
+    return len(kinds) % period == 0 and kinds[period:] == kinds[:-period]

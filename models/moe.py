@@ -1,0 +1,69 @@
+"""Layers with experts: Mixtral (Jiang et al. 2024), Qwen2-MoE, Qwen3-MoE and DeepSeek-V3.
+
+The shared expert does not wait for the routed ones, so that a planner may run them side by side.
+"""
+
+import taskgraph as tg
+from taskgraph.models.config import Experts, ModelConfig
+from taskgraph.models.layer import Layer, Names, Sources
+
+
+def expert_mlp(layer: Layer, x: tg.Value, residual: tg.Value) -> tg.Value:
+    """residual + the experts' results of x, which is normalised."""
+    e, hidden = layer.config.experts, x.shape[1]
+    if e is None:
+        raise tg.GraphError(f"{layer.config.name} has no experts.")
+    routing = _routing(layer, e, x)
+    gate_up, down = layer.weight("experts_gate_up", e.count, 2 * e.inner_size, hidden), layer.weight(
+        "experts_down", e.count, hidden, e.inner_size
+    )  # fmt: skip
+    mixed = tg.ops.experts(x, routing, gate_up, down, residual, top_k=e.top_k, name=layer.name("experts"))
+    return _with_shared(layer, e, x, mixed) if e.shared_size else mixed
+
+
+def _routing(layer: Layer, e: Experts, x: tg.Value) -> tg.Value:
+    """Logits are stored in f32: in bf16 near ties would go to another expert."""
+    correction = layer.weight("router_correction", e.count, dtype="f32") if e.correction else None
+    logits = layer.product(x, "router", e.count, "router_proj", out_dtype="f32")
+    return tg.ops.route(
+        logits, correction, top_k=e.top_k, scoring=e.scoring, normalize=e.normalize, scale=e.scale, groups=e.groups,
+        top_groups=e.top_groups, name=layer.name("route"),
+    )  # fmt: skip
+
+
+def _with_shared(layer: Layer, e: Experts, x: tg.Value, mixed: tg.Value) -> tg.Value:
+    gate_up = layer.product(x, "shared_gate_up", 2 * e.shared_size, "shared_gate_up_proj")
+    active = tg.ops.swiglu(gate_up, name=layer.name("shared_swiglu"))
+    shared = layer.product(active, "shared_down", x.shape[1], "shared_down_proj")
+    if not e.shared_gate:
+        return tg.ops.add(shared, mixed, name=layer.name("shared_add"))
+    gate = layer.product(x, "shared_gate", 1, "shared_gate_proj")
+    return tg.ops.gated_add(shared, gate, mixed, name=layer.name("shared_add"))
+
+
+def expert_sources(config: ModelConfig) -> Sources:
+    """The weights of `expert_mlp` and the checkpoint's tensors that they are made of."""
+    e = config.experts
+    if e is None:
+        return {}
+    block, gate, up, down = ("block_sparse_moe", "w1", "w3", "w2") if config.family == "mixtral" else _QWEN_NAMES
+
+    def each(*parts: str) -> tuple[Names, ...]:
+        return tuple(tuple(f"{block}.experts.{i}.{part}.weight" for part in parts) for i in range(e.count))
+
+    sources: Sources = {
+        "router": (f"{block}.gate.weight",), "experts_gate_up": each(gate, up), "experts_down": each(down),
+    }  # fmt: skip
+    if e.correction:
+        sources["router_correction"] = (f"{block}.gate.e_score_correction_bias",)
+    if e.shared_size:
+        shared = f"{block}.shared_expert" + ("s" if config.family == "deepseek_v3" else "")
+        sources["shared_gate_up"] = (f"{shared}.gate_proj.weight", f"{shared}.up_proj.weight")
+        sources["shared_down"] = (f"{shared}.down_proj.weight",)
+    if e.shared_gate:
+        sources["shared_gate"] = (f"{block}.shared_expert_gate.weight",)
+    return sources
+
+
+_QWEN_NAMES = ("mlp", "gate_proj", "up_proj", "down_proj")
+"""The block, and an expert's gate, up and down products, in the checkpoints of Qwen and DeepSeek."""

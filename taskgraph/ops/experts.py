@@ -1,0 +1,142 @@
+"""Mixture-of-experts ops: which experts a token goes to, the experts' products, and the shared expert's gate.
+
+Routing is one matrix (tokens, experts) of weights, zero where a token does not go: a rank that holds some experts
+takes their columns, and slices of the batch take rows.
+"""
+
+import math
+
+from taskgraph.graph.graph import Value
+from taskgraph.graph.op import ITEMSIZE, Work
+from taskgraph.ops.rules import (
+    SPLIT_RULES,
+    Attrs,
+    Outputs,
+    Shapes,
+    apply,
+    integer,
+    moved,
+    need,
+    shape_rule,
+    work_rule,
+)
+
+SCORINGS = ("softmax", "sigmoid")
+
+SPLIT_RULES |= {"route": (0, None), "experts": (0, 0, None, None, 0), "gated_add": (0, 0, 0)}
+
+
+@shape_rule("route")
+def _(ins: Shapes, attrs: Attrs) -> Outputs:
+    logits, *correction = ins
+    need(len(logits.shape) == 2, "route", ins, "logits must be (tokens, experts)")
+    count, top, groups, kept = logits.shape[1], *(integer(attrs, key) for key in ("top_k", "groups", "top_groups"))
+    need(all(t.shape == (count,) for t in correction), "route", ins, f"the correction must be ({count},)")
+    need(attrs["scoring"] in SCORINGS, "route", ins, f"scoring is one of {', '.join(SCORINGS)}")
+    need(groups >= 1 and count % groups == 0, "route", ins, f"{count} experts do not make {groups} equal groups")
+    need(1 <= kept <= groups, "route", ins, f"{kept} of {groups} groups cannot be kept")
+    need(groups == 1 or count // groups >= 2, "route", ins, "a group is scored by its two best experts; it has one")
+    need(1 <= top <= kept * (count // groups), "route", ins, f"{kept} groups do not hold the top {top} experts")
+    return [(logits.shape, "f32")]
+
+
+@work_rule("route")
+def _(ins: Shapes, outs: Shapes, attrs: Attrs) -> Work:
+    """A score and a look at each choice's maximum, an expert and token."""
+    return Work(flops=(2.0 + integer(attrs, "top_k")) * math.prod(ins[0].shape), hbm_bytes=moved(ins) + moved(outs))
+
+
+@shape_rule("experts")
+def _(ins: Shapes, attrs: Attrs) -> Outputs:
+    x, routing, gate_up, down, *residual = ins
+    need(len(x.shape) == 2, "experts", ins, "x must be (tokens, hidden)")
+    need(len(gate_up.shape) == len(down.shape) == 3, "experts", ins, "gate_up and down must have an expert axis")
+    (tokens, hidden), (count, _, inner) = x.shape, down.shape
+    need(routing.shape == (tokens, count), "experts", ins, f"routing must be ({tokens}, {count})")
+    need(gate_up.shape == (count, 2 * inner, hidden), "experts", ins, "gate_up must be (experts, 2 * inner, hidden)")
+    need(down.shape[1] == hidden, "experts", ins, "down must be (experts, hidden, inner)")
+    need(x.dtype == gate_up.dtype == down.dtype, "experts", ins, "dtypes of x and the weights differ")
+    need(routing.dtype == "f32", "experts", ins, "routing must be f32, as `route` makes it")
+    need(all((t.shape, t.dtype) == (x.shape, x.dtype) for t in residual), "experts", ins, "residual must be like x")
+    need(integer(attrs, "top_k") >= 1, "experts", ins, "top_k must be at least 1")
+    return [(x.shape, x.dtype)]
+
+
+@work_rule("experts")
+def _(ins: Shapes, outs: Shapes, attrs: Attrs) -> Work:
+    """Three products a token and expert that it goes to; the weights of every expert that a token goes to, once."""
+    x, _, gate_up, _, *_ = ins
+    tokens, hidden = x.shape
+    count, width, _ = gate_up.shape
+    top = integer(attrs, "top_k")
+    each = 1.5 * width * hidden
+    weights = active_experts(tokens, top, count) * each * ITEMSIZE[gate_up.dtype]
+    others = moved([*ins[:2], *ins[4:], *outs])
+    return Work(flops=2.0 * tokens * top * each, hbm_bytes=weights + others)
+
+
+def active_experts(tokens: int, top_k: int, experts: int) -> float:
+    """Experts that at least one of `tokens` goes to, expected under uniform routing: each token leaves one out with
+    probability 1 - top_k / experts (the occupancy problem, Feller 1968)."""
+    return experts * (1.0 - (1.0 - min(top_k / experts, 1.0)) ** tokens)
+
+
+@shape_rule("gated_add")
+def _(ins: Shapes, attrs: Attrs) -> Outputs:
+    x, gate, base = ins
+    need(len(x.shape) == 2, "gated_add", ins, "x must be (tokens, features)")
+    need(gate.shape == (x.shape[0], 1), "gated_add", ins, "the gate must be (tokens, 1)")
+    need((base.shape, base.dtype, gate.dtype) == (x.shape, x.dtype, x.dtype), "gated_add", ins, "base must be like x")
+    return [(x.shape, x.dtype)]
+
+
+@work_rule("gated_add")
+def _(ins: Shapes, outs: Shapes, attrs: Attrs) -> Work:
+    return Work(flops=2.0 * math.prod(ins[0].shape), hbm_bytes=moved(ins) + moved(outs))
+
+
+def route(
+    logits: Value,
+    correction: Value | None = None,
+    *,
+    top_k: int,
+    scoring: str = "softmax",
+    normalize: bool = True,
+    scale: float = 1.0,
+    groups: int = 1,
+    top_groups: int = 1,
+    name: str | None = None,
+) -> Value:
+    """Weights f32 (tokens, experts) of the `top_k` experts of every token, zero elsewhere.
+
+    Scores are the softmax of the logits over experts or their sigmoid. `correction` (experts,) counts in the choice,
+    not in the weights, and with `groups` only the `top_groups` whose two best experts sum highest are in the choice
+    (DeepSeek-V3, arXiv 2412.19437, section 2.1.2). Weights that are `normalize`d sum to 1 a token; then `scale`.
+    """
+    attrs: Attrs = {"top_k": top_k, "scoring": scoring, "normalize": normalize, "scale": float(scale)}
+    attrs |= {"groups": groups, "top_groups": top_groups}
+    return apply("route", [logits, *([correction] if correction else [])], attrs, name=name)
+
+
+def experts(
+    x: Value,
+    routing: Value,
+    gate_up: Value,
+    down: Value,
+    residual: Value | None = None,
+    *,
+    top_k: int,
+    name: str | None = None,
+) -> Value:
+    """residual + sum over the experts e of a token of routing[e] * (silu(gate_e x) * (up_e x)) down_e, x (m, hidden).
+
+    Two grouped products over the rows that each expert gets (MegaBlocks, Gale et al. 2022): gate_up (experts,
+    2 * inner, hidden), gate first, and down (experts, hidden, inner). `top_k` is what the cost counts a token.
+    """
+    inputs = [x, routing, gate_up, down, *([residual] if residual else [])]
+    return apply("experts", inputs, {"top_k": top_k}, name=name)
+
+
+def gated_add(x: Value, gate: Value, base: Value, *, name: str | None = None) -> Value:
+    """base + sigmoid(gate) * x, gate (m, 1): the shared expert of Qwen2-MoE."""
+    return apply("gated_add", [x, gate, base], name=name)
