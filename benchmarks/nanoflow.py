@@ -22,7 +22,7 @@ calibrated  simulated with the shipped a100_sxm coefficients: other libraries' k
 declared    simulated with the GEMM tiles and collectives that NanoFlow's repository declares; attention as calibrated
 
 The step gathers the attention's features, and o's result, in place of an all-reduce, as the repository does. Its work
-is the table's: 683 prefill tokens at the end of 853 keys are the only whole sequence with its GFLOP and GB.
+is the table's: 683 prefill tokens at the end of 853 keys are the only causal sequence with its GFLOP and GB.
 """
 
 PUBLISHED_MS: Mapping[str, float] = {
