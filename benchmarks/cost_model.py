@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 import taskgraph as tg
-from benchmarks import machine, nanoflow, print_json
+from benchmarks import machine, nanoflow_table, print_json
 from taskgraph.cost.calibrate import Errors, predictions
 from taskgraph.cost.fitted import model_of
 from taskgraph.cost.formulas import SMS
@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         screen.print(
             f"R -> P, {row.resource}, {row.table} (published): mean |dP| {row.mean:.3f}, largest {row.largest:.3f}"
         )
-    screen.print(nanoflow.table(nanoflow.rows()))
+    screen.print(nanoflow_table.table(nanoflow_table.rows()))
     if options.plots:
         plot(tables, options.plots)
     fast = speed()

@@ -1,10 +1,12 @@
-"""One LLaMA-2-70B iteration on eight A100s: NanoFlow's published times against ours, which never saw them."""
+"""NanoFlow's pipelines against our plans, in one evaluator: how much of the optimal throughput each one reaches."""
 
 import argparse
 import math
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from rich.console import Console
@@ -12,110 +14,230 @@ from rich.table import Table
 
 import taskgraph as tg
 from benchmarks import print_json
-from taskgraph.cost.model import predict
+from taskgraph.cost.model import OpTable, op_table
 from taskgraph.models.config import load_config
 from taskgraph.models.parallel import mixed_step
+from taskgraph.schedule.nanobatch import UNSPLIT, Split, apply
 
 EPILOG = """\
-published   table 2 of NanoFlow (Zhu et al. 2025, arXiv 2408.12757v2), 80 layers, milliseconds
-calibrated  simulated with the shipped a100_sxm coefficients: other libraries' kernels, NCCL among them
-declared    simulated with the GEMM tiles and collectives that NanoFlow's repository declares; attention as calibrated
+One iteration of 2048 tokens, two thirds of them decode at context 1024, all layers. Op times alone: the cost model's
+(simulated, a100_sxm). Times beside others: NanoFlow's table 3 (published), the share R of the SMs to performance P.
+Norms, rope and other elementwise ops cost nothing, as in NanoFlow's cost model.
 
-The step gathers the attention's features, and o's result, in place of an all-reduce, as the repository does. Its work
-is the table's: 683 prefill tokens at the end of 853 keys are the only causal sequence with its GFLOP and GB.
+sequential      the captured graph, op after op
+nanobatch_only  in NanoFlow's slices, op after op
+nanoflow        NanoFlow's slices and its R of every op (published); in the order that serves them best: of list
+                schedules with the R as limits, or with products that take what the others leave, the best, and then
+                our search over orders alone
+taskgraph       tg.plan(scheduler="search"): slices, SMs, order and lanes are its own
+bound           no plan can be better: least SM-seconds over all SM counts and all slicings in multiples of 128 tokens
+
+Every figure is a fraction of the optimal throughput (published for the 70B: 1857 tokens/s/GPU, which means 260 TFLOP/s
+for 2 x parameters; the same rate gives the 8B's).
 """
+TOKENS, DECODE, CONTEXT = 2048, 1365, 1024
+OPTIMAL_FLOPS_PER_S = 1857 * 2 * 70e9
+"""Flop/s a GPU that the published optimal throughput of the 70B stands for."""
+UNIT = 128
 
-PUBLISHED_MS: Mapping[str, float] = {
-    "KQV": 16.08, "O": 16.01, "UG": 69.92, "D": 34.96, "DecAttn": 35.60, "PfAttn": 4.56, "Net": 47.92,
-}  # fmt: skip
-"""Real time of each row; 225.05 in all."""
-OPS: Mapping[str, tuple[str, ...]] = {
-    "KQV": ("qkv_proj",), "O": ("o_proj",), "UG": ("gate_up_proj",), "D": ("down_proj",),
-    "DecAttn": ("decode_attention",), "PfAttn": ("prefill_attention",),
-    "Net": ("o_proj.gather", "o_reduce", "down_reduce"),
-}  # fmt: skip
-"""The ops of a layer that each row holds. The table leaves out norms, rope and the rest."""
-
-TILE = 128
-"""Output rows and columns of a thread block in every GEMM of NanoFlow's pipeline without overlap (pipeline.h of
-efeslab/Nanoflow: 128 x 128 x 32 without a split of k; gate and up together, 64 columns of each)."""
-GEMM_FLOPS_PER_S = 280e12
-"""CUTLASS's profiled peak on an A100 (published, section 3 of the paper)."""
-PHASE_BYTES = (8 << 20, 16 << 20, 32 << 20)
-PHASE_S = (59.39e-6, 93.25e-6, 162.49e-6)
-"""Seconds of NanoFlow's reduce-scatter (MSCCL++) of a message on 32 thread blocks of eight A100s: published, the traces
-in autosearch/trace/networkData of its repository. An all-gather moves as much, and has a trace on 8 blocks only."""
-PHASES: Mapping[str, int] = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}
-
-Costs = Callable[[tg.Op], float]
+GEMV = ((0.0, 0.1, 0.2, 0.4, 0.8, 0.9, 1.0), (0.0, 0.2, 0.3, 0.8, 0.85, 0.95, 1.0))
+NETWORK = ((0.0, 0.1, 0.2, 0.8, 0.9, 1.0), (0.0, 0.3, 0.5, 0.9, 1.0, 1.0))
+"""R and P of table 3 (published, paper); below R = 0.1 in proportion, and the network's P of 0.9 is all there is."""
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """Milliseconds of one row of the table in a whole iteration."""
+class Pipeline:
+    """A published pipeline: the slices of all ops, those of named ones, and the R of every op by slice."""
 
-    published_ms: float
-    calibrated_ms: float
-    declared_ms: float
+    slices: tuple[int, ...]
+    finer: Mapping[str, tuple[int, ...]]
+    shares: Mapping[str, tuple[float, ...]]
 
-
-def step() -> tg.Graph:
-    """One rank's iteration with the table's work: 2048 tokens, a third of them prefill, at NanoFlow's collectives."""
-    return mixed_step(
-        load_config("llama-2-70b"), tensor_parallel=8, decode_tokens=1365, decode_context=1024, prefill_tokens=683,
-        prefill_context=853, collectives={"o": "gather"},
-    )  # fmt: skip
+    def split(self) -> Split:
+        """What `apply` needs to make its graph."""
+        return Split((((), self.slices), *(((f"layer/{op}",), sizes) for op, sizes in self.finer.items())))
 
 
-def rows() -> dict[str, Row]:
-    """Every row of the table, and their total."""
-    graph, device = step(), tg.devices.get("a100_sxm")
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A model on its GPUs, and NanoFlow's pipelines for it."""
+
+    model: str
+    ranks: int
+    pipelines: tuple[Pipeline, ...]
+
+    def graph(self) -> tg.Graph:
+        """One rank's iteration."""
+        return mixed_step(
+            load_config(self.model), tensor_parallel=self.ranks, decode_tokens=DECODE, decode_context=CONTEXT,
+            prefill_tokens=TOKENS - DECODE, prefill_context=853,
+            collectives={"o": "gather"} if self.ranks > 1 else None,
+        )  # fmt: skip
+
+    def optimal_s(self) -> float:
+        """Seconds of an iteration at the optimal throughput."""
+        billions = {"llama-2-70b": 70e9, "llama-3-8b": 8e9}
+        return TOKENS * 2 * billions[self.model] / OPTIMAL_FLOPS_PER_S / self.ranks
+
+
+def _seventy(slices: tuple[int, int], kqv: tuple[int, ...], net: float) -> Pipeline:
+    """R of the 70B pipeline (published): KQV 0.4 beside decode attention 0.4, PF 0.6, O 0.6 and 0.8, UGD 0.9."""
+    edges = np.minimum(np.cumsum((0, *kqv)), DECODE)
+    decode = tuple(int(n) for n in np.diff(edges) if n > 0)
+    shares = {
+        "qkv_proj": (0.4,), "decode_attention": (0.4,), "prefill_attention": (0.6,), "o_proj": (0.6, 0.8),
+        "gate_up_proj": (0.9,), "down_proj": (0.9,), "o_proj.gather": (net,), "o_reduce": (net,),
+        "down_reduce": (net,),
+    }  # fmt: skip
+    return Pipeline(slices, {"norm1": kqv, "qkv_proj": kqv, "decode_rope": decode, "decode_attention": decode}, shares)
+
+
+def _eight(first: int) -> Pipeline:
+    """The 8B pipeline (published): two nano-batches, decode attention under up, gate and down."""
+    shares = {"qkv_proj": (1.0,), "decode_attention": (0.4,), "prefill_attention": (0.6,), "o_proj": (0.6,)}
+    return Pipeline((first, TOKENS - first), {}, {**shares, "gate_up_proj": (0.6,), "down_proj": (0.6,)})
+
+
+CASES = {
+    "llama2-70b": Case(
+        "llama-2-70b",
+        8,
+        tuple(
+            _seventy(slices, kqv, net)
+            for slices, kqv in (((768, 1280), (384, 384, 640, 640)), ((640, 1408), (256, 384, 768, 640)))
+            for net in (0.1, 0.2)
+        ),
+    ),
+    "llama3-8b": Case("llama-3-8b", 1, tuple(_eight(first) for first in (768, 1024))),
+}
+
+
+# ------------------------------------------------------------------------------------------- prices
+
+
+def category(op: tg.Op) -> str:
+    """What the op is bound by, in NanoFlow's words: gemm, gemv, network, or nothing."""
+    if op.kind in ("all_reduce", "all_gather", "reduce_scatter"):
+        return "network"
+    if "decode_attention" in op.name:
+        return "gemv"
+    return "gemm" if op.kind in ("gemm", "attention") else ""
+
+
+def performance(kind: str, share: np.ndarray) -> np.ndarray:
+    """P at R: for GEMMs R itself, by definition."""
+    table = {"gemv": GEMV, "network": NETWORK}.get(kind)
+    return share if table is None else np.interp(share, *table)
+
+
+def free_costs(graph: tg.Graph, device: tg.Device, sizes: Sequence[int]) -> OpTable:
+    """Every op on any SM count: its time on the whole GPU over P."""
+    share = np.array(sizes) / device.sm_count
+    return _priced(graph, device, [share] * len(graph.ops), np.tile(np.array(sizes, float), (len(graph.ops), 1)))
+
+
+def published_costs(
+    pipeline: Pipeline, leading: bool, graph: tg.Graph, device: tg.Device, sizes: Sequence[int]
+) -> OpTable:
+    """Every op at its published R alone, whatever the SM count; `leading` products take what the others leave."""
+    share = np.array([1.0 if leading and category(op) == "gemm" else _share(pipeline, op) for op in graph.ops])
+    same = [np.full(len(sizes), each) for each in share]
+    return _priced(graph, device, same, np.tile(share[:, None] * device.sm_count, (1, len(sizes))))
+
+
+def _share(pipeline: Pipeline, op: tg.Op) -> float:
+    stem, _, slice_number = op.name.rpartition("/")[2].partition("#")
+    row = pipeline.shares.get(stem, (1.0,))
+    return row[min(int(slice_number) if slice_number.isdigit() else 0, len(row) - 1)]
+
+
+def _priced(graph: tg.Graph, device: tg.Device, share: Sequence[np.ndarray], use: np.ndarray) -> OpTable:
+    alone = op_table(graph, device, [device.sm_count])
+    seconds, rates = np.empty_like(use), np.zeros((*use.shape, 4))
+    for i, op in enumerate(graph.ops):
+        kind = category(op)
+        seconds[i] = alone.seconds[i, 0] / performance(kind, share[i]) if kind else 1e-9
+        rates[i] = alone.rates[i, 0] * (alone.seconds[i, 0] / seconds[i])[:, None] if kind else 0.0
+        use[i] = use[i] if kind else 1e-3
+    return replace(alone, seconds=seconds, rates=rates, sm_use=use, sm_min=np.ones_like(alone.sm_min))
+
+
+# ------------------------------------------------------------------------------------------- plans and bound
+
+
+def bound_s(graph: tg.Graph, device: tg.Device) -> float:
+    """The least seconds of SMs, over all SM counts and slicings in multiples of UNIT tokens; or of the link."""
     layers = graph.repeat.count if graph.repeat else 1
-    layer = {op.name.removeprefix("layer/"): op for op in graph.ops if op.name.startswith("layer/")}
-
-    def calibrated(op: tg.Op) -> float:
-        return predict(op, graph, device).seconds
-
-    def declared(op: tg.Op) -> float:
-        ins, out = [graph.tensor[n] for n in op.inputs], graph.tensor[op.outputs[0]]
-        if op.kind == "gemm":
-            return gemm_seconds(*ins[0].shape, out.shape[1], device)
-        if op.kind in PHASES:
-            return PHASES[op.kind] * phase_seconds(max(ins[0].nbytes, out.nbytes))
-        return calibrated(op)
-
-    def of(names: Sequence[str], costs: Costs) -> float:
-        return 1e3 * layers * sum(costs(layer[name]) for name in names)
-
-    found = {name: Row(PUBLISHED_MS[name], of(names, calibrated), of(names, declared)) for name, names in OPS.items()}
-    sums = (sum(getattr(row, field.name) for row in found.values()) for field in fields(Row))
-    return {**found, "total": Row(*sums)}
+    sizes = [size for size in device.partition_sizes() if size >= 2]
+    priced: dict[str, dict[int, float]] = {}
+    for cut in range(0, TOKENS // 2 + 1, UNIT):
+        sliced = apply(graph, Split.of((cut, TOKENS - cut))) if cut else graph
+        table = free_costs(sliced, device, sizes)
+        area = (table.seconds * table.sm_use).min(axis=1)
+        for op, least in zip(sliced.ops, area.tolist(), strict=True):
+            if category(op):
+                units = op_rows(op, sliced)
+                by_units = priced.setdefault(op.name.partition("#")[0], {})
+                by_units[units] = min(least, by_units.get(units, math.inf))
+    inside = {op.name for op in graph.ops if op.name.startswith("layer/")}
+    total = sum(least_area(by_units) * (layers if name in inside else 1) for name, by_units in priced.items())
+    return total / device.sm_count
 
 
-def gemm_seconds(m: int, k: int, n: int, device: tg.Device) -> float:
-    """Whole waves of tiles, one on each SM, at the profiled peak: an SM that has a second tile needs twice as long."""
-    waves = math.ceil(math.ceil(m / TILE) * math.ceil(n / TILE) / device.sm_count)
-    return device.launch_seconds + waves * 2.0 * TILE * TILE * k * device.sm_count / GEMM_FLOPS_PER_S
+def op_rows(op: tg.Op, graph: tg.Graph) -> int:
+    """Rows of what the op makes: how much of the batch it has."""
+    return graph.tensor[op.outputs[0]].shape[0]
 
 
-def phase_seconds(nbytes: int) -> float:
-    """A reduce-scatter or an all-gather of a message, between the published sizes."""
-    if not PHASE_BYTES[0] <= nbytes <= PHASE_BYTES[-1]:
-        raise tg.ProfileError(
-            f"a message of {nbytes} bytes lies outside the published {PHASE_BYTES[0]} to {PHASE_BYTES[-1]}."
-        )
-    return float(np.interp(nbytes, PHASE_BYTES, PHASE_S))
+def least_area(by_units: Mapping[int, float]) -> float:
+    """The cheapest way to make all rows from slices of the priced sizes."""
+    whole = max(by_units)
+    cheapest = {0: 0.0}
+    for rows in range(1, whole + 1):
+        ways = [cheapest[rows - u] + area for u, area in by_units.items() if rows - u in cheapest]
+        if ways:
+            cheapest[rows] = min(ways)
+    return cheapest[whole]
 
 
-def table(found: Mapping[str, Row]) -> Table:
-    """The rows for the screen."""
-    shown = Table(title="LLaMA-2-70B on 8 A100, ms an iteration (published; simulated)", title_justify="left")
-    for column in ("row", "published", "calibrated", "error", "declared", "error"):
-        shown.add_column(column)
-    for name, row in found.items():
-        cells = (f"{t:.2f}|{t / row.published_ms - 1:+.1%}" for t in (row.calibrated_ms, row.declared_ms))
-        shown.add_row(name, f"{row.published_ms:.2f}", *"|".join(cells).split("|"))
-    return shown
+def pipeline_s(case: Case, graph: tg.Graph, device: tg.Device, budget_s: float) -> float:
+    """Seconds of NanoFlow's pipeline, in the best order found for its slices and R."""
+    readings = []
+    for pipeline in case.pipelines:
+        sliced = apply(graph, pipeline.split())
+        for leading in (False, True):
+            costs = partial(published_costs, pipeline, leading)
+            quick = tg.plan(sliced, device, "search", budget_s=0.05, nano_batches=False, costs=costs)
+            readings.append((quick.makespan_s, len(readings), sliced, costs))
+    _, _, sliced, costs = min(readings)
+    best = tg.plan(sliced, device, "search", budget_s=budget_s, nano_batches=False, costs=costs)
+    return min(best.makespan_s, min(readings)[0])
+
+
+def in_sequence_s(graph: tg.Graph, split: Split, device: tg.Device) -> float:
+    return tg.plan(apply(graph, split), device, "sequential", costs=free_costs).makespan_s
+
+
+def run(case: Case, budget_s: float, seed: int, say: Callable[[str], None]) -> dict[str, float]:
+    """The figures of one case."""
+    graph, device = case.graph(), tg.devices.get("a100_sxm")
+    optimal = case.optimal_s()
+    say("sequential")
+    times = {
+        "sequential": in_sequence_s(graph, UNSPLIT, device),
+        "nanobatch_only": min(in_sequence_s(graph, each.split(), device) for each in case.pipelines),
+    }
+    say("NanoFlow's pipeline")
+    times["nanoflow"] = pipeline_s(case, graph, device, budget_s / 4)
+    say(f"taskgraph, {budget_s:g} s")
+    begin = time.perf_counter()
+    plan = tg.plan(graph, device, "search", budget_s=budget_s, seed=seed, costs=free_costs)
+    search_seconds = time.perf_counter() - begin
+    tg.verify(plan, graph, memory=False)
+    times["taskgraph"] = plan.makespan_s
+    times["bound"] = bound_s(graph, device)
+    say(plan.made_by)
+    return {name: optimal / seconds for name, seconds in times.items()} | {"search_seconds": search_seconds}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -125,13 +247,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--json", action="store_true", help="print the rows as JSON on the last line")
+    parser.add_argument("--model", choices=CASES, help="only this one")
+    parser.add_argument("--seconds", type=float, default=15.0, help="budget of our search (default 15)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON on the last line")
     options = parser.parse_args(argv)
-    found = rows()
-    Console(highlight=False).print(table(found))
+    console = Console(highlight=False)
+    found = {}
+    for name, case in CASES.items():
+        if options.model in (None, name):
+            say = partial(console.print, f"[dim]{name}[/dim]")
+            found[name] = run(case, options.seconds, options.seed, say)
+    console.print(_table(found))
     if options.json:
-        print_json({name: asdict(row) for name, row in found.items()})
+        print_json(found)
     return 0
+
+
+def _table(found: Mapping[str, Mapping[str, float]]) -> Table:
+    shown = Table(title="fraction of the optimal throughput (simulated on a100_sxm; R and P published)")
+    columns = ("sequential", "nanobatch_only", "nanoflow", "taskgraph", "bound", "search_seconds")
+    for column in ("", *columns, "over nanoflow", "of bound"):
+        shown.add_column(column, justify="right")
+    for name, row in found.items():
+        over, of = row["taskgraph"] / row["nanoflow"], row["taskgraph"] / row["bound"]
+        shown.add_row(name, *(f"{row[column]:.3f}" for column in columns), f"{over:.3f}x", f"{of:.1%}")
+    return shown
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import taskgraph as tg
-from benchmarks import interleaved, nanoflow, overhead, schedule, spread, tune
+from benchmarks import interleaved, nanoflow_table, overhead, schedule, spread, tune
 
 
 def run(capsys: pytest.CaptureFixture[str], main: Callable[[Sequence[str]], int], *argv: str) -> dict[str, Any]:
@@ -112,8 +112,8 @@ def test_help_teaches(main: Callable[[Sequence[str]], int], capsys: pytest.Captu
 def test_nanoflow_rows_hold(capsys: pytest.CaptureFixture[str]) -> None:
     """The published 70B table. Prefill attention is of another kernel (docs/predict.md) and so is held to nothing; the
     shipped coefficients are of other GEMM and collective kernels and are held to the rows of neither."""
-    found = run(capsys, nanoflow.main)
-    assert [*found] == [*nanoflow.PUBLISHED_MS, "total"]
+    found = run(capsys, nanoflow_table.main)
+    assert [*found] == [*nanoflow_table.PUBLISHED_MS, "total"]
     assert found["total"]["published_ms"] == pytest.approx(225.05)
     for row in ("KQV", "O", "UG", "D", "DecAttn", "Net"):
         assert found[row]["declared_ms"] == pytest.approx(found[row]["published_ms"], rel=0.15)
@@ -125,15 +125,15 @@ def test_nanoflow_rows_hold(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_declared_product_costs_whole_waves() -> None:
     """128 and 160 tiles are both two waves on 108 SMs, so NanoFlow's O takes as long as its KQV; 109 tiles too."""
     device = tg.devices.get("a100_sxm")
-    kqv, o, few, one = (nanoflow.gemm_seconds(2048, 8192, n, device) for n in (1280, 1024, 7 * 128, 6 * 128))
+    kqv, o, few, one = (nanoflow_table.gemm_seconds(2048, 8192, n, device) for n in (1280, 1024, 7 * 128, 6 * 128))
     assert kqv == o == few
     assert o - device.launch_seconds == pytest.approx(2 * (one - device.launch_seconds))
-    assert nanoflow.gemm_seconds(1 << 14, 8192, 1 << 14, device) == pytest.approx(2 * 2**41 / 280e12, rel=0.01)
+    assert nanoflow_table.gemm_seconds(1 << 14, 8192, 1 << 14, device) == pytest.approx(2 * 2**41 / 280e12, rel=0.01)
 
 
 def test_published_phases_are_read_between_their_sizes_only() -> None:
-    assert nanoflow.phase_seconds(16 << 20) == 93.25e-6
-    assert 93.25e-6 < nanoflow.phase_seconds(20 << 20) < 162.49e-6
+    assert nanoflow_table.phase_seconds(16 << 20) == 93.25e-6
+    assert 93.25e-6 < nanoflow_table.phase_seconds(20 << 20) < 162.49e-6
     for nbytes in (1 << 20, 64 << 20):
         with pytest.raises(tg.ProfileError, match=str(nbytes)):
-            nanoflow.phase_seconds(nbytes)
+            nanoflow_table.phase_seconds(nbytes)

@@ -24,7 +24,7 @@ _ROUNDS = 6
 _OP_S = 4e-6
 """Seconds that one op costs in one trial, on the slow side: it turns a budget into a number of trials, so that equal
 seeds and budgets give equal plans on any machine that keeps up. The wall clock only guards."""
-_OVERSUBSCRIBE = np.array([1.0, 1.25, 2.0, np.inf])
+_OVERSUBSCRIBE = np.array([1.0, 1.25, 1.5, 2.0, np.inf])
 _BACKFILL, _SM, _SOFT = 0, 1, 2
 
 
@@ -83,16 +83,18 @@ class State:
 
 
 def starts(space: Space, layout: Layout) -> list[State]:
-    """States to begin from: every op on the least SMs that keep it within a factor of its best time."""
+    """States to begin from: every op where its seconds x SMs^thrift are least, from the fastest mode (thrift 0, the one
+    of fewest SMs) to that of the least area (1, the one of most SMs)."""
     problem, lowest = space.problem, space.lowest_mode()
-    ratio = problem.seconds / problem.seconds.min(axis=1, keepdims=True)
     zeros, row = np.zeros(len(lowest)), np.zeros(len(lowest), np.int64)
     found = []
-    for slack in (1.0, 1.1, 1.3, 1.7):
-        enough = np.argmax(ratio <= slack * (1 + 1e-9), axis=1)
+    for thrift in (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0):
+        product = np.where(problem.legal, problem.seconds * problem.use[:, :, 0] ** thrift, np.inf)
+        good = product <= product.min(axis=1, keepdims=True) * (1 + 1e-9)
+        wanted = np.argmax(good, axis=1) if thrift == 0 else good.shape[1] - 1 - np.argmax(good[:, ::-1], axis=1)
         mode = lowest.copy()
-        np.maximum.at(mode, space.decision, enough)
-        found += [State(mode, row, zeros, layout.rows, np.array([1, sm, 3])) for sm in (0, 3)]
+        np.maximum.at(mode, space.decision, wanted)
+        found += [State(mode, row, zeros, layout.rows, np.array([1, sm, 4])) for sm in range(len(_OVERSUBSCRIBE))]
     return found
 
 
