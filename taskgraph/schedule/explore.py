@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from taskgraph.errors import PlanError
+from taskgraph.errors import GraphError, PlanError
 from taskgraph.graph.device import Device
 from taskgraph.graph.graph import Graph
 from taskgraph.schedule import lists
@@ -24,8 +24,12 @@ WINDOW = 8
 SPLIT_GAIN = 1.01
 _TABLE = 2_000_000
 """The most (op, SM count) pairs that a search looks at."""
-_FIRST, _ROUNDS = 0.6, 0.5
-"""Shares of the budget: of all rounds but the last together; of a round, for the dispatched schedules."""
+_FIRST, _RESLICE, _LAST, _DISPATCHED = 0.4, 0.3, 0.3, 0.3
+"""Shares of the budget: of the rounds together, of single ops' slices, of the last arm; of each of these for
+dispatched schedules."""
+_RESLICED_FROM_S = 5.0
+_TRIES = 24
+"""Other slices for single ops that are tried at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +72,80 @@ def explore(
     arms = list(_arms(graph, device, costs, limit_s, nano_batches))
     if not arms:
         return None
-    rounds = max(len(arms) - 1, 0).bit_length()
+    if len(arms) == 1:
+        return _realised(_advanced(arms[0], budget_s, seed), device, costs, seed)
+    rounds = (len(arms) - 1).bit_length()
     for turn in range(rounds):
         share = _FIRST * budget_s / rounds / len(arms)
         arms = sorted((_advanced(arm, share, seed + turn) for arm in arms), key=_Arm.judged)
         arms = arms[: (len(arms) + 1) // 2]
-    share = budget_s if rounds == 0 else (1 - _FIRST) * budget_s
-    return _realised(_advanced(arms[0], share, seed + rounds), device, costs, seed)
+    best = arms[0]
+    if best.split.parts and budget_s >= _RESLICED_FROM_S:
+        best = _resliced(graph, best, device, costs, _RESLICE * budget_s, seed + rounds)
+    print([(a.split.parts, round(a.seconds if hasattr(a, "seconds") else a.judged() * 1e3, 1)) for a in [best]])
+    return _realised(_advanced(best, _LAST * budget_s, seed + rounds), device, costs, seed)
+
+
+def _resliced(graph: Graph, best: _Arm, device: Device, costs: Costs, budget_s: float, seed: int) -> _Arm:
+    """The arm with other slices for single ops, one after another, where that helps: first those that save area."""
+    names = {op.name for op in graph.ops}
+    mine = _areas(best.graph, device, costs)
+    options = []
+    for made in [UNSPLIT, *slicings(graph)]:
+        for name, area in _areas(apply(graph, made), device, costs).items():
+            if name in names and area < mine.get(name, 0.0):
+                options.append((area - mine[name], name, made))
+    options = sorted(options, key=lambda o: o[0])[:_TRIES]
+    for turn, (_, name, made) in enumerate(options):
+        with suppress(GraphError):  # an op takes no cut within one of its units
+            arm = _with_slices(graph, best, name, made, device, costs)
+            arm = _advanced(arm, budget_s / len(options), seed + turn)
+            best = arm if arm.judged() < best.judged() else best
+    return best
+
+
+def _with_slices(graph: Graph, arm: _Arm, name: str, made: Split, device: Device, costs: Costs) -> _Arm:
+    """The arm with the op `name` in the slices of `made`; every decision that it had stays with its slice."""
+    sizes = made.parts[0][1] if made.parts else (sum(arm.split.parts[0][1]),)
+    split = Split((*(part for part in arm.split.parts if name not in part[0]), ((name,), sizes)))
+    sliced = apply(graph, split)
+    space = _space(sliced, device, costs, WINDOW)
+    assert arm.state is not None and arm.cycle is not None
+    old = _like(arm.graph, sliced)
+    lowest = space.lowest_mode()
+    state = replace(
+        arm.state, mode=np.maximum(arm.state.mode[old], lowest), row=arm.state.row[old], delay=arm.state.delay[old]
+    )
+    mode, nudge = np.maximum(arm.cycle.mode[old], lowest), np.arange(len(old)) * 1e-6
+    cycle = Cycle(arm.cycle.place[old] + nudge, arm.cycle.lane[old], mode)
+    return _Arm(split, sliced, arm.layout, space, state, cycle)
+
+
+def _like(before: Graph, after: Graph) -> np.ndarray:
+    """For every op of `after` the op of `before` that it is most like: the same slice, or the one at its place."""
+    slices: dict[str, list[int]] = {}
+    for i, op in enumerate(before.ops):
+        slices.setdefault(op.name.partition("#")[0], []).append(i)
+    count = Counter(op.name.partition("#")[0] for op in after.ops)
+    seen: Counter[str] = Counter()
+    found, last = [], 0
+    for op in after.ops:
+        stem = op.name.partition("#")[0]
+        if stem in slices:
+            last = slices[stem][seen[stem] * len(slices[stem]) // count[stem]]
+            seen[stem] += 1
+        found.append(last)
+    return np.array(found)
+
+
+def _areas(graph: Graph, device: Device, costs: Costs) -> dict[str, float]:
+    """The least SM-seconds of the slices of every op together, by the op's name."""
+    problem = make_problem(graph, device, device.partition_sizes(), costs)
+    areas: dict[str, float] = {}
+    for op, area in zip(graph.ops, sm_seconds(problem).tolist(), strict=True):
+        stem = op.name.partition("#")[0]
+        areas[stem] = areas.get(stem, 0.0) + area
+    return areas
 
 
 def slicings(graph: Graph) -> list[Split]:
@@ -124,12 +195,12 @@ def _advanced(arm: _Arm, budget_s: float, seed: int) -> _Arm:
     """The arm after another `budget_s`."""
     space, layout = arm.space, arm.layout
     begin = starts(space, layout) if arm.state is None else [arm.state]
-    state = anneal(space, layout, begin, _ROUNDS * budget_s, seed)
+    state = anneal(space, layout, begin, _DISPATCHED * budget_s, seed)
     fixed = replace(layout, geometries=state.layout(layout).geometries)
     cycles = [cycle_of(space, layout, state), plain_cycle(space, layout, state)]
     if arm.cycle is not None:
         cycles.append(arm.cycle)
-    cycle = polish(space, fixed, cycles, (1 - _ROUNDS) * budget_s, seed)
+    cycle = polish(space, fixed, cycles, (1 - _DISPATCHED) * budget_s, seed)
     return replace(arm, state=state, cycle=cycle)
 
 

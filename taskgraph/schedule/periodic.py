@@ -17,6 +17,8 @@ from taskgraph.schedule.evaluate import NO_HOLDS, Assignment, Evaluation, Layout
 from taskgraph.schedule.search import ISLANDS, Space, State, fitted, realise
 
 _ROUNDS = 6
+_STEP = 1e-7
+"""The least distance in periods between the places of two ops of which one needs the other."""
 _OP_S = 5e-7
 """Seconds that one op costs in one trial; it turns a budget into a number of trials, as in `search`."""
 
@@ -55,8 +57,8 @@ def plain_cycle(space: Space, layout: Layout, state: State) -> Cycle:
 
 
 def period(space: Space, times: Evaluation) -> float:
-    """Seconds from the end of one iteration to that of the next, in the middle; of a flat graph its makespan."""
-    seconds: float = _period(times.end_s, space.iteration, space.inside, space.window)
+    """Seconds from one iteration to the next, in the middle; of a flat graph its makespan."""
+    seconds: float = _period(times.end_s, space.decision, space.iteration, space.inside, space.window)
     return seconds
 
 
@@ -97,24 +99,26 @@ def _kernel_arguments(space: Space, layout: Layout) -> tuple[object, ...]:
     problem = space.problem
     return (
         space.decision, space.iteration, space.inside, space.kin, space.window, space.total, space.lowest_mode(),
-        _followers(space), layout.lane_partition, layout.rows, layout.conflicts, problem.sizes, problem.seconds,
+        *_edges(space), layout.lane_partition, layout.rows, layout.conflicts, problem.sizes, problem.seconds,
         problem.use, np.diff(problem.pred_ptr), problem.succ_ptr, problem.succ, problem.capacity, problem.sm_count,
         problem.sm_bytes_per_s, problem.launch_s, problem.switch_s,
     )  # fmt: skip
 
 
-def _followers(space: Space) -> np.ndarray:
-    """(d, d) whether a decision's op comes after another's in one iteration; itself included. Empty when large."""
-    d, problem = len(space.kin), space.problem
-    if d > 2000:
-        return np.zeros((0, 0), np.bool_)
-    after = np.eye(d, dtype=np.bool_)
-    for op in range(problem.n - 1, -1, -1):
-        if space.iteration[op] == 0:
-            for succ in problem.succ[problem.succ_ptr[op] : problem.succ_ptr[op + 1]]:
-                if space.iteration[succ] == 0:
-                    after[space.decision[op]] |= after[space.decision[succ]]
-    return after
+def _edges(space: Space) -> tuple[np.ndarray, np.ndarray]:
+    """Edges between decisions as (pointer, rows of (other, iterations)), forwards and with minus signs backwards.
+
+    An edge (u, v, k): v of iteration i + k needs u of iteration i, so place[v] + k must not be before place[u]."""
+    problem, d = space.problem, len(space.kin)
+    before = np.repeat(np.arange(problem.n), np.diff(problem.succ_ptr))
+    u, v = space.decision[before], space.decision[problem.succ]
+    later = space.iteration[problem.succ] - space.iteration[before]
+    edges = np.unique(np.stack([u, v, later], axis=1), axis=0)
+    both = np.concatenate([edges, np.stack([edges[:, 1], edges[:, 0], -edges[:, 2] - 1], axis=1)])
+    both = both[np.argsort(both[:, 0], kind="stable")]
+    pointer = np.zeros(d + 1, np.int64)
+    np.cumsum(np.bincount(both[:, 0], minlength=d), out=pointer[1:])
+    return pointer, both[:, 1:]
 
 
 def _walk(kernel: tuple[object, ...], cycle: Cycle, trials: int, seed: int, hot: float, cold: float) -> Cycle:
@@ -152,17 +156,21 @@ def _colour(
 
 
 @njit
-def _period(end: np.ndarray, iteration: np.ndarray, inside: np.ndarray, window: int) -> float:
+def _period(end: np.ndarray, decision: np.ndarray, iteration: np.ndarray, inside: np.ndarray, window: int) -> float:
+    """The longest that any op takes from its end in one iteration to its end in the next: not the time between the
+    ends of whole iterations, which is short for a while when one slice runs ahead of another."""
     if window < 4:
         whole: float = end.max()
         return whole / window
     low, high = window // 3, window - 2
-    ends = np.zeros(window)
-    for i in range(len(end)):
-        if inside[i]:
-            ends[iteration[i]] = max(ends[iteration[i]], end[i])
-    per_iteration: float = (ends[high] - ends[low]) / (high - low)
-    return per_iteration
+    slowest, begun, n = 0.0, np.zeros(decision.max() + 1), len(end)
+    for op in range(n):
+        if inside[op] and iteration[op] == low:
+            begun[decision[op]] = end[op]
+    for op in range(n):
+        if inside[op] and iteration[op] == high:
+            slowest = max(slowest, end[op] - begun[decision[op]])
+    return slowest / (high - low)
 
 
 @njit
@@ -171,9 +179,10 @@ def _judge(
     inside: np.ndarray, window: int, total: int, lane_partition: np.ndarray, rows: np.ndarray, conflicts: np.ndarray,
     sizes: np.ndarray, seconds: np.ndarray, use: np.ndarray, missing: np.ndarray, succ_ptr: np.ndarray,
     succ: np.ndarray, capacity: np.ndarray, sm_count: int, sm_bytes_per_s: float, launch_s: float, switch_s: float,
+    start: np.ndarray, end: np.ndarray,
 ) -> float:  # fmt: skip
-    """Seconds of the whole graph: the window's, and a period for every iteration beyond it; inf for a deadlock, and
-    for places so far apart that a window does not show what the whole would do."""
+    """Fill start and end; seconds of the whole graph: the window's, and a period for every iteration beyond it; inf
+    for a deadlock, and for places so far apart that a window does not show what the whole would do."""
     n, lanes = len(decision), len(lane_partition)
     if total > window and place.max() - place.min() > window / 2 - 1:
         return np.inf
@@ -189,7 +198,7 @@ def _judge(
         at[here] += 1
         rank[order[x]] = x
     modes = fitted(mode, lane_partition[lane], rows, sizes, rows[:, 3])[decision]
-    start, end, trace = np.zeros(n), np.zeros(n), np.zeros((1, 6))
+    trace = np.zeros((1, 6))
     ended, _ = _simulate(
         queue, queue_ptr, rank, modes, lane_partition, rows, conflicts, seconds, use, missing, succ_ptr, succ,
         capacity, sm_count, sm_bytes_per_s, launch_s, switch_s, start, end, trace, False,
@@ -198,7 +207,7 @@ def _judge(
         return np.inf
     total_s: float = end.max()
     if total > window:
-        total_s += (total - window) * _period(end, iteration, inside, window)
+        total_s += (total - window) * _period(end, decision, iteration, inside, window)
     return total_s
 
 
@@ -206,25 +215,36 @@ def _judge(
 def _polish(
     place: np.ndarray, lane: np.ndarray, mode: np.ndarray, trials: int, seed: int, hot: float, cold: float,
     decision: np.ndarray, iteration: np.ndarray, inside: np.ndarray, kin: np.ndarray, window: int, total: int,
-    lowest: np.ndarray, after: np.ndarray, lane_partition: np.ndarray, rows: np.ndarray, conflicts: np.ndarray,
-    sizes: np.ndarray, seconds: np.ndarray, use: np.ndarray, missing: np.ndarray, succ_ptr: np.ndarray,
-    succ: np.ndarray, capacity: np.ndarray, sm_count: int, sm_bytes_per_s: float, launch_s: float, switch_s: float,
+    lowest: np.ndarray, edge_ptr: np.ndarray, edge: np.ndarray, lane_partition: np.ndarray, rows: np.ndarray,
+    conflicts: np.ndarray, sizes: np.ndarray, seconds: np.ndarray, use: np.ndarray, missing: np.ndarray,
+    succ_ptr: np.ndarray, succ: np.ndarray, capacity: np.ndarray, sm_count: int, sm_bytes_per_s: float,
+    launch_s: float, switch_s: float,
 ) -> float:  # fmt: skip
     """Metropolis over `trials` moves, cooling from `hot` to `cold` (relative to the time); leaves the best cycle in the
     first three arguments and returns its seconds."""
     np.random.seed(seed)
+    n = len(decision)
+    start, end = np.zeros(n), np.zeros(n)
+    for at in range(len(place)):
+        _push(place, at, edge_ptr, edge)
     now = best = _judge(
         place, lane, mode, decision, iteration, inside, window, total, lane_partition, rows, conflicts, sizes, seconds,
-        use, missing, succ_ptr, succ, capacity, sm_count, sm_bytes_per_s, launch_s, switch_s,
+        use, missing, succ_ptr, succ, capacity, sm_count, sm_bytes_per_s, launch_s, switch_s, start, end,
     )  # fmt: skip
     best_place, best_lane, best_mode = place.copy(), lane.copy(), mode.copy()
     old_place, old_lane, old_mode = place.copy(), lane.copy(), mode.copy()
-    for trial in range(trials - 1):
+    for trial in range(1, trials):
         old_place[:], old_lane[:], old_mode[:] = place, lane, mode
-        _move(place, lane, mode, kin, lowest, after, lane_partition, rows, sizes)
+        if trial % (4 * len(place)) == 0:
+            _retime(
+                place, decision, iteration, inside, window, start, _period(end, decision, iteration, inside, window)
+            )
+        elif not _move(place, lane, mode, kin, lowest, edge_ptr, edge, lane_partition, rows, sizes):
+            place[:] = old_place
+            continue
         then = _judge(
             place, lane, mode, decision, iteration, inside, window, total, lane_partition, rows, conflicts, sizes,
-            seconds, use, missing, succ_ptr, succ, capacity, sm_count, sm_bytes_per_s, launch_s, switch_s,
+            seconds, use, missing, succ_ptr, succ, capacity, sm_count, sm_bytes_per_s, launch_s, switch_s, start, end,
         )  # fmt: skip
         heat = now * hot * (cold / hot) ** (trial / trials)
         if then <= now or np.random.random() < np.exp((now - then) / heat):
@@ -239,32 +259,70 @@ def _polish(
 
 
 @njit
-def _move(
-    place: np.ndarray, lane: np.ndarray, mode: np.ndarray, kin: np.ndarray, lowest: np.ndarray, after: np.ndarray,
-    lane_partition: np.ndarray, rows: np.ndarray, sizes: np.ndarray,
+def _retime(
+    place: np.ndarray, decision: np.ndarray, iteration: np.ndarray, inside: np.ndarray, window: int, start: np.ndarray,
+    period_s: float,
 ) -> None:  # fmt: skip
-    """Change the SMs of a decision or all its kin, its place or the places of all that follow it, or its lane."""
+    """Places as the clock saw them last: then a distance in places is one in time."""
+    for op in range(len(start)):
+        if not inside[op] or iteration[op] == window // 2:
+            place[decision[op]] = start[op] / period_s - iteration[op]
+
+
+@njit
+def _push(place: np.ndarray, at: int, edge_ptr: np.ndarray, edge: np.ndarray) -> bool:
+    """Restore the order of all edges after decision `at` has moved, by moving its neighbours on; False if they chase
+    each other round the loop."""
+    stack = np.empty(4 * len(place) + 8, np.int64)
+    stack[0], height, steps = at, 1, 0
+    while height > 0:
+        height -= 1
+        u = stack[height]
+        steps += 1
+        if steps > 4 * len(place):
+            return False
+        for k in range(edge_ptr[u], edge_ptr[u + 1]):
+            v, later = edge[k]
+            if later >= 0:
+                least = place[u] - later + _STEP
+                wrong = place[v] < least
+            else:
+                least = place[u] - later - 1 - _STEP
+                wrong = place[v] > least
+            if wrong:
+                if height >= len(stack):
+                    return False
+                place[v] = least
+                stack[height] = v
+                height += 1
+    return True
+
+
+@njit
+def _move(
+    place: np.ndarray, lane: np.ndarray, mode: np.ndarray, kin: np.ndarray, lowest: np.ndarray, edge_ptr: np.ndarray,
+    edge: np.ndarray, lane_partition: np.ndarray, rows: np.ndarray, sizes: np.ndarray,
+) -> bool:  # fmt: skip
+    """Change the SMs of a decision or all its kin, or its lane, or its place; False if there is no such place."""
     d, what = len(kin), np.random.random()
     at = np.random.randint(d)
-    reach = 4.0 / max(d, 8)
-    if what < 0.3:
+    if what < 0.35:
         step = np.random.randint(1, 4) if np.random.random() < 0.9 else np.random.randint(1, len(sizes) + 1)
         step = step if np.random.random() < 0.5 else -step
         alike = np.random.random() < 0.3
         for i in range(d):
             if i == at or (alike and kin[i] == kin[at]):
                 mode[i] = min(max(mode[i] + step, lowest[i]), len(sizes) - 1)
-    elif what < 0.6:
-        place[at] += np.random.normal() * reach * (1.0 if np.random.random() < 0.7 else 4.0)
-    elif what < 0.75:
-        other = np.random.randint(d)
-        place[at], place[other] = place[other], place[at]
-    elif what < 0.9 and len(after) > 0:
-        shift = np.random.normal() * 0.15
-        for i in range(d):
-            if after[at, i]:
-                place[i] += shift
-    else:
+        return True
+    if what < 0.5:
         to = np.random.randint(len(lane_partition))
         if rows[lane_partition[to], 2] >= sizes[lowest[at]]:
             lane[at] = to
+        return True
+    if what < 0.85:
+        place[at] += np.random.normal() * (4.0 / max(d, 8)) * (1.0 if np.random.random() < 0.7 else 4.0)
+    else:
+        other = np.random.randint(d)
+        whole = np.floor(place[at] - place[other] + 0.5)
+        place[at] = place[other] + whole + (_STEP if np.random.random() < 0.5 else -_STEP)
+    return _push(place, at, edge_ptr, edge)
