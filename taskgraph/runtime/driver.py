@@ -20,8 +20,11 @@ from taskgraph.errors import BackendUnavailable, CaptureMismatch, CudaError, Pla
 from taskgraph.graph.device import Geometry
 from taskgraph.runtime import virtual
 
-GREEN_CONTEXTS, UNEQUAL_SPLITS = 12040, 13010
-"""Drivers that brought green contexts (12.4), and unequal splits and workqueues (13.1)."""
+CAPTURE_INFO, GREEN_STREAMS, UNEQUAL_SPLITS = 12030, 12050, 13010
+"""Drivers that brought what we stand on: cuStreamGetCaptureInfo_v3 (12.3), by which a capture is read while it is made;
+cuGreenCtxStreamCreate (12.5; the green contexts of 12.4 have streams only while they are current to a thread); unequal
+splits and workqueues (13.1)."""
+_LADDER = {"none": "plain streams", "equal": "equal partitions", "unequal": "unequal partitions"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +51,14 @@ class Capability:
         """One line for people and results."""
         if self.reason:
             return self.reason
-        version = f"{self.driver_version // 1000}.{self.driver_version % 1000 // 10}"
+        version = _version(self.driver_version)
         kind = "simulated" if self.virtual else "real"
         queues = "balanced workqueues" if self.workqueues else "no workqueues"
-        return f"{self.device} ({kind}), {self.sm_count} SMs, driver {version}: {self.partitions} partitions, {queues}"
+        return f"{self.device} ({kind}), {self.sm_count} SMs, driver {version}: {_LADDER[self.partitions]}, {queues}"
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def probe() -> Capability:
@@ -70,6 +77,9 @@ def probe() -> Capability:
         return Capability(reason="no NVIDIA driver on this machine")
     if int(status) or int(cu.cuInit(0)[0]):
         return Capability(reason="the NVIDIA driver does not start", driver_version=int(version))
+    if version < CAPTURE_INFO:
+        told = f"driver {_version(int(version))} is older than 12.3; update it"
+        return Capability(reason=told, driver_version=int(version))
     status, count = cu.cuDeviceGetCount()
     if int(status) or not count:
         return Capability(reason="the driver sees no device", driver_version=int(version))
@@ -80,7 +90,7 @@ def probe() -> Capability:
         driver_version=int(version),
         sm_count=device.properties.multiprocessor_count,
         compute_capability=tuple(device.compute_capability),
-        partitions="unequal" if version >= UNEQUAL_SPLITS else "equal" if version >= GREEN_CONTEXTS else "none",
+        partitions="unequal" if version >= UNEQUAL_SPLITS else "equal" if version >= GREEN_STREAMS else "none",
         workqueues=version >= UNEQUAL_SPLITS,
         virtual=control.device.name if control else "",
         notes=tuple(_notes()),
@@ -253,11 +263,13 @@ class Gpu:
 
     @classmethod
     def reset(cls) -> None:
-        """Forget the device after it was lost: its primary context is destroyed, the next `open` starts afresh."""
+        """Forget the device after it was lost: its primary context is destroyed and retained again, so that the next
+        `open` starts afresh. All executables must be closed; a device that the system lost stays lost."""
         from cuda.bindings import driver as cu
 
         cls._open = None
         check("reset the device", cu.cuDevicePrimaryCtxReset(0))
+        check("retain the device", cu.cuDevicePrimaryCtxRetain(0))
 
     @property
     def arch(self) -> str:
@@ -303,11 +315,12 @@ class Gpu:
                 f"{self.capability.sm_count}. Plan for this device."
             )
         if sizes == (self.capability.sm_count,) or self.capability.partitions == "none":
-            return Partitioned((None,) * len(sizes), sizes, exact=len(sizes) == 1)
+            whole = (self.capability.sm_count,) * len(sizes)
+            return Partitioned((None,) * len(sizes), whole, exact=whole == sizes)
         if self.capability.partitions == "equal" and len(set(sizes)) > 1:
             raise BackendUnavailable(
                 f"partitions of {' + '.join(map(str, sizes))} SMs need driver 13.1; this is "
-                f"{self.capability.driver_version / 1000:.2f}. Plan equal partitions, or update the driver."
+                f"{_version(self.capability.driver_version)}. Plan equal partitions, or update the driver."
             )
         groups = self._split(sizes)
         counts = tuple(group.sm_count for group in groups)
@@ -326,7 +339,7 @@ class Gpu:
                 fine = next((step for step in (8, 4, 2) if all(size % step == 0 for size in sizes)), None)
                 groups, _ = resource.split(SMResourceOptions(count=sizes, coscheduled_sm_count=fine))
                 return list(groups)
-            groups, _ = resource.split(SMResourceOptions(count=sizes[0]))
+            groups, _ = resource.split(SMResourceOptions(count=sizes))  # equal groups: SplitByCount
             if len(groups) < len(sizes):
                 raise CaptureMismatch(f"the driver made {len(groups)} partitions of {sizes[0]} SMs.", "partitions")
             return list(groups[: len(sizes)])
