@@ -34,9 +34,9 @@ def graph() -> tg.Graph:
 def isolated(device: Device, *sizes: int) -> Plan:
     """A list schedule on partitions of `sizes`."""
     problem = make_problem(graph(), device, sorted({*sizes}))
-    chosen = pack(problem, Layout.isolated(Geometry.of(*sizes)))
-    assert chosen is not None
-    return plan_from(graph(), device, problem, chosen, "test")
+    found = pack(problem, Layout.isolated(Geometry.of(*sizes)))
+    assert found is not None
+    return plan_from(graph(), device, problem, found.assignment, "test")
 
 
 def control() -> virtual.Control:
