@@ -65,7 +65,9 @@ def test_random_cases_reach_every_kind_views_and_geometries() -> None:
 
 
 def test_every_dense_kind_has_launches() -> None:
-    assert {kind for kind, rule in tg.ops.SHAPE_RULES.items() if rule.__module__.endswith(".dense")} == set(LAUNCH_RULES)
+    assert {kind for kind, rule in tg.ops.SHAPE_RULES.items() if rule.__module__.endswith(".dense")} == set(
+        LAUNCH_RULES
+    )
 
 
 def test_a_part_of_a_buffer_is_where_torch_says() -> None:

@@ -357,8 +357,9 @@ class Gpu:
 
     def sync(self) -> None:
         """Wait for everything; the errors of the work show here."""
-        with driver_errors("wait for the device"):
-            self.device.sync()
+        from cuda.bindings import driver as cu
+
+        check("wait for the device", cu.cuCtxSynchronize())
 
 
 # -------------------------------------------------------------------------------------------------- graphs
