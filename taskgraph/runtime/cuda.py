@@ -5,7 +5,7 @@ graph is read back from the driver and compared with the plan; a difference is C
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -14,15 +14,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from taskgraph.errors import BackendUnavailable, CaptureMismatch, CudaError, ExecutionError, GraphError, PlanError
+from taskgraph.errors import BackendUnavailable, CudaError, ExecutionError, GraphError, PlanError
 from taskgraph.graph.functions import find_function
 from taskgraph.graph.graph import Graph
 from taskgraph.graph.op import Op, Tensor
+from taskgraph.ops import COLLECTIVES
 from taskgraph.runtime import driver, virtual
 from taskgraph.runtime.arrays import DeviceArray, device_buffer, host_tensor
-from taskgraph.runtime.driver import Gpu, GraphFacts, Memory
+from taskgraph.runtime.collective import collective
+from taskgraph.runtime.driver import Gpu, Memory
 from taskgraph.runtime.launches import Buffer, CopyLaunch, Launches, launches, seen
-from taskgraph.schedule.plan import Plan, Span, Step, Timeline
+from taskgraph.runtime.readback import compare
+from taskgraph.schedule.plan import Plan, Span, Timeline
 from taskgraph.schedule.planner import replay_times
 
 
@@ -117,6 +120,7 @@ class CudaExecutable:
         """A context for each partition that a lane uses, one split a geometry, and a stream for each lane."""
         self._partitions = [self._gpu.partition(geometry) for geometry in self._plan.geometries]
         self.origin = self._gpu.stream()
+        self._stream_type = type(self.origin)
         self._streams = []
         for lane in self._plan.lanes:
             context = self._partitions[lane.geometry].contexts[lane.partition]
@@ -225,6 +229,8 @@ class CudaExecutable:
         ins, outs = seen(op, [self._buffer(n) for n in op.inputs]), [self._buffer(n) for n in op.outputs]
         if op.kind == "call":
             return self._call(op, ins, outs)
+        if op.kind in COLLECTIVES and op.integer("ranks") > 1:
+            return collective(op, *(DeviceArray(b, self) for b in (*ins, *outs)))
         site = self._sites.setdefault(i, _LaneSite(self._plan.sms(i), self._own))
         made = launches(op, ins, outs, site.again())
         for launch in made:
@@ -251,7 +257,7 @@ class CudaExecutable:
         capture, owners = self._captured(bound, None)
         try:
             facts = driver.read_graph(capture.handle)
-            self._compare(facts, owners)
+            compare(self._plan, facts, owners, self._contexts)
             self._tell_times(owners)
             updated = self._renew(capture)
         finally:
@@ -336,41 +342,6 @@ class CudaExecutable:
             nodes += driver.last_nodes(stream)
         return nodes
 
-    # -- comparing the graph with the plan ---------------------------------------------------------
-
-    def _compare(self, facts: GraphFacts, owners: Sequence[Sequence[int]]) -> None:
-        """CaptureMismatch unless the graph is the plan: all nodes, in their partitions, in the plan's order."""
-        owner = {node: i for i, nodes in enumerate(owners) for node in nodes}
-        steps = self._plan.steps
-        empty = next((steps[i].op for i, nodes in enumerate(owners) if not nodes), None)
-        if empty is not None:
-            raise CaptureMismatch(f"op {empty!r} left no node in the graph: its work escaped the capture.", "nodes")
-        if len(facts.nodes) != len(owner):
-            raise CaptureMismatch(f"the graph has {len(facts.nodes)} nodes; the plan made {len(owner)}.", "nodes")
-        for node in facts.nodes:
-            if node.handle not in owner:
-                raise CaptureMismatch(f"the graph has a {node.kind} node that no op of the plan made.", "nodes")
-            step = steps[owner[node.handle]]
-            if node.kind == "kernel" and node.context != self._contexts[step.lane]:
-                raise CaptureMismatch(
-                    f"op {step.op!r} ({node.kernel}) is not in its partition of "
-                    f"{self._plan.partition(step.lane).sm_count} SMs.",
-                    "partition",
-                )
-        self._compare_order(facts, owner)
-
-    def _compare_order(self, facts: GraphFacts, owner: Mapping[int, int]) -> None:
-        """The steps that must end before each step: by the plan's lanes and waits, and by the graph's edges."""
-        planned = _ancestors(_plan_edges(self._plan.steps), len(self._plan.steps))
-        pairs = ((owner[a], owner[b]) for a, b in facts.edges)
-        found = _ancestors(((a, b) for a, b in pairs if a != b), len(self._plan.steps))
-        for i, step in enumerate(self._plan.steps):
-            if planned[i] != found[i]:
-                differing = self._plan.steps[(planned[i] ^ found[i]).bit_length() - 1].op
-                less = planned[i] & ~found[i]
-                how = "does not wait for" if less else "waits in the graph, but not in the plan, for"
-                raise CaptureMismatch(f"op {step.op!r} {how} {differing!r}.", "order")
-
     def _tell_times(self, owners: Sequence[Sequence[int]]) -> None:
         """Give the virtual driver the evaluator's time of every op, in equal parts to the op's nodes."""
         control = virtual.loaded()
@@ -396,8 +367,29 @@ class CudaExecutable:
             with driver.driver_errors(f"replay {self._graph.name!r}"):
                 self._exec.launch(self.origin)
                 self.origin.sync()
-        else:
-            self._exec.launch(stream)
+            return
+        try:
+            self._exec.launch(stream if isinstance(stream, self._stream_type) else self._gpu.foreign(stream))
+        except Exception as error:
+            driver.raise_typed(f"replay {self._graph.name!r}", error)
+
+    def replay_seconds(self, launches: int = 1) -> float:
+        """Seconds of one replay, the mean of `launches` in a row, between two events; simulated on a virtual device."""
+        self._check_open()
+        self.capture()
+        begin, end = self._gpu.event(timing=True), self._gpu.event(timing=True)
+        with driver.driver_errors(f"replay {self._graph.name!r}"):
+            self.origin.record(begin)
+            for _ in range(launches):
+                self._exec.launch(self.origin)
+            self.origin.record(end)
+            self.origin.sync()
+        return driver.seconds_between(begin, end) / launches
+
+    @property
+    def kind(self) -> str:
+        """What its times are: "measured", or "simulated" on a virtual device."""
+        return "simulated" if self._gpu.capability.virtual else "measured"
 
     def __call__(self, tensors: Mapping[str, Any] | None = None, **named: Any) -> dict[str, torch.Tensor]:
         """Copy the given inputs into their buffers, bind weights and states, replay, return copies of the outputs."""
@@ -442,9 +434,7 @@ class CudaExecutable:
             capture.close()
         zero = min(span.start_s for span in spans)
         shifted = tuple(Span(s.op, s.lane, s.start_s - zero, s.end_s - zero) for s in spans)
-        capability = self._gpu.capability
-        kind = "simulated" if capability.virtual else "measured"
-        return Timeline(kind, capability.device, shifted)
+        return Timeline(self.kind, self._gpu.capability.device, shifted)
 
     # -- life ------------------------------------------------------------------------------------
 
@@ -478,29 +468,3 @@ class CudaExecutable:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _plan_edges(steps: Sequence[Step]) -> Iterator[tuple[int, int]]:
-    last: dict[int, int] = {}
-    for i, step in enumerate(steps):
-        if step.lane in last:
-            yield last[step.lane], i
-        for wait in step.waits:
-            yield wait, i
-        last[step.lane] = i
-
-
-def _ancestors(edges: Iterator[tuple[int, int]], count: int) -> list[int]:
-    """For each step the set of steps that precede it, as bits; edges lead from lower to higher numbers."""
-    before: list[list[int]] = [[] for _ in range(count)]
-    for a, b in edges:
-        if a >= b:
-            raise CaptureMismatch(f"the graph orders step {a} before step {b}, against the plan.", "order")
-        before[b].append(a)
-    closed: list[int] = []
-    for row in before:
-        bits = 0
-        for a in row:
-            bits |= closed[a] | (1 << a)
-        closed.append(bits)
-    return closed

@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import platformdirs
 
-from taskgraph.errors import BackendUnavailable, CaptureMismatch, CudaError, PlanError
+from taskgraph.errors import BackendUnavailable, CaptureMismatch, CudaError, ExecutionError, PlanError
 from taskgraph.graph.device import Geometry
 from taskgraph.runtime import virtual
 
@@ -115,9 +115,14 @@ def driver_errors(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if type(error).__name__ not in ("CUDAError", "NVRTCError"):
-            raise
-        raise _error(what, str(error)) from error
+        raise_typed(what, error)
+
+
+def raise_typed(what: str, error: Exception) -> NoReturn:
+    """Raise an error of cuda.core as ours; any other as it is."""
+    if type(error).__name__ not in ("CUDAError", "NVRTCError"):
+        raise error
+    raise _error(what, str(error)) from error
 
 
 def check(what: str, result: Sequence[Any]) -> Any:
@@ -296,6 +301,12 @@ class Gpu:
         options = StreamOptions(nonblocking=True)
         with driver_errors("create a stream"):
             return self.device.create_stream(options=options) if context is None else context.create_stream(options)
+
+    def foreign(self, stream: Any) -> Any:
+        """A stream of another library, by its `__cuda_stream__`; that library keeps owning it."""
+        if not hasattr(stream, "__cuda_stream__"):
+            raise ExecutionError(f"a {type(stream).__name__} is no stream: it has no `__cuda_stream__`.", op="")
+        return self.device.create_stream(stream)
 
     def event(self, timing: bool = False) -> Any:
         """An event; with `timing` its time can be read."""
