@@ -366,6 +366,13 @@ class Gpu:
                 resources.append(queue)
             return self.device.create_context(ContextOptions(resources=resources))
 
+    def memory_bytes(self, free: bool = False) -> int:
+        """Bytes of the device's memory; with `free`, those that nobody holds."""
+        from cuda.bindings import driver as cu
+
+        left, whole = check("ask for the memory", cu.cuMemGetInfo())
+        return int(left if free else whole)
+
     def sync(self) -> None:
         """Wait for everything; the errors of the work show here."""
         from cuda.bindings import driver as cu
@@ -403,6 +410,7 @@ class Capture:
             self.builder = origin.create_graph_builder()
             self.builder.begin_building("thread_local")
         self.closed = False
+        self._origin = origin
 
     def end(self) -> None:
         """End it; CudaError when the driver refuses, for instance for a lane that was not joined."""
@@ -412,11 +420,14 @@ class Capture:
 
     def abandon(self) -> None:
         """End it whatever state it is in, after an error."""
+        from cuda.bindings import driver as cu
+
         if self.closed:
             return
         self.closed = True
-        with _ignored():
-            self.builder.end_building()
+        status, graph = cu.cuStreamEndCapture(self._origin.handle)  # the builder refuses to end an invalid capture
+        if not int(status) and int(graph):
+            cu.cuGraphDestroy(graph)
 
     @property
     def handle(self) -> Any:
@@ -441,7 +452,7 @@ def _ignored() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if type(error).__name__ != "CUDAError":
+        if type(error).__name__ not in ("CUDAError", "RuntimeError"):
             raise
 
 
