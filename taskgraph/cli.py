@@ -283,6 +283,7 @@ def devices() -> None:
 @app.command()
 def doctor(
     probe: Annotated[bool, typer.Option("--probe", help="measure this machine again, e.g. after it was busy")] = False,
+    device: Annotated[str, typer.Option(help="virtual:h100_sxm, say, to look at a virtual GPU")] = "",
 ) -> None:
     """What this machine can run, and what its CPU measured."""
     from importlib import metadata
@@ -309,11 +310,32 @@ def doctor(
     table.add_row("sim backend", "ready, any device spec (simulated)")
     from taskgraph.runtime.driver import probe as probe_gpu
 
+    if device:
+        from taskgraph.runtime.virtual import load
+
+        load(device)
     gpu = probe_gpu()
     table.add_row("cuda backend", gpu.describe())
     for text in gpu.notes:
         table.add_row("  note", text)
     _screen.print(table)
+
+
+@app.command("gpu-check")
+def gpu_check(
+    device: Annotated[str, typer.Option(help="virtual:h100_sxm runs it on the virtual driver (simulated)")] = "",
+    out: Annotated[Path, typer.Option(help="write the report as JSON here")] = Path("gpu-check.json"),
+) -> None:
+    """Check the cuda backend on this machine's GPU, calibrate it, see which ops overlap; one report file to send."""
+    from taskgraph.runtime import gpucheck
+
+    _check_outputs(out)
+    with _writing(out):
+        report = gpucheck.main(device or None, out, _status.print)
+    _screen.print(gpucheck.summary(report), markup=False, soft_wrap=True)
+    _screen.print(f"report: {out}", soft_wrap=True)
+    if not report.passed:
+        sys.exit(1)
 
 
 # ------------------------------------------------------------------------------- calibrate, what-if

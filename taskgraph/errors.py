@@ -55,7 +55,7 @@ class ExecutionError(TaskgraphError, RuntimeError):
 class CudaError(TaskgraphError, RuntimeError):
     """The CUDA driver refused a call or lost the device; `code` is its name for it (CUDA_ERROR_OUT_OF_MEMORY)."""
 
-    def __init__(self, message: str, code: str) -> None:
+    def __init__(self, message: str, code: str = "") -> None:
         super().__init__(message)
         self.code = code
 
@@ -63,6 +63,6 @@ class CudaError(TaskgraphError, RuntimeError):
 class CaptureMismatch(TaskgraphError, RuntimeError):  # noqa: N818 - the name says what it means
     """A captured graph that is not the plan: `what` names the property that differs."""
 
-    def __init__(self, message: str, what: str) -> None:
+    def __init__(self, message: str, what: str = "") -> None:
         super().__init__(message)
         self.what = what

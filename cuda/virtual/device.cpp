@@ -108,9 +108,16 @@ ENTRY(cuDevicePrimaryCtxRetain, 7000, 7000, Context** context, int device) {
 
 static void reset_primary() {
     auto& m = machine();
+    drop_captures();
     m.pending.clear();
+    m.legacy.last = nullptr;
+    free_everything();
+    for (auto& [handle, object] : m.objects)
+        if (object->kind == Kind::green && object->alive) {
+            auto* green = static_cast<Green*>(object);
+            green->alive = green->context->alive = false;
+        }
     m.primary.alive = false;
-    m.primary.users = 0;
     m.sticky = SUCCESS;
 }
 

@@ -70,6 +70,21 @@ static void* allocate(size_t bytes, char kind) {
     return base;
 }
 
+// The bytes go, the addresses stay taken: a later use is seen.
+static void retire(Allocation& a) {
+    size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    auto* first = reinterpret_cast<unsigned char*>(reinterpret_cast<uintptr_t>(a.base) / page * page);
+    madvise(first, a.mapped - 2 * page, MADV_DONTNEED);
+    mprotect(first, a.mapped - 2 * page, PROT_NONE);
+    a.alive = false;
+    if (a.kind == 'd') machine().used_bytes -= a.bytes;
+}
+
+void free_everything() {
+    for (auto& [end, a] : machine().memory)
+        if (a.alive) retire(a);
+}
+
 static void release(uintptr_t address, char kind) {
     auto& m = machine();
     for (auto& [end, a] : m.memory) {
@@ -91,10 +106,7 @@ static void release(uintptr_t address, char kind) {
                 note("error", "bytes past an allocation were overwritten: " + describe(reinterpret_cast<uintptr_t>(at)));
                 break;
             }
-        madvise(first, room, MADV_DONTNEED);
-        mprotect(first, room, PROT_NONE);
-        a.alive = false;
-        if (a.kind == 'd') m.used_bytes -= a.bytes;
+        retire(a);
         return;
     }
     refuse(INVALID_VALUE, "%s is not the start of an allocation", describe(address).c_str());

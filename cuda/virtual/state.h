@@ -285,6 +285,7 @@ void invalidate(Capture* capture);
 void unsafe_call(const char* name);
 bool capturing(Stream* stream, Work&& work);
 void forget_stream(Stream* stream);
+void drop_captures();
 void forget_graph(Graph* graph);
 // graph.cpp
 Node* add_node(Graph* graph, const std::vector<Node*>& deps, Work&& work);
@@ -306,6 +307,7 @@ const HostKernel* host_kernel(const std::string& name);
 const Allocation* allocation_at(uintptr_t address);
 void check_range(uintptr_t address, size_t bytes, const char* what, bool device);
 std::string describe(uintptr_t address);
+void free_everything();
 
 // Every entry point registers itself by name, with the driver that brought it and the interface version it speaks.
 struct Entry {

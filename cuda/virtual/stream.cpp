@@ -291,6 +291,15 @@ ENTRY(cuStreamEndCapture, 10000, 10000, void* handle, void** graph) {
     return SUCCESS;
 }
 
+// A reset of the device ends every capture; what was captured is lost.
+void drop_captures() {
+    auto open = machine().captures;
+    for (auto* capture : open) {
+        end_capture(capture);
+        if (!capture->into_existing) destroy_graph(capture->graph);
+    }
+}
+
 static int status_of(const Capture* capture) {
     return !capture ? CAPTURE_NONE : capture->invalid ? CAPTURE_INVALIDATED : CAPTURE_ACTIVE;
 }

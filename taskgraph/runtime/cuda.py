@@ -5,8 +5,8 @@ graph is read back from the driver and compared with the plan; a difference is C
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -14,74 +14,54 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from taskgraph.errors import BackendUnavailable, CaptureMismatch, ExecutionError, GraphError, PlanError
+from taskgraph.errors import BackendUnavailable, CudaError, ExecutionError, GraphError, PlanError
 from taskgraph.graph.functions import find_function
 from taskgraph.graph.graph import Graph
-from taskgraph.graph.op import ITEMSIZE, Op, Tensor
+from taskgraph.graph.op import Op, Tensor
+from taskgraph.ops import COLLECTIVES
 from taskgraph.runtime import driver, virtual
-from taskgraph.runtime.driver import Gpu, GraphFacts, Memory
-from taskgraph.runtime.impls import TORCH_DTYPE
+from taskgraph.runtime.arrays import DeviceArray, device_buffer, host_tensor
+from taskgraph.runtime.collective import collective
+from taskgraph.runtime.driver import Gpu, Memory
 from taskgraph.runtime.launches import Buffer, CopyLaunch, Launches, launches, seen
-from taskgraph.schedule.plan import Plan, Span, Step, Timeline
+from taskgraph.runtime.readback import compare
+from taskgraph.schedule.plan import Plan, Span, Timeline
 from taskgraph.schedule.planner import replay_times
-
-_TYPESTR = {
-    "f64": "<f8", "f32": "<f4", "f16": "<f2", "bf16": "<V2", "i64": "<i8", "i32": "<i4", "i8": "|i1", "u8": "|u1",
-    "bool": "|b1",
-}  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceArray:
-    """A tensor in device memory that the executable owns; libraries take it by `__cuda_array_interface__`."""
-
-    buffer: Buffer
-    owner: object = field(repr=False)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.buffer.shape
-
-    @property
-    def dtype(self) -> str:
-        return self.buffer.dtype
-
-    @property
-    def __cuda_array_interface__(self) -> dict[str, Any]:
-        """Version 3 of the protocol; bf16 goes as two raw bytes."""
-        b = self.buffer
-        strides = tuple(n * ITEMSIZE[b.dtype] for n in b.strides) if b.strides else None
-        data = (b.address, False)
-        return {"shape": b.shape, "typestr": _TYPESTR[b.dtype], "data": data, "strides": strides, "version": 3}
-
-    def numpy_bytes(self) -> npt.NDArray[np.uint8]:
-        """A copy of the bytes on the host."""
-        host = np.empty(self.buffer.nbytes, np.uint8)
-        driver.download(host.ctypes.data, self.buffer.address, host.nbytes)
-        return host
-
-    def cpu(self) -> torch.Tensor:
-        """A copy on the host."""
-        return torch.from_numpy(self.numpy_bytes()).view(TORCH_DTYPE[self.dtype]).view(self.shape)
 
 
 class _LaneSite:
-    """What launch rules may ask for; scratch and constants live as long as the executable."""
+    """What launch rules may ask for. Scratch and constants live as long as the executable; a step that is bound again
+    asks for the same and gets the same."""
 
-    def __init__(self, sm_count: int, owner: "CudaExecutable") -> None:
-        self._sm_count, self._owner = sm_count, owner
+    def __init__(self, sm_count: int, own: Callable[[int], Memory]) -> None:
+        self._sm_count, self._own = sm_count, own
+        self._kept: list[tuple[bytes | int, int]] = []
+        self._at = 0
 
     @property
     def sm_count(self) -> int:
         return self._sm_count
 
+    def again(self) -> "_LaneSite":
+        """Begin from the first request."""
+        self._at = 0
+        return self
+
     def scratch(self, nbytes: int) -> int:
-        return self._owner._own(nbytes).address
+        return self._next(nbytes, nbytes)
 
     def constant(self, values: npt.NDArray[Any]) -> int:
         packed = np.ascontiguousarray(values)
-        address = self._owner._own(packed.nbytes).address
+        address = self._next(packed.tobytes(), packed.nbytes)
         driver.upload(address, packed.ctypes.data, packed.nbytes)
+        return address
+
+    def _next(self, what: bytes | int, nbytes: int) -> int:
+        if self._at == len(self._kept):
+            self._kept.append((what, self._own(nbytes).address))
+        kept, address = self._kept[self._at]
+        assert kept == what, "a launch rule asks for the same each time"
+        self._at += 1
         return address
 
 
@@ -94,6 +74,8 @@ class CaptureReport:
     kernels: int
     partitions: tuple[int, ...]
     capability: str
+    updated: bool = False
+    """The executable graph was updated in place; else it was instantiated."""
 
 
 class CudaExecutable:
@@ -121,6 +103,7 @@ class CudaExecutable:
             )
         self._given: dict[str, Buffer] = {}
         self._kept: dict[str, Any] = {}
+        self._sites: dict[int, _LaneSite] = {}
         self._set: set[str] = set()
         self._inputs = {t.name for t in self._graph.with_role("input")}
         self._closed, self._stale = False, True
@@ -137,6 +120,7 @@ class CudaExecutable:
         """A context for each partition that a lane uses, one split a geometry, and a stream for each lane."""
         self._partitions = [self._gpu.partition(geometry) for geometry in self._plan.geometries]
         self.origin = self._gpu.stream()
+        self._stream_type = type(self.origin)
         self._streams = []
         for lane in self._plan.lanes:
             context = self._partitions[lane.geometry].contexts[lane.partition]
@@ -188,8 +172,8 @@ class CudaExecutable:
         return {name: DeviceArray(self._buffer(name), self) for name in sorted(self._inputs)}
 
     @property
-    def held_bytes(self) -> int:
-        """Device and pinned memory that the executable owns."""
+    def memory_bytes(self) -> int:
+        """Device and pinned memory that it holds itself: arena, inputs, outputs, scratch, and what it uploaded."""
         return sum(memory.nbytes for memory in self._memory)
 
     def state(self, name: str) -> DeviceArray:
@@ -206,7 +190,7 @@ class CudaExecutable:
         self._check_open()
         for name, value in {**(tensors or {}), **named}.items():
             declared = self._declared(name)
-            buffer = _device_buffer(declared, value)
+            buffer = device_buffer(declared, value)
             if buffer is None:
                 self._upload(name, declared, value)
             else:
@@ -223,7 +207,7 @@ class CudaExecutable:
 
     def _upload(self, name: str, declared: Tensor, value: Any) -> None:
         """Copy a host tensor into a buffer of ours, made at its first use."""
-        host = _host_tensor(declared, value)
+        host = host_tensor(declared, value)
         if name not in self._given and name not in self._buffers:
             memory = self._own(declared.nbytes, name in self._pinned())
             self._given[name] = Buffer(memory.address, declared.shape, declared.dtype, memory.pinned)
@@ -239,14 +223,16 @@ class CudaExecutable:
             raise GraphError(
                 f"{len(missing)} weights or states are not bound, the first is {missing[0]!r}; bind() them."
             )
-        return [self._bound(step, self._ops[step.op]) for step in self._plan.steps]
+        return [self._bound(i, self._ops[step.op]) for i, step in enumerate(self._plan.steps)]
 
-    def _bound(self, step: Step, op: Op) -> Launches | Callable[[Any], None]:
+    def _bound(self, i: int, op: Op) -> Launches | Callable[[Any], None]:
         ins, outs = seen(op, [self._buffer(n) for n in op.inputs]), [self._buffer(n) for n in op.outputs]
         if op.kind == "call":
             return self._call(op, ins, outs)
-        quota = step.sms or self._plan.partition(step.lane).sm_count
-        made = launches(op, ins, outs, _LaneSite(quota, self))
+        if op.kind in COLLECTIVES and op.integer("ranks") > 1:
+            return collective(op, *(DeviceArray(b, self) for b in (*ins, *outs)))
+        site = self._sites.setdefault(i, _LaneSite(self._plan.sms(i), self._own))
+        made = launches(op, ins, outs, site.again())
         for launch in made:
             if not isinstance(launch, CopyLaunch):
                 self._gpu.kernel(launch.kernel, launch.source)  # compiled and loaded before capture
@@ -271,28 +257,30 @@ class CudaExecutable:
         capture, owners = self._captured(bound, None)
         try:
             facts = driver.read_graph(capture.handle)
-            self._compare(facts, owners)
+            compare(self._plan, facts, owners, self._contexts)
             self._tell_times(owners)
-            self._renew(capture)
+            updated = self._renew(capture)
         finally:
             capture.close()
         kernels = sum(node.kind == "kernel" for node in facts.nodes)
         sizes = tuple(size for made in self._partitions for size in made.sm_counts)
-        self.report = CaptureReport(len(facts.nodes), len(facts.edges), kernels, sizes, self._gpu.capability.describe())
+        capability = self._gpu.capability.describe()
+        self.report = CaptureReport(len(facts.nodes), len(facts.edges), kernels, sizes, capability, updated)
         self._stale = False
 
-    def _renew(self, capture: driver.Capture) -> None:
-        """Update the executable graph in place where CUDA allows it; else instantiate a new one."""
+    def _renew(self, capture: driver.Capture) -> bool:
+        """Update the executable graph in place where CUDA allows it (True); else instantiate a new one."""
         if self._exec is not None:
             try:
                 with driver.driver_errors("update the graph"):
                     self._exec.update(capture.builder)
-                return
-            except Exception as error:
-                if getattr(error, "code", "") != "CUDA_ERROR_GRAPH_EXEC_UPDATE_FAILURE":
+                return True
+            except CudaError as error:
+                if error.code != "CUDA_ERROR_GRAPH_EXEC_UPDATE_FAILURE":
                     raise
                 self._exec.close()
         self._exec = capture.instantiate()
+        return False
 
     def _captured(
         self, bound: Sequence[Launches | Callable[[Any], None]], marks: Sequence[tuple[Any, Any]] | None
@@ -354,41 +342,6 @@ class CudaExecutable:
             nodes += driver.last_nodes(stream)
         return nodes
 
-    # -- comparing the graph with the plan ---------------------------------------------------------
-
-    def _compare(self, facts: GraphFacts, owners: Sequence[Sequence[int]]) -> None:
-        """CaptureMismatch unless the graph is the plan: all nodes, in their partitions, in the plan's order."""
-        owner = {node: i for i, nodes in enumerate(owners) for node in nodes}
-        steps = self._plan.steps
-        empty = next((steps[i].op for i, nodes in enumerate(owners) if not nodes), None)
-        if empty is not None:
-            raise CaptureMismatch(f"op {empty!r} left no node in the graph: its work escaped the capture.", "nodes")
-        if len(facts.nodes) != len(owner):
-            raise CaptureMismatch(f"the graph has {len(facts.nodes)} nodes; the plan made {len(owner)}.", "nodes")
-        for node in facts.nodes:
-            if node.handle not in owner:
-                raise CaptureMismatch(f"the graph has a {node.kind} node that no op of the plan made.", "nodes")
-            step = steps[owner[node.handle]]
-            if node.kind == "kernel" and node.context != self._contexts[step.lane]:
-                raise CaptureMismatch(
-                    f"op {step.op!r} ({node.kernel}) is not in its partition of "
-                    f"{self._plan.partition(step.lane).sm_count} SMs.",
-                    "partition",
-                )
-        self._compare_order(facts, owner)
-
-    def _compare_order(self, facts: GraphFacts, owner: Mapping[int, int]) -> None:
-        """The steps that must end before each step: by the plan's lanes and waits, and by the graph's edges."""
-        planned = _ancestors(_plan_edges(self._plan.steps), len(self._plan.steps))
-        pairs = ((owner[a], owner[b]) for a, b in facts.edges)
-        found = _ancestors(((a, b) for a, b in pairs if a != b), len(self._plan.steps))
-        for i, step in enumerate(self._plan.steps):
-            if planned[i] != found[i]:
-                differing = self._plan.steps[(planned[i] ^ found[i]).bit_length() - 1].op
-                less = planned[i] & ~found[i]
-                how = "does not wait for" if less else "waits in the graph, but not in the plan, for"
-                raise CaptureMismatch(f"op {step.op!r} {how} {differing!r}.", "order")
-
     def _tell_times(self, owners: Sequence[Sequence[int]]) -> None:
         """Give the virtual driver the evaluator's time of every op, in equal parts to the op's nodes."""
         control = virtual.loaded()
@@ -414,14 +367,35 @@ class CudaExecutable:
             with driver.driver_errors(f"replay {self._graph.name!r}"):
                 self._exec.launch(self.origin)
                 self.origin.sync()
-        else:
-            self._exec.launch(stream)
+            return
+        try:
+            self._exec.launch(stream if isinstance(stream, self._stream_type) else self._gpu.foreign(stream))
+        except Exception as error:
+            driver.raise_typed(f"replay {self._graph.name!r}", error)
+
+    def replay_seconds(self, launches: int = 1) -> float:
+        """Seconds of one replay, the mean of `launches` in a row, between two events; simulated on a virtual device."""
+        self._check_open()
+        self.capture()
+        begin, end = self._gpu.event(timing=True), self._gpu.event(timing=True)
+        with driver.driver_errors(f"replay {self._graph.name!r}"):
+            self.origin.record(begin)
+            for _ in range(launches):
+                self._exec.launch(self.origin)
+            self.origin.record(end)
+            self.origin.sync()
+        return driver.seconds_between(begin, end) / launches
+
+    @property
+    def kind(self) -> str:
+        """What its times are: "measured", or "simulated" on a virtual device."""
+        return "simulated" if self._gpu.capability.virtual else "measured"
 
     def __call__(self, tensors: Mapping[str, Any] | None = None, **named: Any) -> dict[str, torch.Tensor]:
         """Copy the given inputs into their buffers, bind weights and states, replay, return copies of the outputs."""
         self._check_open()
         for name, value in {**(tensors or {}), **named}.items():
-            if name in self._inputs and _device_buffer(self._declared(name), value) is None:
+            if name in self._inputs and device_buffer(self._declared(name), value) is None:
                 self._upload(name, self._declared(name), value)
                 self._set.add(name)
             else:
@@ -460,9 +434,7 @@ class CudaExecutable:
             capture.close()
         zero = min(span.start_s for span in spans)
         shifted = tuple(Span(s.op, s.lane, s.start_s - zero, s.end_s - zero) for s in spans)
-        capability = self._gpu.capability
-        kind = "simulated" if capability.virtual else "measured"
-        return Timeline(kind, capability.device, shifted)
+        return Timeline(self.kind, self._gpu.capability.device, shifted)
 
     # -- life ------------------------------------------------------------------------------------
 
@@ -487,7 +459,7 @@ class CudaExecutable:
         self._partitions = []
         for memory in reversed(self._memory):
             memory.close()
-        self._memory, self._given, self._kept = [], {}, {}
+        self._memory, self._given, self._kept, self._sites = [], {}, {}, {}
 
     def __enter__(self) -> Self:
         return self
@@ -496,73 +468,3 @@ class CudaExecutable:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _plan_edges(steps: Sequence[Step]) -> Iterator[tuple[int, int]]:
-    last: dict[int, int] = {}
-    for i, step in enumerate(steps):
-        if step.lane in last:
-            yield last[step.lane], i
-        for wait in step.waits:
-            yield wait, i
-        last[step.lane] = i
-
-
-def _ancestors(edges: Iterator[tuple[int, int]], count: int) -> list[int]:
-    """For each step the set of steps that precede it, as bits; edges lead from lower to higher numbers."""
-    before: list[list[int]] = [[] for _ in range(count)]
-    for a, b in edges:
-        if a >= b:
-            raise CaptureMismatch(f"the graph orders step {a} before step {b}, against the plan.", "order")
-        before[b].append(a)
-    closed: list[int] = []
-    for row in before:
-        bits = 0
-        for a in row:
-            bits |= closed[a] | (1 << a)
-        closed.append(bits)
-    return closed
-
-
-def _device_buffer(declared: Tensor, value: Any) -> Buffer | None:
-    """The buffer of a tensor in device memory; None for one on the host."""
-    if isinstance(value, DeviceArray):
-        found = (value.shape, value.dtype, value.buffer.address)
-    elif isinstance(value, torch.Tensor):
-        if not value.is_cuda:
-            return None
-        if not value.is_contiguous():
-            raise GraphError(f"tensor {declared.name!r} must be contiguous; call .contiguous() first.")
-        found = (tuple(value.shape), _dtype_name(value.dtype), value.data_ptr())
-    else:
-        interface = getattr(value, "__cuda_array_interface__", None)
-        if interface is None:
-            return None
-        if interface.get("strides") is not None:
-            raise GraphError(f"tensor {declared.name!r} must be contiguous.")
-        names = {text: name for name, text in _TYPESTR.items()}
-        typestr = interface["typestr"]
-        found = (tuple(interface["shape"]), names.get(typestr, typestr), int(interface["data"][0]))
-    _same(declared, *found[:2])
-    return Buffer(found[2], declared.shape, declared.dtype)
-
-
-def _dtype_name(kind: torch.dtype) -> str:
-    return next((name for name, known in TORCH_DTYPE.items() if known == kind), str(kind))
-
-
-def _host_tensor(declared: Tensor, value: Any) -> torch.Tensor:
-    if not isinstance(value, torch.Tensor) and not hasattr(value, "__dlpack__"):
-        raise GraphError(
-            f"tensor {declared.name!r} was given a {type(value).__name__}; give a tensor (torch, NumPy, DLPack)."
-        )
-    tensor = value if isinstance(value, torch.Tensor) else torch.utils.dlpack.from_dlpack(value)
-    _same(declared, tuple(tensor.shape), _dtype_name(tensor.dtype))
-    return tensor.detach().cpu().contiguous()
-
-
-def _same(declared: Tensor, shape: tuple[int, ...], dtype: str) -> None:
-    if (shape, dtype) != (declared.shape, declared.dtype):
-        raise GraphError(
-            f"tensor {declared.name!r} is {declared.dtype}{list(declared.shape)}; got {dtype}{list(shape)}."
-        )

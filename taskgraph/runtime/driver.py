@@ -12,16 +12,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import platformdirs
 
-from taskgraph.errors import BackendUnavailable, CaptureMismatch, CudaError, PlanError
+from taskgraph.errors import BackendUnavailable, CaptureMismatch, CudaError, ExecutionError, PlanError
 from taskgraph.graph.device import Geometry
 from taskgraph.runtime import virtual
 
-GREEN_CONTEXTS, UNEQUAL_SPLITS = 12040, 13010
-"""Drivers that brought green contexts (12.4), and unequal splits and workqueues (13.1)."""
+CAPTURE_INFO, GREEN_STREAMS, UNEQUAL_SPLITS = 12030, 12050, 13010
+"""Drivers that brought what we stand on: cuStreamGetCaptureInfo_v3 (12.3), by which a capture is read while it is made;
+cuGreenCtxStreamCreate (12.5; the green contexts of 12.4 have streams only while they are current to a thread); unequal
+splits and workqueues (13.1)."""
+_LADDER = {"none": "plain streams", "equal": "equal partitions", "unequal": "unequal partitions"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +51,14 @@ class Capability:
         """One line for people and results."""
         if self.reason:
             return self.reason
-        version = f"{self.driver_version // 1000}.{self.driver_version % 1000 // 10}"
+        version = _version(self.driver_version)
         kind = "simulated" if self.virtual else "real"
         queues = "balanced workqueues" if self.workqueues else "no workqueues"
-        return f"{self.device} ({kind}), {self.sm_count} SMs, driver {version}: {self.partitions} partitions, {queues}"
+        return f"{self.device} ({kind}), {self.sm_count} SMs, driver {version}: {_LADDER[self.partitions]}, {queues}"
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def probe() -> Capability:
@@ -70,6 +77,9 @@ def probe() -> Capability:
         return Capability(reason="no NVIDIA driver on this machine")
     if int(status) or int(cu.cuInit(0)[0]):
         return Capability(reason="the NVIDIA driver does not start", driver_version=int(version))
+    if version < CAPTURE_INFO:
+        told = f"driver {_version(int(version))} is older than 12.3; update it"
+        return Capability(reason=told, driver_version=int(version))
     status, count = cu.cuDeviceGetCount()
     if int(status) or not count:
         return Capability(reason="the driver sees no device", driver_version=int(version))
@@ -80,7 +90,7 @@ def probe() -> Capability:
         driver_version=int(version),
         sm_count=device.properties.multiprocessor_count,
         compute_capability=tuple(device.compute_capability),
-        partitions="unequal" if version >= UNEQUAL_SPLITS else "equal" if version >= GREEN_CONTEXTS else "none",
+        partitions="unequal" if version >= UNEQUAL_SPLITS else "equal" if version >= GREEN_STREAMS else "none",
         workqueues=version >= UNEQUAL_SPLITS,
         virtual=control.device.name if control else "",
         notes=tuple(_notes()),
@@ -105,9 +115,14 @@ def driver_errors(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if type(error).__name__ not in ("CUDAError", "NVRTCError"):
-            raise
-        raise _error(what, str(error)) from error
+        raise_typed(what, error)
+
+
+def raise_typed(what: str, error: Exception) -> NoReturn:
+    """Raise an error of cuda.core as ours; any other as it is."""
+    if type(error).__name__ not in ("CUDAError", "NVRTCError"):
+        raise error
+    raise _error(what, str(error)) from error
 
 
 def check(what: str, result: Sequence[Any]) -> Any:
@@ -253,11 +268,13 @@ class Gpu:
 
     @classmethod
     def reset(cls) -> None:
-        """Forget the device after it was lost: its primary context is destroyed, the next `open` starts afresh."""
+        """Forget the device after it was lost: its primary context is destroyed and retained again, so that the next
+        `open` starts afresh. All executables must be closed; a device that the system lost stays lost."""
         from cuda.bindings import driver as cu
 
         cls._open = None
         check("reset the device", cu.cuDevicePrimaryCtxReset(0))
+        check("retain the device", cu.cuDevicePrimaryCtxRetain(0))
 
     @property
     def arch(self) -> str:
@@ -285,6 +302,12 @@ class Gpu:
         with driver_errors("create a stream"):
             return self.device.create_stream(options=options) if context is None else context.create_stream(options)
 
+    def foreign(self, stream: Any) -> Any:
+        """A stream of another library, by its `__cuda_stream__`; that library keeps owning it."""
+        if not hasattr(stream, "__cuda_stream__"):
+            raise ExecutionError(f"a {type(stream).__name__} is no stream: it has no `__cuda_stream__`.", op="")
+        return self.device.create_stream(stream)
+
     def event(self, timing: bool = False) -> Any:
         """An event; with `timing` its time can be read."""
         from cuda.core import EventOptions
@@ -303,11 +326,12 @@ class Gpu:
                 f"{self.capability.sm_count}. Plan for this device."
             )
         if sizes == (self.capability.sm_count,) or self.capability.partitions == "none":
-            return Partitioned((None,) * len(sizes), sizes, exact=len(sizes) == 1)
+            whole = (self.capability.sm_count,) * len(sizes)
+            return Partitioned((None,) * len(sizes), whole, exact=whole == sizes)
         if self.capability.partitions == "equal" and len(set(sizes)) > 1:
             raise BackendUnavailable(
                 f"partitions of {' + '.join(map(str, sizes))} SMs need driver 13.1; this is "
-                f"{self.capability.driver_version / 1000:.2f}. Plan equal partitions, or update the driver."
+                f"{_version(self.capability.driver_version)}. Plan equal partitions, or update the driver."
             )
         groups = self._split(sizes)
         counts = tuple(group.sm_count for group in groups)
@@ -326,7 +350,7 @@ class Gpu:
                 fine = next((step for step in (8, 4, 2) if all(size % step == 0 for size in sizes)), None)
                 groups, _ = resource.split(SMResourceOptions(count=sizes, coscheduled_sm_count=fine))
                 return list(groups)
-            groups, _ = resource.split(SMResourceOptions(count=sizes[0]))
+            groups, _ = resource.split(SMResourceOptions(count=sizes))  # equal groups: SplitByCount
             if len(groups) < len(sizes):
                 raise CaptureMismatch(f"the driver made {len(groups)} partitions of {sizes[0]} SMs.", "partitions")
             return list(groups[: len(sizes)])
@@ -342,10 +366,18 @@ class Gpu:
                 resources.append(queue)
             return self.device.create_context(ContextOptions(resources=resources))
 
+    def memory_bytes(self, free: bool = False) -> int:
+        """Bytes of the device's memory; with `free`, those that nobody holds."""
+        from cuda.bindings import driver as cu
+
+        left, whole = check("ask for the memory", cu.cuMemGetInfo())
+        return int(left if free else whole)
+
     def sync(self) -> None:
         """Wait for everything; the errors of the work show here."""
-        with driver_errors("wait for the device"):
-            self.device.sync()
+        from cuda.bindings import driver as cu
+
+        check("wait for the device", cu.cuCtxSynchronize())
 
 
 # -------------------------------------------------------------------------------------------------- graphs
@@ -378,6 +410,7 @@ class Capture:
             self.builder = origin.create_graph_builder()
             self.builder.begin_building("thread_local")
         self.closed = False
+        self._origin = origin
 
     def end(self) -> None:
         """End it; CudaError when the driver refuses, for instance for a lane that was not joined."""
@@ -387,11 +420,14 @@ class Capture:
 
     def abandon(self) -> None:
         """End it whatever state it is in, after an error."""
+        from cuda.bindings import driver as cu
+
         if self.closed:
             return
         self.closed = True
-        with _ignored():
-            self.builder.end_building()
+        status, graph = cu.cuStreamEndCapture(self._origin.handle)  # the builder refuses to end an invalid capture
+        if not int(status) and int(graph):
+            cu.cuGraphDestroy(graph)
 
     @property
     def handle(self) -> Any:
@@ -416,7 +452,7 @@ def _ignored() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if type(error).__name__ != "CUDAError":
+        if type(error).__name__ not in ("CUDAError", "RuntimeError"):
             raise
 
 

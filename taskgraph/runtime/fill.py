@@ -8,7 +8,7 @@ import torch
 
 from taskgraph.errors import BackendUnavailable
 from taskgraph.graph.graph import Graph
-from taskgraph.graph.op import Op, Tensor
+from taskgraph.graph.op import Op, Tensor, seen_inputs
 from taskgraph.runtime.impls import TORCH_DTYPE
 
 Range = tuple[int, int]
@@ -59,7 +59,7 @@ def _ranges(graph: Graph) -> dict[str, Range]:
     """The range of every index tensor: what all of its readers allow."""
     found: dict[str, Range] = {}
     for op in graph.ops:
-        ins = [graph.tensor[name] for name in op.inputs]
+        ins = seen_inputs(op, graph.tensor)
         for place, t in enumerate(ins):
             if (op.kind, place) in INDEX_RANGES:
                 low, high = INDEX_RANGES[op.kind, place](op, ins)

@@ -17,6 +17,7 @@ from taskgraph.graph.device import Device, get
 from taskgraph.graph.graph import Graph
 from taskgraph.runtime import probe
 from taskgraph.runtime.measure import LEAST_ROUNDS, Bench, Budget, Session
+from taskgraph.runtime.virtual import is_virtual
 from taskgraph.schedule.bounds import lower_bounds
 from taskgraph.schedule.plan import Lane, Plan, Verdict, write_atomically
 from taskgraph.schedule.planner import SCHEDULERS, plan, replay_times
@@ -105,13 +106,14 @@ def autotune(
     and versions returns it at once, unless `fresh`. After a change of a custom op's code ask for `fresh`.
 
     `tensors` are values for inputs, weights and states, used in place except states, which are copied; what is
-    missing is drawn from `seed` (see `fill`). The sim backend measures nothing: its times are simulated, they say so
-    and stay out of the database. PlanError for a budget that is not positive; ExecutionError when an op raises, and
+    missing is drawn from `seed` (see `fill`). The cuda backend plans for this machine's GPU, or for `device`; on
+    "virtual:h100_sxm", as on the sim backend, nothing is measured: times are simulated, they say so and stay out of
+    the database. PlanError for a budget that is not positive; ExecutionError when an op raises, and
     then nothing is stored.
     """
     if not (math.isfinite(budget_s) and budget_s > 0):
         raise PlanError(f"budget_s is {budget_s}; autotune needs a positive number of seconds, such as 60.")
-    target = get(device or "cpu")
+    target, run_on = _target(backend, device)
     store = database if isinstance(database, ProfileDB) else ProfileDB(database)
     place = here(backend, target)
     winner = _winner_path(store, graph, target, place)
@@ -119,12 +121,22 @@ def autotune(
     if found is not None:
         return found
     budget = Budget(budget_s)
-    bench = Bench(graph, backend, functions or {}, tensors or {}, seed)
-    profiles = None if backend == "sim" else (store, place)
+    bench = Bench(graph, backend, functions or {}, tensors or {}, seed, run_on)
+    profiles = None if backend == "sim" or run_on is not None else (store, place)
     tuned = _Tuner(graph, target, bench, budget, seed, profiles, progress).run(fresh)
     if any(trial.measured_s is not None for trial in tuned.trials):
         write_atomically(winner, _to_json(tuned))
     return tuned
+
+
+def _target(backend: str, device: str | Device | None) -> tuple[Device, str | None]:
+    """The device to plan for, and the virtual one to run on: "virtual:h100_sxm" is both."""
+    if backend != "cuda":
+        return get(device or "cpu"), None
+    from taskgraph.runtime.gpu_spec import planning_device
+
+    run_on = device if isinstance(device, str) and is_virtual(device) else None
+    return planning_device(run_on) if run_on or device is None else get(device), run_on
 
 
 # --------------------------------------------------------------------------------------- candidates
@@ -358,6 +370,11 @@ def here(backend: str, device: Device) -> Place:
     packages = ("torch", "numba", "numpy")
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in packages)
     machine = hashlib.blake2b(repr(device).encode(), digest_size=8).hexdigest()
+    if backend == "cuda":
+        from taskgraph.runtime.driver import Gpu
+
+        found = Gpu.open().capability
+        return Place(device.name, f"{found.device}, {found.sm_count} SMs", str(found.driver_version), versions, backend)
     if backend != "sim":
         machine = probe.identity()
     return Place(device.name, machine, "none", versions, backend)

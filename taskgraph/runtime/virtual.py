@@ -321,14 +321,14 @@ def load(device: str | Device, **changes: Any) -> Control:
 
     BackendUnavailable when the process has another driver or another virtual device already."""
     global _loaded
-    spec = spec_of(device) if isinstance(device, str) else device
-    present = loaded()
+    name, present = device.removeprefix(PREFIX) if isinstance(device, str) else device.name, loaded()
     if present is not None:
-        if present.device.name == spec.name and not changes:
+        if present.device.name == name and not changes:
             return present
         raise BackendUnavailable(
-            f"this process runs on the virtual device {present.device.name!r}; start another process for {spec.name!r}."
+            f"this process runs on the virtual device {present.device.name!r}; start another process for {name!r}."
         )
+    spec = spec_of(device) if isinstance(device, str) else device
     if _driver_is_mapped():
         raise BackendUnavailable("this process has loaded a CUDA driver; start another process for the virtual one.")
     folder = Path(tempfile.mkdtemp(prefix="taskgraph-virtual-"))

@@ -1,0 +1,171 @@
+"""Tensors in device memory: ours, and those of other libraries by `__cuda_array_interface__` or DLPack."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from taskgraph.errors import BackendUnavailable, GraphError
+from taskgraph.graph.op import ITEMSIZE, Tensor
+from taskgraph.runtime import driver
+from taskgraph.runtime.driver import Gpu, Memory
+from taskgraph.runtime.impls import TORCH_DTYPE
+from taskgraph.runtime.launches import Buffer
+
+_TYPESTR = {
+    "f64": "<f8", "f32": "<f4", "f16": "<f2", "bf16": "<V2", "i64": "<i8", "i32": "<i4", "i8": "|i1", "u8": "|u1",
+    "bool": "|b1",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceArray:
+    """A tensor in device memory that the executable owns; libraries take it by `__cuda_array_interface__`."""
+
+    buffer: Buffer
+    owner: object = field(repr=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.buffer.shape
+
+    @property
+    def dtype(self) -> str:
+        return self.buffer.dtype
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        """Version 3 of the protocol; bf16 goes as two raw bytes."""
+        b = self.buffer
+        strides = tuple(n * ITEMSIZE[b.dtype] for n in b.strides) if b.strides else None
+        data = (b.address, False)
+        return {"shape": b.shape, "typestr": _TYPESTR[b.dtype], "data": data, "strides": strides, "version": 3}
+
+    def numpy_bytes(self) -> npt.NDArray[np.uint8]:
+        """A copy of the bytes on the host."""
+        host = np.empty(self.buffer.nbytes, np.uint8)
+        driver.download(host.ctypes.data, self.buffer.address, host.nbytes)
+        return host
+
+    def cpu(self) -> torch.Tensor:
+        """A copy on the host."""
+        return torch.from_numpy(self.numpy_bytes()).view(TORCH_DTYPE[self.dtype]).view(self.shape)
+
+    def torch(self) -> torch.Tensor:
+        """The same memory as a torch tensor; BackendUnavailable where torch is built without CUDA."""
+        if not torch.cuda.is_available():
+            raise BackendUnavailable("this torch has no CUDA device; use cpu(), or `__cuda_array_interface__`.")
+        raw = {"bf16": "|i2"}.get(self.dtype, _TYPESTR[self.dtype])  # torch knows no two raw bytes
+        made = torch.as_tensor(_Typed({**self.__cuda_array_interface__, "typestr": raw}), device="cuda")
+        return made.view(TORCH_DTYPE[self.dtype])
+
+    def __dlpack__(self, **options: Any) -> Any:
+        """A DLPack capsule, made by torch."""
+        return self.torch().__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return (2, 0)  # kDLCUDA, the device of this process
+
+
+@dataclass(frozen=True, slots=True)
+class _Typed:
+    """A `__cuda_array_interface__` and nothing else."""
+
+    __cuda_array_interface__: dict[str, Any]
+
+
+class DeviceTensors(Mapping[str, DeviceArray]):
+    """Host tensors that are on the device once, for many executables to bind: weights, caches. Closing frees them."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], device: str | None = None) -> None:
+        Gpu.open(device)
+        self._memory: list[Memory] = []
+        self._arrays: dict[str, DeviceArray] = {}
+        names = {kind: name for name, kind in TORCH_DTYPE.items()}
+        try:
+            for name, tensor in tensors.items():
+                host = tensor.detach().cpu().contiguous()
+                memory = Memory(max(host.nbytes, 1))
+                self._memory.append(memory)
+                driver.upload(memory.address, host.data_ptr(), host.nbytes)
+                self._arrays[name] = DeviceArray(Buffer(memory.address, tuple(host.shape), names[host.dtype]), self)
+        except BaseException:
+            self.close()
+            raise
+
+    def __getitem__(self, name: str) -> DeviceArray:
+        return self._arrays[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes on the device."""
+        return sum(memory.nbytes for memory in self._memory)
+
+    def close(self) -> None:
+        """Free the memory; a second call does nothing."""
+        for memory in reversed(self._memory):
+            memory.close()
+        self._memory, self._arrays = [], {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def device_buffer(declared: Tensor, value: Any) -> Buffer | None:
+    """The buffer of a tensor in device memory; None for one on the host."""
+    if isinstance(value, DeviceArray):
+        found = (value.shape, value.dtype, value.buffer.address)
+    elif isinstance(value, torch.Tensor):
+        if not value.is_cuda:
+            return None
+        if not value.is_contiguous():
+            raise GraphError(f"tensor {declared.name!r} must be contiguous; call .contiguous() first.")
+        found = (tuple(value.shape), _dtype_name(value.dtype), value.data_ptr())
+    else:
+        interface = getattr(value, "__cuda_array_interface__", None)
+        if interface is None:
+            return None
+        if interface.get("strides") is not None:
+            raise GraphError(f"tensor {declared.name!r} must be contiguous.")
+        names = {text: name for name, text in _TYPESTR.items()}
+        typestr = interface["typestr"]
+        found = (tuple(interface["shape"]), names.get(typestr, typestr), int(interface["data"][0]))
+    _same(declared, *found[:2])
+    return Buffer(found[2], declared.shape, declared.dtype)
+
+
+def _dtype_name(kind: torch.dtype) -> str:
+    return next((name for name, known in TORCH_DTYPE.items() if known == kind), str(kind))
+
+
+def host_tensor(declared: Tensor, value: Any) -> torch.Tensor:
+    """A host tensor (torch, or anything with DLPack), contiguous; GraphError when it is not what was declared."""
+    if not isinstance(value, torch.Tensor) and not hasattr(value, "__dlpack__"):
+        raise GraphError(
+            f"tensor {declared.name!r} was given a {type(value).__name__}; give a tensor (torch, NumPy, DLPack)."
+        )
+    tensor = value if isinstance(value, torch.Tensor) else torch.utils.dlpack.from_dlpack(value)
+    _same(declared, tuple(tensor.shape), _dtype_name(tensor.dtype))
+    return tensor.detach().cpu().contiguous()
+
+
+def _same(declared: Tensor, shape: tuple[int, ...], dtype: str) -> None:
+    if (shape, dtype) != (declared.shape, declared.dtype):
+        raise GraphError(
+            f"tensor {declared.name!r} is {declared.dtype}{list(declared.shape)}; got {dtype}{list(shape)}."
+        )

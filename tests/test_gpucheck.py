@@ -1,0 +1,102 @@
+"""autotune and gpu-check on the virtual GPU: they run to their end, and nothing simulated is called measured."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Call
+from typer.testing import CliRunner
+
+import taskgraph as tg
+from taskgraph.cost.profiles import ProfileDB
+from taskgraph.errors import DeviceError
+from taskgraph.graph import device as specs
+from taskgraph.runtime import driver, gpu_spec, gpucheck, launches
+from taskgraph.runtime.driver import Capability
+
+DEVICE = "virtual:h100_sxm"
+
+
+def test_autotune_on_the_virtual_gpu_is_simulated_and_stores_no_time(on_virtual: Call, tmp_path: Path) -> None:
+    on_virtual(tune, tmp_path)
+
+
+def tune(folder: Path) -> None:
+    b = tg.GraphBuilder("pair")
+    x, w, y = b.input("x", (64, 64), "f32"), b.weight("w", (64, 64), "f32"), b.input("y", (256, 64), "f32")
+    b.output(tg.ops.gemm(x, w, name="product"), tg.ops.add(y, y, name="twice"))
+    store = ProfileDB(folder / "profiles.sqlite")
+    tuned = tg.autotune(b.build(), "cuda", budget_s=3, device=DEVICE, database=store)
+    assert tuned.kind == "simulated" and "virtual h100_sxm" in tuned.origin
+    assert tuned.trials and all(t.measured_s is None or t.measured_s > 0 for t in tuned.trials)
+    assert not store.path.exists() or store.places() == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "spec"), [("NVIDIA H100 80GB HBM3", "h100_sxm"), ("NVIDIA A100-SXM4-80GB", "a100_sxm")]
+)
+def test_a_real_device_is_planned_for_by_its_published_spec(name: str, spec: str) -> None:
+    found = gpu_spec._of_real(Capability(device=name, sm_count=114), 1 << 36)
+    assert found.name == spec and (found.sm_count, found.memory_bytes) == (114, 1 << 36)
+    assert found.hbm_bytes_per_s == specs.get(spec).hbm_bytes_per_s
+    with pytest.raises(DeviceError, match=r"GTX 480.*devices\.make"):
+        gpu_spec._of_real(Capability(device="NVIDIA GTX 480", sm_count=15), 1 << 30)
+
+
+def test_gpu_check_runs_to_its_end_on_the_virtual_gpu(on_virtual: Call, tmp_path: Path) -> None:
+    code, text = on_virtual(run_cli, "gpu-check", "--device", DEVICE, "--out", str(tmp_path / "report.json"))
+    assert code == 0, text
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["kind"] == "simulated" and "(simulated), 132 SMs, driver 13.5" in report["capability"]
+    assert len(report["checks"]) >= 8 and all(check["passed"] for check in report["checks"])
+    assert all(value > 0 for value in report["calibration"].values())
+    rates = [value for name, value in report["calibration"].items() if name.startswith("hbm_read")]
+    assert rates == sorted(rates), "more SMs draw more bandwidth"
+    assert {o["choice"] for o in report["overlaps"]} <= {"packed", "sequential"} and len(report["overlaps"]) == 3
+    assert all(o["packed_s"] > 0 and o["sequential_s"] > 0 for o in report["overlaps"])
+    assert f"{len(report['checks'])} of {len(report['checks'])} checks hold" in " ".join(text.split())
+
+
+def run_cli(*arguments: str) -> tuple[int, str]:
+    from taskgraph.cli import app
+
+    done = CliRunner().invoke(app, [*arguments], catch_exceptions=False)
+    return done.exit_code, done.output
+
+
+def test_doctor_tells_of_the_virtual_gpu(on_virtual: Call) -> None:
+    code, text = on_virtual(run_cli, "doctor", "--device", DEVICE)
+    assert code == 0 and "simulated" in text and "h100_sxm" in text
+
+
+@pytest.mark.parametrize("fault", ["wrong", "raises"])
+def test_a_check_that_fails_is_reported_and_the_run_goes_on(on_virtual: Call, fault: str) -> None:
+    on_virtual(fail_a_check, fault)
+
+
+def fail_a_check(fault: str) -> None:
+    def broken(bench: Any) -> str:
+        if fault == "raises":
+            raise DeviceError("lost")
+        raise AssertionError("outputs differ")
+
+    made = gpucheck._checked("broken", broken, None, lambda text: None)  # type: ignore[arg-type]
+    assert not made.passed and made.seen in ("DeviceError: lost", "AssertionError: outputs differ")
+
+
+def test_the_equality_check_sees_a_wrong_output(on_virtual: Call) -> None:
+    on_virtual(see_a_wrong_output)
+
+
+def see_a_wrong_output() -> None:
+    """With a launch rule that adds a tensor to itself, the check of every op kind must fail."""
+    right = launches.LAUNCH_RULES["add"]
+    launches.LAUNCH_RULES["add"] = lambda op, ins, outs, site: right(op, [ins[0], ins[0]], outs, site)
+    try:
+        bench = gpucheck._Bench(driver.Gpu.open(), specs.get("h100_sxm"), DEVICE, gpucheck.VIRTUAL)
+        name = "every op kind, f32, equals the cpu backend"
+        made = gpucheck._checked(name, gpucheck.CHECKS[name], bench, lambda text: None)
+    finally:
+        launches.LAUNCH_RULES["add"] = right
+    assert not made.passed and "differ from the cpu backend" in made.seen
