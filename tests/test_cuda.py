@@ -64,8 +64,13 @@ def test_random_cases_reach_every_kind_views_and_geometries() -> None:
     assert any(step.sms for p in plans for step in p.steps) and any(p.made_by.startswith("search") for p in plans)
 
 
-def test_every_standard_kind_has_launches() -> None:
-    assert set(tg.ops.SHAPE_RULES) == set(LAUNCH_RULES)
+CPU_ONLY = {"route", "experts", "gated_add", "latent_rope", "latent_attention"}
+"""Kinds that have no kernel here yet: `launches` refuses them by name."""
+
+
+def test_every_standard_kind_has_launches_or_is_known_to_lack_them() -> None:
+    assert set(tg.ops.SHAPE_RULES) == set(LAUNCH_RULES) | CPU_ONLY
+    assert not CPU_ONLY & set(LAUNCH_RULES)
 
 
 def test_a_part_of_a_buffer_is_where_torch_says() -> None:
