@@ -3,12 +3,12 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from taskgraph.errors import ConfigError, WeightsError
+from taskgraph.errors import ConfigError, GraphError, WeightsError
 
 FAMILIES = {
     "LlamaForCausalLM": "llama",
@@ -49,7 +49,8 @@ class Experts:
     """The mixture of experts of a model's sparse layers; the fields are those of `ops.route`.
 
     `shared_size` is the inner size of the expert that every token goes to (0: there is none), `shared_gate` whether
-    a sigmoid weighs it. `dense` are the layers that have a plain MLP instead.
+    a sigmoid weighs it. `dense` are the layers that have a plain MLP instead. Of `ranks` that share the experts out,
+    number `rank` has its part of all `count`.
     """
 
     count: int
@@ -64,6 +65,13 @@ class Experts:
     shared_size: int = 0
     shared_gate: bool = False
     dense: frozenset[int] = frozenset()
+    ranks: int = 1
+    rank: int = 0
+
+    @property
+    def held(self) -> int:
+        """Experts that this rank has."""
+        return self.count // self.ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,13 +120,36 @@ class ModelConfig:
         """Whether the layer has experts."""
         return self.experts is not None and layer not in self.experts.dense
 
+    def share(self, ranks: int, expert_rank: int | None = None) -> "ModelConfig":
+        """What one of `ranks` tensor-parallel ranks computes: its heads and features.
+
+        Every rank has its features of all experts, or with `expert_rank` whole experts, those of that rank.
+        GraphError when there is something that the ranks cannot share equally.
+        """
+        e, whole = self.experts, expert_rank is not None
+        parts = {"heads": self.heads, "kv heads": self.kv_heads, "features": self.intermediate_size}
+        parts |= {"vocabulary": self.vocab_size, "hidden size": self.hidden_size}
+        if e is not None:
+            parts |= {"shared features": e.shared_size}
+            parts |= {"experts": e.count} if whole else {"expert features": e.inner_size}
+        odd = next((name for name, number in parts.items() if ranks < 1 or number % ranks), None)
+        if odd is not None:
+            raise GraphError(f"{self.name} has {parts[odd]} {odd}, which {ranks} ranks cannot share; choose a divisor.")
+        if e is not None and whole:
+            e = replace(e, shared_size=e.shared_size // ranks, ranks=ranks, rank=expert_rank or 0)
+        elif e is not None:
+            e = replace(e, shared_size=e.shared_size // ranks, inner_size=e.inner_size // ranks)
+        return replace(
+            self, heads=self.heads // ranks, kv_heads=self.kv_heads // ranks, experts=e,
+            intermediate_size=self.intermediate_size // ranks,
+        )  # fmt: skip
+
     @property
     def parameters(self) -> int:
         """The exact number of parameters."""
         sparse = sum(map(self.sparse, range(self.layers)))
-        mlps = sparse * self._expert_parameters() + (self.layers - sparse) * 3 * self.hidden_size * (
-            self.intermediate_size
-        )
+        mlps = sparse * self._expert_parameters()
+        mlps += (self.layers - sparse) * 3 * self.hidden_size * self.intermediate_size
         tables = 1 if self.tie_embeddings else 2
         layers = self.layers * (self._attention_parameters() + 2 * self.hidden_size)
         return layers + mlps + self.hidden_size * (tables * self.vocab_size + 1)

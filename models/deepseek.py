@@ -3,30 +3,49 @@
 Its cache is one latent and one rotated key a token, which all heads share.
 """
 
+from dataclasses import dataclass, replace
+
 import taskgraph as tg
 from taskgraph.models.config import Latent, ModelConfig, Yarn
-from taskgraph.models.layer import Layer, Sources
+from taskgraph.models.layer import Layer, Sources, yarn
 
 
-def latent_attention(
-    layer: Layer, x: tg.Value, residual: tg.Value, positions: tg.Value, cache: int, context: int
-) -> tg.Value:
-    """residual + attention of x, which is normalised, over the layer's latent cache."""
-    config, a = layer.config, latent_of(layer.config)
-    q = _queries(layer, a, x)
-    kv = layer.product(x, "kv_a", a.rank + a.rotary, "kv_a_proj")
-    latents = layer.state("latents", positions.shape[0], cache, a.rank + a.rotary)
-    q = tg.ops.latent_rope(
-        q, kv, layer.weight("kv_norm", a.rank), positions, latents, heads=config.heads, rotary=a.rotary,
-        theta=config.rope_theta, eps=_LATENT_EPS, yarn=yarn(config), interleaved=a.interleaved,
-        name=layer.name("latent_rope"),
-    )  # fmt: skip
-    up = layer.weight("kv_b", config.heads * (a.plain + a.values), a.rank)
-    mixed = tg.ops.latent_attention(
-        q, positions, latents, up, rotary=a.rotary, scale=_score_scale(config), context=context,
-        name=layer.name("attention"),
-    )  # fmt: skip
-    return layer.product(mixed, "o", config.hidden_size, "o_proj", residual=residual)
+@dataclass(frozen=True, slots=True)
+class LatentAttention:
+    """A layer's compressed queries, keys and values of some tokens, and the weights that attention takes."""
+
+    layer: Layer
+    q: tg.Value
+    kv: tg.Value
+    norm: tg.Value
+    up: tg.Value
+
+    @staticmethod
+    def of(layer: Layer, x: tg.Value) -> "LatentAttention":
+        """Of x, which is normalised."""
+        config, a = layer.config, latent_of(layer.config)
+        q = _queries(layer, a, x)
+        kv = layer.product(x, "kv_a", a.rank + a.rotary, "kv_a_proj")
+        up = layer.weight("kv_b", config.heads * (a.plain + a.values), a.rank)
+        return LatentAttention(layer, q, kv, layer.weight("kv_norm", a.rank), up)
+
+    def rows(self, first: int, last: int) -> "LatentAttention":
+        """The same of some of the tokens."""
+        return replace(self, q=self.q.rows(first, last), kv=self.kv.rows(first, last))
+
+    def over(self, positions: tg.Value, cache: int, context: int, mark: str = "") -> tg.Value:
+        """Attention over a cache of latents of its own, whose names and ops' names begin with `mark`."""
+        layer, config, a = self.layer, self.layer.config, latent_of(self.layer.config)
+        latents = layer.state(f"{mark}latents", positions.shape[0], cache, a.rank + a.rotary)
+        q = tg.ops.latent_rope(
+            self.q, self.kv, self.norm, positions, latents, heads=config.heads, rotary=a.rotary,
+            theta=config.rope_theta, eps=_LATENT_EPS, yarn=yarn(config), interleaved=a.interleaved,
+            name=layer.name(f"{mark}latent_rope"),
+        )  # fmt: skip
+        return tg.ops.latent_attention(
+            q, positions, latents, self.up, rotary=a.rotary, scale=_score_scale(config), context=context,
+            name=layer.name(f"{mark}attention"),
+        )  # fmt: skip
 
 
 _LATENT_EPS = 1e-6
@@ -39,9 +58,8 @@ def _queries(layer: Layer, a: Latent, x: tg.Value) -> tg.Value:
         return layer.product(x, "q", width, "q_proj")
     low = layer.product(x, "q_a", a.q_rank, "q_a_proj")
     norm = layer.weight("q_a_norm", a.q_rank)
-    return layer.product(
-        tg.ops.rmsnorm(low, norm, eps=_LATENT_EPS, name=layer.name("q_norm")), "q_b", width, "q_b_proj"
-    )
+    low = tg.ops.rmsnorm(low, norm, eps=_LATENT_EPS, name=layer.name("q_norm"))
+    return layer.product(low, "q_b", width, "q_b_proj")
 
 
 def latent_of(config: ModelConfig) -> Latent:
@@ -51,19 +69,13 @@ def latent_of(config: ModelConfig) -> Latent:
     return config.latent
 
 
-def yarn(config: ModelConfig) -> tuple[float, ...]:
-    """YaRN's numbers as `ops.rope_kv` takes them; empty for models without."""
-    s = config.rope_scaling
-    return (s.factor, s.low, s.high, s.attention) if isinstance(s, Yarn) else ()
-
-
 def _score_scale(config: ModelConfig) -> float:
     stretch = config.rope_scaling.score_scale if isinstance(config.rope_scaling, Yarn) else 1.0
     return float(stretch / config.head_dim**0.5)
 
 
 def latent_sources(config: ModelConfig) -> Sources:
-    """The weights of `latent_attention` and the checkpoint's tensors that they are."""
+    """The weights of a LatentAttention and of its output, and the checkpoint's tensors that they are."""
     sources: Sources = {
         "kv_a": ("self_attn.kv_a_proj_with_mqa.weight",),
         "kv_norm": ("self_attn.kv_a_layernorm.weight",),

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import taskgraph as tg
-from taskgraph.models.config import ModelConfig
+from taskgraph.models.config import ModelConfig, RopeScaling, Yarn
 
 Names = tuple[str, ...]
 Sources = dict[str, Names | tuple[Names, ...]]
@@ -14,13 +14,17 @@ expert, is stacked on an axis of its own."""
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """Appends to `builder`; `mark` begins every name, and `number` is the layer's in the model."""
+    """Appends to `builder`; `mark` begins every name, and `number` is the layer's in the model.
+
+    Of several tensor-parallel `ranks` it is the layer of one, and `config` that rank's share.
+    """
 
     builder: tg.GraphBuilder
     config: ModelConfig
     dtype: str
     mark: str = ""
     number: int = 0
+    ranks: int = 1
 
     def name(self, name: str) -> str:
         """The name of an op of this layer."""
@@ -52,6 +56,17 @@ class Layer:
         """x times the weight (rows, columns of x) transposed, plus bias and residual."""
         w = self.weight(weight, rows, x.shape[1])
         return tg.ops.gemm(x, w, bias, residual, transpose_w=True, out_dtype=out_dtype, name=self.name(name))
+
+    def summed(self, x: tg.Value, weight: str, residual: tg.Value) -> tg.Value:
+        """residual + x times the weight (hidden, columns of x) transposed, summed over ranks, which share columns."""
+        if self.ranks == 1:
+            return self.product(x, weight, self.config.hidden_size, f"{weight}_proj", residual=residual)
+        return self.reduced(self.product(x, weight, self.config.hidden_size, f"{weight}_proj"), weight, residual)
+
+    def reduced(self, part: tg.Value, name: str, residual: tg.Value) -> tg.Value:
+        """residual + the sum of `part` over ranks."""
+        total = tg.ops.all_reduce(part, ranks=self.ranks, name=self.name(f"{name}_reduce"))
+        return tg.ops.add(total, residual, name=self.name(f"{name}_add"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,3 +101,17 @@ def layout_of(kinds: Sequence[object]) -> Layout:
 
 def _repeats(kinds: Sequence[object], period: int) -> bool:
     return len(kinds) % period == 0 and kinds[period:] == kinds[:-period]
+
+
+def rope_scaling(config: ModelConfig) -> tuple[float, ...]:
+    """Llama 3's rotary scaling as `ops.rope_kv` takes it; empty for the others."""
+    s = config.rope_scaling
+    if not isinstance(s, RopeScaling):
+        return ()
+    return (s.factor, s.low_freq_factor, s.high_freq_factor, float(s.original_max_position))
+
+
+def yarn(config: ModelConfig) -> tuple[float, ...]:
+    """YaRN's numbers as `ops.rope_kv` takes them; empty for models without."""
+    s = config.rope_scaling
+    return (s.factor, s.low, s.high, s.attention) if isinstance(s, Yarn) else ()

@@ -5,13 +5,14 @@ One dense step is nine ops a layer: projections fused where they share an input 
 fused into the products that feed them, and one vocabulary product a step.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import taskgraph as tg
-from taskgraph.models.config import ModelConfig, RopeScaling
-from taskgraph.models.deepseek import latent_attention, latent_sources, yarn
-from taskgraph.models.layer import Layer, Layout, Names, Sources, layout_of
+from taskgraph.models.config import ModelConfig
+from taskgraph.models.deepseek import LatentAttention, latent_sources
+from taskgraph.models.layer import Layer, Layout, Names, Sources, layout_of, rope_scaling, yarn
 from taskgraph.models.moe import expert_mlp, expert_sources
 
 if TYPE_CHECKING:
@@ -28,24 +29,8 @@ LOGITS, NEXT = "lm_head_proj.out", "sample.out"
 """Names of the outputs of every step graph."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """What the layers of a step share."""
-
-    builder: tg.GraphBuilder
-    config: ModelConfig
-    dtype: str
-    positions: tg.Value
-    cache: int
-    context: int
-
-    def layer(self, x: tg.Value, number: int, mark: str) -> tg.Value:
-        """The layer of that number appended: attention, then an MLP or experts."""
-        layer = Layer(self.builder, self.config, self.dtype, mark, number)
-        normed = layer.norm(x, "attn_norm", "norm1")
-        attend = latent_attention if self.config.latent else grouped_attention
-        x = attend(layer, normed, x, self.positions, self.cache, self.context)
-        return mlp(layer, layer.norm(x, "mlp_norm", "norm2"), x)
+Attend = Callable[[Layer, tg.Value], tg.Value]
+"""The attention of a layer: (layer, normalised input) -> mixed heads, which the output projection takes."""
 
 
 def step_graph(
@@ -69,27 +54,59 @@ def step_graph(
     b = tg.GraphBuilder(f"{config.name}-{'prefill' if tokens > 1 else 'decode'}-{batch}x{tokens}")
     ids = b.input("tokens", (batch * tokens,), "i64")
     positions = b.input("positions", (batch,), "i64")
-    table = b.weight("embed", (config.vocab_size, config.hidden_size), dtype)
-    x = tg.ops.embedding(ids, table, name="embedding")
-    x = _layers(_Step(b, config, dtype, positions, cache, min(context or cache, cache)), x)
+    counted = min(context or cache, cache)
+
+    def attend(layer: Layer, x: tg.Value) -> tg.Value:
+        return attention_of(layer, x).over(positions, cache, counted)
+
+    x, table = layers(b, config, ids, dtype, attend)
     if tokens > 1 and not all_logits:
         x = tg.ops.slice_rows(x, tokens - 1, batch * tokens, tokens, name="last_token")
-    x = Layer(b, config, dtype).norm(x, "norm", "final_norm")
-    head = table if config.tie_embeddings else b.weight("lm_head", (config.vocab_size, config.hidden_size), dtype)
-    logits = tg.ops.gemm(x, head, transpose_w=True, name="lm_head_proj")
-    b.output(logits, tg.ops.argmax(logits, name="sample"))
+    b.output(*sampled(b, config, x, table, dtype))
     return b.build()
 
 
-def _layers(step: _Step, x: tg.Value) -> tg.Value:
-    plan = layout(step.config)
+def layers(
+    b: tg.GraphBuilder, config: ModelConfig, ids: tg.Value, dtype: str, attend: Attend, ranks: int = 1
+) -> tuple[tg.Value, tg.Value]:
+    """The tokens `ids` through the embedding and every layer, whose attention is `attend`.
+
+    Returns the last layer's output (tokens, hidden), and the embedding table. Of several tensor-parallel `ranks` it
+    is what one computes, and `config` that rank's share.
+    """
+    table = b.weight("embed", (config.vocab_size, config.hidden_size), dtype)
+    x = tg.ops.embedding(ids, table, name="embedding")
+    plan = layout(config)
     for i in range(plan.first):
-        x = step.layer(x, i, plan.head(i))
-    with step.builder.repeat(plan.count, "layer") as loop:
+        x = _layer(Layer(b, config, dtype, plan.head(i), i, ranks), x, attend)
+    with b.repeat(plan.count, "layer") as loop:
         entry = h = loop.carry(x, "x")
         for j in range(plan.period):
-            h = step.layer(h, plan.first + j, plan.body(j))
-        return loop.next(entry, h)
+            h = _layer(Layer(b, config, dtype, plan.body(j), plan.first + j, ranks), h, attend)
+        return loop.next(entry, h), table
+
+
+def _layer(layer: Layer, x: tg.Value, attend: Attend) -> tg.Value:
+    """Attention, then an MLP or experts, each on what is normalised and added to what it was."""
+    mixed = attend(layer, layer.norm(x, "attn_norm", "norm1"))
+    x = layer.summed(mixed, "o", x)
+    return mlp(layer, layer.norm(x, "mlp_norm", "norm2"), x)
+
+
+def sampled(
+    b: tg.GraphBuilder, config: ModelConfig, x: tg.Value, table: tg.Value, dtype: str, ranks: int = 1
+) -> tuple[tg.Value, tg.Value]:
+    """The logits of the rows of `x`, the last layer's output, and their argmax; `table` is the embedding's.
+
+    Each of several `ranks` computes its part of the vocabulary, and gets the others' of them.
+    """
+    x = Layer(b, config, dtype).norm(x, "norm", "final_norm")
+    tied, shard = config.tie_embeddings and ranks == 1, (config.vocab_size // ranks, config.hidden_size)
+    head = table if tied else b.weight("lm_head", shard, dtype)
+    logits = tg.ops.gemm(x, head, transpose_w=True, name="lm_head_proj" if ranks == 1 else "lm_head_shard")
+    if ranks > 1:
+        logits = tg.ops.all_gather(logits, ranks=ranks, axis=1, name="lm_head_proj")
+    return logits, tg.ops.argmax(logits, name="sample")
 
 
 def layout(config: ModelConfig) -> Layout:
@@ -97,33 +114,43 @@ def layout(config: ModelConfig) -> Layout:
     return layout_of([config.sparse(i) for i in range(config.layers)])
 
 
-def grouped_attention(
-    layer: Layer, x: tg.Value, residual: tg.Value, positions: tg.Value, cache: int, context: int
-) -> tg.Value:
-    """residual + attention of x, which is normalised, over the layer's cached keys and values."""
-    config = layer.config
-    room = (positions.shape[0], config.kv_heads, cache, config.head_dim)
-    keys, values = layer.state("keys", *room), layer.state("values", *room)
-    q = tg.ops.rope_kv(
-        qkv_product(layer, x), positions, keys, values, *head_norms(layer), heads=config.heads,
-        theta=config.rope_theta, eps=config.norm_eps, scaling=rope_scaling(config), yarn=yarn(config),
-        name=layer.name("rope"),
-    )  # fmt: skip
-    mixed = tg.ops.attention(q, positions, keys, values, context=context, name=layer.name("attention"))
-    return layer.product(mixed, "o", config.hidden_size, "o_proj", residual=residual)
+@dataclass(frozen=True, slots=True)
+class GroupedAttention:
+    """A layer's queries, keys and values of some tokens, fused, and the weights of the norms of heads, if any."""
+
+    layer: Layer
+    qkv: tg.Value
+    norms: tuple[tg.Value, ...]
+
+    @staticmethod
+    def of(layer: Layer, x: tg.Value) -> "GroupedAttention":
+        """Of x, which is normalised."""
+        config = layer.config
+        width = (config.heads + 2 * config.kv_heads) * config.head_dim
+        bias = layer.weight("qkv_bias", width) if config.qkv_bias else None
+        qkv = layer.product(x, "qkv", width, "qkv_proj", bias=bias)
+        names = ("q_norm", "k_norm") if config.qk_norm else ()
+        return GroupedAttention(layer, qkv, tuple(layer.weight(n, config.head_dim) for n in names))
+
+    def rows(self, first: int, last: int) -> "GroupedAttention":
+        """The same of some of the tokens."""
+        return replace(self, qkv=self.qkv.rows(first, last))
+
+    def over(self, positions: tg.Value, cache: int, context: int, mark: str = "") -> tg.Value:
+        """Attention over a cache of its own, whose names and ops' names begin with `mark`."""
+        layer, config = self.layer, self.layer.config
+        room = (positions.shape[0], config.kv_heads, cache, config.head_dim)
+        keys, values = layer.state(f"{mark}keys", *room), layer.state(f"{mark}values", *room)
+        q = tg.ops.rope_kv(
+            self.qkv, positions, keys, values, *self.norms, heads=config.heads, theta=config.rope_theta,
+            eps=config.norm_eps, scaling=rope_scaling(config), yarn=yarn(config), name=layer.name(f"{mark}rope"),
+        )  # fmt: skip
+        return tg.ops.attention(q, positions, keys, values, context=context, name=layer.name(f"{mark}attention"))
 
 
-def qkv_product(layer: Layer, x: tg.Value) -> tg.Value:
-    """Queries, keys and values of all heads, one after another."""
-    config = layer.config
-    width = (config.heads + 2 * config.kv_heads) * config.head_dim
-    bias = layer.weight("qkv_bias", width) if config.qkv_bias else None
-    return layer.product(x, "qkv", width, "qkv_proj", bias=bias)
-
-
-def head_norms(layer: Layer) -> list[tg.Value]:
-    """The weights of the norms of every head's query and key, for models that have them."""
-    return [layer.weight(n, layer.config.head_dim) for n in ("q_norm", "k_norm")] if layer.config.qk_norm else []
+def attention_of(layer: Layer, x: tg.Value) -> GroupedAttention | LatentAttention:
+    """The layer's attention of x, which is normalised, to be finished over one cache or several."""
+    return LatentAttention.of(layer, x) if layer.config.latent else GroupedAttention.of(layer, x)
 
 
 def mlp(layer: Layer, x: tg.Value, residual: tg.Value) -> tg.Value:
@@ -133,15 +160,7 @@ def mlp(layer: Layer, x: tg.Value, residual: tg.Value) -> tg.Value:
         return expert_mlp(layer, x, residual)
     gate_up = layer.product(x, "gate_up", 2 * config.intermediate_size, "gate_up_proj")
     active = tg.ops.swiglu(gate_up, name=layer.name("swiglu"))
-    return layer.product(active, "down", config.hidden_size, "down_proj", residual=residual)
-
-
-def rope_scaling(config: ModelConfig) -> tuple[float, ...]:
-    """Llama 3's rotary scaling as `ops.rope_kv` takes it; empty for the others."""
-    s = config.rope_scaling
-    if not isinstance(s, RopeScaling):
-        return ()
-    return (s.factor, s.low_freq_factor, s.high_freq_factor, float(s.original_max_position))
+    return layer.summed(active, "down", residual)
 
 
 # ----------------------------------------------------------------------------------- weights and caches

@@ -9,25 +9,29 @@ from taskgraph.models.layer import Layer, Names, Sources
 
 
 def expert_mlp(layer: Layer, x: tg.Value, residual: tg.Value) -> tg.Value:
-    """residual + the experts' results of x, which is normalised."""
+    """residual + the experts' results of x, which is normalised, summed over ranks."""
     e, hidden = layer.config.experts, x.shape[1]
     if e is None:
         raise tg.GraphError(f"{layer.config.name} has no experts.")
+    alone = layer.ranks == 1
     routing = _routing(layer, e, x)
-    gate_up, down = layer.weight("experts_gate_up", e.count, 2 * e.inner_size, hidden), layer.weight(
-        "experts_down", e.count, hidden, e.inner_size
+    gate_up = layer.weight("experts_gate_up", e.held, 2 * e.inner_size, hidden)
+    down = layer.weight("experts_down", e.held, hidden, e.inner_size)
+    mixed = tg.ops.experts(
+        x, routing, gate_up, down, residual if alone else None, top_k=e.top_k, ranks=e.ranks,
+        name=layer.name("experts"),
     )  # fmt: skip
-    mixed = tg.ops.experts(x, routing, gate_up, down, residual, top_k=e.top_k, name=layer.name("experts"))
-    return _with_shared(layer, e, x, mixed) if e.shared_size else mixed
+    total = _with_shared(layer, e, x, mixed) if e.shared_size else mixed
+    return total if alone else layer.reduced(total, "down", residual)
 
 
 def _routing(layer: Layer, e: Experts, x: tg.Value) -> tg.Value:
-    """Logits are stored in f32: in bf16 near ties would go to another expert."""
+    """Logits are stored in f32: in bf16 near ties would go to another expert. Every rank routes all tokens."""
     correction = layer.weight("router_correction", e.count, dtype="f32") if e.correction else None
     logits = layer.product(x, "router", e.count, "router_proj", out_dtype="f32")
     return tg.ops.route(
         logits, correction, top_k=e.top_k, scoring=e.scoring, normalize=e.normalize, scale=e.scale, groups=e.groups,
-        top_groups=e.top_groups, name=layer.name("route"),
+        top_groups=e.top_groups, first=e.rank * e.held, held=e.held, name=layer.name("route"),
     )  # fmt: skip
 
 

@@ -10,15 +10,18 @@ import torch.nn.functional as F  # noqa: N812
 from cases_experts import HEADS, PLAIN, RANK, ROTARY, VALUES, latent_attention_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_rewrite import TINY, assert_equal
+from test_rewrite import TINY, assert_equal, random_tensors, run, simulate
 
 import taskgraph as tg
 from taskgraph import ops
 from taskgraph.cost.families import MOE, STREAM
 from taskgraph.cost.rows import row_of
-from taskgraph.graph.graph import GraphBuilder, Value
+from taskgraph.errors import GraphError
+from taskgraph.graph.graph import Graph, GraphBuilder, Value
+from taskgraph.graph.op import Work
 from taskgraph.models import llama
 from taskgraph.models.config import Experts, Latent, ModelConfig, load_config
+from taskgraph.models.parallel import mixed_step
 from taskgraph.ops import active_experts, latent_flops
 from taskgraph.runtime.impls import TORCH_DTYPE, Site, bind
 from taskgraph.schedule import rewrite
@@ -231,7 +234,99 @@ def test_a_step_equals_its_nano_batches(config: ModelConfig, tokens: int, sizes:
     graph = llama.step_graph(config, batch=4, tokens=tokens, cache=8, dtype="f32")
     split = rewrite.split_batch(graph, sizes)
     assert {"experts#0", "attention#1"} <= {op.name.rsplit("/")[-1] for op in split.ops}
-    assert_equal(graph, split)
+    assert_equal(graph, split, tolerance=1e-4)
+
+
+# ------------------------------------------------------------------------------------- mixed, sharded
+
+
+def mixed(config: ModelConfig, ranks: int = 1, expert_rank: int | None = None) -> Graph:
+    return mixed_step(
+        config, tensor_parallel=ranks, decode_tokens=3, decode_context=6, prefill_tokens=8, prefill_context=7,
+        prefill_sequences=2, decode_cache=8, prefill_cache=8, dtype="f32", expert_rank=expert_rank,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [MOE_TINY, LATENT_TINY], ids=["moe", "latent"])
+def test_a_mixed_step_equals_a_decode_and_a_prefill(config: ModelConfig) -> None:
+    graph = mixed(config)
+    tensors = random_tensors(graph)
+    got, _ = run(graph, tensors)
+    logits = []
+    for kind, mine, batch, each in (("decode", slice(0, 3), 3, 1), ("prefill", slice(3, 11), 2, 4)):
+        step = llama.step_graph(config, batch=batch, tokens=each, cache=8, dtype="f32")
+        given = {**tensors, "tokens": tensors["tokens"][mine], "positions": tensors[f"{kind}_positions"]}
+        given |= {n.replace(f"{kind}_", ""): t for n, t in tensors.items() if f"/{kind}_" in n}
+        wanted = {t.name for t in step.flat().with_role("input", "weight", "state")}
+        logits.append(run(step, {n: t for n, t in given.items() if n in wanted})[0][llama.LOGITS])
+    torch.testing.assert_close(got[llama.LOGITS], torch.cat(logits), rtol=1e-4, atol=1e-4)
+    assert_equal(graph, rewrite.split_batch(graph, (7, 4)), tolerance=1e-4)
+
+
+def part_of(config: ModelConfig, name: str, whole: torch.Tensor, rank: int, by_expert: bool) -> torch.Tensor:
+    """What rank `rank` of two holds of a tensor of the step on one rank."""
+
+    def part(t: torch.Tensor, axis: int) -> torch.Tensor:
+        return t.chunk(2, axis)[rank]
+
+    heads = [n * config.head_dim for n in (config.heads, config.kv_heads, config.kv_heads)]
+    stem = name.rpartition("/")[2]
+    if stem in ("experts_gate_up", "experts_down") and by_expert:
+        return part(whole, 0)
+    if stem in ("qkv", "qkv_bias"):
+        return torch.cat([part(p, 0) for p in whole.split(heads)])
+    if stem in ("gate_up", "shared_gate_up", "experts_gate_up"):
+        axis = whole.dim() - 2
+        return torch.cat([part(half, axis) for half in whole.chunk(2, axis)], axis)
+    if stem in ("q_b", "kv_b", "lm_head"):
+        return part(whole, 0)
+    if stem in ("o", "down", "shared_down") or stem.endswith(("_keys", "_values")):
+        return part(whole, 1)
+    return part(whole, 2) if stem == "experts_down" else whole
+
+
+@pytest.mark.parametrize("by_expert", [False, True], ids=["features", "experts"])
+@pytest.mark.parametrize("config", [MOE_TINY, LATENT_TINY], ids=["moe", "latent"])
+def test_two_ranks_together_equal_one(config: ModelConfig, by_expert: bool) -> None:
+    whole = random_tensors(mixed(config), 5)
+    wanted, _ = run(mixed(config), whole)
+    graphs = [mixed(config, 2, rank if by_expert else None) for rank in range(2)]
+    ranks = [
+        {name: part_of(config, name, t, rank, by_expert).clone() for name, t in whole.items()} for rank in range(2)
+    ]
+    for graph, tensors in zip(graphs, ranks, strict=True):
+        for t in graph.flat().with_role("input", "weight", "state"):
+            assert tensors[t.name].shape == t.shape, t.name
+    for logits, token in simulate(graphs, ranks):
+        torch.testing.assert_close(logits, wanted[llama.LOGITS], rtol=1e-4, atol=1e-3)
+        assert torch.equal(token, wanted[llama.NEXT])
+
+
+def test_expert_work_is_shared_out() -> None:
+    """Two ranks by experts: half the rows and half the weights each; by features the same."""
+
+    def work(ranks: int, rank: int | None = None) -> Work:
+        graph = mixed_step(
+            load_config("mixtral-8x7b"), tensor_parallel=ranks, expert_rank=rank, decode_tokens=64, decode_context=64,
+            prefill_tokens=0, prefill_context=1,
+        )  # fmt: skip
+        return next(op for op in graph.ops if op.kind == "experts").work
+
+    one = work(1)
+    for shared in (work(2), work(2, 1)):
+        assert shared.flops == one.flops / 2
+        assert shared.hbm_bytes == pytest.approx(one.hbm_bytes / 2, rel=1e-3)
+
+
+def test_shares_of_experts_that_do_not_divide_are_refused() -> None:
+    three = replace(MOE_TINY, heads=6, kv_heads=3, hidden_size=36, intermediate_size=48, vocab_size=51)
+    with pytest.raises(GraphError, match="16 expert features, which 3 ranks"):
+        mixed(three, 3)
+    with pytest.raises(GraphError, match="shared features, which 3 ranks"):
+        mixed(replace(three, experts=replace(three.experts, shared_size=25)), 3, 0)
+
+
+# ----------------------------------------------------------------------------------------- big models
 
 
 @pytest.mark.parametrize("name", ["mixtral-8x7b", "qwen3-30b-a3b", "qwen2.5-7b", "qwen1.5-moe-a2.7b", "deepseek-v3"])

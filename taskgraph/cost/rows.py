@@ -80,9 +80,9 @@ def _(op: Op, ins: Tensors, outs: Tensors) -> Row:
 @row_rule("experts")
 def _(op: Op, ins: Tensors, outs: Tensors) -> Row:
     """The measured kernels route too, so a `route` beside this one is counted twice: a few microseconds."""
-    (tokens, hidden), (experts, _, inner) = ins[0].shape, ins[3].shape
-    dtype = ins[2].dtype
-    return MOE, dtype, (tokens, hidden, inner, op.integer("top_k"), experts, 1.0, 0.0, ITEMSIZE[dtype])
+    (tokens, hidden), (held, _, inner) = ins[0].shape, ins[3].shape
+    dtype, ranks = ins[2].dtype, op.integer("ranks")
+    return MOE, dtype, (tokens, hidden, inner, op.integer("top_k"), held * ranks, ranks, 0.0, ITEMSIZE[dtype])
 
 
 LATENT_EFFICIENCY = 660 / 989

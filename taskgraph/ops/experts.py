@@ -37,7 +37,9 @@ def _(ins: Shapes, attrs: Attrs) -> Outputs:
     need(1 <= kept <= groups, "route", ins, f"{kept} of {groups} groups cannot be kept")
     need(groups == 1 or count // groups >= 2, "route", ins, "a group is scored by its two best experts; it has one")
     need(1 <= top <= kept * (count // groups), "route", ins, f"{kept} groups do not hold the top {top} experts")
-    return [(logits.shape, "f32")]
+    first, held = integer(attrs, "first"), integer(attrs, "held")
+    need(0 <= first < first + held <= count, "route", ins, f"experts {first}:{first + held} of {count} do not exist")
+    return [((logits.shape[0], held), "f32")]
 
 
 @work_rule("route")
@@ -58,7 +60,7 @@ def _(ins: Shapes, attrs: Attrs) -> Outputs:
     need(x.dtype == gate_up.dtype == down.dtype, "experts", ins, "dtypes of x and the weights differ")
     need(routing.dtype == "f32", "experts", ins, "routing must be f32, as `route` makes it")
     need(all((t.shape, t.dtype) == (x.shape, x.dtype) for t in residual), "experts", ins, "residual must be like x")
-    need(integer(attrs, "top_k") >= 1, "experts", ins, "top_k must be at least 1")
+    need(min(integer(attrs, k) for k in ("top_k", "ranks")) >= 1, "experts", ins, "top_k and ranks must be at least 1")
     return [(x.shape, x.dtype)]
 
 
@@ -67,12 +69,12 @@ def _(ins: Shapes, outs: Shapes, attrs: Attrs) -> Work:
     """Three products a token and expert that it goes to; the weights of every expert that a token goes to, once."""
     x, _, gate_up, _, *_ = ins
     tokens, hidden = x.shape
-    count, width, _ = gate_up.shape
-    top = integer(attrs, "top_k")
+    held, width, _ = gate_up.shape
+    top, ranks = integer(attrs, "top_k"), integer(attrs, "ranks")
     each = 1.5 * width * hidden
-    weights = active_experts(tokens, top, count) * each * ITEMSIZE[gate_up.dtype]
+    weights = active_experts(tokens, top, held * ranks) / ranks * each * ITEMSIZE[gate_up.dtype]
     others = moved([*ins[:2], *ins[4:], *outs])
-    return Work(flops=2.0 * tokens * top * each, hbm_bytes=weights + others)
+    return Work(flops=2.0 * tokens * top / ranks * each, hbm_bytes=weights + others)
 
 
 def active_experts(tokens: int, top_k: int, experts: int) -> float:
@@ -105,6 +107,8 @@ def route(
     scale: float = 1.0,
     groups: int = 1,
     top_groups: int = 1,
+    first: int = 0,
+    held: int | None = None,
     name: str | None = None,
 ) -> Value:
     """Weights f32 (tokens, experts) of the `top_k` experts of every token, zero elsewhere.
@@ -112,9 +116,10 @@ def route(
     Scores are the softmax of the logits over experts or their sigmoid. `correction` (experts,) counts in the choice,
     not in the weights, and with `groups` only the `top_groups` whose two best experts sum highest are in the choice
     (DeepSeek-V3, arXiv 2412.19437, section 2.1.2). Weights that are `normalize`d sum to 1 a token; then `scale`.
+    A rank that holds some of the experts keeps the columns of those, `held` from `first` on.
     """
     attrs: Attrs = {"top_k": top_k, "scoring": scoring, "normalize": normalize, "scale": float(scale)}
-    attrs |= {"groups": groups, "top_groups": top_groups}
+    attrs |= {"groups": groups, "top_groups": top_groups, "first": first, "held": held or logits.shape[-1] - first}
     return apply("route", [logits, *([correction] if correction else [])], attrs, name=name)
 
 
@@ -126,15 +131,17 @@ def experts(
     residual: Value | None = None,
     *,
     top_k: int,
+    ranks: int = 1,
     name: str | None = None,
 ) -> Value:
     """residual + sum over the experts e of a token of routing[e] * (silu(gate_e x) * (up_e x)) down_e, x (m, hidden).
 
     Two grouped products over the rows that each expert gets (MegaBlocks, Gale et al. 2022): gate_up (experts,
-    2 * inner, hidden), gate first, and down (experts, hidden, inner). `top_k` is what the cost counts a token.
+    2 * inner, hidden), gate first, and down (experts, hidden, inner). The cost counts `top_k` experts a token, and of
+    those the share of one rank where the experts of all `ranks` are as many times as many.
     """
     inputs = [x, routing, gate_up, down, *([residual] if residual else [])]
-    return apply("experts", inputs, {"top_k": top_k}, name=name)
+    return apply("experts", inputs, {"top_k": top_k, "ranks": ranks}, name=name)
 
 
 def gated_add(x: Value, gate: Value, base: Value, *, name: str | None = None) -> Value:

@@ -1,6 +1,5 @@
 """The table from op kind to the function that binds its buffers on a CPU, and what such functions share."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +8,7 @@ import numpy.typing as npt
 import torch
 
 from taskgraph.graph.op import Op
+from taskgraph.runtime import rotary
 
 _FORK_ROWS = 8
 Entry = Callable[[], Any]
@@ -53,20 +53,7 @@ def bits(tensor: torch.Tensor) -> npt.NDArray[Any]:
 
 
 def rope_table(op: Op, length: int, dim: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """cos and sin (length, dim / 2), float32, with Llama 3's scaling of low frequencies or YaRN where the op has it."""
-    inverse = 1.0 / op.number("theta") ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
-    factor = op.number("scaling_factor", 0.0)
-    if factor:
-        low, high = op.number("scaling_low_freq"), op.number("scaling_high_freq")
-        wavelength = 2 * math.pi / inverse
-        turns = op.number("scaling_original_context") / wavelength
-        smooth = ((turns - low) / (high - low)).clamp(0.0, 1.0)
-        inverse = (1 - smooth) * inverse / factor + smooth * inverse
-    stretch = op.number("yarn_factor", 0.0)
-    if stretch:
-        low, high = op.number("yarn_low"), op.number("yarn_high")
-        slow = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0.0, 1.0)
-        inverse = inverse / stretch * slow + inverse * (1 - slow)
+    """cos and sin (length, dim / 2), float32."""
+    inverse = torch.from_numpy(rotary.inverse_frequencies(op, dim))
     angle = torch.outer(torch.arange(length, dtype=torch.float32), inverse)
-    size = op.number("yarn_attention", 1.0)
-    return (angle.cos() * size).numpy(), (angle.sin() * size).numpy()
+    return (angle.cos() * rotary.size(op)).numpy(), (angle.sin() * rotary.size(op)).numpy()

@@ -16,7 +16,7 @@ from taskgraph.errors import BackendUnavailable
 from taskgraph.graph.functions import find_function
 from taskgraph.graph.op import Op
 from taskgraph.ops import COLLECTIVES
-from taskgraph.runtime import impls_experts, impls_latent, kernels  # noqa: F401 - they register their kinds
+from taskgraph.runtime import impls_experts, impls_latent, kernels, rotary  # noqa: F401 - they register their kinds
 from taskgraph.runtime.binders import BINDERS, TORCH_DTYPE, Binder, Entry, Site, Tensors, binder, rope_table
 from taskgraph.runtime.binders import bits as _bits
 
@@ -130,7 +130,7 @@ def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
 def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
     x, positions = ins
     half = x.shape[2] // 2
-    inverse = 1.0 / op.number("theta") ** (torch.arange(0, 2 * half, 2, dtype=torch.float32) / (2 * half))
+    inverse = torch.from_numpy(rotary.inverse_frequencies(op, 2 * half))
 
     def rotate() -> None:
         angle = positions[:, None, None].float() * inverse

@@ -15,8 +15,18 @@ def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
     groups, kept = op.integer("groups"), op.integer("top_groups")
     shape = (groups, kept) if kept < groups else None
     numbers = (op.integer("top_k"), bool(op.attr("normalize")), op.number("scale"), shape)
-    sigmoid = op.attr("scoring") == "sigmoid"
-    return partial(_route, logits, correction[0] if correction else None, outs[0], sigmoid, *numbers)
+    sigmoid, first = op.attr("scoring") == "sigmoid", op.integer("first")
+    whole = outs[0] if outs[0].shape == logits.shape else torch.empty(logits.shape)
+    route = partial(_route, logits, correction[0] if correction else None, whole, sigmoid, *numbers)
+    if whole is outs[0]:
+        return route
+    mine = whole.narrow(1, first, outs[0].shape[1])
+
+    def held() -> None:
+        route()
+        outs[0].copy_(mine)
+
+    return held
 
 
 def _route(

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from taskgraph.errors import BackendUnavailable
 from taskgraph.graph.op import ITEMSIZE, Op, Rows
 from taskgraph.ops import COLLECTIVES
+from taskgraph.runtime import rotary
 
 THREADS = 128
 """Of a block in the kernels that reduce over one; `common.cuh` has the same number."""
@@ -246,24 +247,12 @@ def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Laun
     return [Launch(name, "gemm", grid, _GEMM_BLOCK, args)]
 
 
-def inverse_frequencies(op: Op, dim: int) -> npt.NDArray[np.float32]:
-    """Turns a token of each channel pair, with Llama 3's scaling of low frequencies where the op has it."""
-    inverse = 1.0 / np.float32(op.number("theta")) ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim))
-    factor = op.number("scaling_factor", 0.0)
-    if factor:
-        low, high = op.number("scaling_low_freq"), op.number("scaling_high_freq")
-        turns = op.number("scaling_original_context") * inverse / (2 * math.pi)
-        smooth = ((turns - low) / (high - low)).clip(0.0, 1.0)
-        inverse = (1 - smooth) * inverse / factor + smooth * inverse
-    return inverse.astype(np.float32)
-
-
 @launch_rule("rope")
 def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
     x, positions = ins
     _need_i64(op, positions)
     tokens, heads, dim = x.shape
-    args = (x.address, positions.address, site.constant(inverse_frequencies(op, dim)), outs[0].address)
+    args = (x.address, positions.address, site.constant(rotary.inverse_frequencies(op, dim)), outs[0].address)
     name = f"rope_{_float_type(op, x, outs[0])}"
     return [Launch(name, "rope", (tokens, heads), THREADS, (*args, np.int32(heads), np.int32(dim)))]
 
@@ -275,10 +264,15 @@ def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Laun
     batch, kv_heads, length, dim = keys.shape
     tokens, heads, _ = outs[0].shape
     kind = _float_type(op, qkv, keys, values, outs[0], *norms)
+    if rotary.size(op) != 1.0:
+        raise BackendUnavailable(
+            f"op {op.name!r}: the rope_kv kernel does not multiply by YaRN's attention factor, "
+            f"here {rotary.size(op):g}; use the cpu backend."
+        )
     q_norm, k_norm = (t.address for t in norms) if norms else (0, 0)
     pointers = (qkv.address, positions.address, keys.address, values.address, q_norm, k_norm)
     numbers = (*map(np.int32, (heads, kv_heads, dim, tokens // batch)), np.int64(length), np.float32(op.number("eps")))
-    args = (*pointers, site.constant(inverse_frequencies(op, dim)), outs[0].address, *numbers)
+    args = (*pointers, site.constant(rotary.inverse_frequencies(op, dim)), outs[0].address, *numbers)
     return [Launch(f"rope_kv_{kind}", "rope", (tokens, heads + 2 * kv_heads), THREADS, args)]
 
 
