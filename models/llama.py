@@ -4,7 +4,7 @@ One step is nine ops a layer: projections fused where they share an input (q, k,
 fused into the products that feed them, and one vocabulary product a step.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import taskgraph as tg
@@ -18,6 +18,10 @@ class TensorSource(Protocol):
     """Anything that gives tensors by their Hugging Face names (a Checkpoint)."""
 
     def tensor(self, name: str) -> "torch.Tensor": ...
+
+
+Attend = Callable[[tg.GraphBuilder, tg.Value, Sequence[tg.Value]], tg.Value]
+"""The attention of a layer, made inside its repeat: (builder, fused qkv, q and k norms if any) -> mixed heads."""
 
 
 def step_graph(
@@ -38,25 +42,12 @@ def step_graph(
     next i64, their argmax. `context` is the cache length that the cost counts (default: `cache`).
     """
     b = tg.GraphBuilder(f"{config.name}-{'prefill' if tokens > 1 else 'decode'}-{batch}x{tokens}")
-    width = (config.heads + 2 * config.kv_heads) * config.head_dim
     ids = b.input("tokens", (batch * tokens,), "i64")
     positions = b.input("positions", (batch,), "i64")
-    table = b.weight("embed", (config.vocab_size, config.hidden_size), dtype)
-    x = tg.ops.embedding(ids, table, name="embedding")
-    with b.repeat(config.layers, "layer") as layer:
-        entry = h = layer.carry(x, "x")
-        normed = tg.ops.rmsnorm(
-            h, b.weight("attn_norm", (config.hidden_size,), dtype), eps=config.norm_eps, name="norm1"
-        )
-        bias = b.weight("qkv_bias", (width,), dtype) if config.qkv_bias else None
-        qkv = tg.ops.gemm(
-            normed, b.weight("qkv", (width, config.hidden_size), dtype), bias, transpose_w=True, name="qkv_proj"
-        )
+
+    def attend(b: tg.GraphBuilder, qkv: tg.Value, norms: Sequence[tg.Value]) -> tg.Value:
         room = (batch, config.kv_heads, cache, config.head_dim)
         keys, values = b.state("keys", room, dtype), b.state("values", room, dtype)
-        norms = (
-            [b.weight(n, (config.head_dim,), dtype) for n in ("q_norm", "k_norm")] if config.qk_norm else [None, None]
-        )
         q = tg.ops.rope_kv(
             qkv,
             positions,
@@ -69,24 +60,54 @@ def step_graph(
             scaling=rope_scaling(config),
             name="rope",
         )
-        mixed = tg.ops.attention(q, positions, keys, values, context=min(context or cache, cache), name="attention")
-        o = b.weight("o", (config.hidden_size, config.heads * config.head_dim), dtype)
-        h = tg.ops.gemm(mixed, o, residual=h, transpose_w=True, name="o_proj")
-        normed = tg.ops.rmsnorm(
-            h, b.weight("mlp_norm", (config.hidden_size,), dtype), eps=config.norm_eps, name="norm2"
-        )
-        gate_up = b.weight("gate_up", (2 * config.intermediate_size, config.hidden_size), dtype)
-        active = tg.ops.swiglu(tg.ops.gemm(normed, gate_up, transpose_w=True, name="gate_up_proj"), name="swiglu")
-        down = b.weight("down", (config.hidden_size, config.intermediate_size), dtype)
-        h = tg.ops.gemm(active, down, residual=h, transpose_w=True, name="down_proj")
-        x = layer.next(entry, h)
+        return tg.ops.attention(q, positions, keys, values, context=min(context or cache, cache), name="attention")
+
+    x, table = layers(b, config, ids, dtype, attend)
     if tokens > 1 and not all_logits:
         x = tg.ops.slice_rows(x, tokens - 1, batch * tokens, tokens, name="last_token")
+    b.output(*sampled(b, config, x, table, dtype))
+    return b.build()
+
+
+def layers(
+    b: tg.GraphBuilder, config: ModelConfig, ids: tg.Value, dtype: str, attend: Attend
+) -> tuple[tg.Value, tg.Value]:
+    """The tokens `ids` through the embedding and every layer, whose attention is `attend`.
+
+    Returns the last layer's output (tokens, hidden), and the embedding table."""
+    hidden, width = config.hidden_size, (config.heads + 2 * config.kv_heads) * config.head_dim
+
+    def norm(x: tg.Value, weight: str, name: str) -> tg.Value:
+        return tg.ops.rmsnorm(x, b.weight(weight, (hidden,), dtype), eps=config.norm_eps, name=name)
+
+    table = b.weight("embed", (config.vocab_size, hidden), dtype)
+    x = tg.ops.embedding(ids, table, name="embedding")
+    with b.repeat(config.layers, "layer") as layer:
+        entry = h = layer.carry(x, "x")
+        bias = b.weight("qkv_bias", (width,), dtype) if config.qkv_bias else None
+        weight = b.weight("qkv", (width, hidden), dtype)
+        qkv = tg.ops.gemm(norm(h, "attn_norm", "norm1"), weight, bias, transpose_w=True, name="qkv_proj")
+        norms = [b.weight(n, (config.head_dim,), dtype) for n in ("q_norm", "k_norm")] if config.qk_norm else []
+        mixed = attend(b, qkv, norms)
+        o = b.weight("o", (hidden, config.heads * config.head_dim), dtype)
+        h = tg.ops.gemm(mixed, o, residual=h, transpose_w=True, name="o_proj")
+        gate_up = b.weight("gate_up", (2 * config.intermediate_size, hidden), dtype)
+        both = tg.ops.gemm(norm(h, "mlp_norm", "norm2"), gate_up, transpose_w=True, name="gate_up_proj")
+        down = b.weight("down", (hidden, config.intermediate_size), dtype)
+        active = tg.ops.swiglu(both, name="swiglu")
+        h = tg.ops.gemm(active, down, residual=h, transpose_w=True, name="down_proj")
+        x = layer.next(entry, h)
+    return x, table
+
+
+def sampled(
+    b: tg.GraphBuilder, config: ModelConfig, x: tg.Value, table: tg.Value, dtype: str
+) -> tuple[tg.Value, tg.Value]:
+    """The logits of the rows of `x`, the last layer's output, and their argmax; `table` is the embedding's."""
     x = tg.ops.rmsnorm(x, b.weight("norm", (config.hidden_size,), dtype), eps=config.norm_eps, name="final_norm")
     head = table if config.tie_embeddings else b.weight("lm_head", (config.vocab_size, config.hidden_size), dtype)
     logits = tg.ops.gemm(x, head, transpose_w=True, name="lm_head_proj")
-    b.output(logits, tg.ops.argmax(logits, name="sample"))
-    return b.build()
+    return logits, tg.ops.argmax(logits, name="sample")
 
 
 LOGITS, NEXT = "lm_head_proj.out", "sample.out"

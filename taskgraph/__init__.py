@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         GraphError,
         PlanError,
         ProfileError,
+        RequestError,
         TaskgraphError,
         WeightsError,
     )
@@ -41,7 +42,7 @@ _HOME = {
     "taskgraph.cost.profiles": "ProfileDB",
     "taskgraph.errors": (
         "BackendUnavailable CalibrationError DemandError DeviceError ExecutionError GraphError PlanError "
-        "ProfileError TaskgraphError WeightsError"
+        "ProfileError RequestError TaskgraphError WeightsError"
     ),
     "taskgraph.graph.device": "Device Geometry Partition",
     "taskgraph.graph.graph": "Graph GraphBuilder Value",

@@ -36,6 +36,10 @@ class WeightsError(TaskgraphError, ValueError):
     """A checkpoint that is missing, truncated or does not fit the model."""
 
 
+class RequestError(TaskgraphError, ValueError):
+    """A request that the serving engine refuses: too long, malformed, or more than it has room for."""
+
+
 class BackendUnavailable(TaskgraphError, RuntimeError):  # noqa: N818 - the name says what it means
     """A backend that this machine or this version cannot offer."""
 

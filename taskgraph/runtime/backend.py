@@ -21,6 +21,11 @@ class Executable(Protocol):
         """The output buffers by tensor name; each replay overwrites them."""
         ...
 
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes that it holds itself: arena, inputs and outputs, not what is bound."""
+        ...
+
     def bind(self, tensors: Mapping[str, Any] | None = None, **named: Any) -> None:
         """Use these tensors in place, without a copy, from the next replay on."""
         ...

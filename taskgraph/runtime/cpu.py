@@ -157,6 +157,14 @@ class CpuExecutable:
         self._check_open()
         return {t.name: self._tensor(t.name) for t in self._graph.with_role("input")}
 
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the arena, and of the inputs and outputs that are not bound."""
+        tensors = self._graph.tensor
+        arena = {slot.tensor for slot in self._plan.arena}
+        own = (t for t in self._buffers if t not in arena and t not in self._given)
+        return self._plan.arena_bytes + sum(tensors[name].nbytes for name in own)
+
     def _tensor(self, name: str) -> torch.Tensor:
         found = self._given.get(name)
         return self._buffers[name] if found is None else found

@@ -4,14 +4,11 @@ A binder runs once, at capture, with the op and its torch tensors. It returns a 
 replay calls. All choices (dtype, packing, shapes) are made in the binder; the entry has none.
 """
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 
@@ -19,43 +16,11 @@ from taskgraph.errors import BackendUnavailable
 from taskgraph.graph.functions import find_function
 from taskgraph.graph.op import Op
 from taskgraph.ops import COLLECTIVES
-from taskgraph.runtime import kernels
+from taskgraph.runtime import impls_paged, kernels  # noqa: F401 - it registers its kinds
+from taskgraph.runtime.binders import BINDERS, TORCH_DTYPE, Binder, Entry, Site, Tensors, binder, rope_table
+from taskgraph.runtime.binders import bits as _bits
 
-Entry = Callable[[], Any]
-Tensors = Sequence[torch.Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Site:
-    """Where an op runs: the threads of its lane, and the names of the tensors that never change between replays."""
-
-    threads: int
-    constants: frozenset[str]
-
-    def threads_for(self, rows: int) -> int:
-        """One thread for a handful of rows: the work is less than a fork of the lane's threads (about 1 us)."""
-        return self.threads if rows >= _FORK_ROWS else 1
-
-
-Binder = Callable[[Op, Tensors, Tensors, Site], Entry]
-
-BINDERS: dict[str, Binder] = {}
-_FORK_ROWS = 8
-
-TORCH_DTYPE = {
-    "f64": torch.float64, "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16,
-    "i64": torch.int64, "i32": torch.int32, "i8": torch.int8, "u8": torch.uint8, "bool": torch.bool,
-}  # fmt: skip
-
-
-def binder(kind: str) -> Callable[[Binder], Binder]:
-    """Register the binder of `kind`."""
-
-    def register(function: Binder) -> Binder:
-        BINDERS[kind] = function
-        return function
-
-    return register
+__all__ = ["BINDERS", "TORCH_DTYPE", "Binder", "Entry", "Site", "bind", "binder", "rope_table"]
 
 
 def bind(op: Op, ins: Tensors, outs: Tensors, site: Site, functions: Mapping[str, Callable[..., Any]]) -> Entry:
@@ -71,11 +36,6 @@ def bind(op: Op, ins: Tensors, outs: Tensors, site: Site, functions: Mapping[str
             f"op {op.name!r}: the cpu backend has no implementation of kind {op.kind!r}; use GraphBuilder.call."
         )
     return BINDERS[op.kind](op, ins, outs, site)
-
-
-def _bits(tensor: torch.Tensor) -> npt.NDArray[Any]:
-    """A numpy view of a tensor for the kernels: bf16 as uint16 bits."""
-    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 
 @binder("embedding")
@@ -103,6 +63,9 @@ def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
         if x.dtype == torch.bfloat16 and torch._C._has_mkldnn:
             return _packed_gemm(x, weight, bias, residual, outs[0])
     right = w.t() if op.attr("transpose_w") else w
+    if x.dtype == w.dtype and outs[0].dtype == torch.float32 != x.dtype and not extra:
+        wide = right.float() if op.inputs[1] in site.constants else None
+        return lambda: torch.mm(x.float(), right.float() if wide is None else wide, out=outs[0])
     if not x.dtype == w.dtype == outs[0].dtype:
         raise BackendUnavailable(f"op {op.name!r}: the cpu backend multiplies and stores one dtype; convert first.")
     if bias is not None and residual is not None:
@@ -161,20 +124,6 @@ def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
     return partial(
         kernels.rmsnorm, rows[0], _bits(weight), rows[1], op.number("eps"), site.threads_for(rows[0].shape[0])
     )
-
-
-def rope_table(op: Op, length: int, dim: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """cos and sin (length, dim / 2), float32, with Llama 3's scaling of low frequencies where the op has it."""
-    inverse = 1.0 / op.number("theta") ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
-    factor = op.number("scaling_factor", 0.0)
-    if factor:
-        low, high = op.number("scaling_low_freq"), op.number("scaling_high_freq")
-        wavelength = 2 * math.pi / inverse
-        turns = op.number("scaling_original_context") / wavelength
-        smooth = ((turns - low) / (high - low)).clamp(0.0, 1.0)
-        inverse = (1 - smooth) * inverse / factor + smooth * inverse
-    angle = torch.outer(torch.arange(length, dtype=torch.float32), inverse)
-    return angle.cos().numpy(), angle.sin().numpy()
 
 
 @binder("rope")

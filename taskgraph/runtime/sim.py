@@ -23,6 +23,11 @@ class SimExecutable:
         """Always empty: the sim backend has no tensors."""
         return {}
 
+    @property
+    def memory_bytes(self) -> int:
+        """Always 0: the sim backend has no tensors."""
+        return 0
+
     def bind(self, tensors: Mapping[str, Any] | None = None, **named: Any) -> None:
         """Accepts anything and keeps nothing."""
 

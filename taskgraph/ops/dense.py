@@ -1,27 +1,15 @@
-"""The standard ops of an LLM: shape, work and split rules, one table a stage, keyed by op kind.
-
-The public functions take and return Values of a GraphBuilder and derive outputs and work from shapes.
-A work counts what any implementation must do: the flops of the formula, and every operand moved once.
-"""
+"""The ops of a dense transformer, and copies and collectives: shape, work and split rules, and public functions."""
 
 import math
 from collections.abc import Callable, Sequence
 
-from taskgraph.errors import GraphError
 from taskgraph.graph.graph import Value
-from taskgraph.graph.op import ITEMSIZE, Attr, Demand, Op, Tensor, TensorSpec, Work, seen_inputs
+from taskgraph.graph.op import ITEMSIZE, Demand, Work
+from taskgraph.ops.rules import SPLIT_RULES, YARN, Attrs, Shapes, apply, shape_rule, work_rule
+from taskgraph.ops.rules import moved as _moved
+from taskgraph.ops.rules import need as _need
 
-Shapes = Sequence[Tensor]
-Attrs = dict[str, Attr]
-Rule = Callable[[Shapes, Attrs], list[tuple[tuple[int, ...], str]]]
-
-SHAPE_RULES: dict[str, Rule] = {}
-"""kind -> the (shape, dtype) of each output; raises GraphError when the inputs do not fit together."""
-
-WORK_RULES: dict[str, Callable[[Shapes, Shapes, Attrs], Work]] = {}
-"""kind -> the Work of inputs, outputs and attributes."""
-
-SPLIT_RULES: dict[str, tuple[int | None, ...]] = {
+SPLIT_RULES |= {
     "embedding": (0, None),
     "gemm": (0, None, 0, 0),
     "rmsnorm": (0, None),
@@ -39,32 +27,6 @@ SPLIT_RULES: dict[str, tuple[int | None, ...]] = {
     "all_reduce": (0,),
     "reduce_scatter": (0,),
 }
-"""kind -> for each input the axis that carries the batch, None where a slice needs the whole operand.
-
-Every output carries the batch on its first axis. `batch_axes` reads the table.
-"""
-
-COLLECTIVES = ("all_gather", "all_reduce", "reduce_scatter")
-
-
-def shape_rule(kind: str) -> Callable[[Rule], Rule]:
-    """Register the shape rule of `kind`."""
-
-    def register(rule: Rule) -> Rule:
-        SHAPE_RULES[kind] = rule
-        return rule
-
-    return register
-
-
-def _need(condition: bool, kind: str, inputs: Shapes, text: str) -> None:
-    if not condition:
-        shapes = ", ".join(f"{t.name}: {t.dtype}{list(t.shape)}" for t in inputs)
-        raise GraphError(f"{kind}({shapes}): {text}.")
-
-
-def _moved(tensors: Shapes) -> float:
-    return float(sum(t.nbytes for t in tensors))
 
 
 # ------------------------------------------------------------------------------------- shape rules
@@ -208,18 +170,6 @@ def _(ins: Shapes, attrs: Attrs) -> list[tuple[tuple[int, ...], str]]:
 # -------------------------------------------------------------------------------------- work rules
 
 
-def work_rule(
-    kind: str,
-) -> Callable[[Callable[[Shapes, Shapes, Attrs], Work]], Callable[[Shapes, Shapes, Attrs], Work]]:
-    """Register the work rule of `kind`."""
-
-    def register(rule: Callable[[Shapes, Shapes, Attrs], Work]) -> Callable[[Shapes, Shapes, Attrs], Work]:
-        WORK_RULES[kind] = rule
-        return rule
-
-    return register
-
-
 def _elementwise(kind: str, flops_an_element: float) -> None:
     @work_rule(kind)
     def _(ins: Shapes, outs: Shapes, attrs: Attrs) -> Work:
@@ -306,57 +256,7 @@ _collective_work("all_reduce", 2, True)
 _collective_work("reduce_scatter", 1, True)
 
 
-# -------------------------------------------------------------------------------------- split rules
-
-
-def batch_axes(op: Op, inputs: Shapes) -> tuple[int | None, ...] | None:
-    """For each input of `op` the axis that carries the batch, None where a slice needs the whole; None if it has none.
-
-    A custom op declares it in the attribute `split_axes` (-1 for None).
-    """
-    declared = op.attr("split_axes", ())
-    if isinstance(declared, tuple) and len(declared) == len(inputs) > 0:
-        return tuple(None if axis < 0 else axis for axis in declared)
-    rule = SPLIT_RULES.get(op.kind)
-    if rule is None or (op.kind in COLLECTIVES and op.integer("axis") == 0):
-        return None
-    axes = rule * len(inputs) if op.kind == "concat_rows" else rule[: len(inputs)]
-    if op.kind == "gemm":  # a bias is a row for all, a residual a matrix
-        axes = (*axes[:2], *(0 if len(t.shape) == 2 else None for t in inputs[2:]))
-    return axes if all(a is None or a < len(t.shape) for a, t in zip(axes, inputs, strict=True)) else None
-
-
 # ---------------------------------------------------------------------------------- public functions
-
-
-def apply(
-    kind: str,
-    inputs: Sequence[Value],
-    attrs: Attrs | None = None,
-    *,
-    name: str | None = None,
-    demand: Demand | None = None,
-    after: Sequence[str] = (),
-    writes: Sequence[Value] = (),
-) -> Value:
-    """Append an op of a standard kind with derived output and work; GraphError when the inputs do not fit."""
-    if kind not in SHAPE_RULES:
-        raise GraphError(f"unknown op kind {kind!r}; use one of {', '.join(SHAPE_RULES)}, or GraphBuilder.call.")
-    attrs = attrs or {}
-    if not inputs:
-        raise GraphError(f"{kind} needs at least one input.")
-    builder = inputs[0].builder
-    ins = [v.tensor for v in inputs]
-    stem = name or builder._free_name(kind)
-    try:
-        ((shape, dtype),) = SHAPE_RULES[kind](ins, attrs)
-    except GraphError:
-        raise
-    except (ValueError, KeyError) as error:
-        raise GraphError(f"{kind} does not take {len(ins)} inputs with attributes {sorted(attrs)}: {error}.") from error
-    out = TensorSpec(f"{stem}.out", shape, dtype)
-    work = WORK_RULES[kind](ins, [Tensor(out.name, shape, dtype)], attrs)
-    return builder.op(kind, inputs, [out], work, stem, demand, after, writes, attrs)[0]
 
 
 def embedding(tokens: Value, table: Value, *, out_dtype: str | None = None, name: str | None = None) -> Value:
@@ -405,17 +305,21 @@ def rope_kv(
     theta: float = 10000.0,
     eps: float = 1e-6,
     scaling: tuple[float, ...] = (),
+    yarn: tuple[float, ...] = (),
     name: str | None = None,
 ) -> Value:
     """Split fused qkv (batch*t, (heads + 2 kv) * dim), normalise q and k where weights are given, rotate them, and
     write keys and values into the caches (batch, kv, len, dim) from `positions` (batch,) on -> q (batch*t, heads, dim).
 
-    `scaling` is Llama 3's (factor, low_freq_factor, high_freq_factor, original_context) or empty.
+    `scaling` is Llama 3's (factor, low_freq_factor, high_freq_factor, original_context) or empty. `yarn` is YaRN's
+    (Peng et al. 2023): (factor, low, high, attention), where frequency number i is divided by `factor` from `high` on,
+    not up to `low`, and in part between, and cosines and sines are multiplied by `attention`.
     """
     norms = [v for v in (q_norm, k_norm) if v is not None]
     attrs: Attrs = {"heads": heads, "theta": theta, "eps": eps}
     for key, number in zip(("factor", "low_freq", "high_freq", "original_context"), scaling, strict=False):
         attrs[f"scaling_{key}"] = number
+    attrs |= {f"yarn_{key}": number for key, number in zip(YARN, yarn, strict=False)}
     return apply("rope_kv", [qkv, positions, keys, values, *norms], attrs, name=name, writes=[keys, values])
 
 
@@ -490,14 +394,3 @@ def _collective(kind: str, x: Value, ranks: int, axis: int, name: str | None, de
 def slice_rows(x: Value, start: int, stop: int, step: int = 1, *, name: str | None = None) -> Value:
     """x[start:stop:step] along the first axis, copied (the last token of every sequence, say)."""
     return apply("slice_rows", [x], {"start": start, "stop": stop, "step": step}, name=name)
-
-
-def check_op(op: Op, tensors: dict[str, Tensor]) -> None:
-    """GraphError unless the outputs of a standard op are what its shape rule says (for graphs read from files)."""
-    rule = SHAPE_RULES.get(op.kind)
-    if rule is None:
-        return
-    made = [(tensors[name].shape, tensors[name].dtype) for name in op.outputs]
-    wanted = rule(seen_inputs(op, tensors), dict(op.attrs))
-    if made != wanted:
-        raise GraphError(f"op {op.name!r} of kind {op.kind!r} makes {made}, but its inputs give {wanted}.")

@@ -1,0 +1,70 @@
+"""The standard ops of an LLM: shape, work and split rules, one table a stage, keyed by op kind.
+
+The public functions take and return Values of a GraphBuilder and derive outputs and work from shapes.
+A work counts what any implementation must do: the flops of the formula, and every operand moved once.
+"""
+
+from taskgraph.ops.dense import (
+    NCCL_SMS,
+    add,
+    all_gather,
+    all_reduce,
+    argmax,
+    attention,
+    concat_rows,
+    copy,
+    decode_attention,
+    embedding,
+    gemm,
+    reduce_scatter,
+    rmsnorm,
+    rope,
+    rope_kv,
+    slice_rows,
+    swiglu,
+)
+from taskgraph.ops.paged import copy_pages, paged_decode, paged_prefill, paged_rope
+from taskgraph.ops.rules import (
+    COLLECTIVES,
+    SHAPE_RULES,
+    SPLIT_RULES,
+    WORK_RULES,
+    apply,
+    batch_axes,
+    check_op,
+    shape_rule,
+    work_rule,
+)
+
+__all__ = [
+    "COLLECTIVES",
+    "NCCL_SMS",
+    "SHAPE_RULES",
+    "SPLIT_RULES",
+    "WORK_RULES",
+    "add",
+    "all_gather",
+    "all_reduce",
+    "apply",
+    "argmax",
+    "attention",
+    "batch_axes",
+    "check_op",
+    "concat_rows",
+    "copy",
+    "copy_pages",
+    "decode_attention",
+    "embedding",
+    "gemm",
+    "paged_decode",
+    "paged_prefill",
+    "paged_rope",
+    "reduce_scatter",
+    "rmsnorm",
+    "rope",
+    "rope_kv",
+    "shape_rule",
+    "slice_rows",
+    "swiglu",
+    "work_rule",
+]

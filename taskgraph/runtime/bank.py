@@ -1,0 +1,61 @@
+"""The graph bank: executables by key (a batch bucket, a partition geometry), made at first use and kept, LRU."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from types import TracebackType
+from typing import Generic, Self, TypeVar
+
+from taskgraph.runtime.backend import Executable
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+class GraphBank(Generic[Key]):
+    """Executables that `make` gives for a key, within `budget_bytes` of their own memory.
+
+    The one in use always stays, so a single executable may exceed the budget. `made` counts calls of `make`: one
+    that grows while serving means keys that were not warmed up, or a budget that is too small.
+    """
+
+    def __init__(self, make: Callable[[Key], Executable], budget_bytes: float = float("inf")) -> None:
+        self._make, self._budget_bytes = make, budget_bytes
+        self._kept: OrderedDict[Key, Executable] = OrderedDict()
+        self.made = self.evicted = 0
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._kept
+
+    def __getitem__(self, key: Key) -> Executable:
+        """The executable of `key`, made if it is not kept; the longest unused ones are closed to make room."""
+        found = self._kept.get(key)
+        if found is not None:
+            self._kept.move_to_end(key)
+            return found
+        made = self._kept[key] = self._make(key)
+        self.made += 1
+        while len(self._kept) > 1 and self.memory_bytes > self._budget_bytes:
+            _, oldest = self._kept.popitem(last=False)
+            oldest.close()
+            self.evicted += 1
+        return made
+
+    @property
+    def memory_bytes(self) -> int:
+        """What the kept executables hold beside what is bound to them."""
+        return sum(executable.memory_bytes for executable in self._kept.values())
+
+    def close(self) -> None:
+        """Close every executable; a second call does nothing."""
+        while self._kept:
+            self._kept.popitem()[1].close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
