@@ -166,13 +166,13 @@ def _fill(inputs: "Mapping[str, torch.Tensor]", batch: Batch, bucket: Bucket) ->
         at[name][first : first + batch.prefill] = values[d:]
     if bucket.decode:
         at["decode_lengths"][:d] = batch.lengths[:d]
-        at["decode_blocks"][:d] = batch.blocks[:d]
+        at["decode_blocks"][:d, : batch.blocks.shape[1]] = batch.blocks[:d]
     if bucket.prefill:
         n = batch.chunks
         at["prefill_starts"][: n + 1] = batch.starts
         at["prefill_starts"][n + 1 :] = batch.starts[-1]
         at["prefill_lengths"][:n] = batch.lengths[d:]
-        at["prefill_blocks"][:n] = batch.blocks[d:]
+        at["prefill_blocks"][:n, : batch.blocks.shape[1]] = batch.blocks[d:]
         at["samples"][:d] = np.arange(d)
         at["samples"][first : first + n] = first + batch.starts[1:] - 1
     if bucket.moves:

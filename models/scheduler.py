@@ -183,8 +183,9 @@ class Scheduler:
         starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
         last = np.concatenate([np.arange(decode), decode + starts[1:] - 1]).astype(np.int64)
         sequences = owners[last]
-        self.computed[sequences] = places[last] + 1
-        whole = self.computed[sequences] == self.known[sequences]
+        lengths = places[last] + 1
+        self.computed[sequences] = lengths
+        whole = lengths == self.known[sequences]
         owner = np.where(whole, sequences, -1)
         self.known[sequences[whole]] += 1
         self.pending[sequences[whole]] = np.flatnonzero(whole)
@@ -196,15 +197,15 @@ class Scheduler:
             positions=places.astype(np.int32),
             slots=(self.blocks[owners, places // size] * size + places % size).astype(np.int32),
             decode=decode,
-            lengths=self.computed[sequences].astype(np.int32),
-            blocks=self.blocks[sequences],
+            lengths=lengths.astype(np.int32),
+            blocks=self.blocks[:, : int(self.held[sequences].max(initial=0))][sequences],
             starts=starts,
             owner=owner,
-            place=self.computed[sequences],
+            place=lengths,
             epoch=self.epoch[sequences],
             fed=last[feed],
             source=source[feed],
-            draws=self._draws(owner, self.computed[sequences]),
+            draws=self._draws(owner, lengths),
             moves=moves,
         )
 
