@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         GraphError,
         PlanError,
         ProfileError,
+        RequestError,
         TaskgraphError,
         WeightsError,
     )
@@ -42,7 +43,7 @@ _HOME = {
     "taskgraph.cost.profiles": "ProfileDB",
     "taskgraph.errors": (
         "BackendUnavailable CalibrationError ConfigError DemandError DeviceError ExecutionError GraphError "
-        "PlanError ProfileError TaskgraphError WeightsError"
+        "PlanError ProfileError RequestError TaskgraphError WeightsError"
     ),
     "taskgraph.graph.device": "Device Geometry Partition",
     "taskgraph.graph.graph": "Graph GraphBuilder Value",

@@ -40,6 +40,10 @@ class ConfigError(WeightsError):
     """A model's config.json that lacks a key, contradicts itself, or asks for what is not supported; names the key."""
 
 
+class RequestError(TaskgraphError, ValueError):
+    """A request that the serving engine refuses: too long, malformed, or more than it has room for."""
+
+
 class BackendUnavailable(TaskgraphError, RuntimeError):  # noqa: N818 - the name says what it means
     """A backend that this machine or this version cannot offer."""
 

@@ -32,6 +32,11 @@ def test_every_kind_has_all_its_rules() -> None:
     assert kinds == set(ops.WORK_RULES) == set(ops.SPLIT_RULES) == set(BINDERS)
 
 
+def pages(b: GraphBuilder, kv_heads: int, dim: int, dtype: str) -> list[Value]:
+    """The keys and values of 6 pages of 32 tokens."""
+    return [b.state(name, (6, kv_heads, 32, dim), dtype) for name in ("keys", "values")]
+
+
 Maker = Callable[[GraphBuilder], Value]
 MADE: dict[str, tuple[Maker, tuple[int, ...], str, Work]] = {
     "embedding": (
@@ -70,6 +75,32 @@ MADE: dict[str, tuple[Maker, tuple[int, ...], str, Work]] = {
     "decode_attention": (
         lambda b: ops.decode_attention(b.input("q", (2, 4, 8), "bf16"), b.state("kv", (2, 2, 16, 2, 8), "bf16")),
         (2, 4, 8), "bf16", Work(flops=4 * 2 * 16 * 4 * 8, hbm_bytes=2 * (64 + 1024 + 64)),
+    ),
+    "paged_rope": (
+        lambda b: ops.paged_rope(
+            b.input("qkv", (6, 48), "bf16"), b.input("p", (6,), "i32"), b.input("s", (6,), "i32"),
+            *pages(b, 1, 8, "bf16"), heads=4, context=64,
+        ),
+        (6, 4, 8), "bf16", Work(flops=3 * 288, hbm_bytes=2 * 576 + 48),
+    ),
+    "paged_decode": (
+        lambda b: ops.paged_decode(
+            b.input("q", (3, 4, 8), "f32"), b.input("l", (3,), "i32"), b.input("t", (3, 5), "i32"),
+            *pages(b, 2, 8, "f32"), context=10,
+        ),
+        (3, 32), "f32", Work(flops=4 * 30 * 32, hbm_bytes=4 * 96 * 2 + 12 + 60 + 2 * 3 * 10 * 2 * 8 * 4),
+    ),
+    "paged_prefill": (
+        lambda b: ops.paged_prefill(
+            b.input("q", (8, 4, 8), "f32"), b.input("s", (3,), "i32"), b.input("l", (2,), "i32"),
+            b.input("t", (2, 5), "i32"), *pages(b, 2, 8, "f32"), context=10,
+        ),
+        (8, 32), "f32",
+        Work(flops=4 * 2 * 4 * 8.5 * 32, hbm_bytes=4 * 256 * 2 + 12 + 8 + 40 + 2 * 2 * 10 * 2 * 8 * 4),
+    ),
+    "copy_pages": (
+        lambda b: ops.copy_pages(*pages(b, 2, 8, "f32"), b.input("pairs", (3, 2), "i32"), direction="h2d"),
+        (1,), "i32", Work(hbm_bytes=3 * 2 * 32 * 8 * 4, h2d_bytes=3 * 2 * 32 * 8 * 4),
     ),
     "swiglu": (lambda b: ops.swiglu(b.input("x", (3, 8), "f32")), (3, 4), "f32", Work(flops=96, hbm_bytes=4 * 36)),
     "route": (
@@ -174,6 +205,23 @@ MISFITS: dict[str, Callable[[GraphBuilder], Any]] = {
     "decode_attention": lambda b: ops.decode_attention(
         b.input("bad", (3, 4, 8), "f32"), b.state("kv", (2, 2, 16, 2, 8), "f32")
     ),
+    "paged_rope": lambda b: ops.paged_rope(
+        b.input("bad", (6, 47), "f32"), b.input("p", (6,), "i32"), b.input("s", (6,), "i32"), *pages(b, 1, 8, "f32"),
+        heads=4, context=64,
+    ),
+    "paged_rope slots": lambda b: ops.paged_rope(
+        b.input("x", (6, 48), "f32"), b.input("p", (6,), "i32"), b.input("bad", (5,), "i32"), *pages(b, 1, 8, "f32"),
+        heads=4, context=64,
+    ),
+    "paged_decode": lambda b: ops.paged_decode(
+        b.input("q", (3, 4, 8), "f32"), b.input("bad", (3,), "i64"), b.input("t", (3, 5), "i32"),
+        *pages(b, 2, 8, "f32"), context=10,
+    ),
+    "paged_prefill": lambda b: ops.paged_prefill(
+        b.input("q", (8, 4, 8), "f32"), b.input("bad", (2,), "i32"), b.input("l", (2,), "i32"),
+        b.input("t", (2, 5), "i32"), *pages(b, 2, 8, "f32"), context=10,
+    ),
+    "copy_pages": lambda b: ops.copy_pages(*pages(b, 2, 8, "f32"), b.input("bad", (3,), "i32"), direction="h2d"),
     "swiglu": lambda b: ops.swiglu(b.input("bad", (3, 7), "f32")),
     "route": lambda b: ops.route(b.input("bad", (3, 4), "f32"), top_k=5),
     "route groups": lambda b: ops.route(b.input("bad", (3, 9), "f32"), top_k=2, groups=4, top_groups=2),

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from paged_cases import CASES as PAGED_CASES
+from paged_cases import PLACES, keys_of, values_of
 
 import taskgraph as tg
 from taskgraph import ops
@@ -161,14 +163,18 @@ CASES: dict[str, tuple[Callable[[GraphBuilder, str], Value], Callable[[Tensors],
     "all_reduce": (lambda b, d: ops.all_reduce(b.input("x", (5, 7), d), ranks=1), lambda t: t["x"]),
     "reduce_scatter": (lambda b, d: ops.reduce_scatter(b.input("x", (5, 7), d), ranks=1), lambda t: t["x"]),
     **cases_experts.CASES,
+    **PAGED_CASES,
 }  # fmt: skip
+STATES = ("keys", "values", "pages_k", "pages_v")
 
 
 def random_tensors(graph: Graph, seed: int = 0) -> Tensors:
     """Values for all that the graph does not make; places and ids are small integers."""
     made = torch.Generator().manual_seed(seed)
     return {
-        t.name: torch.randint(0, 11, t.shape, generator=made)
+        t.name: torch.tensor(PLACES[t.name], dtype=torch.int32)
+        if t.dtype == "i32"
+        else torch.randint(0, 11, t.shape, generator=made)
         if t.dtype == "i64"
         else torch.randn(t.shape, generator=made).to(TORCH_DTYPE[t.dtype])
         for t in graph.with_role("input", "weight", "state")
@@ -176,7 +182,12 @@ def random_tensors(graph: Graph, seed: int = 0) -> Tensors:
 
 
 def widened(tensors: Tensors) -> Tensors:
-    return {name: t.clone() if t.dtype == torch.int64 else t.float() for name, t in tensors.items()}
+    """Floats in float32; pages in plain order, and as they are stored too."""
+    plain = {name: t.float() if t.is_floating_point() else t.clone() for name, t in tensors.items()}
+    for name, read in (("pages_k", keys_of), ("pages_v", values_of)):
+        if name in tensors:
+            plain[f"{name}_stored"], plain[name] = tensors[name].clone(), read(tensors[name]).float()
+    return plain
 
 
 def test_every_kind_has_a_case() -> None:
@@ -195,14 +206,13 @@ def test_outputs_equal_torch_eager(case: str, dtype: str) -> None:
             given = random_tensors(graph, seed)
             expected = widened(given)
             wanted = reference(expected)
-            got = exe({name: t.clone() for name, t in given.items() if name not in ("keys", "values")} | {
-                name: given[name] for name in ("keys", "values") if name in given
-            })[graph.outputs[0]]  # fmt: skip
+            got = exe({name: t if name in STATES else t.clone() for name, t in given.items()})[graph.outputs[0]]
             torch.testing.assert_close(got.float(), wanted.float(), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
-            for name in ("keys", "values"):
+            after = widened(given)
+            for name in STATES:
                 if name in given:
                     tolerance = TOLERANCE[dtype]
-                    torch.testing.assert_close(given[name].float(), expected[name], rtol=tolerance, atol=tolerance)
+                    torch.testing.assert_close(after[name], expected[name], rtol=tolerance, atol=tolerance)
 
 
 # ---------------------------------------------------------------------------------- lanes, call ops

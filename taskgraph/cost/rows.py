@@ -70,6 +70,21 @@ def _(op: Op, ins: Tensors, outs: Tensors) -> Row:
     return DECODE, cache.dtype, (batch, length, q.shape[1], kv, dim, 0.0, ITEMSIZE[cache.dtype])
 
 
+@row_rule("paged_decode")
+def _(op: Op, ins: Tensors, outs: Tensors) -> Row:
+    (batch, heads, dim), pages = ins[0].shape, ins[3]
+    shape = (batch, op.integer("context"), heads, pages.shape[1], dim, 0.0, ITEMSIZE[pages.dtype])
+    return DECODE, pages.dtype, shape
+
+
+@row_rule("paged_prefill")
+def _(op: Op, ins: Tensors, outs: Tensors) -> Row:
+    (tokens, heads, dim), sequences, pages = ins[0].shape, ins[2].shape[0], ins[4]
+    new, context = max(tokens / sequences, 1.0), op.integer("context")
+    shape = (sequences, new, max(context, new), heads, pages.shape[1], dim, 0.0, ITEMSIZE[pages.dtype])
+    return PREFILL, pages.dtype, shape
+
+
 @row_rule(*COLLECTIVES)
 def _(op: Op, ins: Tensors, outs: Tensors) -> Row:
     """The whole message is the larger side: what goes in of a reduction, what comes out of a gather."""

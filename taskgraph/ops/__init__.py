@@ -26,6 +26,7 @@ from taskgraph.ops.dense import (
 )
 from taskgraph.ops.experts import active_experts, experts, gated_add, route
 from taskgraph.ops.latent import latent_attention, latent_flops, latent_rope
+from taskgraph.ops.paged import copy_pages, paged_decode, paged_prefill, paged_rope
 from taskgraph.ops.rules import (
     COLLECTIVES,
     SHAPE_RULES,
@@ -56,6 +57,7 @@ __all__ = [
     "check_op",
     "concat_rows",
     "copy",
+    "copy_pages",
     "decode_attention",
     "embedding",
     "experts",
@@ -64,6 +66,9 @@ __all__ = [
     "latent_attention",
     "latent_flops",
     "latent_rope",
+    "paged_decode",
+    "paged_prefill",
+    "paged_rope",
     "reduce_scatter",
     "rmsnorm",
     "rope",

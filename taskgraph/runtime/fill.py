@@ -20,10 +20,18 @@ INDEX_RANGES: dict[tuple[str, int], Callable[[Op, Sequence[Tensor]], Range]] = {
     ("attention", 1): lambda op, ins: _last_place(op.integer("context"), ins),
     ("latent_rope", 3): lambda op, ins: _last_place(ins[4].shape[1], [ins[0], ins[3]]),
     ("latent_attention", 1): lambda op, ins: _last_place(op.integer("context"), ins),
+    ("paged_rope", 1): lambda op, ins: (0, op.integer("context")),
+    ("paged_rope", 2): lambda op, ins: (0, ins[3].shape[0] * ins[3].shape[2]),
+    ("paged_decode", 1): lambda op, ins: _length(op.integer("context"), ins[2], ins[3]),
+    ("paged_decode", 2): lambda op, ins: (0, ins[3].shape[0]),
+    ("paged_prefill", 1): lambda op, ins: (0, 1),
+    ("paged_prefill", 3): lambda op, ins: (0, ins[4].shape[0]),
+    ("copy_pages", 2): lambda op, ins: (0, min(ins[0].shape[0], ins[1].shape[0])),
 }
 """(kind, input number) -> the range [low, high) of an integer input that is an index and not data.
 
-Positions stand at the end of the context that the op's cost counts: at the start of it, attention would be free.
+Positions stand at the end of the context that the op's cost counts: at the start of it, attention would be free. A
+prefill over pages gets no rows: chunks that fit together are not a matter of a range.
 """
 
 _DATA: Range = (1, 8)
@@ -33,6 +41,12 @@ def _last_place(context: int, ins: Sequence[Tensor]) -> Range:
     """The place of a sequence's first new token such that its last one fills the context."""
     place = max(context - ins[0].shape[0] // ins[1].shape[0], 0)
     return (place, place + 1)
+
+
+def _length(context: int, blocks: Tensor, pages: Tensor) -> Range:
+    """The context that the cost counts, as far as the block tables reach."""
+    length = min(context, blocks.shape[1] * pages.shape[2])
+    return (length, length + 1)
 
 
 def fill(graph: Graph, given: Mapping[str, Any], seed: int) -> dict[str, Any]:

@@ -16,7 +16,13 @@ from taskgraph.errors import BackendUnavailable
 from taskgraph.graph.functions import find_function
 from taskgraph.graph.op import Op
 from taskgraph.ops import COLLECTIVES
-from taskgraph.runtime import impls_experts, impls_latent, kernels, rotary  # noqa: F401 - they register their kinds
+from taskgraph.runtime import (  # noqa: F401 - they register their kinds
+    impls_experts,
+    impls_latent,
+    impls_paged,
+    kernels,
+    rotary,
+)
 from taskgraph.runtime.binders import BINDERS, TORCH_DTYPE, Binder, Entry, Site, Tensors, binder, rope_table
 from taskgraph.runtime.binders import bits as _bits
 

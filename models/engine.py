@@ -1,0 +1,198 @@
+"""The serving engine: requests in, tokens out, whatever runs the batches.
+
+A step forms the next batch while the one before runs, then waits for that one, feeds its tokens to the next, launches
+it, and hands out the tokens while it runs. So the host's work hides behind the device's; a sequence that ends by a
+stop token is noticed one step late, which costs one token.
+"""
+
+import itertools
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from taskgraph.errors import RequestError
+from taskgraph.models.kv_cache import PagedCache, block_keys
+from taskgraph.models.requests import CANCELLED, LENGTH, STOP, Completion, Request, StepOutput, checked_prompt
+from taskgraph.models.runner import Runner
+from taskgraph.models.scheduler import FREE, Batch, Ints, Limits, Scheduler, Waiting
+
+_NOTHING = StepOutput(np.empty(0, np.int64), np.empty(0, np.int64))
+
+
+@dataclass(slots=True)
+class Stats:
+    """Counts and seconds since the engine began, on its runner's clock; `hidden_s` is the part of the host's work
+    `host_s` that ran beside a step."""
+
+    steps: int = 0
+    tokens: int = 0
+    prompt_tokens: int = 0
+    host_s: float = 0.0
+    hidden_s: float = 0.0
+
+
+class Engine:
+    """Serves requests by continuous batching over a runner and a paged cache."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        cache: PagedCache,
+        limits: Limits,
+        *,
+        vocabulary: int,
+        prefix_sharing: bool = True,
+        most_waiting: int = 100_000,
+    ) -> None:
+        self.runner, self.cache, self.limits = runner, cache, limits
+        self.scheduler = Scheduler(limits, cache, prefix_sharing=prefix_sharing)
+        self.stats = Stats()
+        self._vocabulary, self._most_waiting = vocabulary, most_waiting
+        self._numbers = itertools.count()
+        self._arrived: deque[Waiting] = deque()
+        self._cancelled: deque[int] = deque()
+        self._running: Batch | None = None
+        self._first_s = np.zeros(limits.sequences)
+
+    # -- for clients, from any thread ----------------------------------------------------------------
+
+    def submit(self, request: Request, arrival_s: float | None = None) -> int:
+        """Queue a request; returns its number. RequestError when it can never be served, or too many wait."""
+        prompt = checked_prompt(request, self.limits.context, self._vocabulary)
+        need = -(-(len(prompt) + request.max_tokens) // self.cache.page_size)
+        if need > self.cache.device.pages:
+            raise RequestError(
+                f"{len(prompt)} prompt tokens and max_tokens {request.max_tokens} need {need} pages; the cache has "
+                f"{self.cache.device.pages}. Lower max_tokens or give the engine more pages."
+            )
+        if len(self._arrived) + len(self.scheduler.waiting) >= self._most_waiting:
+            raise RequestError(f"{self._most_waiting} requests wait already; try again later.")
+        keys = block_keys(prompt, self.cache.page_size) if self.scheduler.prefix_sharing else []
+        arrival = self.runner.now() if arrival_s is None else arrival_s
+        waiting = Waiting(next(self._numbers), request, prompt, arrival, keys)
+        self._arrived.append(waiting)
+        return waiting.number
+
+    def cancel(self, number: int) -> None:
+        """End a request in the next step; nothing happens if it has ended."""
+        self._cancelled.append(number)
+
+    # -- the loop ------------------------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step has something to do."""
+        scheduler = self.scheduler
+        return bool(self._arrived or scheduler.waiting or self._running or (scheduler.state != FREE).any())
+
+    def step(self) -> StepOutput:
+        """Launch the next batch, and hand out what the one before gave."""
+        begin = self.runner.now()
+        ended = self._admit()
+        batch = self.scheduler.form()
+        formed = self.runner.now()
+        before, samples = self._running, None
+        if before is not None:
+            samples, ended_s = self.runner.wait()
+            self.stats.hidden_s += max(min(formed, ended_s) - begin, 0.0)
+        launched = self.runner.now()
+        if batch is not None:
+            if samples is not None:
+                batch.tokens[batch.fed] = samples[batch.source]
+            self.runner.launch(batch)
+            self.stats.steps += 1
+        self._running = batch
+        output = _NOTHING if before is None or samples is None else self._take(before, samples)
+        done = self.runner.now()
+        self.stats.host_s += formed - begin + done - launched
+        self.stats.hidden_s += done - launched if batch is not None else 0.0
+        return StepOutput(output.requests, output.tokens, (*ended, *output.finished)) if ended else output
+
+    def run(self, requests: Iterable[Request] = ()) -> list[Completion]:
+        """Serve `requests`, and all that was submitted before, to the end; completions by request number."""
+        for request in requests:
+            self.submit(request)
+        finished: list[Completion] = []
+        while self.busy:
+            finished += self.step().finished
+        return sorted(finished, key=lambda c: c.request)
+
+    def replay(self, trace: Sequence[tuple[float, Request]]) -> list[Completion]:
+        """Serve (arrival, request) pairs in the order of arrival, each submitted when the clock reaches it."""
+        finished: list[Completion] = []
+        begin, coming = self.runner.now(), deque(sorted(trace, key=lambda pair: pair[0]))
+        while coming or self.busy:
+            while coming and begin + coming[0][0] <= self.runner.now():
+                arrival, request = coming.popleft()
+                self.submit(request, begin + arrival)
+            if self.busy:
+                finished += self.step().finished
+            else:
+                self.runner.sleep_until(begin + coming[0][0])
+        return sorted(finished, key=lambda c: c.request)
+
+    # -- parts of a step -------------------------------------------------------------------------------
+
+    def _admit(self) -> list[Completion]:
+        """Take in what clients did since the last step; returns the requests that they cancelled."""
+        while self._arrived:
+            self.scheduler.waiting.append(self._arrived.popleft())
+        ended = []
+        while self._cancelled:
+            number = self._cancelled.popleft()
+            rows = np.flatnonzero((self.scheduler.state != FREE) & (self.scheduler.number == number))
+            if len(rows):
+                ended.append(self._end(int(rows[0]), self._given(int(rows[0])), CANCELLED))
+            for waiting in [w for w in self.scheduler.waiting if w.number == number]:
+                self.scheduler.waiting.remove(waiting)
+                now = self.runner.now()
+                ended.append(Completion(number, (), CANCELLED, waiting.arrival_s, now, now))
+        return ended
+
+    def _given(self, row: int) -> int:
+        """Tokens of a row that are known: less the one that is being computed."""
+        return int(self.scheduler.known[row]) - int(self.scheduler.pending[row] >= 0)
+
+    def _take(self, batch: Batch, samples: Ints) -> StepOutput:
+        scheduler = self.scheduler
+        rows, tokens, full, stopped = scheduler.take(batch, samples)
+        numbers = scheduler.number[rows]
+        now = self.runner.now()
+        fresh = rows[self._first_s[rows] == 0.0]
+        self._first_s[fresh] = now
+        self.stats.tokens += len(rows)
+        self.stats.prompt_tokens += batch.prefill
+        at = dict(zip(batch.owner.tolist(), batch.place.tolist(), strict=True)) if full or stopped else {}
+        ended = [self._end(row, at[row] + 1, LENGTH) for row in full]
+        ended += [self._end(row, at[row] + 1, STOP) for row in stopped]
+        return StepOutput(numbers, tokens, tuple(ended))
+
+    def _end(self, row: int, length: int, reason: str) -> Completion:
+        """Free a row whose first `length` tokens are known."""
+        scheduler = self.scheduler
+        tokens = tuple(scheduler.tokens[row, scheduler.prompt[row] : length].tolist())
+        first_s, self._first_s[row] = float(self._first_s[row]), 0.0
+        waiting = scheduler.retire(row, length)
+        scheduler.learn(len(tokens))
+        return Completion(waiting.number, tokens, reason, waiting.arrival_s, first_s, self.runner.now())
+
+    # -- life ------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Wait for the batch that runs and free everything; requests that have not ended are dropped."""
+        if self._running is not None:
+            self.runner.wait()
+            self._running = None
+        self.runner.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,226 @@
+"""The pages of a KV cache: who holds them, what they hold, and where they go when the device is full.
+
+A page is free, held by one or more sequences, or idle: held by none, but with a block of tokens that a later prompt
+may begin with (found by the hash of all tokens up to its end). Idle pages are given away last, the longest unused
+first, and go to the host's pages and from there to disk when there are such. All book-keeping; the data moves in the
+steps that take the `Moves`, whose order makes it safe to reuse a page at once.
+"""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+Pages = npt.NDArray[np.int32]
+Key = bytes
+"""Hash of every token from the start of a sequence to the end of a page."""
+
+
+def block_keys(tokens: npt.NDArray[np.int32], page_size: int, before: Sequence[Key] = ()) -> list[Key]:
+    """The keys of all full pages of `tokens`; `before` are those of its first pages that are known already."""
+    keys = list(before)
+    for first in range(len(keys) * page_size, len(tokens) - page_size + 1, page_size):
+        digest = hashlib.blake2b(keys[-1] if keys else b"", digest_size=16)
+        digest.update(tokens[first : first + page_size].astype(np.int32).tobytes())
+        keys.append(digest.digest())
+    return keys
+
+
+class PagePool:
+    """Pages 0 to `pages` - 1 of one memory: free, held (by reference count), or idle with a key."""
+
+    def __init__(self, pages: int) -> None:
+        self.pages = pages
+        self.holders = np.zeros(pages, np.int32)
+        self._free = np.arange(pages - 1, -1, -1, dtype=np.int32)
+        self._top = pages
+        self._idle: OrderedDict[int, None] = OrderedDict()
+        self._key: dict[int, Key] = {}
+        self._page: dict[Key, int] = {}
+
+    @property
+    def free(self) -> int:
+        """Pages that hold nothing."""
+        return self._top
+
+    @property
+    def available(self) -> int:
+        """Pages that `allocate` can give: free and idle."""
+        return self._top + len(self._idle)
+
+    @property
+    def held(self) -> int:
+        """Pages that someone holds."""
+        return self.pages - self.available
+
+    def allocate(self, count: int, evicted: Callable[[int, Key], None] | None = None) -> Pages:
+        """`count` pages with one holder each; idle ones are told to `evicted` first. There must be enough."""
+        if count > self.available:
+            raise RuntimeError(f"{count} pages wanted, {self.available} available; ask `available` first.")
+        while self._top < count:
+            page, _ = self._idle.popitem(last=False)
+            key = self._forget(page)
+            if evicted is not None:
+                evicted(page, key)
+            self._push(np.array([page], np.int32))
+        self._top -= count
+        taken = self._free[self._top : self._top + count][::-1].copy()
+        self.holders[taken] = 1
+        return taken
+
+    def hold(self, page: int) -> None:
+        """One more holder of a page that is held or idle."""
+        self.holders[page] += 1
+        self._idle.pop(page, None)
+
+    def release(self, pages: Pages) -> None:
+        """One holder less for each of these different pages; those without holders are free, or idle with a key."""
+        self.holders[pages] -= 1
+        left = pages[self.holders[pages] == 0]
+        if not self._key:
+            self._push(left)
+            return
+        for page in left.tolist():
+            if page in self._key:
+                self._idle[page] = None
+            else:
+                self._push(np.array([page], np.int32))
+
+    def publish(self, page: int, key: Key) -> None:
+        """`page`, which someone holds, now has the block `key`, unless another page or another key came first."""
+        if key not in self._page and page not in self._key:
+            self._key[page], self._page[key] = key, page
+
+    def find(self, key: Key) -> int | None:
+        """The page that has the block `key`."""
+        return self._page.get(key)
+
+    def drop(self, page: int) -> None:
+        """Forget what a page holds; it is free if nobody holds it."""
+        self._forget(page)
+        if page in self._idle:
+            del self._idle[page]
+            self._push(np.array([page], np.int32))
+
+    def oldest_idle(self) -> Iterable[int]:
+        """Idle pages, the longest unused first."""
+        return iter(self._idle)
+
+    def key_of(self, page: int) -> Key | None:
+        """The block that a page has."""
+        return self._key.get(page)
+
+    def _forget(self, page: int) -> Key:
+        key = self._key.pop(page)
+        del self._page[key]
+        return key
+
+    def _push(self, pages: Pages) -> None:
+        self._free[self._top : self._top + len(pages)] = pages[::-1]
+        self._top += len(pages)
+
+
+@dataclass(slots=True)
+class Moves:
+    """Pages to move in a step: (device, host), (host, device) and (device, device) pairs, in this order."""
+
+    out: list[tuple[int, int]] = field(default_factory=list)
+    back: list[tuple[int, int]] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.out or self.back or self.copies)
+
+
+class PagedCache:
+    """The device's pages, with the host's behind them."""
+
+    def __init__(self, pages: int, page_size: int, host_pages: int = 0) -> None:
+        self.page_size = page_size
+        self.device, self.host = PagePool(pages), PagePool(host_pages)
+        self.moves = Moves()
+        self._leaving: list[tuple[PagePool, Pages]] = []
+
+    def take_moves(self) -> Moves:
+        """The moves since the last call, for the next step; pages that they read may be given away from then on."""
+        moves, self.moves = self.moves, Moves()
+        for pool, pages in self._leaving:
+            pool.release(pages)
+        self._leaving = []
+        return moves
+
+    def allocate(self, count: int) -> Pages:
+        """`count` pages of the device; idle blocks that must make room go to the host if it has room."""
+        return self.device.allocate(count, self._spill)
+
+    def release(self, pages: Pages) -> None:
+        """Give back a sequence's hold of its pages."""
+        self.device.release(pages)
+
+    def fork(self, pages: Pages) -> Pages:
+        """A second holder for all pages of a sequence; `writable` before it writes to one that it shares."""
+        self.device.holders[pages] += 1
+        return pages.copy()
+
+    def writable(self, page: int) -> int:
+        """`page`, or a copy of it in its place when it has other holders or a key (copy-on-write)."""
+        if self.device.holders[page] == 1 and self.device.key_of(page) is None:
+            return page
+        (fresh,) = self.allocate(1).tolist()
+        self.moves.copies.append((page, fresh))
+        self._leaving.append((self.device, np.array([page], np.int32)))
+        return int(fresh)
+
+    def match(self, keys: Sequence[Key]) -> Pages:
+        """Hold the pages of the longest known prefix of `keys`; those on the host come back in the next step."""
+        pages: list[int] = []
+        for key in keys:
+            page = self.device.find(key)
+            if page is not None:
+                self.device.hold(page)
+            else:
+                page = self._fetch(key)
+            if page is None:
+                break
+            pages.append(page)
+        return np.array(pages, np.int32)
+
+    def swap_out(self, pages: Pages) -> Pages | None:
+        """Move a sequence's pages to the host and release them; None, and nothing done, when it has no room."""
+        if self.host.available < len(pages):
+            return None
+        slots = self.host.allocate(len(pages))
+        self.moves.out += zip(pages.tolist(), slots.tolist(), strict=True)
+        self.release(pages)
+        return slots
+
+    def swap_in(self, slots: Pages) -> Pages | None:
+        """The device pages that `swap_out`'s host pages come back to; None when the device has no room."""
+        if self.device.available < len(slots):
+            return None
+        pages = self.allocate(len(slots))
+        self.moves.back += zip(slots.tolist(), pages.tolist(), strict=True)
+        self._leaving.append((self.host, slots))
+        return pages
+
+    def _spill(self, page: int, key: Key) -> None:
+        if self.host.find(key) is not None or not self.host.available:
+            return
+        (slot,) = self.host.allocate(1)
+        self.moves.out.append((page, int(slot)))
+        self.host.publish(int(slot), key)
+        self._leaving.append((self.host, np.array([slot], np.int32)))
+
+    def _fetch(self, key: Key) -> int | None:
+        slot = self.host.find(key)
+        if slot is None or not self.device.available:
+            return None
+        self.host.hold(slot)
+        (page,) = self.allocate(1).tolist()
+        self.moves.back.append((slot, page))
+        self._leaving.append((self.host, np.array([slot], np.int32)))
+        self.device.publish(page, key)
+        return int(page)

@@ -1,0 +1,182 @@
+"""What executes the engine's batches: the one seam between the engine and a backend."""
+
+import time
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+import taskgraph as tg
+from taskgraph.models import llama, paged, sampling
+from taskgraph.models.config import ModelConfig
+from taskgraph.models.paged import Bucket, PageShape
+from taskgraph.models.scheduler import Batch, Ints, Limits
+from taskgraph.runtime.bank import GraphBank
+
+if TYPE_CHECKING:
+    import torch
+
+    from taskgraph.runtime.cpu import CpuExecutable
+
+
+class Runner(Protocol):
+    """Executes one batch at a time, in the order of `launch`."""
+
+    def now(self) -> float:
+        """Seconds on the runner's clock: this machine's, or a simulated one."""
+        ...
+
+    def launch(self, batch: Batch) -> None:
+        """Start a batch and return at once."""
+        ...
+
+    def wait(self) -> tuple[Ints, float]:
+        """The samples of the batch launched last, and when it ended."""
+        ...
+
+    def sleep_until(self, at_s: float) -> None:
+        """Let the clock reach `at_s`; there is nothing to run before it."""
+        ...
+
+    def close(self) -> None:
+        """Free everything."""
+        ...
+
+
+def ladder(most: int) -> tuple[int, ...]:
+    """Bucket sizes up to `most`: powers of two and, from 16 on, the halves between them."""
+    sizes = [0, *(2**i for i in range(5)), *(n for i in range(4, 24) for n in (3 << (i - 1), 1 << (i + 1)))]
+    return (*(n for n in sizes if n < most), most)
+
+
+class CpuRunner:
+    """Runs batches on this machine: a captured plan a bucket, from the graph bank, launched from a thread.
+
+    `weights` are those of `llama.load_weights`. Executables together hold at most `budget_bytes` of their own.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, "torch.Tensor"],
+        shape: PageShape,
+        limits: Limits,
+        *,
+        dtype: str = "bf16",
+        scheduler: str = "auto",
+        budget_bytes: float = 2e9,
+    ) -> None:
+        self.config, self.shape, self.dtype, self.scheduler = config, shape, dtype, scheduler
+        self.bank: GraphBank[Bucket] = GraphBank(self._make, budget_bytes)
+        self._bound = {**weights, **self._states()}
+        self._decode, self._prefill = ladder(limits.sequences), (0, *(n for n in ladder(limits.tokens) if n >= 16))
+        self._chunks = limits.chunks
+        self._thread = ThreadPoolExecutor(1, "taskgraph-runner")
+        self._running: Future[tuple[Ints, float]] | None = None
+
+    # -- captured steps ----------------------------------------------------------------------------
+
+    def _states(self) -> "dict[str, torch.Tensor]":
+        """The pages of every layer, on the device and on the host."""
+        import torch
+
+        kind = {"bf16": torch.bfloat16, "f32": torch.float32}[self.dtype]
+        pools = {"": self.shape.pages, "host_": self.shape.host_pages}
+        return {
+            f"layer.{i}/{prefix}{name}": torch.zeros(self.shape.room(self.config, pages), dtype=kind)
+            for prefix, pages in pools.items() if pages
+            for i in range(self.config.layers)
+            for name in ("keys", "values")
+        }  # fmt: skip
+
+    def _make(self, bucket: Bucket) -> "CpuExecutable":
+        from taskgraph.runtime.cpu import CpuExecutable
+
+        graph = paged.step_graph(self.config, bucket, self.shape, self.dtype)
+        executable = tg.compile(graph, tg.plan(graph, "cpu", self.scheduler), "cpu")
+        assert isinstance(executable, CpuExecutable)
+        wanted = {t.name for t in graph.flat().with_role("weight", "state")}
+        executable.bind({name: t for name, t in self._bound.items() if name in wanted})
+        return executable
+
+    def bucket(self, batch: Batch) -> Bucket:
+        """The smallest bucket that holds the batch."""
+        decode = min(n for n in self._decode if n >= batch.decode)
+        if not batch.chunks and (decode or not batch.moves):
+            return Bucket(decode, moves=bool(batch.moves))
+        prefill = min(n for n in self._prefill if n >= max(batch.prefill, 1))
+        chunks = min(n for n in (1, 4, self._chunks) if n >= batch.chunks)
+        return Bucket(decode, prefill, chunks, bool(batch.moves))
+
+    def warm(self, buckets: Iterable[Bucket]) -> None:
+        """Plan and capture these buckets now, so that no step has to."""
+        for bucket in buckets:
+            executable = self.bank[bucket]
+            _clear(executable.inputs)  # type: ignore[attr-defined]
+            executable.launch()
+
+    # -- steps -------------------------------------------------------------------------------------
+
+    def now(self) -> float:
+        return time.perf_counter()
+
+    def launch(self, batch: Batch) -> None:
+        self._running = self._thread.submit(self._run, batch)
+
+    def wait(self) -> tuple[Ints, float]:
+        assert self._running is not None
+        return self._running.result()
+
+    def sleep_until(self, at_s: float) -> None:
+        time.sleep(max(at_s - self.now(), 0.0))
+
+    def _run(self, batch: Batch) -> tuple[Ints, float]:
+        bucket = self.bucket(batch)
+        executable: Any = self.bank[bucket]
+        _fill(executable.inputs, batch, bucket)
+        executable.launch()
+        rows = np.concatenate([np.arange(batch.decode), bucket.decode + np.arange(batch.chunks)])
+        outputs = executable.outputs
+        samples: Ints = outputs[llama.NEXT].numpy()[rows]
+        if batch.draws is not None:
+            d = batch.draws
+            logits = outputs[llama.LOGITS][rows[d.samples]]
+            samples[d.samples] = sampling.draw(logits, d.temperature, d.top_k, d.top_p, d.uniform)
+        return samples, self.now()
+
+    def close(self) -> None:
+        self._thread.shutdown()
+        self.bank.close()
+
+
+def _clear(inputs: "Mapping[str, torch.Tensor]") -> None:
+    """Rows of no sequence everywhere."""
+    for name, tensor in inputs.items():
+        tensor.fill_(-1 if name in ("slots", "page_out", "page_in", "page_copy") else 0)
+
+
+def _fill(inputs: "Mapping[str, torch.Tensor]", batch: Batch, bucket: Bucket) -> None:
+    """Write the batch into the buffers of its bucket."""
+    _clear(inputs)
+    at = {name: tensor.numpy() for name, tensor in inputs.items()}
+    d, first = batch.decode, bucket.decode
+    for name, values in (("tokens", batch.tokens), ("positions", batch.positions), ("slots", batch.slots)):
+        at[name][:d] = values[:d]
+        at[name][first : first + batch.prefill] = values[d:]
+    if bucket.decode:
+        at["decode_lengths"][:d] = batch.lengths[:d]
+        at["decode_blocks"][:d, : batch.blocks.shape[1]] = batch.blocks[:d]
+    if bucket.prefill:
+        n = batch.chunks
+        at["prefill_starts"][: n + 1] = batch.starts
+        at["prefill_starts"][n + 1 :] = batch.starts[-1]
+        at["prefill_lengths"][:n] = batch.lengths[d:]
+        at["prefill_blocks"][:n, : batch.blocks.shape[1]] = batch.blocks[d:]
+        at["samples"][:d] = np.arange(d)
+        at["samples"][first : first + n] = first + batch.starts[1:] - 1
+    if bucket.moves:
+        moves = {"page_out": batch.moves.out, "page_in": batch.moves.back, "page_copy": batch.moves.copies}
+        for name, pairs in moves.items():
+            if pairs:
+                at[name][: len(pairs)] = pairs

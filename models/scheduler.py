@@ -1,0 +1,343 @@
+"""Continuous batching (Yu et al. 2022, "Orca") with chunked prefill (Agrawal et al. 2024, "Sarathi-Serve").
+
+Sequences are rows of arrays, so that forming a batch costs a handful of numpy calls however many decode. A batch is
+formed while the one before it runs: tokens that are still being computed are fed to it when they are known, and every
+sequence is taken to go on, so one that ends by a stop token has a token too many in the batch after.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from taskgraph.errors import RequestError
+from taskgraph.models.kv_cache import Key, Moves, PagedCache, Pages, block_keys
+from taskgraph.models.requests import MOST_STOPS, Request
+from taskgraph.models.sampling import uniforms
+
+Ints = npt.NDArray[np.int64]
+FREE, RUNNING, SWAPPED, DROPPED = range(4)
+"""States of a row: no sequence, one on the device, one whose pages are on the host, one that must be recomputed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What bounds a batch: sequences, tokens (decode first, the rest prefill), chunks of prefill; and the context."""
+
+    sequences: int = 64
+    tokens: int = 256
+    chunks: int = 16
+    context: int = 2048
+
+    def __post_init__(self) -> None:
+        if min(self.sequences, self.chunks, self.context) < 1 or self.tokens <= self.sequences:
+            raise RequestError(f"{self} leaves no room for prefill; tokens must exceed sequences, all at least 1.")
+
+
+@dataclass(slots=True)
+class Waiting:
+    """A request that is not admitted yet."""
+
+    number: int
+    request: Request
+    prompt: npt.NDArray[np.int32]
+    arrival_s: float
+    keys: list[Key] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Draws:
+    """The samples of a batch that are drawn and not the likeliest token, and how: see `sampling.draw`."""
+
+    samples: Ints
+    temperature: npt.NDArray[np.float32]
+    top_k: Ints
+    top_p: npt.NDArray[np.float32]
+    uniform: npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """A step's rows: `decode` tokens, one a sequence, then the tokens of prefill chunks.
+
+    Token, position and slot of every row; lengths and blocks of the decode rows and of the chunks; `starts`, the first
+    row of each chunk behind the decode rows. Sample i goes to sequence `owner[i]` (its row, or -1 for a chunk within a
+    prompt) as token number `place[i]`, if the row's `epoch` still is what it was. Token `fed[i]` is the sample
+    `source[i]` of the batch before.
+    """
+
+    tokens: Ints
+    positions: npt.NDArray[np.int32]
+    slots: npt.NDArray[np.int32]
+    decode: int
+    lengths: npt.NDArray[np.int32]
+    blocks: npt.NDArray[np.int32]
+    starts: npt.NDArray[np.int32]
+    owner: Ints
+    place: Ints
+    epoch: Ints
+    fed: Ints
+    source: Ints
+    draws: Draws | None
+    moves: Moves
+
+    @property
+    def chunks(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def prefill(self) -> int:
+        return len(self.tokens) - self.decode
+
+
+class Scheduler:
+    """The sequences that wait and that run, and the batches that they make."""
+
+    def __init__(
+        self, limits: Limits, cache: PagedCache, *, prefix_sharing: bool = True, by_experience: bool = False
+    ) -> None:
+        self.limits, self.cache, self.prefix_sharing, self.by_experience = limits, cache, prefix_sharing, by_experience
+        rows, blocks = limits.sequences, -(-limits.context // cache.page_size)
+        self.waiting: deque[Waiting] = deque()
+        self.tokens = np.zeros((rows, limits.context + 1), np.int32)
+        self.blocks = np.zeros((rows, blocks), np.int32)
+        self.state = np.full(rows, FREE, np.int8)
+        self.known, self.computed, self.limit, self.prompt, self.held = np.zeros((5, rows), np.int64)
+        self.epoch, self.number, self.order = np.zeros((3, rows), np.int64)
+        self.pending = np.full(rows, -1, np.int64)
+        self.stops = np.full((rows, MOST_STOPS), -1, np.int64)
+        self.temperature, self.top_p = np.zeros((2, rows), np.float32)
+        self.top_k, self.seed = np.zeros(rows, np.int64), np.zeros(rows, np.uint64)
+        self.keys: list[list[Key]] = [[] for _ in range(rows)]
+        self.host: list[Pages | None] = [None] * rows
+        self.requests: list[Waiting | None] = [None] * rows
+        self.preemptions = self.recomputed = 0
+        self.output_mean: float | None = None
+        self._admitted = 0
+
+    # -- a batch ---------------------------------------------------------------------------------
+
+    def form(self) -> Batch | None:
+        """The next batch, as if the one before had ended; None when there is nothing to do."""
+        pending = self.pending.copy()
+        self.pending[:] = -1
+        decoding = self._decoding()
+        budget = self.limits.tokens - len(decoding)
+        chunks = self._chunks(budget)
+        moves = self.cache.take_moves()
+        if not len(decoding) and not chunks and not moves:
+            stuck = self.state == RUNNING
+            if (pending >= 0).any() or not (stuck & (self.known - self.computed > 1)).any():
+                return None
+            self._preempt()  # prompts that hold every page and need more
+            return self.form()
+        return self._batch(decoding, chunks, pending, moves)
+
+    def _decoding(self) -> Ints:
+        """Rows with one token to compute, each with a page for it, if need be from those let in last."""
+        while True:
+            ready = (self.state == RUNNING) & (self.known - self.computed == 1) & (self.known < self.limit)
+            rows = np.flatnonzero(ready)
+            short = rows[self.computed[rows] // self.cache.page_size >= self.held[rows]]
+            if len(short) <= self.cache.device.available:
+                break
+            self._preempt()
+        if len(short):
+            self.blocks[short, self.held[short]] = self.cache.allocate(len(short))
+            self.held[short] += 1
+        return rows
+
+    def _chunks(self, budget: int) -> list[tuple[int, int, int]]:
+        """(row, first, count) of the prompts' next tokens: of running sequences, then of those that can be let in."""
+        chunks: list[tuple[int, int, int]] = []
+        rows = np.flatnonzero((self.state == RUNNING) & (self.known - self.computed > 1))
+        for row in rows[np.argsort(self.order[rows])].tolist():
+            budget -= self._chunk(row, budget, chunks)
+        while budget > 0 and len(chunks) < self.limits.chunks:
+            row = self._admit()
+            if row is None:
+                break
+            budget -= self._chunk(row, budget, chunks)
+        return chunks
+
+    def _chunk(self, row: int, budget: int, chunks: list[tuple[int, int, int]]) -> int:
+        """Append the next chunk of `row` if it fits; returns its tokens."""
+        size, first = self.cache.page_size, int(self.computed[row])
+        room = (int(self.held[row]) + self.cache.device.available) * size - first
+        count = min(int(self.known[row]) - first, budget, room)
+        if count <= 0 or len(chunks) == self.limits.chunks or self.state[row] != RUNNING:
+            return 0
+        need = -(-(first + count) // size) - int(self.held[row])
+        if need > 0:
+            self.blocks[row, self.held[row] : self.held[row] + need] = self.cache.allocate(need)
+            self.held[row] += need
+        chunks.append((row, first, count))
+        return count
+
+    def _batch(self, rows: Ints, chunks: list[tuple[int, int, int]], pending: Ints, moves: Moves) -> Batch:
+        size, decode = self.cache.page_size, len(rows)
+        places = np.concatenate([self.computed[rows], *(np.arange(f, f + n) for _, f, n in chunks)])
+        owners = np.concatenate([rows, *(np.full(n, row) for row, _, n in chunks)]).astype(np.int64)
+        counts = np.array([n for _, _, n in chunks], np.int64)
+        starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+        last = np.concatenate([np.arange(decode), decode + starts[1:] - 1]).astype(np.int64)
+        sequences = owners[last]
+        lengths = places[last] + 1
+        self.computed[sequences] = lengths
+        whole = lengths == self.known[sequences]
+        owner = np.where(whole, sequences, -1)
+        self.known[sequences[whole]] += 1
+        self.pending[sequences[whole]] = np.flatnonzero(whole)
+        source = pending[sequences]
+        feed = np.flatnonzero(whole & (source >= 0))
+        self._publish(chunks)
+        return Batch(
+            tokens=self.tokens[owners, places].astype(np.int64),
+            positions=places.astype(np.int32),
+            slots=(self.blocks[owners, places // size] * size + places % size).astype(np.int32),
+            decode=decode,
+            lengths=lengths.astype(np.int32),
+            blocks=self.blocks[:, : int(self.held[sequences].max(initial=0))][sequences],
+            starts=starts,
+            owner=owner,
+            place=lengths,
+            epoch=self.epoch[sequences],
+            fed=last[feed],
+            source=source[feed],
+            draws=self._draws(owner, lengths),
+            moves=moves,
+        )
+
+    def _draws(self, owner: Ints, place: Ints) -> Draws | None:
+        which = np.flatnonzero((owner >= 0) & (self.temperature[owner] > 0))
+        if not len(which):
+            return None
+        rows = owner[which]
+        chance = uniforms(self.seed[rows], place[which])
+        return Draws(which, self.temperature[rows], self.top_k[rows], self.top_p[rows], chance)
+
+    # -- admission and pre-emption -----------------------------------------------------------------
+
+    def _admit(self) -> int | None:
+        """Let in the sequence whose turn it is: one that was pre-empted, else the first that waits, if it fits."""
+        if np.count_nonzero(self.state == RUNNING) >= self.limits.sequences:
+            return None
+        away = np.flatnonzero((self.state == SWAPPED) | (self.state == DROPPED))
+        if len(away):
+            return self._resume(int(away[np.argmin(self.order[away])]))
+        if not self.waiting or not self._fits(self.waiting[0]):
+            return None
+        return self._start(self.waiting.popleft())
+
+    def _fits(self, candidate: Waiting) -> bool:
+        """Whether the device holds the predicted peak with the candidate let in (as in LightLLM's past-future
+        scheduler, Gong et al. 2025): sequences end in the order of their predicted ends, and the peak is just before
+        one of those."""
+        rows = np.flatnonzero(self.state == RUNNING)
+        size = self.cache.page_size
+        now = np.append(self.known[rows], len(candidate.prompt))
+        ends = np.append(self.limit[rows], len(candidate.prompt) + candidate.request.max_tokens)
+        begun = np.append(self.prompt[rows], len(candidate.prompt))
+        if self.output_mean is not None:
+            ends = np.minimum(ends, np.maximum(begun + int(self.output_mean), now + size))
+        left = np.maximum(ends - now, 0)
+        order = np.argsort(-left)
+        pages = -(-now[order] // size)
+        growing = np.arange(1, len(order) + 1)
+        peak = np.cumsum(pages) + growing * -(-left[order] // size)
+        return bool(peak.max() <= self.cache.device.pages)
+
+    def _start(self, candidate: Waiting) -> int:
+        row = int(np.flatnonzero(self.state == FREE)[0])
+        prompt, request = candidate.prompt, candidate.request
+        length = len(prompt)
+        self.tokens[row, :length] = prompt
+        self.state[row], self.known[row], self.prompt[row] = RUNNING, length, length
+        self.limit[row], self.number[row] = length + request.max_tokens, candidate.number
+        self.stops[row] = -1
+        self.stops[row, : len(request.stop)] = sorted(request.stop)
+        how = request.sampling
+        self.temperature[row], self.top_k[row], self.top_p[row] = how.temperature, how.top_k, how.top_p
+        self.seed[row] = how.seed % 2**64
+        self.order[row], self._admitted = self._admitted, self._admitted + 1
+        self.requests[row], self.keys[row] = candidate, candidate.keys
+        shared = self.cache.match(candidate.keys[: (length - 1) // self.cache.page_size])
+        self.blocks[row, : len(shared)] = shared
+        self.held[row], self.computed[row] = len(shared), len(shared) * self.cache.page_size
+        return row
+
+    def _resume(self, row: int) -> int | None:
+        """Bring a pre-empted sequence back when it and one more page for each that runs fit."""
+        spare = int(np.count_nonzero(self.state == RUNNING))
+        need = -(-int(self.known[row]) // self.cache.page_size)
+        if self.cache.device.available < need + spare:
+            return None
+        slots = self.host[row]
+        if slots is not None:
+            pages = self.cache.swap_in(slots)
+            assert pages is not None
+            self.blocks[row, : len(pages)], self.host[row] = pages, None
+        self.state[row] = RUNNING
+        return row
+
+    def _preempt(self) -> None:
+        """Take the pages of the sequence that was let in last: to the host, or to be computed again."""
+        rows = np.flatnonzero((self.state == RUNNING) & (self.known < self.limit))
+        row = int(rows[np.argmax(self.order[rows])])
+        pages = self.blocks[row, : self.held[row]].copy()
+        self.preemptions += 1
+        slots = self.cache.swap_out(pages)
+        if slots is not None:
+            self.host[row], self.state[row] = slots, SWAPPED
+            return
+        self.recomputed += 1
+        self.cache.release(pages)
+        self.state[row], self.held[row], self.computed[row] = DROPPED, 0, 0
+
+    # -- what a step gave --------------------------------------------------------------------------
+
+    def take(self, batch: Batch, samples: Ints) -> tuple[Ints, Ints, list[int], list[int]]:
+        """Give every sequence its sample; returns the rows that got one, their tokens, and the rows that end by
+        length and by a stop token. `retire` those."""
+        mine = np.flatnonzero((batch.owner >= 0) & (self.epoch[batch.owner] == batch.epoch))
+        rows, tokens, place = batch.owner[mine], samples[mine], batch.place[mine]
+        self.tokens[rows, place] = tokens
+        stopped = (self.stops[rows] == tokens[:, None]).any(axis=1)
+        full = (place + 1 >= self.limit[rows]) & ~stopped
+        return rows, tokens, rows[full].tolist(), rows[stopped].tolist()
+
+    def retire(self, row: int, length: int) -> Waiting:
+        """Free a row and its pages at once; the pages of its first `length` tokens stay findable."""
+        waiting = self.requests[row]
+        assert waiting is not None
+        slots = self.host[row]
+        if slots is not None:
+            self.cache.host.release(slots)
+        elif self.held[row]:
+            pages = self.blocks[row, : self.held[row]].copy()
+            if self.prefix_sharing:
+                done = min(length, int(self.computed[row]))
+                keys = block_keys(
+                    self.tokens[row, :done], self.cache.page_size, self.keys[row][: done // self.cache.page_size]
+                )
+                for page, key in zip(pages.tolist(), keys, strict=False):
+                    self.cache.device.publish(page, key)
+            self.cache.release(pages)
+        self.host[row], self.requests[row], self.keys[row] = None, None, []
+        self.state[row], self.held[row], self.computed[row], self.known[row] = FREE, 0, 0, 0
+        self.epoch[row] += 1
+        return waiting
+
+    def learn(self, length: int) -> None:
+        """Let later predictions know that a request gave `length` tokens, where predictions go by experience."""
+        if self.by_experience:
+            before = length if self.output_mean is None else self.output_mean
+            self.output_mean = before + 0.05 * (length - before)
+
+    def _publish(self, chunks: list[tuple[int, int, int]]) -> None:
+        """Prompt pages that these chunks fill may be shared from the next batch on."""
+        size = self.cache.page_size
+        for row, first, count in chunks:
+            for block in range(first // size, min((first + count) // size, len(self.keys[row]))):
+                self.cache.device.publish(int(self.blocks[row, block]), self.keys[row][block])

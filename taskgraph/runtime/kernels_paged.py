@@ -1,0 +1,247 @@
+"""CPU kernels over a KV cache in pages: pages lie in memory as the weight panels of the product tile.
+
+In page p of kv head h, keys are the panels of q k^T, (page / 32, dim / pack, 32, pack), and values those of p v,
+(dim / 32, page / pack, 32, pack), with pack = 2 for bf16 and 1 for float32: attention multiplies by pages as they lie.
+A query's sums run over its keys in order, whatever rows stand beside it, so a token's output does not depend on the
+batch or on how its prompt was cut into chunks. Kernels take `threads` last, as in `taskgraph.runtime.kernels`.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from taskgraph.runtime.kernels import _softmax
+from taskgraph.runtime.tile import COLUMNS, ROWS, fork, kernel, narrow, tile, widen
+
+
+@kernel
+def _append(page_k: Any, page_v: Any, at: Any, k: Any, v: Any, pack: Any) -> None:
+    """Write the key and the value of one head into place `at` of a page; both pages (page size, dim) in panels."""
+    size, dim = page_k.shape
+    keys, values = page_k.reshape(size * dim), page_v.reshape(size * dim)
+    first = at // COLUMNS * (dim * COLUMNS) + at % COLUMNS * pack
+    for j in range(len(k)):
+        keys[first + j // pack * (COLUMNS * pack) + j % pack] = k[j]
+    first = at // pack * (COLUMNS * pack) + at % pack
+    for j in range(len(v)):
+        values[first + j // COLUMNS * (size * COLUMNS) + j % COLUMNS * pack] = v[j]
+
+
+@kernel
+def _paged_rope(
+    qkv: Any, positions: Any, slots: Any, keys: Any, values: Any, cos: Any, sin: Any, q_norm: Any, k_norm: Any,
+    eps: Any, out: Any, part: Any, parts: Any,
+) -> None:  # fmt: skip
+    tokens, heads, dim = out.shape
+    kv_heads, size = keys.shape[1], keys.shape[2]
+    half, pack = dim // 2, 4 // qkv.itemsize
+    head, turned = np.empty(dim, np.float32), np.empty(dim, out.dtype)
+    for token in range(tokens * part // parts, tokens * (part + 1) // parts):
+        turn_cos, turn_sin, slot = cos[positions[token]], sin[positions[token]], slots[token]
+        for h in range(heads + kv_heads):
+            if h >= heads and slot < 0:
+                break
+            norm = q_norm if h < heads else k_norm
+            source = qkv[token, h * dim : (h + 1) * dim]
+            for j in range(dim):
+                head[j] = widen(source[j])
+            if len(norm) > 0:
+                total = np.float32(0.0)
+                for j in range(dim):
+                    total += head[j] * head[j]
+                scale = np.float32(1.0) / np.sqrt(total / np.float32(dim) + np.float32(eps))
+                for j in range(dim):
+                    head[j] = head[j] * scale * norm[j]
+            target = out[token, h] if h < heads else turned
+            low, high = target[:half], target[half:]
+            for j in range(half):
+                low[j] = narrow(head[j] * turn_cos[j] - head[j + half] * turn_sin[j], out)
+                high[j] = narrow(head[j + half] * turn_cos[j] + head[j] * turn_sin[j], out)
+            if h >= heads:
+                g, first = h - heads, (heads + kv_heads + h - heads) * dim
+                value = qkv[token, first : first + dim]
+                _append(keys[slot // size, g], values[slot // size, g], slot % size, turned, value, pack)
+
+
+@kernel
+def paged_rope(
+    qkv: Any, positions: Any, slots: Any, keys: Any, values: Any, cos: Any, sin: Any, q_norm: Any, k_norm: Any,
+    eps: Any, out: Any, threads: Any = 1,
+) -> None:  # fmt: skip
+    """`kernels.rope_kv` with a place of its own for every token: position positions[i], slot slots[i] (-1: none)."""
+    room = keys.shape[0] * keys.shape[2]
+    for i in range(len(slots)):
+        if slots[i] >= room or positions[i] < 0 or positions[i] >= len(cos):
+            raise ValueError("a slot or a position is outside the pages; give slots within them")
+    fork(_paged_rope, (qkv, positions, slots, keys, values, cos, sin, q_norm, k_norm, eps, out), threads)
+
+
+@kernel
+def _rows(
+    rows: Any, q: Any, q_stride: Any, dim: Any, seen: Any, grow: Any, blocks: Any, keys: Any, values: Any, h: Any,
+    scores: Any, shares: Any, part_sum: Any, mixed: Any, out: Any,
+) -> None:  # fmt: skip
+    """Attention of up to ROWS query rows over the pages of one sequence: row r sees `seen` + grow * r keys."""
+    size, wide = keys.shape[2], keys.shape[3]
+    pack, last = 4 // keys.itemsize, seen + grow * (rows - 1)
+    pairs, scale = keys.itemsize == 2, np.float32(1.0) / np.sqrt(np.float32(dim))
+    page_bytes = keys.itemsize * size * wide
+    for panel in range((last + COLUMNS - 1) // COLUMNS):
+        place = panel * COLUMNS
+        address = keys.ctypes.data + blocks[place // size] * keys.strides[0] + h * page_bytes
+        address += place % size // COLUMNS * (wide * COLUMNS * keys.itemsize)
+        tile(rows, q, q_stride, address, dim // pack, scores.ctypes.data + place * 4, scores.strides[0], pairs)
+    padded = (last + pack - 1) // pack * pack
+    for r in range(rows):
+        row, share, visible = scores[r], shares[r], seen + grow * r
+        for i in range(visible):
+            row[i] *= scale
+        _softmax(row, visible)
+        for i in range(visible):
+            share[i] = narrow(row[i], out)
+        for i in range(visible, padded):
+            share[i] = narrow(np.float32(0.0), out)
+    deep = (dim + COLUMNS - 1) // COLUMNS
+    for r in range(rows):
+        for j in range(deep * COLUMNS):
+            mixed[r, j] = np.float32(0.0)
+    for first in range(0, last, size):
+        steps = min(size, padded - first) // pack
+        page = values.ctypes.data + blocks[first // size] * values.strides[0] + h * page_bytes
+        for panel in range(deep):
+            tile(
+                rows, shares.ctypes.data + first * keys.itemsize, shares.strides[0],
+                page + panel * (size * COLUMNS * keys.itemsize), steps, part_sum.ctypes.data, 128, pairs,
+            )  # fmt: skip
+            for r in range(rows):
+                for j in range(COLUMNS):
+                    mixed[r, panel * COLUMNS + j] += part_sum[r, j]
+    for r in range(rows):
+        for j in range(dim):
+            out[r, j] = narrow(mixed[r, j], out)
+
+
+def scratch_size(length: int, dim: int, threads: int) -> int:
+    """float32 elements that both attention kernels need as scratch for sequences of up to `length` keys."""
+    wide, deep = -(-length // COLUMNS) * COLUMNS, -(-dim // COLUMNS) * COLUMNS
+    return threads * ROWS * (2 * wide + deep + COLUMNS)
+
+
+@kernel
+def _cut(scratch: Any, part: Any, parts: Any, dim: Any, like: Any) -> Any:
+    """This thread's scores, shares, partial sums and mixed rows."""
+    mine = scratch[len(scratch) // parts * part : len(scratch) // parts * (part + 1)]
+    deep = (dim + COLUMNS - 1) // COLUMNS * COLUMNS
+    wide = (len(mine) // ROWS - deep - COLUMNS) // 2
+    scores = mine[: ROWS * wide].reshape(ROWS, wide)
+    shares = mine[ROWS * wide : 2 * ROWS * wide].view(like.dtype)[: ROWS * wide].reshape(ROWS, wide)
+    rest = mine[2 * ROWS * wide :]
+    return scores, shares, rest[: ROWS * COLUMNS].reshape(ROWS, COLUMNS), rest[ROWS * COLUMNS :].reshape(ROWS, deep)
+
+
+@kernel
+def _paged_decode(
+    q: Any, lengths: Any, blocks: Any, keys: Any, values: Any, out: Any, scratch: Any, part: Any, parts: Any
+) -> None:
+    batch, heads, dim = q.shape
+    kv_heads = keys.shape[1]
+    group = heads // kv_heads
+    scores, shares, sums, mixed = _cut(scratch, part, parts, dim, q)
+    total, before = max(lengths.sum() * kv_heads, 1), 0
+    for b in range(batch):
+        for h in range(kv_heads):
+            mine = min(before * parts // total, parts - 1) == part
+            before += lengths[b]
+            if not mine:
+                continue
+            target = out[b, h * group * dim : (h + 1) * group * dim].reshape(group, dim)
+            if lengths[b] == 0:
+                target[:] = narrow(np.float32(0.0), out)
+                continue
+            for top in range(0, group, ROWS):
+                address = q.ctypes.data + b * q.strides[0] + (h * group + top) * q.strides[1]
+                rows = min(ROWS, group - top)
+                _rows(
+                    rows, address, q.strides[1], dim, lengths[b], 0, blocks[b], keys, values, h,
+                    scores, shares, sums, mixed, target[top : top + rows],
+                )  # fmt: skip
+
+
+@kernel
+def _check_tables(lengths: Any, blocks: Any, keys: Any) -> None:
+    size = keys.shape[2]
+    for b in range(len(lengths)):
+        if lengths[b] > blocks.shape[1] * size:
+            raise ValueError("a sequence is longer than its block table")
+        for i in range((lengths[b] + size - 1) // size):
+            if blocks[b, i] < 0 or blocks[b, i] >= len(keys):
+                raise ValueError("a block table names a page that does not exist")
+
+
+@kernel
+def paged_decode(
+    q: Any, lengths: Any, blocks: Any, keys: Any, values: Any, out: Any, scratch: Any, threads: Any = 1
+) -> None:
+    """One query a sequence: q (n, h, d) over the first lengths[i] keys of blocks[i] -> out (n, h * d).
+
+    Threads take (sequence, kv head) pairs, shared out by their lengths; heads of a group share each page.
+    """
+    _check_tables(lengths, blocks, keys)
+    fork(_paged_decode, (q, lengths, blocks, keys, values, out, scratch), threads)
+
+
+@kernel
+def _paged_prefill(
+    q: Any, starts: Any, lengths: Any, blocks: Any, keys: Any, values: Any, out: Any, scratch: Any,
+    part: Any, parts: Any,
+) -> None:  # fmt: skip
+    _, heads, dim = q.shape
+    group = heads // keys.shape[1]
+    scores, shares, sums, mixed = _cut(scratch, part, parts, dim, q)
+    whole = out.reshape(len(q), heads, dim)
+    total, before = 1, 0
+    for s in range(len(lengths)):
+        total += (starts[s + 1] - starts[s]) * lengths[s] * heads
+    for s in range(len(lengths)):
+        each = starts[s + 1] - starts[s]
+        for head in range(heads):
+            for top in range(0, each, ROWS):
+                rows, token = min(ROWS, each - top), starts[s] + top
+                mine = min(before * parts // total, parts - 1) == part
+                before += rows * lengths[s]
+                if mine:
+                    address = q.ctypes.data + token * q.strides[0] + head * q.strides[1]
+                    _rows(
+                        rows, address, q.strides[0], dim, lengths[s] - each + top + 1, 1, blocks[s], keys, values,
+                        head // group, scores, shares, sums, mixed, whole[token : token + rows, head],
+                    )  # fmt: skip
+
+
+@kernel
+def paged_prefill(
+    q: Any, starts: Any, lengths: Any, blocks: Any, keys: Any, values: Any, out: Any, scratch: Any, threads: Any = 1
+) -> None:
+    """Chunks: rows starts[i] to starts[i + 1] of q (t, h, d) are the last of lengths[i] tokens in the pages blocks[i].
+
+    Rows beyond starts[-1] are zeroed. Threads take blocks of ROWS queries of a head, shared out by their keys.
+    """
+    _check_tables(lengths, blocks, keys)
+    if starts[-1] > len(q):
+        raise ValueError("the chunks have more rows than there are")
+    for i in range(len(lengths)):
+        if starts[i + 1] - starts[i] > lengths[i]:
+            raise ValueError("a chunk has more rows than its sequence has tokens")
+    fork(_paged_prefill, (q, starts, lengths, blocks, keys, values, out, scratch), threads)
+    out[starts[-1] :] = narrow(np.float32(0.0), out)
+
+
+@kernel
+def copy_pages(source: Any, target: Any, pairs: Any, done: Any) -> None:
+    """Copy page pairs[i, 0] of `source` (pages, bytes) to page pairs[i, 1] of `target`; pairs with a -1 are skipped."""
+    done[0] = 0
+    for i in range(len(pairs)):
+        if pairs[i, 0] >= len(source) or pairs[i, 1] >= len(target):
+            raise ValueError("a page to copy does not exist")
+        if pairs[i, 0] >= 0 and pairs[i, 1] >= 0:
+            target[pairs[i, 1]] = source[pairs[i, 0]]
+            done[0] += 1
