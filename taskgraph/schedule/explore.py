@@ -28,8 +28,8 @@ _FIRST, _RESLICE, _LAST, _DISPATCHED = 0.4, 0.3, 0.3, 0.3
 """Shares of the budget: of the rounds together, of single ops' slices, of the last arm; of each of these for
 dispatched schedules."""
 _RESLICED_FROM_S = 5.0
-_TRIES = 24
-"""Other slices for single ops that are tried at most."""
+_TRIES, _WORTH, _WARM = 24, 1e-3, 2e-3
+"""Other slices for single ops: how many are tried at most, what share of the whole area is worth it, and the heat."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,6 @@ def explore(
     best = arms[0]
     if best.split.parts and budget_s >= _RESLICED_FROM_S:
         best = _resliced(graph, best, device, costs, _RESLICE * budget_s, seed + rounds)
-    print([(a.split.parts, round(a.seconds if hasattr(a, "seconds") else a.judged() * 1e3, 1)) for a in [best]])
     return _realised(_advanced(best, _LAST * budget_s, seed + rounds), device, costs, seed)
 
 
@@ -90,18 +89,28 @@ def _resliced(graph: Graph, best: _Arm, device: Device, costs: Costs, budget_s: 
     """The arm with other slices for single ops, one after another, where that helps: first those that save area."""
     names = {op.name for op in graph.ops}
     mine = _areas(best.graph, device, costs)
+    worth, base = _WORTH * sum(mine.values()), best.split.parts[0][1]
+    halves = Split.of([part for size in base for part in (size // 2, size - size // 2) if part])
     options = []
-    for made in [UNSPLIT, *slicings(graph)]:
+    for made in [UNSPLIT, halves, *slicings(graph)]:
         for name, area in _areas(apply(graph, made), device, costs).items():
-            if name in names and area < mine.get(name, 0.0):
+            large = name in names and mine.get(name, 0.0) > 10 * worth
+            if large and area < mine[name] + (10 * worth if made == halves else -worth):
                 options.append((area - mine[name], name, made))
     options = sorted(options, key=lambda o: o[0])[:_TRIES]
     for turn, (_, name, made) in enumerate(options):
         with suppress(GraphError):  # an op takes no cut within one of its units
             arm = _with_slices(graph, best, name, made, device, costs)
-            arm = _advanced(arm, budget_s / len(options), seed + turn)
-            best = arm if arm.judged() < best.judged() else best
+            assert arm.cycle is not None
+            cycle = polish(arm.space, _layout(arm), [arm.cycle], budget_s / len(options), seed + turn, _WARM)
+            best = replace(arm, cycle=cycle) if cycle.seconds < best.judged() / SPLIT_GAIN else best
     return best
+
+
+def _layout(arm: _Arm) -> Layout:
+    """The arm's layout with the borders that its state has moved."""
+    assert arm.state is not None
+    return replace(arm.layout, geometries=arm.state.layout(arm.layout).geometries)
 
 
 def _with_slices(graph: Graph, arm: _Arm, name: str, made: Split, device: Device, costs: Costs) -> _Arm:
@@ -196,11 +205,10 @@ def _advanced(arm: _Arm, budget_s: float, seed: int) -> _Arm:
     space, layout = arm.space, arm.layout
     begin = starts(space, layout) if arm.state is None else [arm.state]
     state = anneal(space, layout, begin, _DISPATCHED * budget_s, seed)
-    fixed = replace(layout, geometries=state.layout(layout).geometries)
     cycles = [cycle_of(space, layout, state), plain_cycle(space, layout, state)]
     if arm.cycle is not None:
         cycles.append(arm.cycle)
-    cycle = polish(space, fixed, cycles, (1 - _DISPATCHED) * budget_s, seed)
+    cycle = polish(space, _layout(replace(arm, state=state)), cycles, (1 - _DISPATCHED) * budget_s, seed)
     return replace(arm, state=state, cycle=cycle)
 
 

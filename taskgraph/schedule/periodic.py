@@ -62,8 +62,11 @@ def period(space: Space, times: Evaluation) -> float:
     return seconds
 
 
-def polish(space: Space, layout: Layout, begin: Sequence[Cycle], budget_s: float, seed: int) -> Cycle:
-    """The best cycle found from `begin`; equal arguments give equal results, as for `search.anneal`."""
+def polish(
+    space: Space, layout: Layout, begin: Sequence[Cycle], budget_s: float, seed: int, heat: float = 0.01
+) -> Cycle:
+    """The best cycle found from `begin`, at first with losses of about `heat` of the time accepted; equal arguments
+    give equal results, as for `search.anneal`."""
     kernel = _kernel_arguments(space, layout)
     trials = max(8, int(budget_s / (_OP_S * space.problem.n * _ROUNDS)))
     deadline = time.monotonic() + 2 * budget_s + 0.5
@@ -72,7 +75,7 @@ def polish(space: Space, layout: Layout, begin: Sequence[Cycle], budget_s: float
     best = [best[i % len(best)] for i in range(ISLANDS)]
     with ThreadPoolExecutor(ISLANDS) as threads:
         for turn in range(_ROUNDS):
-            hot = 0.01 * (1 - turn / _ROUNDS) ** 2 + 2e-4
+            hot = heat * (1 - turn / _ROUNDS) ** 2 + 2e-4
             jobs = [
                 threads.submit(_walk, kernel, cycle, trials, (seed * _ROUNDS + turn) * ISLANDS + i, hot, hot / 20)
                 for i, cycle in enumerate(best)
