@@ -37,7 +37,7 @@ nodes; for more nodes networkx_heft_seconds is null and networkx_heft_seconds_at
 layouts, timed by taskgraph's evaluator, the best of them counts, against tg.plan(scheduler="list"); worse_share is
 the share of the DAGs on which taskgraph's makespan is longer.
 
-examples:
+example:
   python -m benchmarks.schedule --nodes 10000 --device h100_sxm --json
   python -m benchmarks.schedule --nodes 1000 10000 100000 1000000 --dags 0 --peer-nodes 10000
 """

@@ -24,7 +24,7 @@ from taskgraph.schedule.problem import Costs, Problem, make_problem
 
 SCHEDULERS = ("auto", "sequential", "list", "search")
 LARGE, THREADS = 20_000, 2
-"""From so many ops on, list schedules are made on this many threads, and only as many of them are evaluated."""
+"""From so many ops on, list schedules are made on this many threads, and fewer of them are evaluated."""
 MIN_GAIN = 1.02
 """A packed plan must be predicted this much faster than the sequential one; less is not worth its events."""
 
@@ -84,16 +84,20 @@ def plan(
 
 
 def _packings(graph: Graph, problem: Problem, device: Device) -> Iterator[Candidate]:
-    """List schedules on every layout that is tried; of a large graph those that the lists themselves find best."""
+    """List schedules: serial ones on every layout (of a large graph the one that looks best), and parallel ones on
+    lanes that share the device, where ops may be launched on some of its SMs."""
     tried = lists.layouts(device)
     with ThreadPoolExecutor(THREADS) as threads:
         run = threads.map if problem.n >= LARGE else map
         packed = [made for made in run(lambda layout: lists.pack(problem, layout), tried) if made is not None]
-        if problem.n >= LARGE:
-            packed = sorted(packed, key=lambda made: made.seconds)[:THREADS]
-        for made, times in zip(packed, run(lambda made: evaluate(problem, made.assignment), packed), strict=True):
-            label = f"list on {lists.label(made.assignment.layout)}"
-            yield Candidate(label, graph, problem, made.assignment, times)
+    if problem.n >= LARGE:
+        packed = sorted(packed, key=lambda made: made.seconds)[:1]
+    for made in packed:
+        label, times = f"list on {lists.label(made.assignment.layout)}", evaluate(problem, made.assignment)
+        yield Candidate(label, graph, problem, made.assignment, times)
+    if device.kind == "gpu":
+        for rule, assignment, times in rules.by_rules(problem, rules.FEW if problem.n >= rules.FROM else rules.MANY):
+            yield Candidate(f"list with {rule.label()}", graph, problem, assignment, times)
 
 
 def _searched(
@@ -103,8 +107,7 @@ def _searched(
     """What `explore` finds; of a large graph without a repeat the schedule of the best rule."""
     if graph.repeat is None and problem.n >= rules.FROM and device.kind == "gpu":
         rule, assignment, times = rules.best_rule(problem, budget_s, seed)
-        at = f"slack {rule.slack:.2f} on {lists.label(assignment.layout)}"
-        return Candidate(f"search over rules, {at}, seed {seed}", graph, problem, assignment, times)
+        return Candidate(f"search over rules, {rule.label()}, seed {seed}", graph, problem, assignment, times)
     return explore(graph, device, costs, budget_s, seed, limit_s, nano_batches)
 
 
