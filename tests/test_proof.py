@@ -55,7 +55,7 @@ def test_the_bound_holds_for_plans_of_every_kind(graph: Graph, device: Device, s
     problem = make_problem(graph, device, sizes)
     made = [evaluate(problem, lists.sequential(problem))]
     packed = [lists.pack(problem, layout) for layout in lists.layouts(device)]
-    made += [evaluate(problem, found.assignment) for found in packed if found is not None]
+    made += [evaluate(problem, found) for found in packed if found is not None]
     draw = np.random.default_rng(seed)
     for layout in lists.layouts(device):
         row = draw.integers(len(layout.rows), size=problem.n)

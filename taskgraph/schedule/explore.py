@@ -83,7 +83,6 @@ def explore(
     best = arms[0]
     if best.split.parts and budget_s >= _RESLICED_FROM_S:
         best = _resliced(graph, best, device, costs, _RESLICE * budget_s, seed + rounds)
-    print([(a.split.parts, round(a.seconds if hasattr(a, "seconds") else a.judged() * 1e3, 1)) for a in [best]])
     return _realised(_advanced(best, _LAST * budget_s, seed + rounds), device, costs, seed)
 
 

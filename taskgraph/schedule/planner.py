@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -23,8 +22,8 @@ from taskgraph.schedule.plan import Lane, Period, Plan, Span, Step, Timeline, Ve
 from taskgraph.schedule.problem import Costs, Problem, make_problem
 
 SCHEDULERS = ("auto", "sequential", "list", "search", "exact")
-LARGE, THREADS = 20_000, 2
-"""From so many ops on, list schedules are made on this many threads, and fewer of them are evaluated."""
+LARGE = 20_000
+"""From so many ops on, fewer list schedules are made."""
 AUTO_OP_S, ENOUGH = 0.02, 1.01
 """What "auto" searches at most, in seconds for every op of the graph, and the gap at which it stops."""
 MIN_GAIN = 1.02
@@ -96,18 +95,15 @@ def plan(
 
 
 def _packings(graph: Graph, problem: Problem, device: Device) -> Iterator[Candidate]:
-    """List schedules: serial ones on every layout (of a large graph the one that looks best), and parallel ones on
-    lanes that share the device, where ops may be launched on some of its SMs."""
-    tried = lists.layouts(device)
-    with ThreadPoolExecutor(THREADS) as threads:
-        run = threads.map if problem.n >= LARGE else map
-        packed = [made for made in run(lambda layout: lists.pack(problem, layout), tried) if made is not None]
-    if problem.n >= LARGE:
-        packed = sorted(packed, key=lambda made: made.seconds)[:1]
-    for made in packed:
-        label, times = f"list on {lists.label(made.assignment.layout)}", evaluate(problem, made.assignment)
-        yield Candidate(label, graph, problem, made.assignment, times)
-    if device.kind == "gpu":
+    """List schedules: serial ones on every layout, and parallel ones on lanes that share the device, where ops may be
+    launched on some of its SMs. A large graph for a GPU gets the parallel ones alone, which fit it better."""
+    gpu = device.kind == "gpu"
+    for layout in [] if gpu and problem.n >= LARGE else lists.layouts(device):
+        made = lists.pack(problem, layout)
+        if made is not None:
+            label, times = f"list on {lists.label(layout)}", evaluate(problem, made)
+            yield Candidate(label, graph, problem, made, times)
+    if gpu:
         for rule, assignment, times in rules.by_rules(problem, rules.FEW if problem.n >= rules.FROM else rules.MANY):
             yield Candidate(f"list with {rule.label()}", graph, problem, assignment, times)
 
