@@ -17,7 +17,9 @@ from benchmarks import machine, print_json, seconds_of
 from taskgraph.graph.device import Device
 from taskgraph.schedule.evaluate import NO_HOLDS, Assignment, Layout, evaluate
 from taskgraph.schedule.lists import layouts, pack
+from taskgraph.schedule.planner import LARGE
 from taskgraph.schedule.problem import Problem, make_problem
+from taskgraph.schedule.rules import FROM
 
 if TYPE_CHECKING:
     import networkx
@@ -37,7 +39,7 @@ nodes; for more nodes networkx_heft_seconds is null and networkx_heft_seconds_at
 layouts, timed by taskgraph's evaluator, the best of them counts, against tg.plan(scheduler="list"); worse_share is
 the share of the DAGs on which taskgraph's makespan is longer.
 
-examples:
+example:
   python -m benchmarks.schedule --nodes 10000 --device h100_sxm --json
   python -m benchmarks.schedule --nodes 1000 10000 100000 1000000 --dags 0 --peer-nodes 10000
 """
@@ -132,22 +134,22 @@ def heft_seconds(graph: tg.Graph, problem: Problem, layout: Layout) -> float:
 def measure(
     nodes: int, width: int, device: Device, peer_nodes: int, rounds: int, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """All figures, in seconds."""
-    say("compiling")
-    small = make_problem(layered_graph(64, 8, 0), device)
+    """All figures of one size, in seconds."""
     tried = layouts(device)
 
     def search(problem: Problem) -> None:
         for layout in tried:
             packed = pack(problem, layout)
             assert packed is not None, "no op of this graph asks for SMs"
-            evaluate(problem, packed.assignment)
+            evaluate(problem, packed)
 
-    search(small)
     say(f"building {nodes:,} nodes")
     graphs: list[tg.Graph] = []
     build_s = seconds_of(lambda: graphs.append(layered_graph(nodes, width, 1)))
     graph = graphs[0]
+    say("planning")
+    plans: list[tg.Plan] = []
+    plan_s = seconds_of(lambda: plans.append(tg.plan(graph, device, "list")))
     problems: list[Problem] = []
     problem_s = seconds_of(lambda: problems.append(make_problem(graph, device)))
     problem = problems[0]
@@ -155,8 +157,6 @@ def measure(
     say(f"scheduling on {len(tried)} layouts")
     list_s = [seconds_of(lambda: search(problem)) for _ in range(rounds)]
     one_s = [seconds_of(lambda: pack(problem, widest)) for _ in range(rounds)]
-    say("planning")
-    plan_s = seconds_of(lambda: tg.plan(graph, device))
     say("HEFT over networkx")
     asked = nodes <= peer_nodes
     peer_graph = graph if asked else layered_graph(peer_nodes, width, 1)
@@ -167,7 +167,9 @@ def measure(
         "networkx_heft_seconds": heft_s if asked else None,
         "networkx_heft_seconds_at": {str(len(peer_graph.ops)): heft_s},
         "list_one_seconds": statistics.median(one_s),
+        "speedup": heft_s / statistics.median(one_s) if asked else None,
         "plan_seconds": plan_s,
+        "plan_gap": plans[0].gap,
         "build_seconds": build_s,
         "problem_seconds": problem_s,
         "layouts": len(tried),
@@ -175,6 +177,23 @@ def measure(
         "device": device.name,
         "machine": machine(),
     }
+
+
+def warm_up(device: Device) -> None:
+    """Load or compile every kernel that the measured calls use, at both of the sizes that plan in their own ways."""
+    for nodes in (64, LARGE):
+        small = layered_graph(nodes, 8, 0)
+        tg.plan(small, device, "list")
+    tg.plan(layered_graph(FROM, 8, 0), device, "search", budget_s=0.01)
+
+
+def searched(graph: tg.Graph, device: Device, budget_s: float) -> dict[str, Any]:
+    """What a search of so many seconds makes of the list's plan, and what it takes."""
+    listed = tg.plan(graph, device, "list")
+    found: list[tg.Plan] = []
+    seconds = seconds_of(lambda: found.append(tg.plan(graph, device, "search", budget_s=budget_s)))
+    ratio = found[0].makespan_s / listed.makespan_s
+    return {"search_seconds": seconds, "search_over_list": ratio, "search_gap": found[0].gap, "list_gap": listed.gap}
 
 
 def table_of(result: dict[str, Any]) -> Table:
@@ -185,39 +204,81 @@ def table_of(result: dict[str, Any]) -> Table:
     table.add_column("what")
     table.add_column("seconds", justify="right")
     one = f"{result['lanes_of_one']} lanes"
+    table.add_row('tg.plan(scheduler="list"), whole', f"{result['plan_seconds']:.3f}")
     table.add_row(f"list scheduler + evaluator, all {result['layouts']} layouts", f"{result['list_seconds']:.3f}")
-    table.add_row(f"list scheduler alone, one layout, {one}", f"{result['list_one_seconds']:.3f}")
+    table.add_row(f"list scheduler alone, one layout, {one}", f"{result['list_one_seconds']:.4f}")
     for nodes, seconds in result["networkx_heft_seconds_at"].items():
         table.add_row(f"HEFT over networkx, one layout, {one}, {int(nodes):,} nodes", f"{seconds:.3f}")
     table.add_row("building the graph", f"{result['build_seconds']:.3f}")
     table.add_row("make_problem", f"{result['problem_seconds']:.3f}")
-    table.add_row("tg.plan, whole", f"{result['plan_seconds']:.3f}")
     return table
+
+
+def growth_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """How planning grows with the graph."""
+    table = Table(title='tg.plan(scheduler="list") (measured)', caption=rows[0]["machine"])
+    for column in ("nodes", "plan, s", "us a node", "makespan over bound (simulated)"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        each = 1e6 * row["plan_seconds"] / row["nodes"]
+        table.add_row(f"{row['nodes']:,}", f"{row['plan_seconds']:.3f}", f"{each:.1f}", f"{row['plan_gap']:.4f}")
+    return table
+
+
+def _print_comparison(figures: dict[str, Any]) -> None:
+    worse, dags = figures["worse"], figures["dags"]
+    print(
+        f"{dags} random DAGs against HEFT (simulated makespans): longer on {worse} ({100 * figures['worse_share']:.1f} "
+        f"%), mean ratio {figures['mean_ratio']:.4f}, worst {figures['worst_ratio']:.4f}"
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "benchmarks.schedule", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--nodes", type=int, nargs="+", default=[100_000], help="ops of the DAG (default 100000)")
+    parser.add_argument("--width", type=int, default=64, help="ops of a layer (default 64)")
+    parser.add_argument("--device", default="h100_sxm", help="device to schedule on (default h100_sxm)")
+    parser.add_argument("--peer-nodes", type=int, default=10_000, help="most nodes for the peer (default 10000)")
+    parser.add_argument("--rounds", type=int, default=3, help="repetitions of the scheduler (default 3)")
+    parser.add_argument("--dags", type=int, default=0, help="compare makespans on so many random DAGs (default 0)")
+    parser.add_argument("--search", type=float, metavar="S", help="search for S seconds, too")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON on the last line")
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        "benchmarks.schedule", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--nodes", type=int, default=100_000, help="ops of the DAG (default 100000)")
-    parser.add_argument("--width", type=int, default=64, help="ops of a layer (default 64)")
-    parser.add_argument("--device", default="h100_sxm", help="device to schedule on (default h100_sxm)")
-    parser.add_argument("--peer-nodes", type=int, default=100_000, help="most nodes for the peer (default 100000)")
-    parser.add_argument("--rounds", type=int, default=3, help="repetitions of the scheduler (default 3)")
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON on the last line")
+    parser = _parser()
     args = parser.parse_args(argv)
-    if min(args.nodes, args.width, args.peer_nodes, args.rounds) < 1:
-        parser.error("--nodes, --width, --peer-nodes and --rounds are at least 1.")
-    result = measure(
-        args.nodes,
-        args.width,
-        tg.devices.get(args.device),
-        args.peer_nodes,
-        args.rounds,
-        lambda text: print(text, file=sys.stderr, flush=True),
-    )
-    Console().print(table_of(result))
+    if min(*args.nodes, args.width, args.peer_nodes, args.rounds) < 1 or args.dags < 0:
+        parser.error("--nodes, --width, --peer-nodes and --rounds are at least 1, --dags at least 0.")
+    device = tg.devices.get(args.device)
+    console = Console()
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    say("compiling")
+    warm_up(device)
+    rows = [measure(n, args.width, device, args.peer_nodes, args.rounds, say) for n in args.nodes]
+    result = dict(rows[-1])
+    console.print(table_of(result))
+    if len(rows) > 1:
+        console.print(growth_table(rows))
+        result["growth"] = [{key: row[key] for key in ("nodes", "plan_seconds", "plan_gap")} for row in rows]
+    if args.search is not None:
+        say(f"searching for {args.search} s")
+        result |= searched(layered_graph(args.nodes[-1], args.width, 1), device, args.search)
+        print(
+            f"search of {args.search} s: {result['search_seconds']:.1f} s (measured); makespan over bound "
+            f"{result['search_gap']:.4f}, the list's {result['list_gap']:.4f} (simulated)"
+        )
+    if args.dags:
+        say(f"{args.dags} random DAGs")
+        result |= against_heft(args.dags, device)
+        _print_comparison(result)
     if args.json:
         print_json(result)
     return 0

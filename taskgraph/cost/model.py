@@ -16,7 +16,7 @@ from taskgraph.cost.rows import Row, row_of
 from taskgraph.errors import DemandError
 from taskgraph.graph.device import Device
 from taskgraph.graph.graph import Graph
-from taskgraph.graph.op import Demand, Op, Tensor
+from taskgraph.graph.op import PLAIN, Op, Tensor
 from taskgraph.ops import NCCL_CHANNELS
 from taskgraph.units import format_quantity
 
@@ -135,13 +135,13 @@ def _kernels(ops: Sequence[Op], tensors: Mapping[str, Tensor], sm_max: np.ndarra
 
 def _demands(ops: Sequence[Op], device: Device) -> tuple[np.ndarray, np.ndarray, dict[int, tuple[float, ...]]]:
     """(sm_min, sm_max, rates of the ops that pin some); DemandError when the device cannot meet a demand."""
-    n, plain = len(ops), Demand()
+    n = len(ops)
     low, high = np.ones(n, np.int64), np.full(n, device.sm_count, np.int64)
     pinned: dict[int, tuple[float, ...]] = {}
     lacking = not (device.h2d_bytes_per_s and device.d2h_bytes_per_s and device.link_bytes_per_s)
     for i, op in enumerate(ops):
         demand = op.demand
-        if demand is not plain and demand != plain:
+        if demand is not PLAIN and demand != PLAIN:
             check_demand(op, device)
             low[i], high[i] = demand.sm or (1, device.sm_count)
             if demand.hbm_bytes_per_s or demand.pcie_bytes_per_s or demand.link_bytes_per_s:

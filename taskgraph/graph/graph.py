@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
+from operator import attrgetter
 from struct import pack
 from typing import TYPE_CHECKING, Any
 
 from taskgraph.errors import GraphError
 from taskgraph.graph.edges import predecessors, toposorted
 from taskgraph.graph.functions import register_function
-from taskgraph.graph.op import ROWS, Attr, Demand, Op, Rows, Tensor, TensorSpec, Work, check_work, rows_attr
+from taskgraph.graph.op import PLAIN, ROWS, Attr, Demand, Op, Rows, Tensor, TensorSpec, Work, check_work, rows_attr
 
 if TYPE_CHECKING:
     import networkx
@@ -70,16 +71,14 @@ class Graph:
         """Hex digest of all that the graph says; equal graphs have equal fingerprints."""
         if "fingerprint" not in self._memo:
             digest = hashlib.blake2b(digest_size=16)
-            tensors, ops, plain = self.tensors, self.ops, Demand()
-            columns: tuple[object, ...] = (
-                (SCHEMA, self.name, self.outputs, self.repeat),
-                *([getattr(t, name) for t in tensors] for name in ("name", "shape", "dtype", "role")),
-                *([getattr(op, name) for op in ops] for name in ("name", "kind", "inputs", "outputs", "after")),
-                *([getattr(op, name) for op in ops] for name in ("writes", "attrs")),
-                [None if op.demand == plain else op.demand for op in ops],
-            )
-            for column in columns:
-                digest.update(repr(column).encode())
+            tensors, ops = self.tensors, self.ops
+            digest.update(repr((SCHEMA, self.name, self.outputs, self.repeat)).encode())
+            for column in ("name", "shape", "dtype", "role"):
+                digest.update(repr(list(map(attrgetter(column), tensors))).encode())
+            for column in ("name", "kind", "inputs", "outputs", "after", "writes", "attrs"):
+                digest.update(repr(list(map(attrgetter(column), ops))).encode())
+            pinned = [None if op.demand is PLAIN or op.demand == PLAIN else op.demand for op in ops]
+            digest.update(repr(pinned).encode())
             digest.update(pack(f"<{5 * len(ops)}d", *chain.from_iterable(op.work.vector for op in ops)))
             self._memo["fingerprint"] = digest.hexdigest()
         return str(self._memo["fingerprint"])
@@ -417,7 +416,7 @@ class GraphBuilder:
                 inputs=tuple(v.name for v in inputs),
                 outputs=tuple(v.name for v in made),
                 work=work,
-                demand=demand or Demand(),
+                demand=demand or PLAIN,
                 after=tuple(self._known_op(a) for a in after),
                 writes=tuple(v.name for v in writes),
                 attrs=tuple(sorted({**(attrs or {}), **rows}.items())),

@@ -71,6 +71,10 @@ class Demand:
             raise DemandError("demand.workspace_bytes must be >= 0 and demand.cluster_sms >= 1.")
 
 
+PLAIN: Final = Demand()
+"""The demand of an op that pins nothing."""
+
+
 def demand(
     sm: int | tuple[int, int] | None = None,
     hbm: str | float | None = None,
@@ -185,7 +189,7 @@ class Op:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     work: Work
-    demand: Demand = Demand()
+    demand: Demand = PLAIN
     after: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
     attrs: tuple[tuple[str, Attr], ...] = ()

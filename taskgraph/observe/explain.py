@@ -16,7 +16,7 @@ from taskgraph.graph.op import RESOURCES
 from taskgraph.schedule.plan import Plan, Span
 from taskgraph.units import format_quantity, format_seconds
 
-BOUNDS = ("chain", *RESOURCES)
+BOUNDS = ("chain", *RESOURCES, "proved")
 MEANING = {
     "chain": "longest dependency chain",
     "sm": "arithmetic of all ops",
@@ -24,6 +24,7 @@ MEANING = {
     "h2d": "host-to-device copies",
     "d2h": "device-to-host copies",
     "link": "GPU-to-GPU link traffic",
+    "proved": "what the exact scheduler proves",
 }
 """What each lower bound is made of, in the order of BOUNDS."""
 
@@ -206,10 +207,15 @@ def _use_table(plan: Plan) -> Table:
     return table
 
 
+def bounds_of(plan: Plan) -> tuple[str, ...]:
+    """The bounds that the plan has: "proved" only after the exact scheduler."""
+    return BOUNDS if plan.bounds.proved_s else BOUNDS[:-1]
+
+
 def _bounds_table(plan: Plan) -> Table:
     table = _table("bound", "time", "of makespan", "", "what")
     seconds = asdict(plan.bounds)
-    for name in BOUNDS:
+    for name in bounds_of(plan):
         value = seconds[f"{name}_s"]
         binds = name == plan.bounds.binding
         part = value / plan.makespan_s if plan.makespan_s else 0.0

@@ -10,8 +10,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 from taskgraph.observe.explain import (
-    BOUNDS,
     MEANING,
+    bounds_of,
     counts,
     critical_path,
     gap_text,
@@ -270,7 +270,7 @@ def _meter(share: float, kind: str = "") -> str:
 def _bounds(plan: Plan) -> str:
     seconds, whole = asdict(plan.bounds), plan.makespan_s or 1.0
     rows = ""
-    for name in BOUNDS:
+    for name in bounds_of(plan):
         value, binds = seconds[f"{name}_s"], name == plan.bounds.binding
         mark = '<span class="tag binds">binds</span>' if binds else ""
         rows += (

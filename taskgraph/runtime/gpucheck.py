@@ -178,7 +178,7 @@ class _Bench:
         packed = pack(problem, Layout.isolated(Geometry.of(*sizes)))
         if packed is None:
             return None
-        return plan_from(graph, self.device, problem, packed.assignment, "gpu-check")
+        return plan_from(graph, self.device, problem, packed, "gpu-check")
 
 
 # ------------------------------------------------------------------------------------------------ checks

@@ -91,8 +91,8 @@ def _clocks(lane: np.ndarray, wait_ptr: np.ndarray, wait: np.ndarray, lanes: int
 def _lifetimes(graph: Graph, lanes: Sequence[int], order: Sequence[int]) -> _Lifetimes:
     outputs, ops = set(graph.outputs), graph.ops
     made = [name for op in ops for name in op.outputs if name not in outputs]
+    maker = np.array([i for i, op in enumerate(ops) for name in op.outputs if name not in outputs], np.int64)
     index = dict(zip(made, range(len(made)), strict=True))
-    maker = np.repeat(np.arange(len(ops)), [sum(name not in outputs for name in op.outputs) for op in ops])
     read = np.array([index.get(name, -1) for op in ops for name in op.inputs], np.int64)
     reader = np.repeat(np.arange(len(ops)), [len(op.inputs) for op in ops])[read >= 0]
     step_of, lane_of = np.empty(len(ops), np.int64), np.empty(len(ops), np.int64)

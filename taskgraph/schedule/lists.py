@@ -2,7 +2,6 @@
 aware of shared resources by the area that earlier choices have already claimed."""
 
 import heapq
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -25,28 +24,20 @@ def layouts(device: Device) -> list[Layout]:
     return [*(Layout.shared(device.sm_count, lanes) for lanes in (2, 3)), *splits]
 
 
-@dataclass(frozen=True, slots=True)
-class Packed:
-    """A list schedule, and the makespan that the list foresees: it books what the ops draw, the evaluator shares it."""
-
-    assignment: Assignment
-    seconds: float
-
-
-def pack(problem: Problem, layout: Layout) -> Packed | None:
+def pack(problem: Problem, layout: Layout) -> Assignment | None:
     """List-schedule onto the lanes of a layout of one geometry, each op on all SMs of its lane's partition.
 
     None when an op fits no partition.
     """
     lane_mode = np.searchsorted(problem.sizes, layout.rows[layout.lane_partition, 2])
-    order, lane, seconds = _earliest_finish(
+    order, lane = _earliest_finish(
         problem.seconds, problem.use, problem.legal, problem.pred_ptr, problem.pred, problem.succ_ptr, problem.succ,
         problem.capacity, problem.launch_s, upward_rank(problem), lane_mode, layout.lane_partition,
         layout.rows[:, 2].astype(np.float64),
     )  # fmt: skip
     if len(order) < problem.n:
         return None
-    return Packed(Assignment(layout, order, lane, lane_mode[lane], NO_HOLDS), seconds)
+    return Assignment(layout, order, lane, lane_mode[lane], NO_HOLDS)
 
 
 def label(layout: Layout) -> str:
@@ -77,8 +68,8 @@ def _earliest_finish(
     seconds: np.ndarray, use: np.ndarray, legal: np.ndarray, pred_ptr: np.ndarray, pred: np.ndarray,
     succ_ptr: np.ndarray, succ: np.ndarray, capacity: np.ndarray, launch_s: float, rank: np.ndarray,
     lane_mode: np.ndarray, lane_partition: np.ndarray, partition_sms: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray, float]:  # fmt: skip
-    """(order, lane, end): ready ops by rank, each where it should end first; both empty if an op fits none."""
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """(order, lane): ready ops by rank, each where it should end first; both empty if an op fits none."""
     n, lanes = len(rank), len(lane_mode)
     order, lane, end = np.zeros(n, np.int64), np.zeros(n, np.int64), np.zeros(n)
     free = np.zeros(lanes)
@@ -111,7 +102,7 @@ def _earliest_finish(
             if finish < best_end * (1.0 - 1e-12):
                 best, best_end, best_start = i, finish, begin
         if best < 0:
-            return order[:0], lane[:0], np.inf
+            return order[:0], lane[:0]
         mode, where = lane_mode[best], lane_partition[best]
         took = seconds[op, mode]
         claimed[where] = max(claimed[where], best_start) + took * use[op, mode, 0] / partition_sms[where]
@@ -125,4 +116,4 @@ def _earliest_finish(
             missing[succ[k]] -= 1
             if missing[succ[k]] == 0:
                 heapq.heappush(ready, (-rank[succ[k]], succ[k]))
-    return order, lane, end.max()
+    return order, lane

@@ -69,8 +69,8 @@ def polish(
     give equal results, as for `search.anneal`."""
     kernel = _kernel_arguments(space, layout)
     trials = max(8, int(budget_s / (_OP_S * space.problem.n * _ROUNDS)))
-    deadline = time.monotonic() + 2 * budget_s + 0.5
     pool = [_walk(kernel, cycle, 1, 0, 1e-3, 1e-4) for cycle in begin]
+    deadline = time.monotonic() + 2 * budget_s + 0.5
     best = sorted(pool, key=lambda c: c.seconds)[:ISLANDS]
     best = [best[i % len(best)] for i in range(ISLANDS)]
     with ThreadPoolExecutor(ISLANDS) as threads:

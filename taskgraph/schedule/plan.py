@@ -69,7 +69,9 @@ class Timeline:
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """Lower bounds on the makespan of any plan, in seconds, by what binds."""
+    """Lower bounds on the makespan of any plan, in seconds, by what binds.
+
+    `proved_s` is what the exact scheduler proves about all plans of the graph together; 0 where it did not run."""
 
     chain_s: float
     sm_s: float
@@ -77,14 +79,16 @@ class Bounds:
     h2d_s: float
     d2h_s: float
     link_s: float
+    proved_s: float = 0.0
 
     @property
     def best_s(self) -> float:
-        return max(self.chain_s, self.sm_s, self.hbm_s, self.h2d_s, self.d2h_s, self.link_s)
+        soft_s = max(self.hbm_s, self.h2d_s, self.d2h_s, self.link_s)
+        return max(self.chain_s, self.sm_s, soft_s, self.proved_s)
 
     @property
     def binding(self) -> str:
-        """The name of the largest bound: chain, sm, hbm, h2d, d2h or link."""
+        """The name of the largest bound: chain, sm, hbm, h2d, d2h, link or proved."""
         return max(asdict(self).items(), key=lambda item: item[1])[0].removesuffix("_s")
 
 

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +13,7 @@ from taskgraph.graph.graph import Graph
 from taskgraph.graph.op import RESOURCES
 from taskgraph.jit import njit
 from taskgraph.ops import check_op
-from taskgraph.schedule import lists, rules
+from taskgraph.schedule import lists, proof, rules
 from taskgraph.schedule.arena import assign
 from taskgraph.schedule.bounds import lower_bounds
 from taskgraph.schedule.evaluate import Assignment, Evaluation, Layout, evaluate
@@ -22,9 +21,11 @@ from taskgraph.schedule.explore import Candidate, explore, legal_sizes
 from taskgraph.schedule.plan import Lane, Period, Plan, Span, Step, Timeline, Verdict, rows, uncollected
 from taskgraph.schedule.problem import Costs, Problem, make_problem
 
-SCHEDULERS = ("auto", "sequential", "list", "search")
-LARGE, THREADS = 20_000, 2
-"""From so many ops on, list schedules are made on this many threads, and only as many of them are evaluated."""
+SCHEDULERS = ("auto", "sequential", "list", "search", "exact")
+LARGE = 20_000
+"""From so many ops on, fewer list schedules are made."""
+AUTO_OP_S, ENOUGH = 0.02, 1.01
+"""What "auto" searches at most, in seconds for every op of the graph, and the gap at which it stops."""
 MIN_GAIN = 1.02
 """A packed plan must be predicted this much faster than the sequential one; less is not worth its events."""
 
@@ -43,10 +44,12 @@ def plan(
 
     "sequential" runs op after op on the whole device. "list" packs by list scheduling and keeps the result even
     where it loses. "search" anneals for about `budget_s` seconds, deterministically for a `seed`, and keeps the
-    better of its result and the list's. "auto" packs by list scheduling. All but "list" fall back to the sequential
-    plan unless packing wins by MIN_GAIN. `costs` prices the ops. With `nano_batches` the search also splits the batch
-    of a graph for a GPU where that pays: `Plan.split` says how, and everything that takes the plan with its graph
-    splits the graph alike.
+    better of its result and the list's. "exact" (extra `exact`, small graphs) goes on from the search with OR-Tools,
+    and puts into the bounds what it proves about all plans. "auto" packs by list scheduling, and for a GPU it goes on
+    with the search where the bounds leave room, for at most AUTO_OP_S seconds an op; graphs of very many ops are left
+    to the lists. All but "list" and "exact" fall back to the sequential plan unless packing wins by MIN_GAIN. `costs`
+    prices the ops. With `nano_batches` the search also splits the batch of a graph for a GPU where that pays:
+    `Plan.split` says how, and everything that takes the plan with its graph splits the graph alike.
     DemandError if an op asks for more than the device has; PlanError for an unknown scheduler or a budget of 0.
     """
     if scheduler not in SCHEDULERS:
@@ -59,22 +62,30 @@ def plan(
         tensors = dict(flat.tensor)
         for op in flat.ops:
             check_op(op, tensors)
-        sizes = legal_sizes(len(flat.ops), target) if scheduler == "search" else None
-        problem = make_problem(flat, target, sizes, costs)
+        if scheduler == "exact":
+            proof.check_exact(len(flat.ops))
+        looks = scheduler in ("search", "exact")
+        problem = make_problem(flat, target, legal_sizes(len(flat.ops), target) if looks else None, costs)
     in_turn = lists.sequential(problem)
     baseline = Candidate("sequential", graph, problem, in_turn, evaluate(problem, in_turn))
     packings = list(_packings(graph, problem, target))
-    if scheduler == "search":
-        limit_s = min(c.evaluation.makespan_s for c in [baseline, *packings])
+    limit_s = min(c.evaluation.makespan_s for c in [baseline, *packings])
+    if scheduler == "exact":
+        budget_s /= 2
+    if scheduler == "auto":
+        budget_s = min(budget_s, AUTO_OP_S * len(graph.ops))
+    if looks or (scheduler == "auto" and _room(graph, target, problem, limit_s, nano_batches)):
         found = _searched(graph, target, problem, costs, budget_s, seed, limit_s, nano_batches)
         packings += [found] if found is not None else []
     packed = min(packings, key=lambda c: c.evaluation.makespan_s, default=baseline)
     if scheduler == "sequential":
         packed = baseline
+    if scheduler == "exact":
+        packed = proof.proved(min([baseline, packed], key=lambda c: c.evaluation.makespan_s), target, budget_s, seed)
     wins = packed.evaluation.makespan_s * MIN_GAIN < baseline.evaluation.makespan_s
-    chosen = packed if scheduler == "list" or wins else baseline
+    chosen = packed if scheduler in ("list", "exact") or wins else baseline
     verdict = Verdict(
-        choice="sequential" if chosen is baseline else "packed",
+        choice="sequential" if chosen.assignment is in_turn else "packed",
         packed_s=packed.evaluation.makespan_s,
         sequential_s=baseline.evaluation.makespan_s,
         error_band=_error_band(chosen.problem),
@@ -84,16 +95,26 @@ def plan(
 
 
 def _packings(graph: Graph, problem: Problem, device: Device) -> Iterator[Candidate]:
-    """List schedules on every layout that is tried; of a large graph those that the lists themselves find best."""
-    tried = lists.layouts(device)
-    with ThreadPoolExecutor(THREADS) as threads:
-        run = threads.map if problem.n >= LARGE else map
-        packed = [made for made in run(lambda layout: lists.pack(problem, layout), tried) if made is not None]
-        if problem.n >= LARGE:
-            packed = sorted(packed, key=lambda made: made.seconds)[:THREADS]
-        for made, times in zip(packed, run(lambda made: evaluate(problem, made.assignment), packed), strict=True):
-            label = f"list on {lists.label(made.assignment.layout)}"
-            yield Candidate(label, graph, problem, made.assignment, times)
+    """List schedules: serial ones on every layout, and parallel ones on lanes that share the device, where ops may be
+    launched on some of its SMs. A large graph for a GPU gets the parallel ones alone, which fit it better."""
+    gpu = device.kind == "gpu"
+    for layout in [] if gpu and problem.n >= LARGE else lists.layouts(device):
+        made = lists.pack(problem, layout)
+        if made is not None:
+            label, times = f"list on {lists.label(layout)}", evaluate(problem, made)
+            yield Candidate(label, graph, problem, made, times)
+    if gpu:
+        for rule, assignment, times in rules.by_rules(problem, rules.FEW if problem.n >= rules.FROM else rules.MANY):
+            yield Candidate(f"list with {rule.label()}", graph, problem, assignment, times)
+
+
+def _room(graph: Graph, device: Device, problem: Problem, best_s: float, nano_batches: bool) -> bool:
+    """Whether a search could do much better than `best_s` on a GPU: chains bind unless slices may overlap each other.
+    A large graph is left to the lists."""
+    if device.kind != "gpu" or (graph.repeat is None and problem.n >= rules.FROM):
+        return False
+    bounds = lower_bounds(problem)
+    return max(replace(bounds, chain_s=0.0).best_s if nano_batches else bounds.best_s, 1e-12) * ENOUGH < best_s
 
 
 def _searched(
@@ -103,8 +124,7 @@ def _searched(
     """What `explore` finds; of a large graph without a repeat the schedule of the best rule."""
     if graph.repeat is None and problem.n >= rules.FROM and device.kind == "gpu":
         rule, assignment, times = rules.best_rule(problem, budget_s, seed)
-        at = f"slack {rule.slack:.2f} on {lists.label(assignment.layout)}"
-        return Candidate(f"search over rules, {at}, seed {seed}", graph, problem, assignment, times)
+        return Candidate(f"search over rules, {rule.label()}, seed {seed}", graph, problem, assignment, times)
     return explore(graph, device, costs, budget_s, seed, limit_s, nano_batches)
 
 
@@ -202,7 +222,7 @@ def _plan_of(graph: Graph, device: Device, chosen: Candidate, verdict: Verdict, 
         arena=slots,
         arena_bytes=arena_bytes,
         timeline=_timeline(flat, device, problem, order, step_lane, times),
-        bounds=lower_bounds(problem),
+        bounds=replace(lower_bounds(problem), proved_s=chosen.proved_s),
         verdict=verdict,
         made_by=made_by,
         split=chosen.split,

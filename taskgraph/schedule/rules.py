@@ -6,6 +6,7 @@ of the points are drawn anywhere, the others ever closer to the best one so far.
 """
 
 import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 
@@ -59,6 +60,10 @@ class Rule:
             own=own > 0.5,
         )
 
+    def label(self) -> str:
+        """The rule for people: "slack 1.70 on 6 lanes"."""
+        return f"slack {self.slack:.2f} on {self.lanes} lanes"
+
     def modes(self, problem: Problem, near: np.ndarray) -> np.ndarray:
         """The mode of every op; `near` (n,) is 1 on the critical path and less by an op's float, in critical paths."""
         slack = self.slack ** np.minimum((1.0 - near) / self.loose, 1.0)
@@ -73,6 +78,24 @@ DIMENSIONS = len(fields(Rule))
 def _limit(share: float) -> float:
     """Oversubscription from 1 to 4, and none in the upper half."""
     return float(np.inf) if share > 0.5 else 4.0 ** (2.0 * share)
+
+
+FEW = tuple(Rule(slack, _FLOAT, 6, np.inf, np.inf, False, False) for slack in (1.0, 4.0))
+"""Rules of a list schedule of a graph of FROM ops and more."""
+MANY = tuple(
+    Rule(slack, loose, lanes, np.inf, np.inf, False, own)
+    for slack in (1.0, 1.3, 1.7, 2.5, 4.0) for loose in (_FLOAT, 0.3) for lanes in (3, 6) for own in (False, True)
+)  # fmt: skip
+"""Rules of a list schedule of any other graph."""
+
+
+def by_rules(problem: Problem, tried: Sequence[Rule]) -> Iterator[tuple[Rule, Assignment, Evaluation]]:
+    """The schedule of each rule, on several threads where the graph is large."""
+    near = _near(problem)
+    with ThreadPoolExecutor(_THREADS) as threads:
+        run = threads.map if problem.n >= FROM else map
+        for rule, made in zip(tried, run(lambda rule: _apply(problem, near, rule), tried), strict=True):
+            yield rule, *made
 
 
 def best_rule(problem: Problem, budget_s: float, seed: int) -> tuple[Rule, Assignment, Evaluation]:

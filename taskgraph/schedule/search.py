@@ -112,8 +112,8 @@ def anneal(space: Space, layout: Layout, begin: Sequence[State], budget_s: float
     number of trials that `budget_s` stands for, and the clock ends the search."""
     kernel = _kernel_arguments(space, layout)
     trials = max(8, int(budget_s / (_OP_S * space.problem.n * _ROUNDS)))
-    deadline = time.monotonic() + 2 * budget_s + 0.5
     pool = [_walk(kernel, state, 1, 0, 0.0, 0.0) for state in begin]
+    deadline = time.monotonic() + 2 * budget_s + 0.5
     best = sorted(pool, key=lambda s: s.seconds)[:ISLANDS]
     best = [best[i % len(best)] for i in range(ISLANDS)]
     with ThreadPoolExecutor(ISLANDS) as threads:
