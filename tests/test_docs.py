@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-
 from conftest import Call
 
 ROOT = Path(__file__).resolve().parent.parent
