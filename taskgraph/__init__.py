@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from taskgraph.errors import (
         BackendUnavailable,
         CalibrationError,
+        CaptureMismatch,
         ConfigError,
+        CudaError,
         DemandError,
         DeviceError,
         ExecutionError,
@@ -42,8 +44,8 @@ __version__ = "0.1.0"
 _HOME = {
     "taskgraph.cost.profiles": "ProfileDB",
     "taskgraph.errors": (
-        "BackendUnavailable CalibrationError ConfigError DemandError DeviceError ExecutionError GraphError "
-        "PlanError ProfileError RequestError TaskgraphError WeightsError"
+        "BackendUnavailable CalibrationError CaptureMismatch ConfigError CudaError DemandError DeviceError "
+        "ExecutionError GraphError PlanError ProfileError RequestError TaskgraphError WeightsError"
     ),
     "taskgraph.graph.device": "Device Geometry Partition",
     "taskgraph.graph.graph": "Graph GraphBuilder Value",

@@ -19,8 +19,11 @@ import taskgraph as tg
 from benchmarks import capture, capture_rules
 from taskgraph.errors import BackendUnavailable, CaptureMismatch, ExecutionError, GraphError, PlanError
 from taskgraph.graph.op import Rows
+from taskgraph.models import llama
 from taskgraph.models.config import ModelConfig
 from taskgraph.models.llama import step_graph
+from taskgraph.models.paged import Bucket, PageShape
+from taskgraph.models.paged import step_graph as step_over_pages
 from taskgraph.runtime import driver, virtual
 from taskgraph.runtime.arrays import DeviceArray, DeviceTensors
 from taskgraph.runtime.cuda import CudaExecutable
@@ -68,10 +71,9 @@ def test_random_cases_reach_every_kind_views_and_geometries() -> None:
     assert any(step.sms for p in plans for step in p.steps) and any(p.made_by.startswith("search") for p in plans)
 
 
-def test_every_dense_kind_has_launches() -> None:
-    assert {kind for kind, rule in tg.ops.SHAPE_RULES.items() if rule.__module__.endswith(".dense")} == set(
-        LAUNCH_RULES
-    )
+def test_every_dense_and_paged_kind_has_launches() -> None:
+    homes = {kind: rule.__module__.rpartition(".")[2] for kind, rule in tg.ops.SHAPE_RULES.items()}
+    assert {kind for kind, home in homes.items() if home in ("dense", "paged")} == set(LAUNCH_RULES)
 
 
 def test_a_part_of_a_buffer_is_where_torch_says() -> None:
@@ -134,10 +136,76 @@ def test_layers_of_smollm2_equal_the_cpu_backend(on_virtual: Call, dtype: str, t
             assert torch.equal(got[name], value) or dtype == "bf16", name
 
 
-def model_tensors(graph: tg.Graph, tokens: int) -> dict[str, torch.Tensor]:
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_serving_steps_over_pages_equal_the_cpu_backend(on_virtual: Call, dtype: str) -> None:
+    """A prefill of two chunks, then decode rows with a chunk and pages that move, each backend on its own pages."""
+    shape = PageShape(pages=8, page_size=32, context=96, host_pages=4)
+    steps = [(Bucket(0, 40, 2), first_batch()), (Bucket(3, 8, 1, moves=True), second_batch())]
+    graphs = [step_over_pages(SMALL, bucket, shape, dtype) for bucket, _ in steps]
+    weights = model_tensors(graphs[1], 1, roles=("weight",))
+    kind = TORCH_DTYPE[dtype]
+    pages = {t.name: torch.zeros(t.shape, dtype=kind) for t in graphs[1].flat().with_role("state")}
+    wanted = []
+    for graph, (_, batch) in zip(graphs, steps, strict=True):
+        with tg.compile(graph, tg.plan(graph, "cpu", "sequential"), "cpu") as exe:
+            exe.bind({t.name: {**weights, **pages}[t.name] for t in graph.flat().with_role("weight", "state")})
+            wanted.append(exe(batch))
+    got = on_virtual(run_steps, graphs, [batch for _, batch in steps], weights, kind)
+    used = [[0, 1], [0, 1, 3]]  # the sampled rows of sequences
+    for mine, theirs, rows in zip(got, wanted, used, strict=True):
+        a, b = (out[llama.LOGITS][rows].float() for out in (mine, theirs))
+        assert float((a - b).abs().max()) <= (1e-4 if dtype == "f32" else 5e-2) * float(b.abs().max())
+
+
+def first_batch() -> dict[str, torch.Tensor]:
+    """Sequence a has 25 tokens in page 5, b has 12 in page 2; three rows stand for nothing."""
+    positions = [*range(25), *range(12), 0, 0, 0]
+    slots = [*(5 * 32 + i for i in range(25)), *(2 * 32 + i for i in range(12)), -1, -1, -1]
+    return {
+        "tokens": torch.arange(40) * 7 % SMALL.vocab_size,
+        **ints(positions=positions, slots=slots, prefill_starts=[0, 25, 37], prefill_lengths=[25, 12]),
+        **ints(prefill_blocks=[[5, 0, 0], [2, 0, 0]]),
+        "samples": torch.tensor([24, 36]),
+    }
+
+
+def second_batch() -> dict[str, torch.Tensor]:
+    """a and b decode, b from page 6, to which its page is copied before; c has a first chunk of 7 tokens in page 1."""
+    nowhere = [[-1, -1]] * 7
+    return {
+        "tokens": torch.arange(11) * 5 % SMALL.vocab_size,
+        **ints(
+            positions=[25, 12, 0, *range(7), 0], slots=[5 * 32 + 25, 6 * 32 + 12, -1, *(32 + i for i in range(7)), -1]
+        ),
+        **ints(decode_lengths=[26, 13, 0], decode_blocks=[[5, 0, 0], [6, 0, 0], [0, 0, 0]]),
+        **ints(prefill_starts=[0, 7], prefill_lengths=[7], prefill_blocks=[[1, 0, 0]]),
+        **ints(page_out=[[2, 3], *nowhere], page_in=[[3, 4], *nowhere], page_copy=[[4, 6], *nowhere]),
+        "samples": torch.tensor([0, 1, 2, 9]),
+    }
+
+
+def ints(**values: Any) -> dict[str, torch.Tensor]:
+    return {name: torch.tensor(value, dtype=torch.int32) for name, value in values.items()}
+
+
+def run_steps(graphs: list[tg.Graph], batches: list[Any], weights: dict[str, Any], kind: torch.dtype) -> list[Any]:
+    plans = [tg.plan(graph, "h100_sxm", "list") for graph in graphs]
+    states = {t.name: torch.zeros(t.shape, dtype=kind) for t in graphs[1].flat().with_role("state")}
+    got = []
+    with DeviceTensors({**weights, **states}, DEVICE) as held:
+        for graph, plan, batch in zip(graphs, plans, batches, strict=True):
+            with tg.compile(graph, plan, "cuda", device=DEVICE) as exe:
+                exe.bind({t.name: held[t.name] for t in graph.flat().with_role("weight", "state")})
+                got.append(exe(batch))
+    return got
+
+
+def model_tensors(
+    graph: tg.Graph, tokens: int, roles: tuple[str, ...] = ("input", "weight", "state")
+) -> dict[str, torch.Tensor]:
     rng = np.random.default_rng(7)
     result = {}
-    for t in graph.flat().with_role("input", "weight", "state"):
+    for t in graph.flat().with_role(*roles):
         if t.dtype == "i64":
             values = rng.integers(0, SMALL.vocab_size, t.shape) if t.name == "tokens" else rng.integers(0, 20, t.shape)
             result[t.name] = torch.from_numpy(values)

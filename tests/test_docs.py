@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from conftest import Call
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
@@ -65,10 +66,14 @@ def run_page(path: Path) -> int:
     return len(found)
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("path", [p for p in PAGES if p.name != "cuda.md"], ids=lambda p: p.name)
 def test_page_runs_and_prints_what_it_shows(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # pages write plans and traces into the current folder
     assert run_page(path) > 0
+
+
+def test_the_page_on_cuda_runs_on_the_virtual_driver(on_virtual: Call) -> None:
+    assert on_virtual(run_page, ROOT / "docs" / "cuda.md") > 0
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.name)

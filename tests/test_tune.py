@@ -73,7 +73,9 @@ class World:
     def __post_init__(self) -> None:
         self.draw = np.random.default_rng(self.seed)
 
-    def compile(self, graph: Graph, plan: Plan, backend: str = "cpu", functions: Any = None) -> "Double":
+    def compile(
+        self, graph: Graph, plan: Plan, backend: str = "cpu", functions: Any = None, device: str | None = None
+    ) -> "Double":
         tg.verify(plan, graph)
         self.opened += 1
         self.alive += 1

@@ -77,6 +77,31 @@ __device__ void attention(const T* q, const Index* positions, const T* keys, con
     }
 }
 
+// One block a row (x) and query head (y); rows starts[i] to starts[i + 1] are the last tokens of the lengths[i] that
+// sequence i has in its pages. Rows of no sequence give zeros.
+template <class T>
+__device__ void paged_prefill(const T* q, const int* starts, const int* lengths, const int* pages, const T* keys,
+                              const T* values, T* out, int heads, int kv_heads, int dim, int chunks, Index head_stride,
+                              Index key_stride, int page_rows, int pages_each, Index page_stride) {
+    int token = blockIdx.x, head = blockIdx.y, chunk = 0;
+    Index row = (static_cast<Index>(token) * heads + head) * dim;
+    while (chunk < chunks && starts[chunk + 1] <= token) chunk++;
+    if (chunk == chunks || token < starts[0]) {
+        for (int channel = threadIdx.x; channel < dim; channel += THREADS) out[row + channel] = narrow<T>(0.0f);
+        return;
+    }
+    int seen = lengths[chunk] - (starts[chunk + 1] - token) + 1;
+    seen = seen < 1 ? 1 : seen > pages_each * page_rows ? pages_each * page_rows : seen;
+    Index at = (head / (heads / kv_heads)) * head_stride;
+    const int* mine = pages + static_cast<Index>(chunk) * pages_each;
+    Rows<T> k = {keys + at, key_stride, mine, page_rows, page_stride}, v = {values + at, key_stride, mine, page_rows, page_stride};
+    Partial state = attend(q + row, k, v, 0, seen, dim);
+    for (int c = 0; c < 2; c++) {
+        int channel = threadIdx.x + c * THREADS;
+        if (channel < dim) out[row + channel] = narrow<T>(state.mixed[c] / state.sum);
+    }
+}
+
 // One block a sequence (x), query head (y) and split (z). `parts` is (batch, heads, splits, dim + 2): max, sum, mixed.
 // Keys in use: lengths[sequence], or positions[sequence] + 1, or `length` where both are null.
 template <class T>
@@ -101,7 +126,7 @@ __device__ void decode_split(const T* q, const T* keys, const T* values, const i
     }
 }
 
-// One block a sequence (x) and query head (y).
+// One block a sequence (x) and query head (y). A sequence without keys gives zeros.
 template <class T>
 __device__ void decode_combine(const float* parts, T* out, int heads, int dim, int splits) {
     Index head = static_cast<Index>(blockIdx.x) * heads + blockIdx.y;
@@ -115,7 +140,7 @@ __device__ void decode_combine(const float* parts, T* out, int heads, int dim, i
         for (int s = 0; s < splits; s++)
             if (mine[s * (dim + 2) + 1] > 0.0f)
                 mixed += mine[s * (dim + 2) + 2 + channel] * expf(mine[s * (dim + 2)] - largest);
-        out[head * dim + channel] = narrow<T>(mixed / sum);
+        out[head * dim + channel] = narrow<T>(sum > 0.0f ? mixed / sum : 0.0f);
     }
 }
 
@@ -125,6 +150,14 @@ __device__ void decode_combine(const float* parts, T* out, int heads, int dim, i
         attention(q, positions, keys, values, out, heads, kv_heads, dim, each, length);                                 \
     }                                                                                                                   \
     EXPORT(attention_##NAME)                                                                                            \
+    extern "C" __global__ void paged_prefill_##NAME(                                                                    \
+        const T* q, const int* starts, const int* lengths, const int* pages, const T* keys, const T* values, T* out,    \
+        int heads, int kv_heads, int dim, int chunks, long long head_stride, long long key_stride, int page_rows,       \
+        int pages_each, long long page_stride) {                                                                        \
+        paged_prefill(q, starts, lengths, pages, keys, values, out, heads, kv_heads, dim, chunks, head_stride,          \
+                      key_stride, page_rows, pages_each, page_stride);                                                  \
+    }                                                                                                                   \
+    EXPORT(paged_prefill_##NAME)                                                                                        \
     extern "C" __global__ void decode_split_##NAME(                                                                     \
         const T* q, const T* keys, const T* values, const int* pages, const int* lengths, const long long* positions,   \
         float* parts, int heads, int kv_heads, int dim, int length, long long sequence_stride, long long head_stride,   \

@@ -24,6 +24,26 @@ __device__ void rope(const T* x, const Index* positions, const float* inverse, T
     }
 }
 
+// One head of a fused row: normalised where there is a norm, rotated where it is no value, written to `target`.
+template <class T>
+__device__ void turn_head(const T* row, const T* norm, const float* inverse, T* target, int dim, float eps, float place,
+                          bool is_value, bool writes) {
+    float scale = 1.0f;
+    if (norm && !is_value) {
+        float squares = 0.0f;
+        for (int i = threadIdx.x; i < dim; i += THREADS) squares += widen(row[i]) * widen(row[i]);
+        scale = rsqrtf(over_block<Sum>(squares) / dim + eps);
+    }
+    if (!writes) return;
+    for (int i = threadIdx.x; i < dim / 2; i += THREADS) {
+        Pair p = {widen(row[i]), widen(row[dim / 2 + i])};
+        if (norm && !is_value) p = {p.low * scale * widen(norm[i]), p.high * scale * widen(norm[dim / 2 + i])};
+        if (!is_value) p = rotated(p.low, p.high, place * inverse[i]);
+        target[i] = narrow<T>(p.low);
+        target[dim / 2 + i] = narrow<T>(p.high);
+    }
+}
+
 // One block a token (x) and a head of the fused row (y): queries, then keys, then values. The caches are
 // (batch, kv heads, length, dim); a place beyond `length` is left out. q_norm and k_norm may be null.
 template <class T>
@@ -36,21 +56,26 @@ __device__ void rope_kv(const T* qkv, const Index* positions, T* keys, T* values
     int kv_head = (head - heads) % kv_heads;
     T* cache = (is_value ? values : keys) + ((static_cast<Index>(sequence) * kv_heads + kv_head) * length + place) * dim;
     T* target = is_query ? out + (static_cast<Index>(token) * heads + head) * dim : cache;
-    const T* norm = is_query ? q_norm : k_norm;
-    float scale = 1.0f;
-    if (norm && !is_value) {
-        float squares = 0.0f;
-        for (int i = threadIdx.x; i < dim; i += THREADS) squares += widen(row[i]) * widen(row[i]);
-        scale = rsqrtf(over_block<Sum>(squares) / dim + eps);
-    }
-    if (!is_query && (place < 0 || place >= length)) return;
-    for (int i = threadIdx.x; i < dim / 2; i += THREADS) {
-        Pair p = {widen(row[i]), widen(row[dim / 2 + i])};
-        if (norm && !is_value) p = {p.low * scale * widen(norm[i]), p.high * scale * widen(norm[dim / 2 + i])};
-        if (!is_value) p = rotated(p.low, p.high, static_cast<float>(place) * inverse[i]);
-        target[i] = narrow<T>(p.low);
-        target[dim / 2 + i] = narrow<T>(p.high);
-    }
+    bool writes = is_query || (place >= 0 && place < length);
+    turn_head(row, is_query ? q_norm : k_norm, inverse, target, dim, eps, static_cast<float>(place), is_value, writes);
+}
+
+// The same on pages (page, kv head, page_rows, wide): token i stands at positions[i] and goes to slots[i], which is
+// page * page_rows + row, or below 0 for nowhere; `slots_end` is beyond the last.
+template <class T>
+__device__ void paged_rope(const T* qkv, const int* positions, const int* slots, T* keys, T* values, const T* q_norm,
+                           const T* k_norm, const float* inverse, T* out, int heads, int kv_heads, int dim, int page_rows,
+                           int wide, Index slots_end, float eps) {
+    int token = blockIdx.x, head = blockIdx.y;
+    const T* row = qkv + (static_cast<Index>(token) * (heads + 2 * kv_heads) + head) * dim;
+    Index slot = slots[token];
+    bool is_query = head < heads, is_value = head >= heads + kv_heads;
+    bool writes = is_query || (slot >= 0 && slot < slots_end);
+    int kv_head = (head - heads) % kv_heads;
+    Index at = writes ? ((slot / page_rows * kv_heads + kv_head) * page_rows + slot % page_rows) * wide : 0;
+    T* target = is_query ? out + (static_cast<Index>(token) * heads + head) * dim : (is_value ? values : keys) + at;
+    float place = static_cast<float>(positions[token]);
+    turn_head(row, is_query ? q_norm : k_norm, inverse, target, dim, eps, place, is_value, writes);
 }
 
 #define OF_TYPE(T, NAME)                                                                                               \
@@ -59,6 +84,14 @@ __device__ void rope_kv(const T* qkv, const Index* positions, T* keys, T* values
         rope(x, positions, inverse, out, heads, dim);                                                                  \
     }                                                                                                                  \
     EXPORT(rope_##NAME)                                                                                                \
+    extern "C" __global__ void paged_rope_##NAME(const T* qkv, const int* positions, const int* slots, T* keys,        \
+                                                 T* values, const T* q_norm, const T* k_norm, const float* inverse,    \
+                                                 T* out, int heads, int kv_heads, int dim, int page_rows, int wide,    \
+                                                 long long slots_end, float eps) {                                     \
+        paged_rope(qkv, positions, slots, keys, values, q_norm, k_norm, inverse, out, heads, kv_heads, dim, page_rows, \
+                   wide, slots_end, eps);                                                                              \
+    }                                                                                                                  \
+    EXPORT(paged_rope_##NAME)                                                                                                \
     extern "C" __global__ void rope_kv_##NAME(const T* qkv, const long long* positions, T* keys, T* values,            \
                                               const T* q_norm, const T* k_norm, const float* inverse, T* out,          \
                                               int heads, int kv_heads, int dim, int each, long long length, float eps) { \

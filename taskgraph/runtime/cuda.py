@@ -19,7 +19,7 @@ from taskgraph.graph.functions import find_function
 from taskgraph.graph.graph import Graph
 from taskgraph.graph.op import Op, Tensor
 from taskgraph.ops import COLLECTIVES
-from taskgraph.runtime import driver, virtual
+from taskgraph.runtime import driver, launches_paged, virtual  # noqa: F401 - registers its rules
 from taskgraph.runtime.arrays import DeviceArray, device_buffer, host_tensor
 from taskgraph.runtime.collective import collective
 from taskgraph.runtime.driver import Gpu, Memory
@@ -149,12 +149,15 @@ class CudaExecutable:
         return buffers
 
     def _pinned(self) -> set[str]:
-        """Graph inputs that are copied to the device, and graph outputs that are copied to the host."""
-        copies = [op for op in self._graph.ops if op.kind == "copy"]
-        sources = {op.inputs[0] for op in copies if op.attr("direction") == "h2d"}
-        targets = {op.outputs[0] for op in copies if op.attr("direction") == "d2h"}
+        """What lies on the host: inputs and states that are copied to the device, and outputs and states that are
+        copied to the host."""
+        moves = [op for op in self._graph.ops if op.kind in ("copy", "copy_pages")]
+        sources = {op.inputs[0] for op in moves if op.attr("direction") == "h2d"}
+        targets = {
+            op.outputs[0] if op.kind == "copy" else op.inputs[1] for op in moves if op.attr("direction") == "d2h"
+        }
         given = {t.name for t in self._graph.with_role("input", "weight", "state")}
-        return (sources & given) | (targets & set(self._graph.outputs))
+        return (sources & given) | (targets & (given | set(self._graph.outputs)))
 
     def _buffer(self, name: str) -> Buffer:
         return self._given.get(name) or self._buffers[name]

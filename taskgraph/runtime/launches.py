@@ -127,7 +127,7 @@ def seen(op: Op, ins: Sequence[Buffer]) -> list[Buffer]:
     return [b.part(views[i]) if i in views else b for i, b in enumerate(ins)]
 
 
-def _float_type(op: Op, *buffers: Buffer) -> str:
+def float_type(op: Op, *buffers: Buffer) -> str:
     """The one float type of all buffers, for the kernel's name."""
     found = {b.dtype for b in buffers}
     if len(found) != 1 or not found <= {"f32", "bf16"}:
@@ -145,14 +145,14 @@ def _spread(elements: int, site: Site) -> tuple[int, ...]:
 @launch_rule("add")
 def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
     a, b = ins
-    kind, count = _float_type(op, a, b, outs[0]), math.prod(a.shape)
+    kind, count = float_type(op, a, b, outs[0]), math.prod(a.shape)
     args = (a.address, b.address, outs[0].address, np.int64(count))
     return [Launch(f"add_{kind}", "elementwise", _spread(count, site), 256, args)]
 
 
 @launch_rule("swiglu")
 def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
-    kind, (rows, features) = _float_type(op, ins[0], outs[0]), outs[0].shape
+    kind, (rows, features) = float_type(op, ins[0], outs[0]), outs[0].shape
     args = (ins[0].address, outs[0].address, np.int64(rows), np.int32(features))
     return [Launch(f"swiglu_{kind}", "elementwise", _spread(rows * features, site), 256, args)]
 
@@ -162,7 +162,7 @@ def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Laun
     x, weight = ins
     columns = x.shape[-1]
     args = (x.address, weight.address, outs[0].address, np.int32(columns), np.float32(op.number("eps")))
-    name = f"rmsnorm_{_float_type(op, x, weight, outs[0])}"
+    name = f"rmsnorm_{float_type(op, x, weight, outs[0])}"
     return [Launch(name, "elementwise", (math.prod(x.shape[:-1]),), THREADS, args)]
 
 
@@ -179,7 +179,7 @@ def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Laun
 @launch_rule("argmax")
 def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
     args = (ins[0].address, outs[0].address, np.int32(ins[0].shape[1]))
-    return [Launch(f"argmax_{_float_type(op, ins[0])}", "elementwise", (ins[0].shape[0],), THREADS, args)]
+    return [Launch(f"argmax_{float_type(op, ins[0])}", "elementwise", (ins[0].shape[0],), THREADS, args)]
 
 
 def _move_rows(source: Buffer, start: int, step: int, rows: int, target: int, site: Site) -> Launch:
@@ -253,7 +253,7 @@ def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Laun
     _need_i64(op, positions)
     tokens, heads, dim = x.shape
     args = (x.address, positions.address, site.constant(rotary.inverse_frequencies(op, dim)), outs[0].address)
-    name = f"rope_{_float_type(op, x, outs[0])}"
+    name = f"rope_{float_type(op, x, outs[0])}"
     return [Launch(name, "rope", (tokens, heads), THREADS, (*args, np.int32(heads), np.int32(dim)))]
 
 
@@ -263,7 +263,7 @@ def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Laun
     _need_i64(op, positions)
     batch, kv_heads, length, dim = keys.shape
     tokens, heads, _ = outs[0].shape
-    kind = _float_type(op, qkv, keys, values, outs[0], *norms)
+    kind = float_type(op, qkv, keys, values, outs[0], *norms)
     if rotary.size(op) != 1.0:
         raise BackendUnavailable(
             f"op {op.name!r}: the rope_kv kernel does not multiply by YaRN's attention factor, "
@@ -287,12 +287,12 @@ def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Laun
     _need_i64(op, positions)
     batch, kv_heads, length, dim = keys.shape
     tokens, heads, _ = q.shape
-    kind = _float_type(op, q, keys, values, outs[0])
-    _need_dim(op, dim)
+    kind = float_type(op, q, keys, values, outs[0])
+    need_dim(op, dim)
     if tokens == batch:
         strides = (kv_heads * length * dim, length * dim, dim)
-        cache = _Cache(keys.address, values.address, positions.address, kv_heads, dim, length, strides)
-        return _decode(kind, q.address, cache, batch, heads, outs[0].address, site)
+        cache = DecodeCache(keys.address, values.address, positions.address, kv_heads, dim, length, strides)
+        return split_decode(kind, q.address, cache, batch, heads, outs[0].address, site)
     pointers = (q.address, positions.address, keys.address, values.address, outs[0].address)
     numbers = (*map(np.int32, (heads, kv_heads, dim, tokens // batch)), np.int64(length))
     return [Launch(f"attention_{kind}", "attention", (tokens, heads), THREADS, (*pointers, *numbers))]
@@ -302,22 +302,35 @@ def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Laun
 def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
     q, kv = ins
     _, batch, length, kv_heads, dim = kv.shape
-    _need_dim(op, dim)
+    need_dim(op, dim)
     half, sequence, key, head, _ = kv.strides or dense_strides(kv.shape)
     values = kv.address + half * ITEMSIZE[kv.dtype]
     strides = (sequence, head, key)
-    cache = _Cache(kv.address, values, 0, kv_heads, dim, length, strides)
-    return _decode(_float_type(op, q, kv, outs[0]), q.address, cache, batch, q.shape[1], outs[0].address, site)
+    cache = DecodeCache(kv.address, values, 0, kv_heads, dim, length, strides)
+    return split_decode(float_type(op, q, kv, outs[0]), q.address, cache, batch, q.shape[1], outs[0].address, site)
 
 
-def _need_dim(op: Op, dim: int) -> None:
+def need_dim(op: Op, dim: int) -> None:
     if dim > _MAX_DIM:
         raise BackendUnavailable(f"op {op.name!r}: the attention kernels take head dims up to {_MAX_DIM}; got {dim}.")
 
 
 @dataclass(frozen=True, slots=True)
-class _Cache:
-    """Keys and values; `strides` in elements from sequence to sequence, head to head, key to key."""
+class Pages:
+    """Where the keys of a sequence lie: addresses of the block tables and of the lengths (i32), the rows of a page, the
+    pages of a table, and elements from page to page."""
+
+    blocks: int
+    lengths: int
+    rows: int
+    each: int
+    stride: int
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeCache:
+    """Keys and values; `strides` in elements from sequence to sequence, head to head, key to key. Keys in use are
+    positions[sequence] + 1 or those that `pages` say, else all `length`."""
 
     keys: int
     values: int
@@ -326,16 +339,18 @@ class _Cache:
     dim: int
     length: int
     strides: tuple[int, int, int]
+    pages: Pages = Pages(0, 0, 1, 0, 0)
 
 
-def _decode(kind: str, q: int, cache: _Cache, batch: int, heads: int, out: int, site: Site) -> Launches:
+def split_decode(kind: str, q: int, cache: DecodeCache, batch: int, heads: int, out: int, site: Site) -> Launches:
     """Splits of the keys, as many as fill the lane's SMs, and a combine step."""
     wanted = -(-site.sm_count // (batch * heads))
     splits = max(1, min(_MAX_SPLITS, wanted, -(-cache.length // _SPLIT_KEYS)))
     parts = site.scratch(4 * batch * heads * splits * (cache.dim + 2))
     shape = map(np.int32, (heads, cache.kv_heads, cache.dim, cache.length))
-    pages = (np.int32(1), np.int32(0), np.int64(0))
-    args = (q, cache.keys, cache.values, 0, 0, cache.positions, parts, *shape, *map(np.int64, cache.strides), *pages)
+    p = cache.pages
+    places = (*map(np.int64, cache.strides), np.int32(p.rows), np.int32(p.each), np.int64(p.stride))
+    args = (q, cache.keys, cache.values, p.blocks, p.lengths, cache.positions, parts, *shape, *places)
     combine = (parts, out, np.int32(heads), np.int32(cache.dim), np.int32(splits))
     return [
         Launch(f"decode_split_{kind}", "attention", (batch, heads, splits), THREADS, args),
