@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         GraphError,
         PlanError,
         ProfileError,
+        RankLost,
         RequestError,
         TaskgraphError,
         WeightsError,
