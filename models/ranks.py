@@ -6,6 +6,7 @@ A rank that dies, or waits too long for another, ends them all: the caller gets 
 import multiprocessing
 import os
 import pickle
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from types import TracebackType
 from typing import Any, NoReturn, Self
 
 from taskgraph.errors import RankLost, TaskgraphError
-from taskgraph.runtime.distributed import Group, connect, disconnect
+from taskgraph.runtime.distributed import Group, connect
 
 
 class Ranks:
@@ -139,29 +140,33 @@ _GRACE_S = 2.0
 
 
 def _serve(link: Connection, make: Callable[[Group], Any], url: str, rank: int, size: int, timeout_s: float) -> None:
-    """A rank's process: calls until the pipe ends; exit code 1 when its group is broken."""
+    """A rank's process: calls until the pipe ends, or until its group is broken: then its exit code is 1."""
     _own_cores(rank, size)
     try:
         group = connect(url, rank, size, timeout_s=timeout_s)
-        actor = make(group)
+        actor, answer = make(group), None
     except BaseException as error:
         link.send(_Failure(rank, _portable(error), True))
-        raise SystemExit(1) from error
-    answer: Any = None
+        _leave(1)
     while True:
         try:
             link.send(answer)
+            if group.broken:
+                _leave(1)
             method, args, named = link.recv()
         except (EOFError, OSError):
-            break
+            _leave(0)
         try:
             answer = getattr(actor, method)(*args, **named)
         except Exception as error:
             answer = _Failure(rank, _portable(error), group.broken)
-        if group.broken:
-            link.send(answer)
-            raise SystemExit(1)
-    disconnect()
+
+
+def _leave(code: int) -> NoReturn:
+    """End now: the others see the connections close, and taking torch apart would last seconds."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _own_cores(rank: int, size: int) -> None:
@@ -174,6 +179,7 @@ def _own_cores(rank: int, size: int) -> None:
 def _portable(error: BaseException) -> BaseException:
     """The error as another process can read it."""
     try:
-        return pickle.loads(pickle.dumps(error))
-    except Exception:
+        sent: BaseException = pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever its class does when it is pickled
         return TaskgraphError(f"{type(error).__name__}: {error}")
+    return sent

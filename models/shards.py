@@ -56,12 +56,16 @@ def load_shard(
     rank: int,
     ranks: int,
     *,
+    whole_experts: bool = False,
     collectives: Mapping[str, str] | None = None,
 ) -> dict[str, "torch.Tensor"]:
-    """The weights of rank `rank` of a `parallel.mixed_step` of the whole model `config`, with these `collectives`."""
+    """The weights of rank `rank` of a step of the whole model `config`: a `mixed_step` with these `collectives`, or a
+    `step_graph`. With `whole_experts` the ranks share experts out and not their features, as with `expert_rank`."""
     if ranks == 1:
         return llama.load_weights(config, source, dtype)
     gathered = [name for name, choice in (collectives or {}).items() if choice == "gather"]
-    shard = Shard(source, rank, ranks, axes={f"{name}_proj": 0 for name in gathered}, tied=config.tie_embeddings)
-    weights = llama.load_weights(replace(config, tie_embeddings=False), shard, dtype)
+    axes = {f"{name}_proj": 0 for name in gathered}
+    shard = Shard(source, rank, ranks, whole_experts, axes, config.tie_embeddings)
+    mine = replace(config.share(ranks, rank if whole_experts else None), tie_embeddings=False)
+    weights = llama.load_weights(mine, shard, dtype)
     return {f"{n}.columns" if n.rpartition("/")[2] in gathered else n: w for n, w in weights.items()}

@@ -44,7 +44,7 @@ _HOME = {
     "taskgraph.cost.profiles": "ProfileDB",
     "taskgraph.errors": (
         "BackendUnavailable CalibrationError ConfigError DemandError DeviceError ExecutionError GraphError "
-        "PlanError ProfileError RequestError TaskgraphError WeightsError"
+        "PlanError ProfileError RankLost RequestError TaskgraphError WeightsError"
     ),
     "taskgraph.graph.device": "Device Geometry Partition",
     "taskgraph.graph.graph": "Graph GraphBuilder Value",

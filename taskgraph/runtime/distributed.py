@@ -5,6 +5,7 @@ that leaves it open, and ranks whose plans differ. So no two ranks can ever wait
 """
 
 import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -142,35 +143,47 @@ def disconnect() -> None:
 
 
 def rank_device(group: Group) -> Device:
-    """This machine as a rank of the group sees it: its cores, and the link as an all-reduce measures it; collective."""
-    x = torch.ones(_PROBE_BYTES // 4)
+    """This machine as rank 0 sees it: its cores, and the link as all-reduces of the group measure it; collective."""
+    x = torch.zeros(_PROBE_BYTES // 4)
     seconds = []
     for _ in range(_PROBES):
         begin = time.perf_counter()
         group.all_reduce(x)
         seconds.append(time.perf_counter() - begin)
-    sent = 2 * (group.size - 1) / group.size * _PROBE_BYTES  # of a ring, each rank (Patarasuk and Yuan 2009)
-    return make(get("cpu"), f"cpu, {group.size} ranks", link_bytes_per_s=sent / min(seconds))
+    sent = 2 * (group.size - 1) / group.size * _PROBE_BYTES  # by each rank of a ring (Patarasuk and Yuan 2009)
+
+    def text() -> str:
+        device = make(get("cpu"), f"cpu of {group.size} ranks", link_bytes_per_s=sent / min(seconds))
+        return json.dumps(device.to_dict())
+
+    return Device.from_dict(json.loads(_from_first(group, text)))
 
 
 _PROBE_BYTES, _PROBES = 1 << 20, 4
 
 
-def one_plan(graph: Graph, group: Group, made: Callable[[], Plan]) -> Plan:
+def one_plan(graph: Graph, group: Group | None, made: Callable[[], Plan]) -> Plan:
     """The plan that `made()` gives on rank 0, on every rank for its own graph, whose ops must be the same; collective.
 
-    A search that ends by the clock would give each rank another plan.
+    A search that ends by the clock would give each rank another plan. Without a group it is just `made()`.
     """
-    if group.rank:
-        plan = Plan.from_json(group.broadcast(""))
-        return replace(plan, graph=graph.fingerprint, graph_name=graph.name)
+    if group is None:
+        return made()
+    plan = Plan.from_json(_from_first(group, lambda: made().to_json()))
+    return replace(plan, graph=graph.fingerprint, graph_name=graph.name)
+
+
+def _from_first(group: Group, text: Callable[[], str]) -> str:
+    """What `text()` gives on rank 0; when it raises there, the others raise PlanError instead of waiting for it."""
     try:
-        plan = made()
-    except BaseException:
-        group.broadcast("rank 0 failed to plan")  # others must not wait
+        body = f"+{text()}" if group.rank == 0 else ""
+    except Exception as error:
+        group.broadcast(f"-{error}")
         raise
-    group.broadcast(plan.to_json())
-    return plan
+    body = group.broadcast(body)
+    if body[0] == "-":
+        raise PlanError(f"rank 0 has no plan for rank {group.rank}: {body[1:]}")
+    return body[1:]
 
 
 def check_collectives(graph: Graph, plan: Plan, group: Group | None) -> None:

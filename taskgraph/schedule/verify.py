@@ -174,7 +174,7 @@ def collectives_in_turn(plan: Plan, graph: Graph) -> None:
         if known[after, plan.steps[before].lane] < before:
             raise PlanError(
                 f"collectives {plan.steps[before].op!r} and {plan.steps[after].op!r} may run at the same time, so "
-                "ranks could start them in different orders and wait for each other; order them with after=, or plan again."
+                "ranks could start them in different orders and wait for each other; order them with after=."
             )
 
 
