@@ -42,6 +42,8 @@ def step_graph(
     dtype: str = "bf16",
     context: int | None = None,
     all_logits: bool = False,
+    tensor_parallel: int = 1,
+    expert_rank: int | None = None,
 ) -> tg.Graph:
     """One step of `batch` sequences of `tokens` new tokens each: prefill (tokens > 1) or decode (tokens == 1).
 
@@ -49,20 +51,20 @@ def step_graph(
     sequence's first new token. States: keys and values of every layer, (batch, kv heads, cache, head dim), or its
     latents, (batch, cache, rank + rotary). Outputs: logits (batch, vocabulary) of each sequence's last token, or of
     every token with `all_logits`, and next i64, their argmax. `context` is the cache length that the cost counts
-    (default: `cache`).
+    (default: `cache`). With `tensor_parallel` ranks the graph is that of one, as `parallel.mixed_step` says.
     """
     b = tg.GraphBuilder(f"{config.name}-{'prefill' if tokens > 1 else 'decode'}-{batch}x{tokens}")
     ids = b.input("tokens", (batch * tokens,), "i64")
     positions = b.input("positions", (batch,), "i64")
-    counted = min(context or cache, cache)
+    counted, share = min(context or cache, cache), config.share(tensor_parallel, expert_rank)
 
     def attend(layer: Layer, x: tg.Value) -> tg.Value:
         return attention_of(layer, x).over(positions, cache, counted)
 
-    x, table = layers(b, config, ids, dtype, attend)
+    x, table = layers(b, share, ids, dtype, attend, tensor_parallel)
     if tokens > 1 and not all_logits:
         x = tg.ops.slice_rows(x, tokens - 1, batch * tokens, tokens, name="last_token")
-    b.output(*sampled(b, config, x, table, dtype))
+    b.output(*sampled(b, share, x, table, dtype, tensor_parallel))
     return b.build()
 
 

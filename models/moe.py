@@ -46,14 +46,16 @@ def _with_shared(layer: Layer, e: Experts, x: tg.Value, mixed: tg.Value) -> tg.V
 
 
 def expert_sources(config: ModelConfig) -> Sources:
-    """The weights of `expert_mlp` and the checkpoint's tensors that they are made of."""
+    """The weights of `expert_mlp`, on this rank, and the checkpoint's tensors that they are made of."""
     e = config.experts
     if e is None:
         return {}
     block, gate, up, down = ("block_sparse_moe", "w1", "w3", "w2") if config.family == "mixtral" else _QWEN_NAMES
 
+    mine = range(e.rank * e.held, (e.rank + 1) * e.held)
+
     def each(*parts: str) -> tuple[Names, ...]:
-        return tuple(tuple(f"{block}.experts.{i}.{part}.weight" for part in parts) for i in range(e.count))
+        return tuple(tuple(f"{block}.experts.{i}.{part}.weight" for part in parts) for i in mine)
 
     sources: Sources = {
         "router": (f"{block}.gate.weight",), "experts_gate_up": each(gate, up), "experts_down": each(down),

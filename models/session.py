@@ -9,6 +9,7 @@ import taskgraph as tg
 from taskgraph.models import llama
 from taskgraph.models.config import ModelConfig
 from taskgraph.runtime.cpu import CpuExecutable
+from taskgraph.runtime.distributed import Group, one_plan, rank_device
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +28,9 @@ class Session:
     """Weights and KV cache of `batch` sequences, and the captured steps that work on them.
 
     `dtype` is "bf16" or "f32"; `cache` the most tokens a sequence may have. Steps are planned and captured at
-    first use and kept.
+    first use and kept. With a `group` this is one rank's session and `weights` are its shard (`shards.load_shard`);
+    all ranks of the group must make the same calls, and all get the same results. `whole_experts`: ranks share out
+    the experts of a layer, not the features of each.
     """
 
     def __init__(
@@ -39,11 +42,17 @@ class Session:
         batch: int = 1,
         cache: int = 512,
         scheduler: str = "auto",
+        group: Group | None = None,
+        whole_experts: bool = False,
     ) -> None:
         if not 1 <= cache <= config.max_context:
             raise tg.PlanError(f"cache is {cache} tokens; {config.name} takes 1 to {config.max_context}.")
         self.config, self.dtype, self.batch, self.cache, self.scheduler = config, dtype, batch, cache, scheduler
-        self._bound = {**weights, **llama.make_cache(config, batch, cache, dtype)}
+        self._group, self._ranks = group, 1 if group is None else group.size
+        self._expert_rank = group.rank if group is not None and whole_experts else None
+        self._device: str | tg.Device = "cpu" if group is None else rank_device(group)
+        share = config.share(self._ranks, self._expert_rank)
+        self._bound = {**weights, **llama.make_cache(share, batch, cache, dtype)}
         self._steps: dict[tuple[int, bool, str], CapturedStep] = {}
 
     def step(self, tokens: int, all_logits: bool = False, scheduler: str | None = None) -> CapturedStep:
@@ -52,10 +61,11 @@ class Session:
         key = (tokens, all_logits, chosen)
         if key not in self._steps:
             graph = llama.step_graph(
-                self.config, batch=self.batch, tokens=tokens, cache=self.cache, dtype=self.dtype, all_logits=all_logits
-            )
-            plan = tg.plan(graph, "cpu", chosen)
-            executable = tg.compile(graph, plan, "cpu")
+                self.config, batch=self.batch, tokens=tokens, cache=self.cache, dtype=self.dtype,
+                all_logits=all_logits, tensor_parallel=self._ranks, expert_rank=self._expert_rank,
+            )  # fmt: skip
+            plan = one_plan(graph, self._group, lambda: tg.plan(graph, self._device, chosen))
+            executable = tg.compile(graph, plan, "cpu", group=self._group)
             assert isinstance(executable, CpuExecutable)
             wanted = {t.name for t in graph.flat().with_role("weight", "state")}
             executable.bind({name: t for name, t in self._bound.items() if name in wanted})

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         GraphError,
         PlanError,
         ProfileError,
+        RankLost,
         RequestError,
         TaskgraphError,
         WeightsError,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from taskgraph.observe.tuned import explain_tuned
     from taskgraph.runtime.backend import Executable, compile
     from taskgraph.runtime.tune import Tuned, autotune
-    from taskgraph.schedule.plan import Bounds, Lane, Plan, Span, Step, Timeline, Verdict
+    from taskgraph.schedule.plan import Bounds, Lane, Period, Plan, Span, Step, Timeline, Verdict
     from taskgraph.schedule.planner import plan
     from taskgraph.schedule.verify import verify
 
@@ -44,13 +45,14 @@ __version__ = "0.1.0"
 _HOME = {
     "taskgraph.cost.profiles": "ProfileDB",
     "taskgraph.errors": (
-        "BackendUnavailable CalibrationError CaptureMismatch ConfigError CudaError DemandError DeviceError "
-        "ExecutionError GraphError PlanError ProfileError RequestError TaskgraphError WeightsError"
+        "BackendUnavailable CalibrationError CaptureMismatch ConfigError CudaError DemandError "
+        "DeviceError ExecutionError GraphError PlanError ProfileError RankLost RequestError "
+        "TaskgraphError WeightsError"
     ),
     "taskgraph.graph.device": "Device Geometry Partition",
     "taskgraph.graph.graph": "Graph GraphBuilder Value",
     "taskgraph.graph.op": "Demand Op Tensor Work demand spec",
-    "taskgraph.schedule.plan": "Bounds Lane Plan Span Step Timeline Verdict",
+    "taskgraph.schedule.plan": "Bounds Lane Period Plan Span Step Timeline Verdict",
     "taskgraph.schedule.planner": "plan",
     "taskgraph.schedule.verify": "verify",
     "taskgraph.observe.tuned": "explain_tuned",

@@ -51,9 +51,13 @@ class BackendUnavailable(TaskgraphError, RuntimeError):  # noqa: N818 - the name
 class ExecutionError(TaskgraphError, RuntimeError):
     """An op raised while a plan was replayed; `op` names it and `__cause__` is what it raised."""
 
-    def __init__(self, message: str, op: str) -> None:
+    def __init__(self, message: str, op: str = "") -> None:
         super().__init__(message)
         self.op = op
+
+
+class RankLost(TaskgraphError, ConnectionError):  # noqa: N818 - the name says what it means
+    """A rank or replica that died, left or did not answer in time; what waited for it cannot be finished."""
 
 
 class CudaError(TaskgraphError, RuntimeError):

@@ -511,11 +511,8 @@ def test_collectives_of_several_ranks_need_a_process_group(kind: str) -> None:
     b.output(getattr(ops, kind)(b.input("x", (4, 6), "f32"), ranks=2, name="exchange"))
     graph = b.build()
     linked = specs.make("h100_sxm", name="linked", kind="cpu", sm_count=2, sm_granularity=1, sm_min=1)
-    with (
-        tg.compile(graph, plan(graph, linked)) as exe,
-        pytest.raises(BackendUnavailable, match=f"exchange.*{kind} over 2 ranks"),
-    ):
-        exe(x=torch.ones(4, 6))
+    with pytest.raises(BackendUnavailable, match=f"exchange.*{kind} over 2 ranks"):
+        tg.compile(graph, plan(graph, linked))
 
 
 def test_a_kind_without_an_implementation() -> None:

@@ -365,9 +365,9 @@ def concat_rows(parts: Sequence[Value], *, name: str | None = None) -> Value:
 
 
 NCCL_CHANNELS = 32
-NCCL_SMS = Demand(sm=(2, NCCL_CHANNELS))
-"""What a collective asks for unless told: an assumption, after NCCL, which drives a link with a block a channel and
-has at most 32 channels by default; two blocks are the fewest that keep a ring's send and receive going."""
+NCCL_SMS = Demand(sm=(1, NCCL_CHANNELS))
+"""What a collective asks for unless told: NCCL drives a link with one block a channel, and uses 1 to 32 of them by
+default (minCTAs and maxCTAs of its ncclConfig_t)."""
 
 
 def all_gather(x: Value, *, ranks: int, axis: int = 0, name: str | None = None, demand: Demand | None = None) -> Value:

@@ -3,18 +3,23 @@
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from taskgraph.errors import BackendUnavailable
 from taskgraph.graph.graph import Graph
 from taskgraph.schedule.plan import Plan, Timeline
 from taskgraph.schedule.verify import verify
 
+if TYPE_CHECKING:
+    from taskgraph.runtime.distributed import Group
+
 BACKENDS = {
     "cpu": "taskgraph.runtime.cpu:CpuExecutable",
     "sim": "taskgraph.runtime.sim:SimExecutable",
     "cuda": "taskgraph.runtime.cuda:CudaExecutable",
 }
+
+_WITH_RANKS = ("cpu",)
 
 
 class Executable(Protocol):
@@ -63,11 +68,13 @@ def compile(
     backend: str = "cpu",
     functions: Mapping[str, Callable[..., Any]] | None = None,
     device: str | None = None,
+    group: "Group | None" = None,
 ) -> Executable:
     """An Executable of `plan` on `backend` ("cpu", "cuda" or "sim"), after the plan has passed `verify`.
 
     `functions` gives Python functions for custom ops whose function cannot be imported by name. `device` is for the
-    cuda backend: "virtual:h100_sxm" runs on the virtual driver, whose times are simulated.
+    cuda backend: "virtual:h100_sxm" runs on the virtual driver, whose times are simulated. `group` are the ranks that
+    collectives are between (see runtime.distributed); all of them must compile and replay alike.
     PlanError when plan and graph do not fit; BackendUnavailable for a backend that is not here.
     """
     verify(plan, graph)
@@ -76,6 +83,8 @@ def compile(
     if device is not None and backend != "cuda":
         raise BackendUnavailable(f"device={device!r} is for the cuda backend; the {backend} backend takes the plan's.")
     module, _, name = BACKENDS[backend].partition(":")
-    extra = {} if device is None else {"device": device}
+    if group is not None and backend not in _WITH_RANKS:
+        raise BackendUnavailable(f"the {backend} backend has no collectives between ranks; leave group= out.")
+    extra = {key: value for key, value in (("device", device), ("group", group)) if value is not None}
     made: Executable = getattr(import_module(module), name)(plan.sliced(graph), plan, functions or {}, **extra)
     return made

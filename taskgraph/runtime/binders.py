@@ -2,13 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 import torch
 
 from taskgraph.graph.op import Op
 from taskgraph.runtime import rotary
+
+if TYPE_CHECKING:
+    from taskgraph.runtime.distributed import Group
 
 _FORK_ROWS = 8
 Entry = Callable[[], Any]
@@ -17,10 +20,12 @@ Tensors = Sequence[torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Where an op runs: the threads of its lane, and the names of the tensors that never change between replays."""
+    """Where an op runs: the threads of its lane, the names of the tensors that never change between replays, and the
+    group whose ranks its collectives are between."""
 
     threads: int
     constants: frozenset[str]
+    group: "Group | None" = None
 
     def threads_for(self, rows: int) -> int:
         """One thread for a handful of rows: the work is less than a fork of the lane's threads (about 1 us)."""

@@ -11,14 +11,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NoReturn, Self
 
 import torch
 
-from taskgraph.errors import BackendUnavailable, ExecutionError, GraphError
+from taskgraph.errors import BackendUnavailable, ExecutionError, GraphError, RankLost
 from taskgraph.graph.graph import Graph
 from taskgraph.graph.op import Tensor
 from taskgraph.runtime import kernels
+from taskgraph.runtime.distributed import Group, check_collectives
 from taskgraph.runtime.impls import TORCH_DTYPE, Entry, Site, bind
 from taskgraph.schedule.plan import Plan, Span, Step, Timeline
 
@@ -108,10 +109,16 @@ _REPLAY = threading.Lock()
 
 
 class CpuExecutable:
-    """A plan captured on this machine's cores. Buffers are torch tensors on the CPU; activations live in one arena."""
+    """A plan captured on this machine's cores. Buffers are torch tensors on the CPU; activations live in one arena.
 
-    def __init__(self, graph: Graph, plan: Plan, functions: Mapping[str, Callable[..., Any]]) -> None:
-        self._graph, self._plan, self._functions = graph.flat(), plan, dict(functions)
+    With a `group`, capture and every replay are collective: all ranks of the group must make the same calls.
+    """
+
+    def __init__(
+        self, graph: Graph, plan: Plan, functions: Mapping[str, Callable[..., Any]], group: Group | None = None
+    ) -> None:
+        self._graph, self._plan, self._functions, self._group = graph.flat(), plan, dict(functions), group
+        check_collectives(self._graph, plan, group)
         self._ops = {op.name: op for op in self._graph.ops}
         self._constants = frozenset(t.name for t in self._graph.with_role("weight"))
         self._given: dict[str, torch.Tensor] = {}
@@ -219,7 +226,7 @@ class CpuExecutable:
 
     def _entry(self, step: Step) -> Entry:
         op = self._ops[step.op]
-        site = Site(self._plan.partition(step.lane).sm_count, self._constants)
+        site = Site(self._plan.partition(step.lane).sm_count, self._constants, self._group)
         return bind(op, [*map(self._tensor, op.inputs)], [*map(self._tensor, op.outputs)], site, self._functions)
 
     def _assemble(self, entries: list[Entry]) -> None:
@@ -268,13 +275,16 @@ class CpuExecutable:
                 try:
                     run()
                 except Exception as error:
-                    raise ExecutionError(
-                        f"op {step.op!r} failed: {type(error).__name__}: {error}", op=step.op
-                    ) from error
+                    self._raise([(error, step.op)])
 
-    def _raise(self, failures: list[tuple[BaseException, str]]) -> None:
+    def _raise(self, failures: list[tuple[BaseException, str]]) -> NoReturn:
+        """The first failure in the plan's order. The other ranks must not go on with a rank that skipped ops."""
         position = {step.op: i for i, step in enumerate(self._plan.steps)}
         error, op = min(failures, key=lambda failure: position[failure[1]])
+        if self._group is not None:
+            self._group.leave(f"op {op!r} failed")
+        if isinstance(error, RankLost):
+            raise RankLost(f"op {op!r} failed: {error}") from error
         raise ExecutionError(f"op {op!r} failed: {type(error).__name__}: {error}", op=op) from error
 
     def __call__(self, tensors: Mapping[str, Any] | None = None, **named: Any) -> dict[str, torch.Tensor]:

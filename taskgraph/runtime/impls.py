@@ -15,8 +15,8 @@ import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from taskgraph.errors import BackendUnavailable
 from taskgraph.graph.functions import find_function
 from taskgraph.graph.op import Op
-from taskgraph.ops import COLLECTIVES
 from taskgraph.runtime import (  # noqa: F401 - they register their kinds
+    impls_collectives,
     impls_experts,
     impls_latent,
     impls_paged,
@@ -209,17 +209,3 @@ def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
 @binder("concat_rows")
 def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
     return partial(torch.cat, list(ins), out=outs[0])
-
-
-def _bind_collective(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
-    ranks = op.integer("ranks")
-    if ranks > 1:
-        raise BackendUnavailable(
-            f"op {op.name!r}: {op.kind} over {ranks} ranks needs a process group, which the cpu backend does not have; "
-            "use ranks=1, or the sim backend."
-        )
-    return partial(outs[0].copy_, ins[0])
-
-
-for _kind in COLLECTIVES:
-    BINDERS[_kind] = _bind_collective

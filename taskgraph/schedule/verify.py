@@ -7,6 +7,7 @@ import numpy as np
 
 from taskgraph.errors import PlanError
 from taskgraph.graph.graph import Graph
+from taskgraph.ops import COLLECTIVES
 from taskgraph.schedule.plan import SCHEMA, Plan
 
 MAX_GEOMETRIES = 4
@@ -158,6 +159,23 @@ def _timeline_possible(plan: Plan, graph: Graph) -> None:
         raise PlanError(
             f"makespan {plan.makespan_s} s is below the {plan.bounds.binding} bound {plan.bounds.best_s} s."
         )
+
+
+def collectives_in_turn(plan: Plan, graph: Graph) -> None:
+    """Collectives between ranks run one after another, in the plan's order, so that all ranks issue them alike.
+
+    A rule for plans that several ranks run together: `graph` is what the steps name, flat. PlanError names two that
+    may run at the same time, which each rank might start in an order of its own.
+    """
+    shared = {op.name for op in graph.ops if op.kind in COLLECTIVES and op.integer("ranks") > 1}
+    issued = [i for i, step in enumerate(plan.steps) if step.op in shared]
+    known = _known_ended(plan)
+    for before, after in pairwise(issued):
+        if known[after, plan.steps[before].lane] < before:
+            raise PlanError(
+                f"collectives {plan.steps[before].op!r} and {plan.steps[after].op!r} may run at the same time, so "
+                "ranks could start them in different orders and wait for each other; order them with after=."
+            )
 
 
 def _no_alias_in_arena(plan: Plan, graph: Graph) -> None:

@@ -1,0 +1,71 @@
+"""One rank's shard of a checkpoint (Megatron-LM, Shoeybi et al. 2019): heads and features of products are shared out,
+and of a mixture of experts every expert's features, or whole experts."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import taskgraph as tg
+from taskgraph.models import llama
+from taskgraph.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    import torch
+
+AXES = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "q_b_proj", "kv_b_proj"), 0),
+    **dict.fromkeys(("gate_proj", "up_proj", "w1", "w3", "lm_head"), 0),
+    **dict.fromkeys(("o_proj", "down_proj", "w2"), 1),
+}
+"""Hugging Face module -> the axis of its weight and bias that ranks share; the others every rank has whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A TensorSource with what rank `rank` of `ranks` has of another's tensors.
+
+    `whole_experts`: routed experts are not cut, for the ranks share them out one by one. `axes` overrides AXES.
+    A model whose embedding is its output head too has its shard of that as "lm_head.weight".
+    """
+
+    source: llama.TensorSource
+    rank: int
+    ranks: int
+    whole_experts: bool = False
+    axes: Mapping[str, int] | None = None
+    tied: bool = False
+
+    def tensor(self, name: str) -> "torch.Tensor":
+        """This rank's part of the tensor of that name; WeightsError if the ranks cannot share it."""
+        found = self.source.tensor("model.embed_tokens.weight" if self.tied and name == "lm_head.weight" else name)
+        axis = (AXES | dict(self.axes or {})).get(name.split(".")[-2])
+        if axis is None or (self.whole_experts and ".experts." in name):
+            return found
+        size = found.shape[axis]
+        if size % self.ranks:
+            raise tg.WeightsError(
+                f"{name!r} has {size} {'columns' if axis else 'rows'}, which {self.ranks} ranks cannot share."
+            )
+        return found.narrow(axis, self.rank * (size // self.ranks), size // self.ranks).clone()
+
+
+def load_shard(
+    config: ModelConfig,
+    source: llama.TensorSource,
+    dtype: str,
+    rank: int,
+    ranks: int,
+    *,
+    whole_experts: bool = False,
+    collectives: Mapping[str, str] | None = None,
+) -> dict[str, "torch.Tensor"]:
+    """The weights of rank `rank` of a step of the whole model `config`: a `mixed_step` with these `collectives`, or a
+    `step_graph`. With `whole_experts` the ranks share experts out and not their features, as with `expert_rank`."""
+    if ranks == 1:
+        return llama.load_weights(config, source, dtype)
+    gathered = [name for name, choice in (collectives or {}).items() if choice == "gather"]
+    axes = {f"{name}_proj": 0 for name in gathered}
+    shard = Shard(source, rank, ranks, whole_experts, axes, config.tie_embeddings)
+    mine = replace(config.share(ranks, rank if whole_experts else None), tie_embeddings=False)
+    weights = llama.load_weights(mine, shard, dtype)
+    return {f"{n}.columns" if n.rpartition("/")[2] in gathered else n: w for n, w in weights.items()}
