@@ -35,7 +35,7 @@ nanobatch_only  every step in the slices of our plan, op after op
 taskgraph       every step as planned: slices, SMs, order and lanes
 
 Lengths of datasets are log-normal with the published mean and standard deviation, cut to the context of 4096. The
-engine knows how many tokens each request will give.
+engine expects their mean of every request; those that it must pre-empt go to the host's memory over PCIe and back.
 
 --costs nanoflow takes NanoFlow's table 3 (published) for ops beside others, and elementwise ops cost nothing; the
 default is the cost model, with every op and with bandwidth shared by who runs together.
@@ -77,9 +77,12 @@ def serve(lengths: Lengths, grid: StepGrid, variant: str, options: Options) -> R
     limits = Limits(options.tokens - 1, options.tokens, chunks=64, context=options.context)
     pages = pages_of(config, DEVICE, tensor_parallel=RANKS)
     trace = poisson(lengths.draw(options.requests, options.context, options.seed))
-    with simulated_engine(config, grid.of(variant), pages=pages, limits=limits) as engine:
+    with simulated_engine(
+        config, grid.of(variant), pages=pages, host_pages=pages, limits=limits, expected_output=lengths.output_mean
+    ) as engine:
         report = replay(engine, trace, "simulated", vocabulary=config.vocab_size)
-        assert engine.cache.device.held == 0
+        if engine.cache.device.held or engine.cache.host.held:
+            raise RuntimeError(f"{engine.cache.device.held} pages are held after the last request; none should be.")
     return report
 
 

@@ -40,6 +40,7 @@ def serve(
     pages: Annotated[int, typer.Option(min=0, help="pages of the KV cache, 32 tokens each; 0 chooses")] = 0,
     most_open: Annotated[int, typer.Option(min=1, help="requests that may run and wait; one more gets 429")] = 256,
     most_body: Annotated[int, typer.Option(min=1, help="bytes of a request's body; more gets 413")] = 1 << 20,
+    warm: Annotated[bool, typer.Option(help="plan and capture every step before the first request")] = True,
     drain: Annotated[float, typer.Option(min=0, help="seconds that requests get to end at shutdown")] = 30.0,
 ) -> None:
     """Serve a model on this machine with the OpenAI API: completions and chat, streamed or whole.
@@ -57,7 +58,7 @@ def serve(
     from taskgraph.models.serve import Served, run_server
     from taskgraph.models.service import Service
 
-    with _status.status("load weights, plan and capture the first steps"):
+    with _status.status("load weights, plan and capture steps"):
         local = open_local(
             model,
             dtype=dtype,
@@ -135,7 +136,7 @@ def _arrivals(trace: Path | None, dataset: str, requests: int, rate: float, cont
 def _measured(model: str, arrivals: list[Arrival], context: int, sequences: int, tokens: int, seed: int) -> Report:
     from taskgraph.models.local import open_local
 
-    with _status.status("load weights, plan and capture the first steps"):
+    with _status.status("load weights, plan and capture steps"):
         local = open_local(model, sequences=sequences, tokens=max(tokens, sequences + 1), context=context)
     with local.engine as engine, _status.status("replay"):
         return replay(engine, arrivals, "measured", vocabulary=local.vocabulary, seed=seed)

@@ -15,7 +15,7 @@ from taskgraph.cost.model import op_table
 from taskgraph.models.config import ModelConfig
 from taskgraph.models.parallel import mixed_step
 from taskgraph.models.simulate import StepShape
-from taskgraph.schedule.nanobatch import UNSPLIT, Split, apply
+from taskgraph.schedule.nanobatch import UNSPLIT, apply
 from taskgraph.schedule.problem import Costs
 
 TOKENS = (1, 64, 256, 1024, 2048, 4096, 8192)
@@ -25,16 +25,12 @@ CHUNKS = (128, 512, 1024)
 """Tokens of a prompt's chunk, and keys that its last token sees: the nearest to the prompts' mean stands for all."""
 
 
-@dataclass(frozen=True, slots=True)
-class Times:
-    """Seconds of a step as one graph op after op, in our plan's slices op after op, and as planned."""
-
-    sequential: float
-    nanobatch_only: float
-    taskgraph: float
-
-
 VARIANTS = ("sequential", "nanobatch_only", "taskgraph")
+"""A step as one graph op after op, in our plan's slices op after op, and as planned."""
+
+
+Corner = tuple[int, float, int]
+"""Tokens of a step, the share of them that decode, and the keys that each of those sees (0: none decodes)."""
 
 
 class StepGrid:
@@ -57,7 +53,8 @@ class StepGrid:
         self.config, self.device, self.tensor_parallel = config, tg.devices.get(device), tensor_parallel
         self.chunk = min(CHUNKS, key=lambda n: abs(n - prompt_tokens))
         self._budget_s, self._seed, self._costs, self._collectives = budget_s, seed, costs, collectives
-        self.planned: dict[tuple[int, float, int], Times] = {}
+        self.planned: dict[Corner, tg.Plan] = {}
+        self._seconds: dict[tuple[str, Corner], float] = {}
 
     def of(self, variant: str) -> "GridSeconds":
         """Seconds of one of VARIANTS, as the simulated engine wants them."""
@@ -65,22 +62,27 @@ class StepGrid:
             raise tg.PlanError(f"no variant {variant!r}; there are {', '.join(VARIANTS)}.")
         return GridSeconds(self, variant)
 
-    def corner(self, tokens: int, share: float, context: int) -> Times:
-        """Times of the planned step at a point of the grid."""
+    def corner(self, variant: str, tokens: int, share: float, context: int) -> float:
+        """Seconds of the planned step at a point of the grid."""
         key = (tokens, share, context if share else 0)
+        if (variant, key) not in self._seconds:
+            graph = self.graph(round(tokens * share), context, tokens - round(tokens * share))
+            self._seconds[variant, key] = self._variant(variant, key, graph)
+        return self._seconds[variant, key]
+
+    def _variant(self, variant: str, key: Corner, graph: tg.Graph) -> float:
+        if variant == "sequential":
+            return self._in_turn(graph)
         if key not in self.planned:
-            self.planned[key] = self._plan(tokens, round(tokens * share), context)
-        return self.planned[key]
+            budget_s = self._budget_s * min(key[0] / 1024, 1.0) + 0.05  # a small step has little to overlap
+            self.planned[key] = tg.plan(
+                graph, self.device, "search", budget_s=budget_s, seed=self._seed, costs=self._costs
+            )
+        plan = self.planned[key]
+        return plan.makespan_s if variant == "taskgraph" else self._in_turn(apply(graph, plan.split or UNSPLIT))
 
-    def _plan(self, tokens: int, decode: int, context: int) -> Times:
-        graph = self.graph(decode, context, tokens - decode)
-        budget_s = self._budget_s * min(tokens / 1024, 1.0) + 0.05  # a small step has little to overlap
-        plan = tg.plan(graph, self.device, "search", budget_s=budget_s, seed=self._seed, costs=self._costs)
-        split = plan.split or UNSPLIT
-        return Times(plan.verdict.sequential_s, self._in_turn(graph, split), plan.makespan_s)
-
-    def _in_turn(self, graph: tg.Graph, split: Split) -> float:
-        return tg.plan(apply(graph, split), self.device, "sequential", costs=self._costs).makespan_s
+    def _in_turn(self, graph: tg.Graph) -> float:
+        return tg.plan(graph, self.device, "sequential", costs=self._costs).makespan_s
 
     def graph(self, decode: int, context: int, prefill: int) -> tg.Graph:
         """One rank's step: `decode` sequences that see `context` keys, and `prefill` tokens in chunks."""
@@ -113,8 +115,7 @@ class GridSeconds:
         total = 0.0
         for (rows, a), (share, b), (context, c) in itertools.product(*cells):
             if a * b * c:
-                times = self.grid.corner(int(rows), share, int(context))
-                total += a * b * c * float(getattr(times, self.variant))
+                total += a * b * c * self.grid.corner(self.variant, int(rows), share, int(context))
         return total
 
 
