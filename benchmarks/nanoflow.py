@@ -26,9 +26,10 @@ Norms, rope and other elementwise ops cost nothing, as in NanoFlow's cost model.
 
 sequential      the captured graph, op after op
 nanobatch_only  in NanoFlow's slices, op after op
-nanoflow        NanoFlow's slices and its R of every op (published); in the order that serves them best: of list
-                schedules with the R as limits, or with products that take what the others leave, the best, and then
-                our search over orders alone
+nanoflow        NanoFlow's slices and its R of every op (published) as a hand-written plan: the best of two readings, R
+                as a limit or products that take what the others leave, of its variants, and of the orders of list
+                schedules
+nanoflow_reordered  the same slices and R, in the order and on the lanes that our search finds best for them
 taskgraph       tg.plan(scheduler="search"): slices, SMs, order and lanes are its own
 bound           no plan can be better: least SM-seconds over all SM counts and all slicings in multiples of 128 tokens
 
@@ -200,18 +201,18 @@ def least_area(by_units: Mapping[int, float]) -> float:
     return cheapest[whole]
 
 
-def pipeline_s(case: Case, graph: tg.Graph, device: tg.Device, budget_s: float) -> float:
-    """Seconds of NanoFlow's pipeline, in the best order found for its slices and R."""
+def pipeline_s(case: Case, graph: tg.Graph, device: tg.Device, budget_s: float) -> tuple[float, float]:
+    """Seconds of NanoFlow's pipeline: in the best order of a list schedule, and in the best that a search finds."""
     readings = []
     for pipeline in case.pipelines:
         sliced = apply(graph, pipeline.split())
         for leading in (False, True):
             costs = partial(published_costs, pipeline, leading)
-            quick = tg.plan(sliced, device, "search", budget_s=0.05, nano_batches=False, costs=costs)
-            readings.append((quick.makespan_s, len(readings), sliced, costs))
-    _, _, sliced, costs = min(readings)
+            by_hand = tg.plan(sliced, device, "list", costs=costs)
+            readings.append((by_hand.makespan_s, len(readings), sliced, costs))
+    seconds, _, sliced, costs = min(readings)
     best = tg.plan(sliced, device, "search", budget_s=budget_s, nano_batches=False, costs=costs)
-    return min(best.makespan_s, min(readings)[0])
+    return seconds, min(seconds, best.makespan_s)
 
 
 def in_sequence_s(graph: tg.Graph, split: Split, device: tg.Device) -> float:
@@ -228,7 +229,7 @@ def run(case: Case, budget_s: float, seed: int, say: Callable[[str], None]) -> d
         "nanobatch_only": min(in_sequence_s(graph, each.split(), device) for each in case.pipelines),
     }
     say("NanoFlow's pipeline")
-    times["nanoflow"] = pipeline_s(case, graph, device, budget_s / 4)
+    times["nanoflow"], times["nanoflow_reordered"] = pipeline_s(case, graph, device, budget_s / 4)
     say(f"taskgraph, {budget_s:g} s")
     begin = time.perf_counter()
     plan = tg.plan(graph, device, "search", budget_s=budget_s, seed=seed, costs=free_costs)
@@ -266,12 +267,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _table(found: Mapping[str, Mapping[str, float]]) -> Table:
     shown = Table(title="fraction of the optimal throughput (simulated on a100_sxm; R and P published)")
-    columns = ("sequential", "nanobatch_only", "nanoflow", "taskgraph", "bound", "search_seconds")
-    for column in ("", *columns, "over nanoflow", "of bound"):
+    for column in ("", *found):
         shown.add_column(column, justify="right")
-    for name, row in found.items():
-        over, of = row["taskgraph"] / row["nanoflow"], row["taskgraph"] / row["bound"]
-        shown.add_row(name, *(f"{row[column]:.3f}" for column in columns), f"{over:.3f}x", f"{of:.1%}")
+    for key in next(iter(found.values())):
+        shown.add_row(key, *(f"{row[key]:.3f}" for row in found.values()))
+    shown.add_row("taskgraph over nanoflow", *(f"{r['taskgraph'] / r['nanoflow']:.3f}x" for r in found.values()))
+    shown.add_row("taskgraph of the bound", *(f"{r['taskgraph'] / r['bound']:.1%}" for r in found.values()))
     return shown
 
 

@@ -237,9 +237,9 @@ def _period(graph: Graph, times: Evaluation) -> Period | None:
         return None
     inside = slice(repeat.first, repeat.first + repeat.count * (repeat.last - repeat.first))
     start, end = (a[inside].reshape(repeat.count, -1) for a in (times.start_s, times.end_s))
-    ends, length = end.max(axis=1), end.max(axis=1) - start.min(axis=1)
+    ends, length = np.maximum.accumulate(end.max(axis=1)), end.max(axis=1) - start.min(axis=1)
     seconds = float((ends[-1] - ends[0]) / (repeat.count - 1))
-    overlap = float(length[repeat.count // 2]) / seconds
+    overlap = float(length[repeat.count // 2]) / seconds if seconds else float(repeat.count)
     return Period(repeat.count, seconds, float(ends[0]), times.makespan_s - float(ends[-1]), overlap)
 
 
