@@ -20,10 +20,11 @@ from benchmarks import capture, capture_rules
 from taskgraph.errors import BackendUnavailable, CaptureMismatch, ExecutionError, GraphError, PlanError
 from taskgraph.graph.op import Rows
 from taskgraph.models import llama
-from taskgraph.models.config import ModelConfig
+from taskgraph.models.config import load_config
 from taskgraph.models.llama import step_graph
 from taskgraph.models.paged import Bucket, PageShape
 from taskgraph.models.paged import step_graph as step_over_pages
+from taskgraph.models.session import Session, step_seconds
 from taskgraph.runtime import driver, virtual
 from taskgraph.runtime.arrays import DeviceArray, DeviceTensors
 from taskgraph.runtime.cuda import CudaExecutable
@@ -36,11 +37,8 @@ from taskgraph.schedule.planner import replay_times
 
 DEVICE = capture.DEVICE
 KERNELS = sorted(driver.kernel_folder().glob("*.cu"))
-SMALL = ModelConfig(
-    name="small-smollm2", family="llama", hidden_size=96, layers=2, heads=3, kv_heads=1, head_dim=32,
-    intermediate_size=256, vocab_size=512, norm_eps=1e-5, rope_theta=100000.0, max_context=256, tie_embeddings=True,
-)  # fmt: skip
-"""SmolLM2's proportions (heads to kv heads, hidden to intermediate), smaller."""
+SMALL = replace(load_config("smollm2-135m"), layers=1, vocab_size=512)
+"""A layer of SmolLM2 as it is, with a smaller vocabulary."""
 
 
 # ------------------------------------------------------------------------------------------ random plans
@@ -186,6 +184,31 @@ def second_batch() -> dict[str, torch.Tensor]:
 
 def ints(**values: Any) -> dict[str, torch.Tensor]:
     return {name: torch.tensor(value, dtype=torch.int32) for name, value in values.items()}
+
+
+def test_a_session_generates_the_tokens_of_the_cpu(on_virtual: Call) -> None:
+    weights = model_tensors(step_graph(SMALL, batch=1, tokens=1, cache=64, dtype="f32"), 1, roles=("weight",))
+    prompt = [3, 99, 256, 7, 41]
+    with Session(SMALL, weights, dtype="f32", cache=64) as session:
+        wanted = list(session.generate(prompt, 4))
+    assert on_virtual(generate, weights, prompt) == wanted
+
+
+def generate(weights: dict[str, torch.Tensor], prompt: list[int]) -> list[int]:
+    control = virtual.loaded()
+    assert control is not None
+    driver.Gpu.open()
+    before = held(control)
+    with Session(SMALL, weights, dtype="f32", cache=64, backend="cuda", device=DEVICE) as session:
+        tokens = list(session.generate(prompt, 4))
+        step = session.step(1)
+        assert step.kind == "simulated"
+        (seconds,) = step_seconds([step])
+        assert abs(seconds / step.plan.makespan_s - 1) < 0.01, f"{seconds} s, planned {step.plan.makespan_s} s"
+        assert list(session.generate(prompt, 4)) == tokens, "timing leaves no trace"
+    kept = {**held(control), "kernel": 0, "library": 0}
+    assert kept == {**before, "kernel": 0, "library": 0}, f"{kept} against {before}"
+    return tokens
 
 
 def run_steps(graphs: list[tg.Graph], batches: list[Any], weights: dict[str, Any], kind: torch.dtype) -> list[Any]:

@@ -6,6 +6,7 @@ graph is read back from the driver and compared with the plan; a difference is C
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -377,11 +378,13 @@ class CudaExecutable:
             driver.raise_typed(f"replay {self._graph.name!r}", error)
 
     def replay_seconds(self, launches: int = 1) -> float:
-        """Seconds of one replay, the mean of `launches` in a row, between two events; simulated on a virtual device."""
+        """Seconds of one replay, the mean of `launches` in a row, between two events. On a virtual device they are
+        simulated, and the replays compute nothing."""
         self._check_open()
         self.capture()
         begin, end = self._gpu.event(timing=True), self._gpu.event(timing=True)
-        with driver.driver_errors(f"replay {self._graph.name!r}"):
+        control = virtual.loaded()
+        with driver.driver_errors(f"replay {self._graph.name!r}"), control.dry() if control else nullcontext():
             self.origin.record(begin)
             for _ in range(launches):
                 self._exec.launch(self.origin)
@@ -437,7 +440,7 @@ class CudaExecutable:
             capture.close()
         zero = min(span.start_s for span in spans)
         shifted = tuple(Span(s.op, s.lane, s.start_s - zero, s.end_s - zero) for s in spans)
-        return Timeline(self.kind, self._gpu.capability.device, shifted)
+        return Timeline(self.kind, self._gpu.capability.describe(), shifted)
 
     # -- life ------------------------------------------------------------------------------------
 
