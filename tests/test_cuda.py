@@ -25,10 +25,11 @@ from taskgraph.models.llama import step_graph
 from taskgraph.models.paged import Bucket, PageShape
 from taskgraph.models.paged import step_graph as step_over_pages
 from taskgraph.models.session import Session, step_seconds
-from taskgraph.runtime import driver, virtual
+from taskgraph.runtime import driver, torch_ops, virtual
 from taskgraph.runtime.arrays import DeviceArray, DeviceTensors
 from taskgraph.runtime.cuda import CudaExecutable
 from taskgraph.runtime.driver import GraphFacts, NodeFacts
+from taskgraph.runtime.fill import fill
 from taskgraph.runtime.impls import TORCH_DTYPE
 from taskgraph.runtime.launches import LAUNCH_RULES, Buffer
 from taskgraph.runtime.readback import compare
@@ -481,3 +482,32 @@ def without_a_group() -> None:
                 exe(x=torch.ones(4, 6))
         finally:
             torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtypes", [("f32", "f32"), ("bf16", "bf16"), ("f32", "bf16")])
+@pytest.mark.parametrize("extras", [(), ("bias",), ("residual",), ("bias", "residual")])
+def test_products_by_torch_are_those_of_the_op(dtypes: tuple[str, str], extras: tuple[str, ...]) -> None:
+    b = tg.GraphBuilder("product")
+    x, w = b.input("x", (6, 8), dtypes[0]), b.input("w", (5, 8), dtypes[1])
+    more = {name: b.input(name, (5,) if name == "bias" else (6, 5), dtypes[0]) for name in extras}
+    b.output(tg.ops.gemm(x, w, **more, transpose_w=True, name="product"))  # type: ignore[arg-type]
+    graph = b.build()
+    given = fill(graph, {}, seed=4)
+    out = torch.empty(6, 5, dtype=TORCH_DTYPE[dtypes[0]])
+    torch_ops.TORCH_OPS["gemm"](graph.ops[0], [given[name] for name in graph.ops[0].inputs], out)
+    wanted = given["x"].double() @ given["w"].double().t() + sum(given[name].double() for name in extras)
+    torch.testing.assert_close(out.double(), wanted, rtol=2e-2, atol=3e-2)
+
+
+def test_torch_ops_say_when_torch_has_no_cuda(on_virtual: Call) -> None:
+    on_virtual(torch_without_cuda)
+
+
+def torch_without_cuda() -> None:
+    assert not torch_ops.available()
+    graph = small_graph()
+    stream = driver.Gpu.open().stream()
+    with DeviceTensors({"x": torch.ones(16, 16), "w": torch.ones(16, 16)}, DEVICE) as held_tensors:
+        arrays = [*held_tensors.values()]
+        with pytest.raises(BackendUnavailable, match="no CUDA device"):
+            torch_ops.bound(graph.ops[0], arrays, arrays[:1], 64, stream)

@@ -20,7 +20,7 @@ from taskgraph.graph.functions import find_function
 from taskgraph.graph.graph import Graph
 from taskgraph.graph.op import Op, Tensor
 from taskgraph.ops import COLLECTIVES
-from taskgraph.runtime import driver, launches_paged, virtual  # noqa: F401 - registers its rules
+from taskgraph.runtime import driver, launches_paged, torch_ops, virtual  # noqa: F401 - registers its rules
 from taskgraph.runtime.arrays import DeviceArray, device_buffer, host_tensor
 from taskgraph.runtime.collective import collective
 from taskgraph.runtime.driver import Gpu, Memory
@@ -102,6 +102,7 @@ class CudaExecutable:
                 f"the plan is for {plan.device.name} with {plan.device.sm_count} SMs; "
                 f"{self._gpu.capability.device} has {self._gpu.capability.sm_count}. Plan for this device."
             )
+        self._torch = not self._gpu.capability.virtual and torch_ops.available()
         self._given: dict[str, Buffer] = {}
         self._kept: dict[str, Any] = {}
         self._sites: dict[int, _LaneSite] = {}
@@ -235,6 +236,9 @@ class CudaExecutable:
             return self._call(op, ins, outs)
         if op.kind in COLLECTIVES and op.integer("ranks") > 1:
             return collective(op, *(DeviceArray(b, self) for b in (*ins, *outs)))
+        if self._torch and op.kind in torch_ops.TORCH_OPS:
+            sides = [[DeviceArray(b, self) for b in side] for side in (ins, outs)]
+            return torch_ops.bound(op, sides[0], sides[1], self._plan.sms(i), self._streams[self._plan.steps[i].lane])
         site = self._sites.setdefault(i, _LaneSite(self._plan.sms(i), self._own))
         made = launches(op, ins, outs, site.again())
         for launch in made:
