@@ -6,7 +6,7 @@ What runs on the virtual GPU runs in a process of its own (`on_virtual`), for a 
 import gc
 import shutil
 import subprocess
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from taskgraph.models.paged import step_graph as step_over_pages
 from taskgraph.models.session import Session, step_seconds
 from taskgraph.runtime import driver, torch_ops, virtual
 from taskgraph.runtime.arrays import DeviceArray, DeviceTensors
+from taskgraph.runtime.collective import collective
 from taskgraph.runtime.cuda import CudaExecutable
 from taskgraph.runtime.driver import GraphFacts, NodeFacts
 from taskgraph.runtime.fill import fill
@@ -469,19 +470,26 @@ def test_ranks_need_a_process_group(on_virtual: Call) -> None:
     on_virtual(without_a_group)
 
 
+@dataclass(frozen=True)
+class FakeGroup:
+    """Two ranks of some backend."""
+
+    backend: str
+    size: int = 2
+
+
 def without_a_group() -> None:
     b = tg.GraphBuilder("ranks")
-    b.output(tg.ops.all_reduce(b.input("x", (4, 6), "f32"), ranks=2, name="exchange"))
+    x = b.input("x", (4, 6), "f32")
+    b.output(tg.ops.all_reduce(x, ranks=2, name="exchange"), tg.ops.all_gather(x, ranks=2, axis=1, name="join"))
     graph = b.build()
-    with tg.compile(graph, tg.plan(graph, "h100_sxm"), "cuda", device=DEVICE) as exe:
-        with pytest.raises(BackendUnavailable, match=r"exchange.*all_reduce over 2 ranks.*init_process_group"):
-            exe(x=torch.ones(4, 6))
-        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-        try:
-            with pytest.raises(BackendUnavailable, match=r"needs NCCL.*'gloo'"):
-                exe(x=torch.ones(4, 6))
-        finally:
-            torch.distributed.destroy_process_group()
+    plan = tg.plan(graph, "h100_sxm", "sequential")
+    with pytest.raises(BackendUnavailable, match=r"exchange.*all_reduce over 2 ranks.*compile\(group=...\)"):
+        tg.compile(graph, plan, "cuda", device=DEVICE)
+    with DeviceTensors({"x": torch.ones(4, 6)}, DEVICE) as held_tensors:
+        for backend in ("gloo", "cpu:gloo,cuda:nccl"):  # NCCL is there, a GPU for torch is not
+            with pytest.raises(BackendUnavailable, match=r"exchange.*needs NCCL on a GPU.*connect"):
+                collective(graph.ops[0], held_tensors["x"], held_tensors["x"], FakeGroup(backend))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtypes", [("f32", "f32"), ("bf16", "bf16"), ("f32", "bf16")])

@@ -23,6 +23,7 @@ from taskgraph.ops import COLLECTIVES
 from taskgraph.runtime import driver, launches_paged, torch_ops, virtual  # noqa: F401 - registers its rules
 from taskgraph.runtime.arrays import DeviceArray, device_buffer, host_tensor
 from taskgraph.runtime.collective import collective
+from taskgraph.runtime.distributed import Group, check_collectives
 from taskgraph.runtime.driver import Gpu, Memory
 from taskgraph.runtime.launches import Buffer, CopyLaunch, Launches, launches, seen
 from taskgraph.runtime.readback import compare
@@ -88,14 +89,16 @@ class CudaExecutable:
         plan: Plan,
         functions: Mapping[str, Callable[..., Any]],
         device: str | None = None,
+        group: Group | None = None,
     ) -> None:
-        self._graph, self._plan, self._functions = graph.flat(), plan, dict(functions)
+        self._graph, self._plan, self._functions, self._group = graph.flat(), plan, dict(functions), group
         self._ops = {op.name: op for op in self._graph.ops}
         self._closed = True
         self._memory: list[Memory] = []
         self._exec: Any = None
         if plan.device.kind != "gpu":
             raise PlanError(f"the plan is for {plan.device.name}, which is no GPU; plan with device='h100_sxm', say.")
+        check_collectives(self._graph, plan, group)
         self._gpu = Gpu.open(device)
         if plan.device.sm_count > self._gpu.capability.sm_count:
             raise PlanError(
@@ -234,8 +237,8 @@ class CudaExecutable:
         ins, outs = seen(op, [self._buffer(n) for n in op.inputs]), [self._buffer(n) for n in op.outputs]
         if op.kind == "call":
             return self._call(op, ins, outs)
-        if op.kind in COLLECTIVES and op.integer("ranks") > 1:
-            return collective(op, *(DeviceArray(b, self) for b in (*ins, *outs)))
+        if op.kind in COLLECTIVES and self._group is not None and op.integer("ranks") > 1:
+            return collective(op, DeviceArray(ins[0], self), DeviceArray(outs[0], self), self._group)
         if self._torch and op.kind in torch_ops.TORCH_OPS:
             sides = [[DeviceArray(b, self) for b in side] for side in (ins, outs)]
             return torch_ops.bound(op, sides[0], sides[1], self._plan.sms(i), self._streams[self._plan.steps[i].lane])
