@@ -4,6 +4,7 @@ What runs on the virtual GPU runs in a process of its own (`on_virtual`), for a 
 """
 
 import gc
+import math
 import shutil
 import subprocess
 from dataclasses import dataclass, replace
@@ -25,14 +26,14 @@ from taskgraph.models.llama import step_graph
 from taskgraph.models.paged import Bucket, PageShape
 from taskgraph.models.paged import step_graph as step_over_pages
 from taskgraph.models.session import Session, step_seconds
-from taskgraph.runtime import driver, torch_ops, virtual
+from taskgraph.runtime import driver, gpucheck, torch_ops, virtual
 from taskgraph.runtime.arrays import DeviceArray, DeviceTensors
 from taskgraph.runtime.collective import collective
 from taskgraph.runtime.cuda import CudaExecutable
 from taskgraph.runtime.driver import GraphFacts, NodeFacts
 from taskgraph.runtime.fill import fill
 from taskgraph.runtime.impls import TORCH_DTYPE
-from taskgraph.runtime.launches import LAUNCH_RULES, Buffer
+from taskgraph.runtime.launches import LAUNCH_RULES, Buffer, CopyLaunch, launches
 from taskgraph.runtime.readback import compare
 from taskgraph.schedule.plan import Plan
 from taskgraph.schedule.planner import replay_times
@@ -74,6 +75,32 @@ def test_random_cases_reach_every_kind_views_and_geometries() -> None:
 def test_every_dense_and_paged_kind_has_launches() -> None:
     homes = {kind: rule.__module__.rpartition(".")[2] for kind, rule in tg.ops.SHAPE_RULES.items()}
     assert {kind for kind, home in homes.items() if home in ("dense", "paged")} == set(LAUNCH_RULES)
+
+
+@pytest.mark.parametrize("sms", [8, 64, 132])
+def test_launches_keep_to_the_sms_of_their_step(sms: int) -> None:
+    """No op but a copy by an engine launches more threads than its SMs hold at a time, and small ops launch fewer."""
+    graph = gpucheck.every_kind("bf16", rows=4096)
+    site = FakeSite(sms)
+    for op in graph.ops:
+        tensors = [[graph.tensor[name] for name in names] for names in (op.inputs, op.outputs)]
+        ins, outs = ([Buffer(4096, t.shape, t.dtype) for t in side] for side in tensors)
+        for launch in launches(op, ins, outs, site):
+            assert isinstance(launch, CopyLaunch) or launch.grid[0] * launch.block <= 2048 * sms, op.name
+            assert isinstance(launch, CopyLaunch) or math.prod(launch.grid) > sms // 2, op.name
+
+
+@dataclass(frozen=True)
+class FakeSite:
+    """A lane of so many SMs."""
+
+    sm_count: int
+
+    def scratch(self, nbytes: int) -> int:
+        return 0
+
+    def constant(self, values: Any) -> int:
+        return 0
 
 
 def test_a_part_of_a_buffer_is_where_torch_says() -> None:
