@@ -102,7 +102,7 @@ def experts_of(tokens: int, count: int, hidden: int, inner: int, dtype: str = "f
         return ops.experts(
             b.input("x", (tokens, hidden), dtype), b.input("r", (tokens, count), "f32"),
             b.weight("g", (count, 2 * inner, hidden), dtype), b.weight("d", (count, hidden, inner), dtype),
-            b.input("res", (tokens, hidden), dtype), top_k=2,
+            b.input("res", (tokens, hidden), dtype), top_k=count,
         )  # fmt: skip
 
     return make
