@@ -257,7 +257,7 @@ def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Laun
 @launch_rule("rope")
 def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
     x, positions = ins
-    _need_i64(op, positions)
+    need_i64(op, positions)
     tokens, heads, dim = x.shape
     args = (x.address, positions.address, site.constant(rotary.inverse_frequencies(op, dim)), outs[0].address)
     name = f"rope_{float_type(op, x, outs[0])}"
@@ -267,15 +267,11 @@ def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Laun
 @launch_rule("rope_kv")
 def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
     qkv, positions, keys, values, *norms = ins
-    _need_i64(op, positions)
+    need_i64(op, positions)
     batch, kv_heads, length, dim = keys.shape
     tokens, heads, _ = outs[0].shape
     kind = float_type(op, qkv, keys, values, outs[0], *norms)
-    if rotary.size(op) != 1.0:
-        raise BackendUnavailable(
-            f"op {op.name!r}: the rope_kv kernel does not multiply by YaRN's attention factor, "
-            f"here {rotary.size(op):g}; use the cpu backend."
-        )
+    need_unsized(op)
     q_norm, k_norm = (t.address for t in norms) if norms else (0, 0)
     pointers = (qkv.address, positions.address, keys.address, values.address, q_norm, k_norm)
     numbers = (*map(np.int32, (heads, kv_heads, dim, tokens // batch)), np.int64(length), np.float32(op.number("eps")))
@@ -283,7 +279,17 @@ def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Laun
     return [blocks(f"rope_kv_{kind}", "rope", (tokens, heads + 2 * kv_heads), THREADS, args, site)]
 
 
-def _need_i64(op: Op, positions: Buffer) -> None:
+def need_unsized(op: Op) -> None:
+    """BackendUnavailable where cosines and sines have a size, which no kernel multiplies by."""
+    if rotary.size(op) != 1.0:
+        raise BackendUnavailable(
+            f"op {op.name!r}: the {op.kind} kernel does not multiply by YaRN's attention factor, "
+            f"here {rotary.size(op):g}; use the cpu backend."
+        )
+
+
+def need_i64(op: Op, positions: Buffer) -> None:
+    """BackendUnavailable unless the positions are what the kernels read."""
     if positions.dtype != "i64":
         raise BackendUnavailable(f"op {op.name!r}: positions must be i64 on the cuda backend; got {positions.dtype}.")
 
@@ -291,7 +297,7 @@ def _need_i64(op: Op, positions: Buffer) -> None:
 @launch_rule("attention")
 def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
     q, positions, keys, values = ins
-    _need_i64(op, positions)
+    need_i64(op, positions)
     batch, kv_heads, length, dim = keys.shape
     tokens, heads, _ = q.shape
     kind = float_type(op, q, keys, values, outs[0])

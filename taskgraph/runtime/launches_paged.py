@@ -19,6 +19,7 @@ from taskgraph.runtime.launches import (
     float_type,
     launch_rule,
     need_dim,
+    need_unsized,
     split_decode,
 )
 
@@ -26,6 +27,7 @@ from taskgraph.runtime.launches import (
 @launch_rule("paged_rope")
 def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
     qkv, positions, slots, keys, values, *norms = ins
+    need_unsized(op)
     pages, kv_heads, rows, wide = keys.shape
     tokens, heads, dim = outs[0].shape
     kind = float_type(op, qkv, keys, values, outs[0], *norms)
