@@ -15,6 +15,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import taskgraph as tg
+from taskgraph import tuning
 from taskgraph.errors import BackendUnavailable, DeviceError, TaskgraphError
 from taskgraph.units import format_quantity, format_seconds
 
@@ -222,7 +223,7 @@ def plan(
     batch: Annotated[int, typer.Option(min=1, help="sequences in the step")] = 256,
     context: Annotated[int, typer.Option(min=1, help="tokens that each sequence has in its cache")] = 1024,
     tokens: Annotated[int, typer.Option(min=1, help="new tokens a sequence: 1 is decode, more is prefill")] = 1,
-    scheduler: Annotated[str, typer.Option(help="auto, sequential or list")] = "auto",
+    scheduler: Annotated[str, typer.Option(help="auto, sequential, list, search or exact")] = "auto",
     out: Annotated[Path | None, typer.Option(help="write the plan as JSON here")] = None,
     trace: Annotated[Path | None, typer.Option(help="write a Perfetto trace here")] = None,
     report: Annotated[Path | None, typer.Option(help="write the HTML report here")] = None,
@@ -347,6 +348,9 @@ def gpu_check(
     _screen.print(f"report: {out}", soft_wrap=True)
     if not report.passed:
         sys.exit(1)
+
+
+tuning.add_to(app, lambda text: _screen.print(text, markup=False, soft_wrap=True), lambda text: _status.print(text))
 
 
 # ------------------------------------------------------------------------------- calibrate, what-if
