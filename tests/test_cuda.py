@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import Call
+from paged_cases import keys_of, values_of
+from test_runtime import CASES, STATES, TOLERANCE, random_tensors, widened
 
 import taskgraph as tg
 from benchmarks import capture, capture_rules
@@ -73,6 +75,29 @@ def test_random_cases_reach_every_kind_views_and_geometries() -> None:
 
 def test_every_standard_kind_has_launches() -> None:
     assert set(tg.ops.SHAPE_RULES) == set(LAUNCH_RULES)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ("copy_pages", "experts")])
+def test_outputs_and_states_equal_torch_eager(on_virtual: Call, case: str, dtype: str) -> None:
+    """The cases of the cpu backend. Pages lie in plain order on a GPU, and copies of them are compared in the serving
+    steps; rows that go to more than top_k experts, as in the case of experts, have no room there."""
+    make, reference = CASES[case]
+    b = tg.GraphBuilder(case)
+    b.output(make(b, dtype))
+    graph = b.build()
+    given = random_tensors(graph)
+    expected = widened(given)
+    wanted = reference(expected)
+    for name, read in (("pages_k", keys_of), ("pages_v", values_of)):
+        if name in given:
+            given[name] = read(given[name]).contiguous()
+    states = tuple(name for name in STATES if name in given and graph.tensor[name].role == "state")
+    got = on_virtual(run_plan, graph, tg.plan(graph, "h100_sxm", "sequential"), given, states)
+    near = {"rtol": 2 * TOLERANCE[dtype], "atol": 2 * TOLERANCE[dtype]}
+    torch.testing.assert_close(got[graph.outputs[0]].float(), wanted.float(), **near)
+    for name in states:
+        torch.testing.assert_close(got[name].float(), expected[name].float(), **near)
 
 
 @pytest.mark.parametrize("sms", [8, 64, 132])
