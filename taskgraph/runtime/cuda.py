@@ -32,12 +32,12 @@ from taskgraph.schedule.planner import replay_times
 
 
 class _LaneSite:
-    """What launch rules may ask for. Scratch and constants live as long as the executable; a step that is bound again
-    asks for the same and gets the same."""
+    """What launch rules may ask for, a step each. Ops on a lane run in order, so they share its scratch; constants
+    live as long as the executable. A step that is bound again asks for the same and gets the same."""
 
-    def __init__(self, sm_count: int, own: Callable[[int], Memory]) -> None:
-        self._sm_count, self._own = sm_count, own
-        self._kept: list[tuple[bytes | int, int]] = []
+    def __init__(self, sm_count: int, own: Callable[[int], Memory], scratch: list[Memory]) -> None:
+        self._sm_count, self._own, self._scratch = sm_count, own, scratch
+        self._kept: list[tuple[bytes | int, Memory]] = []
         self._at = 0
 
     @property
@@ -50,21 +50,30 @@ class _LaneSite:
         return self
 
     def scratch(self, nbytes: int) -> int:
-        return self._next(nbytes, nbytes)
+        return self._next(nbytes, lambda: self._shared(nbytes)).address
 
     def constant(self, values: npt.NDArray[Any]) -> int:
         packed = np.ascontiguousarray(values)
-        address = self._next(packed.tobytes(), packed.nbytes)
-        driver.upload(address, packed.ctypes.data, packed.nbytes)
-        return address
+        memory = self._next(packed.tobytes(), lambda: self._own(packed.nbytes))
+        driver.upload(memory.address, packed.ctypes.data, packed.nbytes)
+        return memory.address
 
-    def _next(self, what: bytes | int, nbytes: int) -> int:
+    def _shared(self, nbytes: int) -> Memory:
+        """The lane's least scratch that is large enough and that this step does not have yet; else a new one."""
+        mine = {memory.address for _, memory in self._kept}
+        fits = [m for m in self._scratch if m.nbytes >= nbytes and m.address not in mine]
+        if not fits:
+            self._scratch.append(self._own(nbytes))
+            return self._scratch[-1]
+        return min(fits, key=lambda memory: memory.nbytes)
+
+    def _next(self, what: bytes | int, make: Callable[[], Memory]) -> Memory:
         if self._at == len(self._kept):
-            self._kept.append((what, self._own(nbytes).address))
-        kept, address = self._kept[self._at]
+            self._kept.append((what, make()))
+        kept, memory = self._kept[self._at]
         assert kept == what, "a launch rule asks for the same each time"
         self._at += 1
-        return address
+        return memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +118,7 @@ class CudaExecutable:
         self._given: dict[str, Buffer] = {}
         self._kept: dict[str, Any] = {}
         self._sites: dict[int, _LaneSite] = {}
+        self._scratch: list[list[Memory]] = [[] for _ in plan.lanes]
         self._set: set[str] = set()
         self._inputs = {t.name for t in self._graph.with_role("input")}
         self._closed, self._stale = False, True
@@ -242,7 +252,8 @@ class CudaExecutable:
         if self._torch and op.kind in torch_ops.TORCH_OPS:
             sides = [[DeviceArray(b, self) for b in side] for side in (ins, outs)]
             return torch_ops.bound(op, sides[0], sides[1], self._plan.sms(i), self._streams[self._plan.steps[i].lane])
-        site = self._sites.setdefault(i, _LaneSite(self._plan.sms(i), self._own))
+        scratch = self._scratch[self._plan.steps[i].lane]
+        site = self._sites.setdefault(i, _LaneSite(self._plan.sms(i), self._own, scratch))
         made = launches(op, ins, outs, site.again())
         for launch in made:
             if not isinstance(launch, CopyLaunch):

@@ -148,7 +148,7 @@ def blocks(kernel: str, source: str, grid: tuple[int, ...], block: int, args: tu
     return Launch(kernel, source, (launched,), block, (*args, np.int32(nx), np.int32(ny), np.int32(nz)))
 
 
-def _spread(elements: int, site: Site) -> tuple[int, ...]:
+def spread(elements: int, site: Site) -> tuple[int, ...]:
     """A grid for grid-stride loops: enough blocks to fill the lane's SMs, not more than there is work."""
     return (max(1, min(-(-elements // 256), 8 * site.sm_count)),)
 
@@ -158,14 +158,14 @@ def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Laun
     a, b = ins
     kind, count = float_type(op, a, b, outs[0]), math.prod(a.shape)
     args = (a.address, b.address, outs[0].address, np.int64(count))
-    return [Launch(f"add_{kind}", "elementwise", _spread(count, site), 256, args)]
+    return [Launch(f"add_{kind}", "elementwise", spread(count, site), 256, args)]
 
 
 @launch_rule("swiglu")
 def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
     kind, (rows, features) = float_type(op, ins[0], outs[0]), outs[0].shape
     args = (ins[0].address, outs[0].address, np.int64(rows), np.int32(features))
-    return [Launch(f"swiglu_{kind}", "elementwise", _spread(rows * features, site), 256, args)]
+    return [Launch(f"swiglu_{kind}", "elementwise", spread(rows * features, site), 256, args)]
 
 
 @launch_rule("rmsnorm")
@@ -199,7 +199,7 @@ def _move_rows(source: Buffer, start: int, step: int, rows: int, target: int, si
     unit = 4 if row % 4 == 0 else 1
     places = (start, step, row // unit, rows)
     args = (source.address, target, *map(np.int64, places))
-    return Launch(f"slice_rows_b{unit}", "elementwise", _spread(rows * row // unit, site), 256, args)
+    return Launch(f"slice_rows_b{unit}", "elementwise", spread(rows * row // unit, site), 256, args)
 
 
 @launch_rule("slice_rows")
