@@ -17,7 +17,6 @@ from benchmarks import machine, print_json, seconds_of
 from taskgraph.graph.device import Device
 from taskgraph.schedule.evaluate import NO_HOLDS, Assignment, Layout, evaluate
 from taskgraph.schedule.lists import layouts, pack
-from taskgraph.schedule.planner import LARGE
 from taskgraph.schedule.problem import Problem, make_problem
 from taskgraph.schedule.rules import FROM
 
@@ -179,12 +178,15 @@ def measure(
     }
 
 
-def warm_up(device: Device) -> None:
-    """Load or compile every kernel that the measured calls use, at both of the sizes that plan in their own ways."""
-    for nodes in (64, LARGE):
-        small = layered_graph(nodes, 8, 0)
-        tg.plan(small, device, "list")
-    tg.plan(layered_graph(FROM, 8, 0), device, "search", budget_s=0.01)
+WARM_NODES = 100_000
+
+
+def warm_up(nodes: Sequence[int], width: int, device: Device) -> None:
+    """Load or compile every kernel that the measured calls use: plans of other graphs of these sizes, but not larger
+    than WARM_NODES, and a search."""
+    for size in {min(n, WARM_NODES) for n in nodes}:
+        tg.plan(layered_graph(size, width, 0), device, "list")
+    tg.plan(layered_graph(FROM, width, 0), device, "search", budget_s=0.01)
 
 
 def searched(graph: tg.Graph, device: Device, budget_s: float) -> dict[str, Any]:
@@ -261,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(text, file=sys.stderr, flush=True)
 
     say("compiling")
-    warm_up(device)
+    warm_up(args.nodes, args.width, device)
     rows = [measure(n, args.width, device, args.peer_nodes, args.rounds, say) for n in args.nodes]
     result = dict(rows[-1])
     console.print(table_of(result))
