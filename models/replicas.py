@@ -7,16 +7,18 @@ A replica that dies fails the requests that it has with RankLost and gets no mor
 import socket
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Optional, Self
 
 from taskgraph.errors import BackendUnavailable, RankLost
-from taskgraph.runtime.distributed import Group, connect
 
-Make = Callable[[Group | None], Any]
+if TYPE_CHECKING:
+    from taskgraph.runtime.distributed import Group
+
+Make = Callable[[Optional["Group"]], Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,7 @@ class Replicas:
     ) -> None:
         self._ray = _ray()
         self._guard = threading.Lock()
+        self._settler, self._closed = ThreadPoolExecutor(1, "taskgraph-replicas"), False
         self._started = not self._ray.is_initialized()
         if self._started:
             self._ray.init(address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
@@ -111,8 +114,14 @@ class Replicas:
             replica.served += 1
             parts = [m.call.remote(method, args, named).future() for m in replica.members]
         for part in parts:
-            part.add_done_callback(lambda _: self._settle(replica, parts, answer))
+            part.add_done_callback(lambda _: self._later(replica, parts, answer))
         return answer
+
+    def _later(self, replica: "_Replica", parts: Sequence["Future[Any]"], answer: "Future[Any]") -> None:
+        """Leave it to the settler: this is Ray's own thread, which waits for itself when it calls Ray."""
+        with self._guard:
+            if not self._closed:
+                self._settler.submit(self._settle, replica, parts, answer)
 
     def _settle(self, replica: "_Replica", parts: Sequence["Future[Any]"], answer: "Future[Any]") -> None:
         """The answer, once all ranks have theirs or one has failed."""
@@ -152,11 +161,18 @@ class Replicas:
         self._ray.util.remove_placement_group(replica.room)
 
     def close(self) -> None:
-        """End all replicas, and the Ray that was started for them; a second call does nothing."""
-        for replica in self._replicas:
-            if not replica.dead:
-                replica.dead = True
-                self._end(replica)
+        """End all replicas, and the Ray that was started for them; a second call does nothing.
+
+        Requests that are still open get RankLost."""
+        with self._guard:
+            alive = [] if self._closed else [replica for replica in self._replicas if not replica.dead]
+            self._closed = True
+        self._settler.shutdown()
+        for replica in alive:
+            replica.dead = True
+            self._end(replica)
+            while replica.open:
+                replica.open.pop().set_exception(RankLost("the replicas were closed; start them again."))
         if self._started:
             self._started = False
             self._ray.shutdown()
@@ -193,7 +209,11 @@ class _Member:
             return f"tcp://{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
 
     def start(self, make: Make, url: str, rank: int, ranks: int, timeout_s: float) -> None:
-        group = connect(url, rank, ranks, timeout_s=timeout_s) if ranks > 1 else None
+        group = None
+        if ranks > 1:
+            from taskgraph.runtime.distributed import connect
+
+            group = connect(url, rank, ranks, timeout_s=timeout_s)
         self._actor = make(group)
 
     def call(self, method: str, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
