@@ -46,10 +46,13 @@ class Engine:
         *,
         vocabulary: int,
         prefix_sharing: bool = True,
+        expected_output: float | None = None,
         most_waiting: int = 100_000,
     ) -> None:
+        """`expected_output` is how many tokens a request gives, to begin with; the engine goes on to learn it. Without
+        it a request is let in when there is room for its max_tokens, so that none is ever pre-empted."""
         self.runner, self.cache, self.limits = runner, cache, limits
-        self.scheduler = Scheduler(limits, cache, prefix_sharing=prefix_sharing)
+        self.scheduler = Scheduler(limits, cache, prefix_sharing=prefix_sharing, expected_output=expected_output)
         self.stats = Stats()
         self._vocabulary, self._most_waiting = vocabulary, most_waiting
         self._numbers = itertools.count()
@@ -98,6 +101,7 @@ class Engine:
         before, samples = self._running, None
         if before is not None:
             samples, ended_s = self.runner.wait()
+            self.cache.landed(before.moves)
             self.stats.hidden_s += max(min(formed, ended_s) - begin, 0.0)
         launched = self.runner.now()
         if batch is not None:
@@ -105,6 +109,8 @@ class Engine:
                 batch.tokens[batch.fed] = samples[batch.source]
             self.runner.launch(batch)
             self.stats.steps += 1
+        elif before is None:
+            self.cache.settle()  # nothing runs: all that waits, waits for the disk
         self._running = batch
         output = _NOTHING if before is None or samples is None else self._take(before, samples)
         done = self.runner.now()
@@ -187,6 +193,8 @@ class Engine:
         if self._running is not None:
             self.runner.wait()
             self._running = None
+        if self.cache.disk is not None:
+            self.cache.disk.close()
         self.runner.close()
 
     def __enter__(self) -> Self:

@@ -6,6 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 import taskgraph as tg
 from taskgraph.models import llama, paged, sampling
@@ -50,6 +51,10 @@ def ladder(most: int) -> tuple[int, ...]:
     return (*(n for n in sizes if n < most), most)
 
 
+_CHUNKS = (1, 4)
+"""How many chunks of prefill a bucket has, beside the limit."""
+
+
 class CpuRunner:
     """Runs batches on this machine: a captured plan a bucket, from the graph bank, launched from a thread.
 
@@ -84,9 +89,9 @@ class CpuRunner:
         kind = {"bf16": torch.bfloat16, "f32": torch.float32}[self.dtype]
         pools = {"": self.shape.pages, "host_": self.shape.host_pages}
         return {
-            f"layer.{i}/{prefix}{name}": torch.zeros(self.shape.room(self.config, pages), dtype=kind)
+            f"{mark}{prefix}{name}": torch.zeros(self.shape.room(self.config, pages), dtype=kind)
             for prefix, pages in pools.items() if pages
-            for i in range(self.config.layers)
+            for mark in llama.layout(self.config).marks()
             for name in ("keys", "values")
         }  # fmt: skip
 
@@ -106,14 +111,20 @@ class CpuRunner:
         if not batch.chunks and (decode or not batch.moves):
             return Bucket(decode, moves=bool(batch.moves))
         prefill = min(n for n in self._prefill if n >= max(batch.prefill, 1))
-        chunks = min(n for n in (1, 4, self._chunks) if n >= batch.chunks)
+        chunks = min(n for n in (*_CHUNKS, self._chunks) if n >= batch.chunks)
         return Bucket(decode, prefill, chunks, bool(batch.moves))
 
-    def warm(self, buckets: Iterable[Bucket]) -> None:
-        """Plan and capture these buckets now, so that no step has to."""
-        for bucket in buckets:
-            executable = self.bank[bucket]
-            _clear(executable.inputs)  # type: ignore[attr-defined]
+    def buckets(self) -> list[Bucket]:
+        """Every bucket a step without moving pages can have."""
+        chunks = sorted({*_CHUNKS, self._chunks})
+        mixed = (Bucket(d, p, c) for d in self._decode for p in self._prefill if p for c in chunks if c <= p)
+        return [*(Bucket(d) for d in self._decode if d), *mixed]
+
+    def warm(self, buckets: Iterable[Bucket] | None = None) -> None:
+        """Plan and capture these buckets now (all that do not move pages, unless told), so that no step has to."""
+        for bucket in self.buckets() if buckets is None else buckets:
+            executable: Any = self.bank[bucket]
+            _clear(executable.inputs)
             executable.launch()
 
     # -- steps -------------------------------------------------------------------------------------
@@ -144,6 +155,25 @@ class CpuRunner:
             logits = outputs[llama.LOGITS][rows[d.samples]]
             samples[d.samples] = sampling.draw(logits, d.temperature, d.top_k, d.top_p, d.uniform)
         return samples, self.now()
+
+    def read_page(self, page: int) -> bytes:
+        """The bytes of a host page in every layer."""
+        return b"".join(part.tobytes() for part in self._host_page(page))
+
+    def write_page(self, page: int, data: bytes) -> None:
+        """Give a host page these bytes; ValueError if they are not as many as a page has."""
+        parts = self._host_page(page)
+        size = parts[0].nbytes
+        if len(data) != size * len(parts):
+            raise ValueError(f"{len(data)} bytes where a page has {size * len(parts)}")
+        for i, part in enumerate(parts):
+            part[:] = np.frombuffer(data, np.uint8, size, i * size)
+
+    def _host_page(self, page: int) -> list[npt.NDArray[np.uint8]]:
+        import torch
+
+        pools = (t for name, t in self._bound.items() if name.rpartition("/")[2].startswith("host_"))
+        return [pool[page].view(torch.uint8).numpy().reshape(-1) for pool in pools]
 
     def close(self) -> None:
         self._thread.shutdown()

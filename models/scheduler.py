@@ -44,6 +44,7 @@ class Waiting:
     prompt: npt.NDArray[np.int32]
     arrival_s: float
     keys: list[Key] = field(default_factory=list)
+    recalled: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,9 +96,10 @@ class Scheduler:
     """The sequences that wait and that run, and the batches that they make."""
 
     def __init__(
-        self, limits: Limits, cache: PagedCache, *, prefix_sharing: bool = True, by_experience: bool = False
+        self, limits: Limits, cache: PagedCache, *, prefix_sharing: bool = True, expected_output: float | None = None
     ) -> None:
-        self.limits, self.cache, self.prefix_sharing, self.by_experience = limits, cache, prefix_sharing, by_experience
+        self.limits, self.cache, self.prefix_sharing = limits, cache, prefix_sharing
+        self.expected_output = expected_output
         rows, blocks = limits.sequences, -(-limits.context // cache.page_size)
         self.waiting: deque[Waiting] = deque()
         self.tokens = np.zeros((rows, limits.context + 1), np.int32)
@@ -113,7 +115,6 @@ class Scheduler:
         self.host: list[Pages | None] = [None] * rows
         self.requests: list[Waiting | None] = [None] * rows
         self.preemptions = self.recomputed = 0
-        self.output_mean: float | None = None
         self._admitted = 0
 
     # -- a batch ---------------------------------------------------------------------------------
@@ -173,6 +174,7 @@ class Scheduler:
             self.blocks[row, self.held[row] : self.held[row] + need] = self.cache.allocate(need)
             self.held[row] += need
         chunks.append((row, first, count))
+        self._publish(row, first // size, (first + count) // size)
         return count
 
     def _batch(self, rows: Ints, chunks: list[tuple[int, int, int]], pending: Ints, moves: Moves) -> Batch:
@@ -191,7 +193,6 @@ class Scheduler:
         self.pending[sequences[whole]] = np.flatnonzero(whole)
         source = pending[sequences]
         feed = np.flatnonzero(whole & (source >= 0))
-        self._publish(chunks)
         return Batch(
             tokens=self.tokens[owners, places].astype(np.int64),
             positions=places.astype(np.int32),
@@ -226,9 +227,12 @@ class Scheduler:
         away = np.flatnonzero((self.state == SWAPPED) | (self.state == DROPPED))
         if len(away):
             return self._resume(int(away[np.argmin(self.order[away])]))
-        if not self.waiting or not self._fits(self.waiting[0]):
+        if not self.waiting or not self._fits(first := self.waiting[0]):
             return None
-        return self._start(self.waiting.popleft())
+        if not first.recalled:
+            first.recalled = True
+            self.cache.recall(first.keys)
+        return None if self.cache.recalling(first.keys) else self._start(self.waiting.popleft())
 
     def _fits(self, candidate: Waiting) -> bool:
         """Whether the device holds the predicted peak with the candidate let in (as in LightLLM's past-future
@@ -239,14 +243,15 @@ class Scheduler:
         now = np.append(self.known[rows], len(candidate.prompt))
         ends = np.append(self.limit[rows], len(candidate.prompt) + candidate.request.max_tokens)
         begun = np.append(self.prompt[rows], len(candidate.prompt))
-        if self.output_mean is not None:
-            ends = np.minimum(ends, np.maximum(begun + int(self.output_mean), now + size))
+        slack = size - 1  # the last page of each counts whole, or half when ends are guesses anyway
+        if self.expected_output is not None:
+            slack = size // 2
+            ends = np.minimum(ends, np.maximum(begun + round(self.expected_output), now + 1))
         left = np.maximum(ends - now, 0)
         order = np.argsort(-left)
-        pages = -(-now[order] // size)
         growing = np.arange(1, len(order) + 1)
-        peak = np.cumsum(pages) + growing * -(-left[order] // size)
-        return bool(peak.max() <= self.cache.device.pages)
+        tokens = np.cumsum(now[order]) + growing * (left[order] + slack)
+        return bool(tokens.max() <= self.cache.device.pages * size or len(rows) == 0)
 
     def _start(self, candidate: Waiting) -> int:
         row = int(np.flatnonzero(self.state == FREE)[0])
@@ -331,13 +336,11 @@ class Scheduler:
 
     def learn(self, length: int) -> None:
         """Let later predictions know that a request gave `length` tokens, where predictions go by experience."""
-        if self.by_experience:
-            before = length if self.output_mean is None else self.output_mean
-            self.output_mean = before + 0.05 * (length - before)
+        if self.expected_output is not None:
+            self.expected_output += 0.05 * (length - self.expected_output)
 
-    def _publish(self, chunks: list[tuple[int, int, int]]) -> None:
-        """Prompt pages that these chunks fill may be shared from the next batch on."""
-        size = self.cache.page_size
-        for row, first, count in chunks:
-            for block in range(first // size, min((first + count) // size, len(self.keys[row]))):
-                self.cache.device.publish(int(self.blocks[row, block]), self.keys[row][block])
+    def _publish(self, row: int, first: int, last: int) -> None:
+        """Prompt pages first to last may be shared from now on, in the very batch that fills them: a layer writes the
+        keys of all rows before any attention reads them."""
+        for block in range(first, min(last, len(self.keys[row]))):
+            self.cache.device.publish(int(self.blocks[row, block]), self.keys[row][block])
