@@ -51,10 +51,6 @@ def ladder(most: int) -> tuple[int, ...]:
     return (*(n for n in sizes if n < most), most)
 
 
-_CHUNKS = (1, 4)
-"""How many chunks of prefill a bucket has, beside the limit."""
-
-
 class CpuRunner:
     """Runs batches on this machine: a captured plan a bucket, from the graph bank, launched from a thread.
 
@@ -75,8 +71,8 @@ class CpuRunner:
         self.config, self.shape, self.dtype, self.scheduler = config, shape, dtype, scheduler
         self.bank: GraphBank[Bucket] = GraphBank(self._make, budget_bytes)
         self._bound = {**weights, **self._states()}
-        self._decode, self._prefill = ladder(limits.sequences), (0, *(n for n in ladder(limits.tokens) if n >= 16))
-        self._chunks = limits.chunks
+        self._limits, self._decode = limits, ladder(limits.sequences)
+        self._prefill = (*(n for n in (16 << i for i in range(16)) if n < limits.tokens), limits.tokens)
         self._thread = ThreadPoolExecutor(1, "taskgraph-runner")
         self._running: Future[tuple[Ints, float]] | None = None
 
@@ -110,14 +106,16 @@ class CpuRunner:
         decode = min(n for n in self._decode if n >= batch.decode)
         if not batch.chunks and (decode or not batch.moves):
             return Bucket(decode, moves=bool(batch.moves))
-        prefill = min(n for n in self._prefill if n >= max(batch.prefill, 1))
-        chunks = min(n for n in (*_CHUNKS, self._chunks) if n >= batch.chunks)
-        return Bucket(decode, prefill, chunks, bool(batch.moves))
+        prefill = min(n for n in self._prefill if n >= batch.prefill and self._chunks(n) >= batch.chunks)
+        return Bucket(decode, prefill, self._chunks(prefill), bool(batch.moves))
+
+    def _chunks(self, prefill: int) -> int:
+        """Chunks that a bucket of so many rows of prefill has."""
+        return self._limits.chunks if prefill == self._prefill[-1] else min(max(prefill // 16, 1), self._limits.chunks)
 
     def buckets(self) -> list[Bucket]:
-        """Every bucket a step without moving pages can have."""
-        chunks = sorted({*_CHUNKS, self._chunks})
-        mixed = (Bucket(d, p, c) for d in self._decode for p in self._prefill if p for c in chunks if c <= p)
+        """Every bucket that a step without moving pages can have."""
+        mixed = (Bucket(d, p, self._chunks(p)) for d in self._decode for p in self._prefill)
         return [*(Bucket(d) for d in self._decode if d), *mixed]
 
     def warm(self, buckets: Iterable[Bucket] | None = None) -> None:
