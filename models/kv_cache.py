@@ -7,12 +7,14 @@ steps that take the `Moves`, whose order makes it safe to reuse a page at once.
 """
 
 import hashlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+
+from taskgraph.models.disk import DiskTier
 
 Pages = npt.NDArray[np.int32]
 Key = bytes
@@ -105,6 +107,11 @@ class PagePool:
             del self._idle[page]
             self._push(np.array([page], np.int32))
 
+    def clear(self) -> None:
+        """Forget what all pages hold."""
+        for page in list(self._key):
+            self.drop(page)
+
     def oldest_idle(self) -> Iterable[int]:
         """Idle pages, the longest unused first."""
         return iter(self._idle)
@@ -136,13 +143,14 @@ class Moves:
 
 
 class PagedCache:
-    """The device's pages, with the host's behind them."""
+    """The device's pages, with the host's behind them, and the disk's behind those."""
 
-    def __init__(self, pages: int, page_size: int, host_pages: int = 0) -> None:
-        self.page_size = page_size
+    def __init__(self, pages: int, page_size: int, host_pages: int = 0, disk: DiskTier | None = None) -> None:
+        self.page_size, self.disk = page_size, disk
         self.device, self.host = PagePool(pages), PagePool(host_pages)
         self.moves = Moves()
         self._leaving: list[tuple[PagePool, Pages]] = []
+        self._flying: Counter[int] = Counter()
 
     def take_moves(self) -> Moves:
         """The moves since the last call, for the next step; pages that they read may be given away from then on."""
@@ -150,7 +158,24 @@ class PagedCache:
         for pool, pages in self._leaving:
             pool.release(pages)
         self._leaving = []
+        self._flying.update(slot for _, slot in moves.out)
         return moves
+
+    def landed(self, moves: Moves) -> None:
+        """The step that took `moves` has ended; host pages that run short go on to disk."""
+        self._flying.subtract(slot for _, slot in moves.out)
+        if self.disk is None:
+            return
+        self._settle(self.disk)
+        wanted = self.host.pages // 4 - self.host.free - self.disk.writing
+        for slot in [s for s in self.host.oldest_idle() if not self._flying[s]][: max(wanted, 0)]:
+            key = self.host.key_of(slot)
+            assert key is not None
+            if key in self.disk:
+                self.host.drop(slot)
+            else:
+                self.host.hold(slot)
+                self.disk.store(slot, key)
 
     def allocate(self, count: int) -> Pages:
         """`count` pages of the device; idle blocks that must make room go to the host if it has room."""
@@ -187,6 +212,48 @@ class PagedCache:
                 break
             pages.append(page)
         return np.array(pages, np.int32)
+
+    def forget(self) -> None:
+        """Forget every block but those on disk: a step has failed, and with it what it wrote and moved."""
+        self.moves = Moves()
+        self._flying.clear()
+        self.device.clear()
+        self.host.clear()
+
+    def recall(self, keys: Sequence[Key]) -> None:
+        """Begin to read what is on disk of the longest known prefix of `keys`, into half the host at most."""
+        room = min(self.host.pages // 2, self.host.available) if self.disk is not None else 0
+        for key in keys:
+            if self.device.find(key) is not None or self.host.find(key) is not None:
+                continue
+            if self.disk is None or key not in self.disk or not room:
+                return
+            if not self.disk.loading(key):
+                self.disk.load(int(self.host.allocate(1)[0]), key)
+                room -= 1
+
+    def recalling(self, keys: Sequence[Key]) -> bool:
+        """Whether a block of `keys` is on its way from disk."""
+        if self.disk is None:
+            return False
+        self._settle(self.disk)
+        return any(self.disk.loading(key) for key in keys)
+
+    def settle(self) -> None:
+        """Wait for a block that is on its way to or from disk, if there is one."""
+        if self.disk is not None:
+            self._settle(self.disk, wait=True)
+
+    def _settle(self, disk: DiskTier, wait: bool = False) -> None:
+        done = disk.finished(wait)
+        for slot, key, good in done.read:
+            if good:
+                self.host.publish(slot, key)
+            self.host.release(np.array([slot], np.int32))
+        for slot, _, _ in done.written:
+            self.host.release(np.array([slot], np.int32))
+            if not self.host.holders[slot]:  # else someone wants it back already
+                self.host.drop(slot)
 
     def swap_out(self, pages: Pages) -> Pages | None:
         """Move a sequence's pages to the host and release them; None, and nothing done, when it has no room."""

@@ -62,10 +62,8 @@ def step_graph(config: ModelConfig, bucket: Bucket, shape: PageShape, dtype: str
     pages. States of every layer: keys and values, and with moves host_keys and host_values.
     Outputs: logits and next, as of every step graph.
     """
-    if config.latent or yarn(config):
-        raise tg.ConfigError(
-            f"{config.name} has latent attention or YaRN, which pages do not serve; use a static step."
-        )
+    if config.latent:
+        raise tg.ConfigError(f"{config.name} has latent attention, which pages do not serve; use a static step.")
     b = tg.GraphBuilder(f"{config.name}-paged-{bucket.decode}+{bucket.prefill}/{bucket.chunks}")
     rows = {name: b.input(name, (bucket.tokens,), "i32") for name in ("positions", "slots")}
     tables = _tables(b, bucket, shape)
@@ -79,7 +77,8 @@ def step_graph(config: ModelConfig, bucket: Bucket, shape: PageShape, dtype: str
             _move(layer, cache, [layer.state(f"host_{name}", *room) for name in ("keys", "values")], pairs)
         q = tg.ops.paged_rope(
             mine.qkv, rows["positions"], rows["slots"], *cache, *mine.norms, heads=config.heads, context=shape.context,
-            theta=config.rope_theta, eps=config.norm_eps, scaling=rope_scaling(config), name=layer.name("rope"),
+            theta=config.rope_theta, eps=config.norm_eps, scaling=rope_scaling(config), yarn=yarn(config),
+            name=layer.name("rope"),
         )  # fmt: skip
         return _attention(layer, q, bucket, tables, cache, shape.context)
 

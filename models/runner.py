@@ -6,6 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 import taskgraph as tg
 from taskgraph.models import llama, paged, sampling
@@ -70,8 +71,8 @@ class CpuRunner:
         self.config, self.shape, self.dtype, self.scheduler = config, shape, dtype, scheduler
         self.bank: GraphBank[Bucket] = GraphBank(self._make, budget_bytes)
         self._bound = {**weights, **self._states()}
-        self._decode, self._prefill = ladder(limits.sequences), (0, *(n for n in ladder(limits.tokens) if n >= 16))
-        self._chunks = limits.chunks
+        self._limits, self._decode = limits, ladder(limits.sequences)
+        self._prefill = (*(n for n in (16 << i for i in range(16)) if n < limits.tokens), limits.tokens)
         self._thread = ThreadPoolExecutor(1, "taskgraph-runner")
         self._running: Future[tuple[Ints, float]] | None = None
 
@@ -84,9 +85,9 @@ class CpuRunner:
         kind = {"bf16": torch.bfloat16, "f32": torch.float32}[self.dtype]
         pools = {"": self.shape.pages, "host_": self.shape.host_pages}
         return {
-            f"layer.{i}/{prefix}{name}": torch.zeros(self.shape.room(self.config, pages), dtype=kind)
+            f"{mark}{prefix}{name}": torch.zeros(self.shape.room(self.config, pages), dtype=kind)
             for prefix, pages in pools.items() if pages
-            for i in range(self.config.layers)
+            for mark in llama.layout(self.config).marks()
             for name in ("keys", "values")
         }  # fmt: skip
 
@@ -105,15 +106,23 @@ class CpuRunner:
         decode = min(n for n in self._decode if n >= batch.decode)
         if not batch.chunks and (decode or not batch.moves):
             return Bucket(decode, moves=bool(batch.moves))
-        prefill = min(n for n in self._prefill if n >= max(batch.prefill, 1))
-        chunks = min(n for n in (1, 4, self._chunks) if n >= batch.chunks)
-        return Bucket(decode, prefill, chunks, bool(batch.moves))
+        prefill = min(n for n in self._prefill if n >= batch.prefill and self._chunks(n) >= batch.chunks)
+        return Bucket(decode, prefill, self._chunks(prefill), bool(batch.moves))
 
-    def warm(self, buckets: Iterable[Bucket]) -> None:
-        """Plan and capture these buckets now, so that no step has to."""
-        for bucket in buckets:
-            executable = self.bank[bucket]
-            _clear(executable.inputs)  # type: ignore[attr-defined]
+    def _chunks(self, prefill: int) -> int:
+        """Chunks that a bucket of so many rows of prefill has."""
+        return self._limits.chunks if prefill == self._prefill[-1] else min(max(prefill // 16, 1), self._limits.chunks)
+
+    def buckets(self) -> list[Bucket]:
+        """Every bucket that a step without moving pages can have."""
+        mixed = (Bucket(d, p, self._chunks(p)) for d in self._decode for p in self._prefill)
+        return [*(Bucket(d) for d in self._decode if d), *mixed]
+
+    def warm(self, buckets: Iterable[Bucket] | None = None) -> None:
+        """Plan and capture these buckets now (all that do not move pages, unless told), so that no step has to."""
+        for bucket in self.buckets() if buckets is None else buckets:
+            executable: Any = self.bank[bucket]
+            _clear(executable.inputs)
             executable.launch()
 
     # -- steps -------------------------------------------------------------------------------------
@@ -144,6 +153,25 @@ class CpuRunner:
             logits = outputs[llama.LOGITS][rows[d.samples]]
             samples[d.samples] = sampling.draw(logits, d.temperature, d.top_k, d.top_p, d.uniform)
         return samples, self.now()
+
+    def read_page(self, page: int) -> bytes:
+        """The bytes of a host page in every layer."""
+        return b"".join(part.tobytes() for part in self._host_page(page))
+
+    def write_page(self, page: int, data: bytes) -> None:
+        """Give a host page these bytes; ValueError if they are not as many as a page has."""
+        parts = self._host_page(page)
+        size = parts[0].nbytes
+        if len(data) != size * len(parts):
+            raise ValueError(f"{len(data)} bytes where a page has {size * len(parts)}")
+        for i, part in enumerate(parts):
+            part[:] = np.frombuffer(data, np.uint8, size, i * size)
+
+    def _host_page(self, page: int) -> list[npt.NDArray[np.uint8]]:
+        import torch
+
+        pools = (t for name, t in self._bound.items() if name.rpartition("/")[2].startswith("host_"))
+        return [pool[page].view(torch.uint8).numpy().reshape(-1) for pool in pools]
 
     def close(self) -> None:
         self._thread.shutdown()

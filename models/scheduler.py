@@ -5,6 +5,7 @@ formed while the one before it runs: tokens that are still being computed are fe
 sequence is taken to go on, so one that ends by a stop token has a token too many in the batch after.
 """
 
+import logging
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -16,6 +17,7 @@ from taskgraph.models.kv_cache import Key, Moves, PagedCache, Pages, block_keys
 from taskgraph.models.requests import MOST_STOPS, Request
 from taskgraph.models.sampling import uniforms
 
+log = logging.getLogger("taskgraph.serve")
 Ints = npt.NDArray[np.int64]
 FREE, RUNNING, SWAPPED, DROPPED = range(4)
 """States of a row: no sequence, one on the device, one whose pages are on the host, one that must be recomputed."""
@@ -44,6 +46,7 @@ class Waiting:
     prompt: npt.NDArray[np.int32]
     arrival_s: float
     keys: list[Key] = field(default_factory=list)
+    recalled: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,16 +98,17 @@ class Scheduler:
     """The sequences that wait and that run, and the batches that they make."""
 
     def __init__(
-        self, limits: Limits, cache: PagedCache, *, prefix_sharing: bool = True, by_experience: bool = False
+        self, limits: Limits, cache: PagedCache, *, prefix_sharing: bool = True, expected_output: float | None = None
     ) -> None:
-        self.limits, self.cache, self.prefix_sharing, self.by_experience = limits, cache, prefix_sharing, by_experience
+        self.limits, self.cache, self.prefix_sharing = limits, cache, prefix_sharing
+        self.expected_output = expected_output
         rows, blocks = limits.sequences, -(-limits.context // cache.page_size)
         self.waiting: deque[Waiting] = deque()
         self.tokens = np.zeros((rows, limits.context + 1), np.int32)
         self.blocks = np.zeros((rows, blocks), np.int32)
         self.state = np.full(rows, FREE, np.int8)
         self.known, self.computed, self.limit, self.prompt, self.held = np.zeros((5, rows), np.int64)
-        self.epoch, self.number, self.order = np.zeros((3, rows), np.int64)
+        self.given, self.epoch, self.number, self.order = np.zeros((4, rows), np.int64)
         self.pending = np.full(rows, -1, np.int64)
         self.stops = np.full((rows, MOST_STOPS), -1, np.int64)
         self.temperature, self.top_p = np.zeros((2, rows), np.float32)
@@ -113,7 +117,6 @@ class Scheduler:
         self.host: list[Pages | None] = [None] * rows
         self.requests: list[Waiting | None] = [None] * rows
         self.preemptions = self.recomputed = 0
-        self.output_mean: float | None = None
         self._admitted = 0
 
     # -- a batch ---------------------------------------------------------------------------------
@@ -173,6 +176,7 @@ class Scheduler:
             self.blocks[row, self.held[row] : self.held[row] + need] = self.cache.allocate(need)
             self.held[row] += need
         chunks.append((row, first, count))
+        self._publish(row, first // size, (first + count) // size)
         return count
 
     def _batch(self, rows: Ints, chunks: list[tuple[int, int, int]], pending: Ints, moves: Moves) -> Batch:
@@ -191,7 +195,6 @@ class Scheduler:
         self.pending[sequences[whole]] = np.flatnonzero(whole)
         source = pending[sequences]
         feed = np.flatnonzero(whole & (source >= 0))
-        self._publish(chunks)
         return Batch(
             tokens=self.tokens[owners, places].astype(np.int64),
             positions=places.astype(np.int32),
@@ -226,9 +229,12 @@ class Scheduler:
         away = np.flatnonzero((self.state == SWAPPED) | (self.state == DROPPED))
         if len(away):
             return self._resume(int(away[np.argmin(self.order[away])]))
-        if not self.waiting or not self._fits(self.waiting[0]):
+        if not self.waiting or not self._fits(first := self.waiting[0]):
             return None
-        return self._start(self.waiting.popleft())
+        if not first.recalled:
+            first.recalled = True
+            self.cache.recall(first.keys)
+        return None if self.cache.recalling(first.keys) else self._start(self.waiting.popleft())
 
     def _fits(self, candidate: Waiting) -> bool:
         """Whether the device holds the predicted peak with the candidate let in (as in LightLLM's past-future
@@ -239,21 +245,22 @@ class Scheduler:
         now = np.append(self.known[rows], len(candidate.prompt))
         ends = np.append(self.limit[rows], len(candidate.prompt) + candidate.request.max_tokens)
         begun = np.append(self.prompt[rows], len(candidate.prompt))
-        if self.output_mean is not None:
-            ends = np.minimum(ends, np.maximum(begun + int(self.output_mean), now + size))
+        slack = size - 1  # the last page of each counts whole, or half when ends are guesses anyway
+        if self.expected_output is not None:
+            slack = size // 2
+            ends = np.minimum(ends, np.maximum(begun + round(self.expected_output), now + 1))
         left = np.maximum(ends - now, 0)
         order = np.argsort(-left)
-        pages = -(-now[order] // size)
         growing = np.arange(1, len(order) + 1)
-        peak = np.cumsum(pages) + growing * -(-left[order] // size)
-        return bool(peak.max() <= self.cache.device.pages)
+        tokens = np.cumsum(now[order]) + growing * (left[order] + slack)
+        return bool(tokens.max() <= self.cache.device.pages * size or len(rows) == 0)
 
     def _start(self, candidate: Waiting) -> int:
         row = int(np.flatnonzero(self.state == FREE)[0])
         prompt, request = candidate.prompt, candidate.request
         length = len(prompt)
         self.tokens[row, :length] = prompt
-        self.state[row], self.known[row], self.prompt[row] = RUNNING, length, length
+        self.state[row], self.known[row], self.prompt[row], self.given[row] = RUNNING, length, length, length
         self.limit[row], self.number[row] = length + request.max_tokens, candidate.number
         self.stops[row] = -1
         self.stops[row, : len(request.stop)] = sorted(request.stop)
@@ -292,6 +299,7 @@ class Scheduler:
             self.host[row], self.state[row] = slots, SWAPPED
             return
         self.recomputed += 1
+        log.warning("the host has no room for the pages of request %d; they are computed again.", self.number[row])
         self.cache.release(pages)
         self.state[row], self.held[row], self.computed[row] = DROPPED, 0, 0
 
@@ -302,7 +310,7 @@ class Scheduler:
         length and by a stop token. `retire` those."""
         mine = np.flatnonzero((batch.owner >= 0) & (self.epoch[batch.owner] == batch.epoch))
         rows, tokens, place = batch.owner[mine], samples[mine], batch.place[mine]
-        self.tokens[rows, place] = tokens
+        self.tokens[rows, place], self.given[rows] = tokens, place + 1
         stopped = (self.stops[rows] == tokens[:, None]).any(axis=1)
         full = (place + 1 >= self.limit[rows]) & ~stopped
         return rows, tokens, rows[full].tolist(), rows[stopped].tolist()
@@ -331,13 +339,11 @@ class Scheduler:
 
     def learn(self, length: int) -> None:
         """Let later predictions know that a request gave `length` tokens, where predictions go by experience."""
-        if self.by_experience:
-            before = length if self.output_mean is None else self.output_mean
-            self.output_mean = before + 0.05 * (length - before)
+        if self.expected_output is not None:
+            self.expected_output += 0.05 * (length - self.expected_output)
 
-    def _publish(self, chunks: list[tuple[int, int, int]]) -> None:
-        """Prompt pages that these chunks fill may be shared from the next batch on."""
-        size = self.cache.page_size
-        for row, first, count in chunks:
-            for block in range(first // size, min((first + count) // size, len(self.keys[row]))):
-                self.cache.device.publish(int(self.blocks[row, block]), self.keys[row][block])
+    def _publish(self, row: int, first: int, last: int) -> None:
+        """Prompt pages first to last may be shared from now on, in the very batch that fills them: a layer writes the
+        keys of all rows before any attention reads them."""
+        for block in range(first, min(last, len(self.keys[row]))):
+            self.cache.device.publish(int(self.blocks[row, block]), self.keys[row][block])

@@ -154,9 +154,12 @@ def simulated_engine(
     host_pages: int = 0,
     limits: Limits | None = None,
     host_s: float = 0.0,
+    expected_output: float | None = None,
 ) -> Engine:
     """An engine over a SimRunner; it shares no prefixes, because its prompts are lengths and not texts."""
     limits = limits or Limits(sequences=1024, tokens=2048, chunks=64, context=config.max_context)
     runner = SimRunner(seconds, page_bytes=page_bytes(config, page_size), host_s=host_s)
     cache = PagedCache(pages, page_size, host_pages)
-    return Engine(runner, cache, limits, vocabulary=config.vocab_size, prefix_sharing=False)
+    return Engine(
+        runner, cache, limits, vocabulary=config.vocab_size, prefix_sharing=False, expected_output=expected_output
+    )

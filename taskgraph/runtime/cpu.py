@@ -334,9 +334,12 @@ class CpuExecutable:
         """Stop the lanes and drop the buffers; a second call does nothing."""
         if not self._closed:
             self._closed = self._stale = True
+            with _REPLAY:
+                for lane in self._lanes:
+                    lane.program = []
             for lane in reversed(self._lanes):
                 lane.close()
-            self._buffers, self._given, self._entries = {}, {}, []
+            self._buffers, self._given, self._entries, self._programs = {}, {}, [], []
 
     def __enter__(self) -> Self:
         return self

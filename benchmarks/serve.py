@@ -1,0 +1,195 @@
+"""Tokens/s of SmolLM2-135M serving the same requests: taskgraph's engine, transformers' static batches; one process."""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import interleaved, machine, print_json, spread
+from benchmarks.peers import TORCH_DTYPES, transformers_models
+from taskgraph.models import llama
+from taskgraph.models.config import ModelConfig, load_config
+from taskgraph.models.engine import Engine, cpu_engine
+from taskgraph.models.hub import smollm2_path
+from taskgraph.models.requests import Request
+from taskgraph.models.scheduler import Limits
+from taskgraph.models.simulate import simulated_engine
+from taskgraph.models.weights import open_checkpoint
+
+if TYPE_CHECKING:
+    import torch
+
+EPILOG = """\
+Requests: random tokens, prompts of 8 to 128, outputs of 4 to 48, all there at the start, greedy, no stop token. The
+figure of each contender is the output tokens of all requests over the seconds until the last one has ended.
+
+  taskgraph     the serving engine: continuous batching, chunked prefill, paged cache; bf16; plans made before
+  transformers  generate() on left-padded batches of equal size in the order of the requests, each until its longest
+                output is done; the best of the batch sizes, in the better dtype of a short trial
+  llama_cpp     null: this benchmark has no contender for it yet (benchmarks.llm compares single steps)
+
+Contenders take turns, round by round; the figure is the median.
+
+examples:
+  python -m benchmarks.serve --json
+  python -m benchmarks.serve --requests 96 --batches 16 --rounds 5
+"""
+
+
+def make_requests(config: ModelConfig, count: int) -> list[Request]:
+    """The same requests every time."""
+    draw = np.random.default_rng(0)
+    lengths = zip(draw.integers(8, 129, count).tolist(), draw.integers(4, 49, count).tolist(), strict=True)
+    return [Request(draw.integers(0, config.vocab_size, p), o) for p, o in lengths]
+
+
+def engine_of(config: ModelConfig, weights: Mapping[str, "torch.Tensor"], sequences: int) -> Engine:
+    """The engine, with room for every running sequence's longest length; blocks are not shared between rounds."""
+    limits = Limits(sequences=sequences, tokens=sequences + 128, chunks=8, context=256)
+    return cpu_engine(config, weights, limits, pages=sequences * 8, prefix_sharing=False)
+
+
+def static_batches(model: Any, requests: Sequence[Request], size: int) -> Callable[[], None]:
+    """transformers' generate on batches of `size`, left-padded."""
+    import torch
+
+    def run() -> None:
+        for first in range(0, len(requests), size):
+            group = requests[first : first + size]
+            most, longest = max(len(r.prompt) for r in group), max(r.max_tokens for r in group)
+            ids = torch.zeros(len(group), most, dtype=torch.int64)
+            mask = torch.zeros_like(ids)
+            for row, request in enumerate(group):
+                ids[row, most - len(request.prompt) :] = torch.from_numpy(np.asarray(request.prompt))
+                mask[row, most - len(request.prompt) :] = 1
+            with torch.inference_mode():
+                model.generate(
+                    ids, attention_mask=mask, do_sample=False, max_new_tokens=longest, min_new_tokens=longest,
+                    eos_token_id=None, pad_token_id=0,
+                )  # fmt: skip
+
+    return run
+
+
+def better_dtype(models: Mapping[str, Any], config: ModelConfig, size: int) -> str:
+    """The dtype in which a short batch is done sooner."""
+    short = [Request(np.full(32, 7 + i), 4) for i in range(size)]
+    runs = {dtype: static_batches(models[dtype], short, size) for dtype in TORCH_DTYPES}
+    seconds = interleaved(runs, rounds=2)
+    return min(seconds, key=lambda dtype: min(seconds[dtype]))
+
+
+def engine_seconds(sequences: int = 256, steps: int = 3000) -> float:
+    """Median seconds of the engine's own work in a step of about `sequences` decoding sequences, nothing executed."""
+    config = load_config("smollm2-135m")
+    limits = Limits(sequences=sequences, tokens=2 * sequences, chunks=16, context=1024)
+    draw, times = np.random.default_rng(0), []
+    with simulated_engine(config, lambda shape: 1.0, pages=sequences * 64, limits=limits) as engine:
+        for p, o in zip(draw.integers(1, 512, steps).tolist(), draw.integers(1, 512, steps).tolist(), strict=True):
+            engine.submit(Request(np.ones(p, np.int32), o))
+        for _ in range(steps):
+            begin = time.perf_counter()
+            engine.step()
+            times.append(time.perf_counter() - begin)
+    return float(np.median(times[steps // 4 : -steps // 4]))
+
+
+def measure(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
+    """Tokens/s of every contender."""
+    import torch
+
+    say("loading weights")
+    with open_checkpoint(smollm2_path() if args.model == "smollm2" else Path(args.model)) as checkpoint:
+        config = checkpoint.config
+        weights = llama.load_weights(config, checkpoint, "bf16")
+        models = {} if args.no_peers else transformers_models(checkpoint)
+    requests = make_requests(config, args.requests)
+    tokens = sum(r.max_tokens for r in requests)
+    with engine_of(config, weights, args.sequences) as engine:
+        say("planning and capturing")
+        engine.run(requests)
+        planned = engine.runner.bank.made  # type: ignore[attr-defined]
+        runs: dict[str, Callable[[], Any]] = {"taskgraph": lambda: engine.run(requests)}
+        dtype = None
+        if models:
+            dtype = better_dtype(models, config, args.batches[0])
+            say(f"transformers in {dtype}")
+            runs |= {f"transformers_{n}": static_batches(models[dtype], requests, n) for n in args.batches}
+        before = engine.stats.host_s, engine.stats.hidden_s, engine.stats.steps
+        say(f"measuring {tokens} tokens of {len(requests)} requests")
+        seconds = interleaved(runs, rounds=args.rounds, warmup=0, budget_s=args.budget, pause_s=0.01)
+        host, hidden, steps = (a - b for a, b in zip(
+            (engine.stats.host_s, engine.stats.hidden_s, engine.stats.steps), before, strict=True))  # fmt: skip
+        again = engine.runner.bank.made - planned  # type: ignore[attr-defined]
+    rate = {name: tokens / float(np.median(times)) for name, times in seconds.items()}
+    return {
+        "taskgraph_tok_s": rate.pop("taskgraph"),
+        "transformers_tok_s": max(rate.values(), default=None),
+        "llama_cpp_tok_s": None,
+        "transformers_by_batch": {name.rpartition("_")[2]: value for name, value in rate.items()},
+        "transformers_dtype": dtype,
+        "engine_us_per_step_256": 1e6 * engine_seconds(),
+        "host_s_per_step": host / steps,
+        "host_hidden": hidden / host,
+        "planned_while_serving": again,
+        "requests": len(requests),
+        "tokens": tokens,
+        "spread": {name: spread(times) for name, times in seconds.items()},
+        "machine": f"{machine()}, torch {torch.__version__}, {len(os.sched_getaffinity(0))} threads",
+    }
+
+
+def table_of(result: Mapping[str, Any]) -> Table:
+    """One row for each contender."""
+    title = f"SmolLM2-135M, {result['requests']} requests, {result['tokens']} output tokens (measured, median)"
+    table = Table(title=title, caption=result["machine"])
+    for name in ("contender", "tokens/s", "taskgraph over it"):
+        table.add_column(name, justify="left" if name == "contender" else "right")
+    ours = result["taskgraph_tok_s"]
+    table.add_row("taskgraph", f"{ours:,.1f}", "")
+    for batch, rate in result["transformers_by_batch"].items():
+        table.add_row(
+            f"transformers, batch {batch}, {result['transformers_dtype']}", f"{rate:,.1f}", f"{ours / rate:.2f}x"
+        )
+    table.add_row(
+        "host time a step", f"{1e6 * result['host_s_per_step']:,.0f} us", f"{result['host_hidden']:.0%} hidden"
+    )
+    table.add_row("the engine's own time a step at 256 sequences", f"{result['engine_us_per_step_256']:,.0f} us", "")
+    return table
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        "benchmarks.serve", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="smollm2", help="smollm2, or a checkpoint of the Llama family")
+    parser.add_argument("--requests", type=int, default=32, help="how many (default 32)")
+    parser.add_argument("--sequences", type=int, default=32, help="sequences that the engine runs at once (default 32)")
+    parser.add_argument("--batches", type=int, nargs="+", default=[8, 16, 32], help="transformers' batch sizes")
+    parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default 3)")
+    parser.add_argument("--budget", type=float, default=30.0, help="stop after these seconds, but not before round 3")
+    parser.add_argument("--no-peers", action="store_true", help="taskgraph alone")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON on the last line")
+    args = parser.parse_args(argv)
+    begin = time.perf_counter()
+
+    def say(text: str) -> None:
+        print(f"[{time.perf_counter() - begin:5.1f} s] {text}", file=sys.stderr, flush=True)
+
+    result = measure(args, say)
+    Console(width=max(Console().width, 110)).print(table_of(result))
+    if args.json:
+        print_json(result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
