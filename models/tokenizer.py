@@ -137,13 +137,16 @@ class Tokenizer:
 
         Raises WeightsError when the checkpoint has no chat template or the template fails.
         """
+        messages = [] if system is None else [{"role": "system", "content": system}]
+        return self.conversation([*messages, {"role": "user", "content": prompt}])
+
+    def conversation(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The messages (role, content) in the model's chat format, as `chat` does one prompt."""
         if self.chat_template is None:
             raise WeightsError(f"{self._source} has no chat template. Encode the prompt as it is, or use a chat model.")
-        messages = [] if system is None else [{"role": "system", "content": system}]
-        messages.append({"role": "user", "content": prompt})
         return self._render(self.chat_template, messages)
 
-    def _render(self, template: str, messages: list[dict[str, str]]) -> str:
+    def _render(self, template: str, messages: Sequence[Mapping[str, str]]) -> str:
         from jinja2 import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment  # the template comes with the weights: not trusted
 

@@ -17,6 +17,7 @@ from rich.table import Table
 import taskgraph as tg
 from taskgraph import tuning
 from taskgraph.errors import BackendUnavailable, DeviceError, TaskgraphError
+from taskgraph.models import commands
 from taskgraph.units import format_quantity, format_seconds
 
 if TYPE_CHECKING:
@@ -421,6 +422,9 @@ def whatif(
     table.add_row("verdict", *(f"{o.plan.verdict.choice}, {o.plan.verdict.gain:.2f}x" for o in pair), "")
     table.add_row("error band", *(f"±{100 * o.plan.verdict.error_band:.0f} %" for o in pair), "")
     _screen.print(table)
+
+
+commands.register(app)  # serve, bench-serve
 
 
 if __name__ == "__main__":

@@ -1,0 +1,182 @@
+"""The commands `taskgraph serve` and `taskgraph bench-serve`."""
+
+import dataclasses
+import json
+import math
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from taskgraph.errors import BackendUnavailable, RequestError
+from taskgraph.models.engine import Engine
+from taskgraph.models.traces import DATASETS, Arrival, Percentiles, Report, poisson, read_trace, replay
+
+_screen = Console(highlight=False)
+_status = Console(stderr=True, highlight=False)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    app.command()(serve)
+    app.command("bench-serve")(bench_serve)
+
+
+# -------------------------------------------------------------------------------------------- serve
+
+
+def serve(
+    model: Annotated[str, typer.Argument(help="smollm2, a .gguf or .safetensors file, a folder, or a hub id org/name")],
+    host: Annotated[str, typer.Option(help="address to listen on; 0.0.0.0 is every one")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one and says which")] = 8000,
+    name: Annotated[str, typer.Option(help="the model's name in requests (default: the checkpoint's)")] = "",
+    dtype: Annotated[str, typer.Option(help="bf16 or f32")] = "bf16",
+    context: Annotated[int, typer.Option(min=1, help="most tokens of a prompt and its answer")] = 2048,
+    sequences: Annotated[int, typer.Option(min=1, help="most sequences in a step")] = 32,
+    step_tokens: Annotated[int, typer.Option(min=2, help="most tokens in a step: decode, then prefill")] = 256,
+    pages: Annotated[int, typer.Option(min=0, help="pages of the KV cache, 32 tokens each; 0 chooses")] = 0,
+    most_open: Annotated[int, typer.Option(min=1, help="requests that may run and wait; one more gets 429")] = 256,
+    most_body: Annotated[int, typer.Option(min=1, help="bytes of a request's body; more gets 413")] = 1 << 20,
+    warm: Annotated[bool, typer.Option(help="plan and capture every step before the first request")] = True,
+    drain: Annotated[float, typer.Option(min=0, help="seconds that requests get to end at shutdown")] = 30.0,
+) -> None:
+    """Serve a model on this machine with the OpenAI API: completions and chat, streamed or whole.
+
+    \b
+    taskgraph serve smollm2 --name smollm2
+    curl localhost:8000/v1/completions -d '{"model": "smollm2", "prompt": "Hi"}'
+
+    Requests are batched continuously over a paged KV cache; those that find it full wait. GET /v1/models names the
+    model, GET /health says whether requests are taken. SIGINT or SIGTERM ends what runs, or cancels it after --drain.
+    """
+    if find_spec("fastapi") is None or find_spec("uvicorn") is None:
+        raise BackendUnavailable("serving needs FastAPI and uvicorn: pip install 'taskgraph-gpu[serve]'.")
+    from taskgraph.models.local import open_local
+    from taskgraph.models.serve import Served, run_server
+    from taskgraph.models.service import Service
+
+    with _status.status("load weights, plan and capture steps"):
+        local = open_local(
+            model,
+            dtype=dtype,
+            sequences=sequences,
+            tokens=max(step_tokens, sequences + 1),
+            context=context,
+            pages=pages,
+        )
+    with Service(local.engine, most_open) as service:
+        served = Served(service, local.tokenizer, name or local.name, most_body)
+
+        def started(at: int) -> None:
+            _status.print(f"serving {served.name} at http://{host}:{at}/v1 (ctrl-c to stop)", soft_wrap=True)
+
+        run_server(served, host, port, drain_s=drain, started=started)
+    _status.print("stopped")
+
+
+# -------------------------------------------------------------------------------------- bench-serve
+
+
+def bench_serve(
+    model: Annotated[str, typer.Argument(help="a checkpoint as for `serve`; with --device a size as for `plan`")],
+    trace: Annotated[
+        Path | None, typer.Option(help="CSV with a header, or JSON lines: arrival_s, input_tokens, output_tokens")
+    ] = None,
+    dataset: Annotated[str, typer.Option(help=f"or lengths drawn like those of {', '.join(DATASETS)}")] = "",
+    requests: Annotated[int, typer.Option(min=1, help="how many to draw")] = 1000,
+    rate: Annotated[float, typer.Option(min=0, help="requests a second that are drawn; 0: all at once")] = 0.0,
+    device: Annotated[str, typer.Option(help="cpu runs the model (measured); others, see `devices`, simulate")] = "cpu",
+    ranks: Annotated[int, typer.Option(min=1, help="tensor-parallel devices (simulated)")] = 1,
+    context: Annotated[int, typer.Option(min=1, help="most tokens of a request")] = 4096,
+    sequences: Annotated[int, typer.Option(min=0, help="most sequences in a step (cpu 32, else 1024)")] = 0,
+    step_tokens: Annotated[int, typer.Option(min=0, help="most tokens in a step (cpu 256, else 2048)")] = 0,
+    variant: Annotated[str, typer.Option(help="simulated: taskgraph, sequential or nanobatch_only")] = "taskgraph",
+    plan_seconds: Annotated[float, typer.Option(help="simulated: search for the plan of a step")] = 0.5,
+    seed: Annotated[int, typer.Option(help="of prompts, drawn lengths and arrivals")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
+) -> None:
+    """Replay a trace of requests offline and report throughput, TTFT, TPOT and latency.
+
+    \b
+    taskgraph bench-serve smollm2 --trace trace.csv
+    taskgraph bench-serve llama-2-70b --device a100_sxm --ranks 8 --dataset sharegpt --rate 20
+
+    Prompts are random tokens, and every request gives all its output tokens. On the cpu the engine runs the model and
+    times are measured; for another device steps take the time of their plans, and all times are simulated.
+    """
+    arrivals = _arrivals(trace, dataset, requests, rate, context, seed)
+    if device == "cpu":
+        if ranks != 1:
+            raise RequestError(f"ranks is {ranks}; a trace is replayed on one cpu. Give a --device to simulate ranks.")
+        report = _measured(model, arrivals, context, sequences or 32, step_tokens or 256, seed)
+    else:
+        report = _simulated(
+            model, arrivals, device, ranks, context, sequences or 1024, step_tokens or 2048, variant, plan_seconds, seed
+        )
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(report)))
+    else:
+        where = "this machine" if device == "cpu" else f"{ranks} x {device}, {variant}"
+        _screen.print(_table(report, f"{model} on {where} ({report.kind})"))
+
+
+def _arrivals(trace: Path | None, dataset: str, requests: int, rate: float, context: int, seed: int) -> list[Arrival]:
+    if (trace is None) == (not dataset):
+        raise RequestError("give --trace FILE or --dataset NAME, one of them.")
+    if trace is not None:
+        return read_trace(trace)
+    if dataset not in DATASETS:
+        raise RequestError(f"no dataset {dataset!r}; there are {', '.join(DATASETS)}.")
+    return poisson(DATASETS[dataset].draw(requests, context, seed), rate or math.inf, seed)
+
+
+def _measured(model: str, arrivals: list[Arrival], context: int, sequences: int, tokens: int, seed: int) -> Report:
+    from taskgraph.models.local import open_local
+
+    with _status.status("load weights, plan and capture steps"):
+        local = open_local(model, sequences=sequences, tokens=max(tokens, sequences + 1), context=context)
+    with local.engine as engine, _status.status("replay"):
+        return replay(engine, arrivals, "measured", vocabulary=local.vocabulary, seed=seed)
+
+
+def _simulated(
+    model: str, arrivals: list[Arrival], device: str, ranks: int, context: int, sequences: int, tokens: int,
+    variant: str, plan_seconds: float, seed: int,
+) -> Report:  # fmt: skip
+    from taskgraph.models.config import load_config
+    from taskgraph.models.scheduler import Limits
+    from taskgraph.models.simulate import pages_of, simulated_engine
+    from taskgraph.models.stepgrid import StepGrid
+
+    config = load_config(model)
+    limits = Limits(sequences, max(tokens, sequences + 1), chunks=64, context=min(context, config.max_context))
+    mean = sum(a.input_tokens for a in arrivals) / len(arrivals)
+    grid = StepGrid(config, device, tensor_parallel=ranks, prompt_tokens=mean, budget_s=plan_seconds, seed=seed)
+    pages = pages_of(config, device, tensor_parallel=ranks)
+    engine: Engine = simulated_engine(config, grid.of(variant), pages=pages, limits=limits)
+    with engine, _status.status("plan and replay"):
+        return replay(engine, arrivals, "simulated", vocabulary=config.vocab_size, seed=seed)
+
+
+def _table(report: Report, title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in ("", "mean", "p50", "p90", "p99"):
+        table.add_column(column, justify="right" if column else "left")
+
+    def times(what: str, p: Percentiles | None) -> None:
+        cells = [] if p is None else [p.mean_s, p.p50_s, p.p90_s, p.p99_s]
+        table.add_row(what, *(f"{1e3 * cell:,.1f} ms" for cell in cells))
+
+    table.add_row("requests", f"{report.requests:,} in {report.seconds:,.1f} s")
+    table.add_row("requests/s", f"{report.requests_per_s:,.2f}")
+    table.add_row("tokens/s", f"{report.tokens_per_s:,.0f}")
+    table.add_row("tokens/s, middle half", f"{report.steady_tokens_per_s:,.0f}")
+    table.add_row("output tokens/s", f"{report.output_tokens_per_s:,.0f}")
+    table.add_row("steps", f"{report.steps:,}")
+    times("TTFT", report.ttft)
+    times("TPOT", report.tpot)
+    times("latency", report.latency)
+    return table

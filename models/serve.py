@@ -1,0 +1,385 @@
+"""`taskgraph serve`: the OpenAI-compatible front of the engine, over FastAPI and uvicorn (extra `serve`)."""
+
+import asyncio
+import contextlib
+import json
+import signal
+import socket
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from taskgraph.errors import BackendUnavailable, ExecutionError, RequestError, WeightsError
+from taskgraph.models import requests as ask
+from taskgraph.models.protocol import (
+    ApiError,
+    Body,
+    ChatBody,
+    CompletionBody,
+    Shape,
+    TextStream,
+    parsed,
+    requests_of,
+)
+from taskgraph.models.requests import Completion
+from taskgraph.models.service import Service, Stream, TooManyRequests
+from taskgraph.models.tokenizer import Tokenizer
+
+T = TypeVar("T")
+_REASONS = {ask.LENGTH: "length", ask.STOP: "stop"}
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What an app serves: the engine, the model's name and tokenizer, and the most bytes of a request's body."""
+
+    service: Service
+    tokenizer: Tokenizer
+    name: str
+    most_body_bytes: int = 1 << 20
+
+    @property
+    def context(self) -> int:
+        """The most tokens of a request and its answer."""
+        return self.service.engine.limits.context
+
+
+def create_app(served: Served) -> FastAPI:
+    """The app; the owner of `served.service` closes it when the app has ended."""
+    app = FastAPI(title="taskgraph", docs_url=None, redoc_url=None, openapi_url=None)
+    card = {
+        "id": served.name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "taskgraph",
+        "max_model_len": served.context,
+    }
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        return await _answer(request, served, CompletionBody)
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        return await _answer(request, served, ChatBody)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [card]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        _check_model(name, served)
+        return card
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        return _health(served.service)
+
+    app.add_exception_handler(ApiError, _refused)
+    app.add_exception_handler(HTTPException, _no_route)
+    return app
+
+
+def _health(service: Service) -> JSONResponse:
+    """200 while requests are taken, else 503; with how full the engine is."""
+    engine, pool = service.engine, service.engine.cache.device
+    facts = {
+        "status": "ok" if service.ready else "failed" if service.failure else "stopping",
+        "open": service.open, "most_open": service.most_open, "pages": pool.pages, "pages_held": pool.held,
+        "steps": engine.stats.steps, "tokens": engine.stats.tokens,
+    }  # fmt: skip
+    return JSONResponse(facts, 200 if service.ready else 503)
+
+
+async def _refused(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ApiError)
+    return JSONResponse(error.body(), error.status, {"Retry-After": "1"} if error.status in (429, 503) else None)
+
+
+async def _no_route(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path}: {error.detail}."
+    return JSONResponse(ApiError(error.status_code, message).body(), error.status_code, error.headers)
+
+
+# ------------------------------------------------------------------------------------- a request
+
+
+async def _answer(request: Request, served: Served, kind: type[Body]) -> Response:
+    body = parsed(kind, await _read(request, served.most_body_bytes))
+    _check_model(body.model, served)
+    if not served.service.ready:
+        raise ApiError(503, "the server is shutting down or has failed; try another.")
+    try:
+        prompts = await asyncio.to_thread(body.prompts, served.tokenizer)
+    except WeightsError as error:
+        raise ApiError(400, str(error)) from error
+    stop = frozenset(served.tokenizer.eos_ids[: ask.MOST_STOPS])
+    choices = _open(served, body, requests_of(body, prompts, served.context, stop))
+    shape, prompt_tokens = Shape.of(body), sum(map(len, prompts))
+    if body.stream:
+        usage = body.stream_options is not None and body.stream_options.include_usage
+        return EventStream(_events(choices, shape, prompt_tokens, usage), lambda: _close(choices))
+    try:
+        answer = await _unless_gone(request.receive, _whole(choices, shape, prompt_tokens))
+    finally:
+        _close(choices)
+    return Response(status_code=499) if answer is None else JSONResponse(answer)
+
+
+def _open(served: Served, body: Body, wanted: Sequence[ask.Request]) -> "list[Choice]":
+    """All choices, or none."""
+    choices: list[Choice] = []
+    try:
+        with _as_api_errors():
+            choices.extend(
+                Choice(served.service.submit(each), TextStream(served.tokenizer, body.stops)) for each in wanted
+            )
+    except ApiError:
+        _close(choices)
+        raise
+    return choices
+
+
+def _close(choices: "Sequence[Choice]") -> None:
+    for choice in choices:
+        choice.close()
+
+
+async def _read(request: Request, most: int) -> bytes:
+    """The body, if it has `most` bytes at most; no more of it is read."""
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > most:
+            raise ApiError(413, f"the body has more than {most} bytes; send less.")
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _check_model(name: str, served: Served) -> None:
+    if name != served.name:
+        raise ApiError(
+            404, f"no model {name!r} here; this server has {served.name!r}.", param="model", code="model_not_found"
+        )
+
+
+@contextlib.contextmanager
+def _as_api_errors() -> Any:
+    """What the engine refuses is the client's to correct; what it cannot do now, to try again."""
+    try:
+        yield
+    except TooManyRequests as error:
+        raise ApiError(429, str(error), code="rate_limit_exceeded") from error
+    except RequestError as error:
+        code = "context_length_exceeded" if "context" in str(error) else None
+        raise ApiError(400, str(error), code=code) from error
+    except BackendUnavailable as error:
+        raise ApiError(503, str(error)) from error
+
+
+class Choice:
+    """One of a request's answers: its text as it comes, then why it ended and how many tokens it has."""
+
+    def __init__(self, stream: Stream, text: TextStream) -> None:
+        self._stream, self._text = stream, text
+        self.tokens, self.reason = 0, ""
+        self.close = stream.close
+
+    async def pieces(self) -> AsyncIterator[str]:
+        """Pieces of text; ApiError when the engine stops before the end."""
+        with _as_api_errors():
+            async for event in self._stream:
+                if isinstance(event, Completion):
+                    self._ended(event)
+                    break
+                self.tokens += 1
+                if piece := self._text.push(event):
+                    yield piece
+                if self._text.stopped:
+                    break
+        if piece := self._text.flush():
+            yield piece
+        if self._text.stopped:
+            self.reason = "stop"
+        self.close()
+
+    def _ended(self, completion: Completion) -> None:
+        if completion.reason not in _REASONS:
+            raise ApiError(503, "the server is shutting down; the answer is not whole.")
+        self.reason = _REASONS[completion.reason]
+
+
+def _usage(choices: Sequence[Choice], prompt_tokens: int) -> dict[str, int]:
+    generated = sum(choice.tokens for choice in choices)
+    return {
+        "prompt_tokens": prompt_tokens, "completion_tokens": generated, "total_tokens": prompt_tokens + generated,
+    }  # fmt: skip
+
+
+async def _whole(choices: Sequence[Choice], shape: Shape, prompt_tokens: int) -> dict[str, Any]:
+    """The answer when all its choices have ended."""
+
+    async def text(choice: Choice) -> str:
+        return "".join([piece async for piece in choice.pieces()])
+
+    async with _all_or_none([asyncio.ensure_future(text(choice)) for choice in choices]) as tasks:
+        texts = await asyncio.gather(*tasks)
+    ended = [(text, choice.reason) for text, choice in zip(texts, choices, strict=True)]
+    return shape.whole(ended, _usage(choices, prompt_tokens))
+
+
+async def _events(
+    choices: Sequence[Choice], shape: Shape, prompt_tokens: int, usage: bool
+) -> AsyncGenerator[Any, None]:
+    """The JSON objects of a streamed answer, of all choices as they come."""
+    queue: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+
+    async def feed(index: int, choice: Choice) -> None:
+        try:
+            async for piece in choice.pieces():
+                queue.put_nowait(shape.piece(index, piece))
+            queue.put_nowait(shape.piece(index, "", choice.reason))
+        except ApiError as error:
+            queue.put_nowait(error.body())
+        finally:
+            queue.put_nowait(None)
+
+    for index in range(len(choices)):
+        if (first := shape.begin(index)) is not None:
+            yield first
+    async with _all_or_none([asyncio.ensure_future(feed(i, c)) for i, c in enumerate(choices)]) as tasks:
+        left = len(tasks)
+        while left:
+            event = await queue.get()
+            left -= event is None
+            if event is not None:
+                yield event
+    if usage:
+        yield shape.usage(_usage(choices, prompt_tokens))
+
+
+@contextlib.asynccontextmanager
+async def _all_or_none(tasks: "list[asyncio.Future[Any]]") -> "AsyncIterator[list[asyncio.Future[Any]]]":
+    """When the body ends early, so do the tasks, to their last line."""
+    try:
+        yield tasks
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+# ------------------------------------------------------------------------------ clients that leave
+
+
+async def _unless_gone(receive: Receive, work: Awaitable[T]) -> T | None:
+    """The result of `work`, or None, with `work` cancelled, when the client disconnects first."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
+    async with _all_or_none([task, gone]):
+        await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+
+
+async def _gone(receive: Receive) -> None:
+    """Returns when the client has disconnected."""
+    message: Message = await receive()
+    while message["type"] != "http.disconnect":
+        message = await receive()
+
+
+class EventStream(Response):
+    """Server-sent events, each a JSON object; the request ends at once when the client leaves."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[Mapping[str, Any], None], close: Callable[[], None]) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache"})
+        del self.headers["content-length"]
+        self._events, self._close = events, close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await _unless_gone(receive, self._send(send))
+        finally:
+            self._close()
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async with contextlib.aclosing(self._events) as events:
+            async for event in events:
+                await send({"type": "http.response.body", "body": _line(json.dumps(event)), "more_body": True})
+        await send({"type": "http.response.body", "body": _line("[DONE]"), "more_body": False})
+
+
+def _line(text: str) -> bytes:
+    return f"data: {text}\n\n".encode()
+
+
+# ------------------------------------------------------------------------------------- the server
+
+
+def run_server(
+    served: Served, host: str, port: int, *, drain_s: float = 30.0, started: Callable[[int], None] | None = None
+) -> None:
+    """Serve until SIGINT or SIGTERM, and close the service; ExecutionError when the engine fails, which also ends it.
+
+    From the signal on no new requests are taken; those that run get `drain_s` seconds to end and are cancelled after
+    them. `started` is called with the port, which port 0 leaves to the system."""
+    with _listening(host, port) as listener:
+        server = _Server(uvicorn.Config(create_app(served), log_level="warning", lifespan="off"))
+        if started is not None:
+            started(listener.getsockname()[1])
+        asyncio.run(_until_stopped(server, served.service, listener, drain_s))
+    served.service.close()
+    failure = served.service.failure
+    if failure is not None:
+        raise ExecutionError(f"the engine failed and with it all requests: {failure}") from failure
+
+
+class _Server(uvicorn.Server):
+    """A server that ends by SIGINT and SIGTERM, and does not raise them again when it has."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+async def _until_stopped(server: _Server, service: Service, listener: socket.socket, drain_s: float) -> None:
+    async def drain() -> None:
+        while not (server.should_exit or service.stopped.is_set()):
+            await asyncio.sleep(0.05)
+        server.should_exit = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(drain_s):
+                while service.open:
+                    await asyncio.sleep(0.05)
+        await asyncio.to_thread(service.close)
+
+    async with _all_or_none([asyncio.ensure_future(drain())]):
+        await server.serve(sockets=[listener])
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """A socket that is bound; BackendUnavailable when the address is taken or not ours."""
+    try:
+        return socket.create_server((host, port), backlog=1024)
+    except OSError as error:
+        raise BackendUnavailable(f"cannot listen on {host}:{port}: {error.strerror}. Choose another --port.") from error
