@@ -104,6 +104,24 @@ def test_places_of_a_cycle_keep_every_dependency(sizes: tuple[int, ...]) -> None
     assert best.seconds <= periodic.polish(space, layout, [cycle], 0.0, 0).seconds
 
 
+def test_a_repeat_that_only_moves_rows_is_not_emptied() -> None:
+    b = tg.GraphBuilder("rotate")
+    x = b.input("x", (8, 4), "f32")
+    twice = tg.ops.add(x, x, name="twice")
+    with b.repeat(3, "turn") as loop:
+        h = loop.carry(twice)
+        low, high = tg.ops.slice_rows(h, 0, 4, 1, name="low"), tg.ops.slice_rows(h, 4, 8, 1, name="high")
+        out = loop.next(h, tg.ops.concat_rows([high, low], name="turned"))
+    b.output(tg.ops.add(out, out, name="end"))
+    graph = b.build()
+    for sizes in ((4, 4), (2, 6)):
+        sliced = apply(graph, Split.of(sizes))
+        tg.verify(tg.plan(sliced, "h100_sxm"), sliced)
+        data = torch.randn(8, 4)
+        with tg.compile(sliced, tg.plan(sliced)) as exe:
+            torch.testing.assert_close(*exe(x=data).values(), 4 * data.roll(4, 0))
+
+
 def test_slicings_sum_to_the_batch_and_are_multiples() -> None:
     found = explore.slicings(layered(2, batch=2048))
     sizes = [made.parts[0][1] for made in found]
