@@ -17,7 +17,6 @@ from benchmarks import machine, print_json, seconds_of
 from taskgraph.graph.device import Device
 from taskgraph.schedule.evaluate import NO_HOLDS, Assignment, Layout, evaluate
 from taskgraph.schedule.lists import layouts, pack
-from taskgraph.schedule.planner import LARGE
 from taskgraph.schedule.problem import Problem, make_problem
 from taskgraph.schedule.rules import FROM
 
@@ -25,15 +24,16 @@ if TYPE_CHECKING:
     import networkx
 
 EPILOG = """\
-The DAG has layers of --width ops; each op reads one to three ops of the layer before. list_seconds is the list
-scheduler plus the evaluator over every layout of the device that tg.plan tries; plan_seconds is the whole of
-tg.plan(scheduler="list") on a graph that it has not seen: costs, all layouts, waits, arena, bounds, fingerprint. Both
-are warm: numba's machine code is loaded. With several --nodes every size has a row and the JSON's "growth" holds
-them; the other keys are those of the last size. --search S adds a search of S seconds at the last size.
+The DAG has layers of --width ops; each op reads one to three ops of the layer before. plan_seconds is the whole of
+tg.plan(scheduler="list") on a graph that it has not seen: costs, schedules, waits, arena, bounds, fingerprint.
+list_seconds is the serial list scheduler plus the evaluator over every layout of the device. Both are warm: numba's
+machine code is loaded. With several --nodes every size has a row and the JSON's "growth" holds them; the other keys
+are those of the last size. --search S adds a search of S seconds at the last size.
 
 The peer is HEFT (Topcuoglu, Hariri and Wu 2002) with insertion, a common way to write it over a networkx DiGraph, for
-one layout and without an evaluator; list_one_seconds is the same for taskgraph. The peer runs on at most --peer-nodes
-nodes; for more nodes networkx_heft_seconds is null and networkx_heft_seconds_at holds what was run.
+one layout and without an evaluator; list_one_seconds is the same for taskgraph, and speedup compares the two. The peer
+runs on at most --peer-nodes nodes; for more nodes networkx_heft_seconds is null, and networkx_heft_seconds_at and
+speedup_nodes say what was run.
 
 --dags N compares makespans on N seeded random DAGs of 20 to 200 ops in layers of 2 to 24: the peer's schedules of all
 layouts, timed by taskgraph's evaluator, the best of them counts, against tg.plan(scheduler="list"); worse_share is
@@ -160,14 +160,17 @@ def measure(
     say("HEFT over networkx")
     asked = nodes <= peer_nodes
     peer_graph = graph if asked else layered_graph(peer_nodes, width, 1)
-    heft_s = heft_seconds(peer_graph, problem if asked else make_problem(peer_graph, device), widest)
+    peer_problem = problem if asked else make_problem(peer_graph, device)
+    heft_s = heft_seconds(peer_graph, peer_problem, widest)
+    peer_one_s = statistics.median(seconds_of(lambda: pack(peer_problem, widest)) for _ in range(rounds))
     return {
         "nodes": nodes,
         "list_seconds": statistics.median(list_s),
         "networkx_heft_seconds": heft_s if asked else None,
         "networkx_heft_seconds_at": {str(len(peer_graph.ops)): heft_s},
         "list_one_seconds": statistics.median(one_s),
-        "speedup": heft_s / statistics.median(one_s) if asked else None,
+        "speedup": heft_s / peer_one_s,
+        "speedup_nodes": len(peer_graph.ops),
         "plan_seconds": plan_s,
         "plan_gap": plans[0].gap,
         "build_seconds": build_s,
@@ -179,12 +182,15 @@ def measure(
     }
 
 
-def warm_up(device: Device) -> None:
-    """Load or compile every kernel that the measured calls use, at both of the sizes that plan in their own ways."""
-    for nodes in (64, LARGE):
-        small = layered_graph(nodes, 8, 0)
-        tg.plan(small, device, "list")
-    tg.plan(layered_graph(FROM, 8, 0), device, "search", budget_s=0.01)
+WARM_NODES = 100_000
+
+
+def warm_up(nodes: Sequence[int], width: int, device: Device) -> None:
+    """Load or compile every kernel that the measured calls use: plans of other graphs of these sizes, but not larger
+    than WARM_NODES, and a search."""
+    for size in {min(n, WARM_NODES) for n in nodes}:
+        tg.plan(layered_graph(size, width, 0), device, "list")
+    tg.plan(layered_graph(FROM, width, 0), device, "search", budget_s=0.01)
 
 
 def searched(graph: tg.Graph, device: Device, budget_s: float) -> dict[str, Any]:
@@ -209,6 +215,7 @@ def table_of(result: dict[str, Any]) -> Table:
     table.add_row(f"list scheduler alone, one layout, {one}", f"{result['list_one_seconds']:.4f}")
     for nodes, seconds in result["networkx_heft_seconds_at"].items():
         table.add_row(f"HEFT over networkx, one layout, {one}, {int(nodes):,} nodes", f"{seconds:.3f}")
+    table.add_row(f"taskgraph over HEFT, one layout, {result['speedup_nodes']:,} nodes", f"{result['speedup']:,.0f}x")
     table.add_row("building the graph", f"{result['build_seconds']:.3f}")
     table.add_row("make_problem", f"{result['problem_seconds']:.3f}")
     return table
@@ -242,7 +249,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="h100_sxm", help="device to schedule on (default h100_sxm)")
     parser.add_argument("--peer-nodes", type=int, default=10_000, help="most nodes for the peer (default 10000)")
     parser.add_argument("--rounds", type=int, default=3, help="repetitions of the scheduler (default 3)")
-    parser.add_argument("--dags", type=int, default=0, help="compare makespans on so many random DAGs (default 0)")
+    parser.add_argument("--dags", type=int, default=500, help="DAGs for the comparison of makespans (default 500)")
     parser.add_argument("--search", type=float, metavar="S", help="search for S seconds, too")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON on the last line")
     return parser
@@ -261,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(text, file=sys.stderr, flush=True)
 
     say("compiling")
-    warm_up(device)
+    warm_up(args.nodes, args.width, device)
     rows = [measure(n, args.width, device, args.peer_nodes, args.rounds, say) for n in args.nodes]
     result = dict(rows[-1])
     console.print(table_of(result))

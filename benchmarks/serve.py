@@ -15,14 +15,12 @@ from rich.table import Table
 from benchmarks import interleaved, machine, print_json, spread
 from benchmarks.peers import TORCH_DTYPES, transformers_models
 from taskgraph.models import llama
-from taskgraph.models.config import ModelConfig
-from taskgraph.models.engine import Engine
+from taskgraph.models.config import ModelConfig, load_config
+from taskgraph.models.engine import Engine, cpu_engine
 from taskgraph.models.hub import smollm2_path
-from taskgraph.models.kv_cache import PagedCache
-from taskgraph.models.paged import PageShape
 from taskgraph.models.requests import Request
-from taskgraph.models.runner import CpuRunner
 from taskgraph.models.scheduler import Limits
+from taskgraph.models.simulate import simulated_engine
 from taskgraph.models.weights import open_checkpoint
 
 if TYPE_CHECKING:
@@ -55,10 +53,7 @@ def make_requests(config: ModelConfig, count: int) -> list[Request]:
 def engine_of(config: ModelConfig, weights: Mapping[str, "torch.Tensor"], sequences: int) -> Engine:
     """The engine, with room for every running sequence's longest length; blocks are not shared between rounds."""
     limits = Limits(sequences=sequences, tokens=sequences + 128, chunks=8, context=256)
-    shape = PageShape(sequences * 8, 32, limits.context)
-    runner = CpuRunner(config, weights, shape, limits)
-    cache = PagedCache(shape.pages, shape.page_size)
-    return Engine(runner, cache, limits, vocabulary=config.vocab_size, prefix_sharing=False)
+    return cpu_engine(config, weights, limits, pages=sequences * 8, prefix_sharing=False)
 
 
 def static_batches(model: Any, requests: Sequence[Request], size: int) -> Callable[[], None]:
@@ -89,6 +84,21 @@ def better_dtype(models: Mapping[str, Any], config: ModelConfig, size: int) -> s
     runs = {dtype: static_batches(models[dtype], short, size) for dtype in TORCH_DTYPES}
     seconds = interleaved(runs, rounds=2)
     return min(seconds, key=lambda dtype: min(seconds[dtype]))
+
+
+def engine_seconds(sequences: int = 256, steps: int = 3000) -> float:
+    """Median seconds of the engine's own work in a step of about `sequences` decoding sequences, nothing executed."""
+    config = load_config("smollm2-135m")
+    limits = Limits(sequences=sequences, tokens=2 * sequences, chunks=16, context=1024)
+    draw, times = np.random.default_rng(0), []
+    with simulated_engine(config, lambda shape: 1.0, pages=sequences * 64, limits=limits) as engine:
+        for p, o in zip(draw.integers(1, 512, steps).tolist(), draw.integers(1, 512, steps).tolist(), strict=True):
+            engine.submit(Request(np.ones(p, np.int32), o))
+        for _ in range(steps):
+            begin = time.perf_counter()
+            engine.step()
+            times.append(time.perf_counter() - begin)
+    return float(np.median(times[steps // 4 : -steps // 4]))
 
 
 def measure(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
@@ -125,6 +135,7 @@ def measure(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, A
         "llama_cpp_tok_s": None,
         "transformers_by_batch": {name.rpartition("_")[2]: value for name, value in rate.items()},
         "transformers_dtype": dtype,
+        "engine_us_per_step_256": 1e6 * engine_seconds(),
         "host_s_per_step": host / steps,
         "host_hidden": hidden / host,
         "planned_while_serving": again,
@@ -150,6 +161,7 @@ def table_of(result: Mapping[str, Any]) -> Table:
     table.add_row(
         "host time a step", f"{1e6 * result['host_s_per_step']:,.0f} us", f"{result['host_hidden']:.0%} hidden"
     )
+    table.add_row("the engine's own time a step at 256 sequences", f"{result['engine_us_per_step_256']:,.0f} us", "")
     return table
 
 

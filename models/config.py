@@ -232,7 +232,8 @@ def from_hf(body: Mapping[str, Any], name: str) -> ModelConfig:
         keys.need(hidden % heads == 0, "num_attention_heads", f"hidden_size {hidden} is no multiple of it")
     head_dim = latent.plain + latent.rotary if latent else keys.count("head_dim", hidden // heads)
     keys.need(head_dim % 2 == 0, "head_dim", f"the rotary embedding needs pairs of channels, and a head has {head_dim}")
-    layers, theta = keys.count("num_hidden_layers"), _rope(keys).number("rope_theta", keys.number("rope_theta", 1e4))
+    layers, usual = keys.count("num_hidden_layers"), 1e6 if family == "mixtral" else 1e4
+    theta = _rope(keys).number("rope_theta", keys.number("rope_theta", usual))
     return ModelConfig(
         name=name,
         family=family,
@@ -273,7 +274,7 @@ def _check_supported(keys: _Body, family: str) -> None:
         keys.need(not keys.flag(key), key, "these biases are not supported")
     if family == "qwen2_moe":
         keys.need(keys.flag("qkv_bias", True), "qkv_bias", "the qkv bias of this family cannot be left out")
-    for key, only in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc")):
+    for key, only in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc"), ("moe_layer_freq", 1)):
         given = keys.keys.get(key, only)
         keys.need(family != "deepseek_v3" or given == only, key, f"this version knows {only}")
     window = keys.keys.get("sliding_window")

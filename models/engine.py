@@ -7,18 +7,25 @@ stop token is noticed one step late, which costs one token.
 
 import itertools
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
 from taskgraph.errors import RequestError
+from taskgraph.models.config import ModelConfig
+from taskgraph.models.disk import DiskTier
 from taskgraph.models.kv_cache import PagedCache, block_keys
-from taskgraph.models.requests import CANCELLED, LENGTH, STOP, Completion, Request, StepOutput, checked_prompt
-from taskgraph.models.runner import Runner
+from taskgraph.models.paged import COLUMNS, PageShape
+from taskgraph.models.requests import CANCELLED, FAILED, LENGTH, STOP, Completion, Request, StepOutput, checked_prompt
+from taskgraph.models.runner import CpuRunner, Runner
 from taskgraph.models.scheduler import FREE, Batch, Ints, Limits, Scheduler, Waiting
+
+if TYPE_CHECKING:
+    import torch
 
 _NOTHING = StepOutput(np.empty(0, np.int64), np.empty(0, np.int64))
 
@@ -59,7 +66,7 @@ class Engine:
         self._arrived: deque[Waiting] = deque()
         self._cancelled: deque[int] = deque()
         self._running: Batch | None = None
-        self._first_s = np.zeros(limits.sequences)
+        self._first_s = np.full(limits.sequences, np.nan)
 
     # -- for clients, from any thread ----------------------------------------------------------------
 
@@ -141,6 +148,17 @@ class Engine:
                 self.runner.sleep_until(begin + coming[0][0])
         return sorted(finished, key=lambda c: c.request)
 
+    def abort(self) -> list[Completion]:
+        """End every request with what it has and the reason "failed"; what clears up after a step that raised."""
+        self._running = None
+        rows = np.flatnonzero(self.scheduler.state != FREE)
+        ended = [self._end(row, FAILED) for row in rows.tolist()]
+        self.cache.forget()
+        waiting, now = [*self.scheduler.waiting, *self._arrived], self.runner.now()
+        self.scheduler.waiting.clear()
+        self._arrived.clear()
+        return ended + [Completion(w.number, (), FAILED, w.arrival_s, now, now) for w in waiting]
+
     # -- parts of a step -------------------------------------------------------------------------------
 
     def _admit(self) -> list[Completion]:
@@ -152,39 +170,35 @@ class Engine:
             number = self._cancelled.popleft()
             rows = np.flatnonzero((self.scheduler.state != FREE) & (self.scheduler.number == number))
             if len(rows):
-                ended.append(self._end(int(rows[0]), self._given(int(rows[0])), CANCELLED))
+                ended.append(self._end(int(rows[0]), CANCELLED))
             for waiting in [w for w in self.scheduler.waiting if w.number == number]:
                 self.scheduler.waiting.remove(waiting)
                 now = self.runner.now()
                 ended.append(Completion(number, (), CANCELLED, waiting.arrival_s, now, now))
         return ended
 
-    def _given(self, row: int) -> int:
-        """Tokens of a row that are known: less the one that is being computed."""
-        return int(self.scheduler.known[row]) - int(self.scheduler.pending[row] >= 0)
-
     def _take(self, batch: Batch, samples: Ints) -> StepOutput:
         scheduler = self.scheduler
         rows, tokens, full, stopped = scheduler.take(batch, samples)
         numbers = scheduler.number[rows]
         now = self.runner.now()
-        fresh = rows[self._first_s[rows] == 0.0]
+        fresh = rows[np.isnan(self._first_s[rows])]
         self._first_s[fresh] = now
         self.stats.tokens += len(rows)
         self.stats.prompt_tokens += batch.prefill
-        at = dict(zip(batch.owner.tolist(), batch.place.tolist(), strict=True)) if full or stopped else {}
-        ended = [self._end(row, at[row] + 1, LENGTH) for row in full]
-        ended += [self._end(row, at[row] + 1, STOP) for row in stopped]
+        ended = [self._end(row, LENGTH) for row in full] + [self._end(row, STOP) for row in stopped]
         return StepOutput(numbers, tokens, tuple(ended))
 
-    def _end(self, row: int, length: int, reason: str) -> Completion:
-        """Free a row whose first `length` tokens are known."""
-        scheduler = self.scheduler
+    def _end(self, row: int, reason: str) -> Completion:
+        """Free a row, with the tokens that are known."""
+        scheduler, length = self.scheduler, int(self.scheduler.given[row])
         tokens = tuple(scheduler.tokens[row, scheduler.prompt[row] : length].tolist())
-        first_s, self._first_s[row] = float(self._first_s[row]), 0.0
+        now, first_s = self.runner.now(), float(self._first_s[row])
+        self._first_s[row] = np.nan
         waiting = scheduler.retire(row, length)
-        scheduler.learn(len(tokens))
-        return Completion(waiting.number, tokens, reason, waiting.arrival_s, first_s, self.runner.now())
+        if reason in (LENGTH, STOP):
+            scheduler.learn(len(tokens))
+        return Completion(waiting.number, tokens, reason, waiting.arrival_s, now if np.isnan(first_s) else first_s, now)
 
     # -- life ------------------------------------------------------------------------------------------
 
@@ -204,3 +218,37 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def cpu_engine(
+    config: ModelConfig,
+    weights: "Mapping[str, torch.Tensor]",
+    limits: Limits,
+    *,
+    pages: int,
+    page_size: int = 32,
+    host_pages: int = 0,
+    disk: Path | None = None,
+    disk_pages: int = 0,
+    dtype: str = "bf16",
+    prefix_sharing: bool = True,
+    expected_output: float | None = None,
+    most_waiting: int = 100_000,
+) -> Engine:
+    """An engine on this machine's cores. `weights` are those of `llama.load_weights` in `dtype`.
+
+    `pages` of `page_size` tokens (a multiple of 32) are the device's; `host_pages`, and `disk_pages` in the folder
+    `disk`, are the tiers behind it. RequestError when those contradict each other.
+    """
+    if page_size % COLUMNS or pages < 1 or host_pages < 0 or (disk is None) != (disk_pages < 1):
+        raise RequestError(
+            f"{pages} pages of {page_size} tokens, {host_pages} on the host, {disk_pages} in {disk}: give at least one "
+            f"page, a multiple of {COLUMNS} tokens, and a folder if and only if there are pages on disk."
+        )
+    shape = PageShape(pages, page_size, limits.context, host_pages)
+    runner = CpuRunner(config, weights, shape, limits, dtype=dtype)
+    tier = None if disk is None else DiskTier(disk, disk_pages, runner.read_page, runner.write_page)
+    return Engine(
+        runner, PagedCache(pages, page_size, host_pages, tier), limits, vocabulary=config.vocab_size,
+        prefix_sharing=prefix_sharing, expected_output=expected_output, most_waiting=most_waiting,
+    )  # fmt: skip

@@ -107,6 +107,11 @@ class PagePool:
             del self._idle[page]
             self._push(np.array([page], np.int32))
 
+    def clear(self) -> None:
+        """Forget what all pages hold."""
+        for page in list(self._key):
+            self.drop(page)
+
     def oldest_idle(self) -> Iterable[int]:
         """Idle pages, the longest unused first."""
         return iter(self._idle)
@@ -207,6 +212,13 @@ class PagedCache:
                 break
             pages.append(page)
         return np.array(pages, np.int32)
+
+    def forget(self) -> None:
+        """Forget every block but those on disk: a step has failed, and with it what it wrote and moved."""
+        self.moves = Moves()
+        self._flying.clear()
+        self.device.clear()
+        self.host.clear()
 
     def recall(self, keys: Sequence[Key]) -> None:
         """Begin to read what is on disk of the longest known prefix of `keys`, into half the host at most."""

@@ -9,8 +9,8 @@ import numpy.typing as npt
 from taskgraph.errors import RequestError
 
 MOST_STOPS = 8
-LENGTH, STOP, CANCELLED = "length", "stop", "cancelled"
-"""Why a request ended: max_tokens reached, a stop token, or its client's wish."""
+LENGTH, STOP, CANCELLED, FAILED = "length", "stop", "cancelled", "failed"
+"""Why a request ended: max_tokens reached, a stop token, its client's wish, or a step that raised."""
 
 
 @dataclass(frozen=True, slots=True)

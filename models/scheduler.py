@@ -5,6 +5,7 @@ formed while the one before it runs: tokens that are still being computed are fe
 sequence is taken to go on, so one that ends by a stop token has a token too many in the batch after.
 """
 
+import logging
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -16,6 +17,7 @@ from taskgraph.models.kv_cache import Key, Moves, PagedCache, Pages, block_keys
 from taskgraph.models.requests import MOST_STOPS, Request
 from taskgraph.models.sampling import uniforms
 
+log = logging.getLogger("taskgraph.serve")
 Ints = npt.NDArray[np.int64]
 FREE, RUNNING, SWAPPED, DROPPED = range(4)
 """States of a row: no sequence, one on the device, one whose pages are on the host, one that must be recomputed."""
@@ -106,7 +108,7 @@ class Scheduler:
         self.blocks = np.zeros((rows, blocks), np.int32)
         self.state = np.full(rows, FREE, np.int8)
         self.known, self.computed, self.limit, self.prompt, self.held = np.zeros((5, rows), np.int64)
-        self.epoch, self.number, self.order = np.zeros((3, rows), np.int64)
+        self.given, self.epoch, self.number, self.order = np.zeros((4, rows), np.int64)
         self.pending = np.full(rows, -1, np.int64)
         self.stops = np.full((rows, MOST_STOPS), -1, np.int64)
         self.temperature, self.top_p = np.zeros((2, rows), np.float32)
@@ -258,7 +260,7 @@ class Scheduler:
         prompt, request = candidate.prompt, candidate.request
         length = len(prompt)
         self.tokens[row, :length] = prompt
-        self.state[row], self.known[row], self.prompt[row] = RUNNING, length, length
+        self.state[row], self.known[row], self.prompt[row], self.given[row] = RUNNING, length, length, length
         self.limit[row], self.number[row] = length + request.max_tokens, candidate.number
         self.stops[row] = -1
         self.stops[row, : len(request.stop)] = sorted(request.stop)
@@ -297,6 +299,7 @@ class Scheduler:
             self.host[row], self.state[row] = slots, SWAPPED
             return
         self.recomputed += 1
+        log.warning("the host has no room for the pages of request %d; they are computed again.", self.number[row])
         self.cache.release(pages)
         self.state[row], self.held[row], self.computed[row] = DROPPED, 0, 0
 
@@ -307,7 +310,7 @@ class Scheduler:
         length and by a stop token. `retire` those."""
         mine = np.flatnonzero((batch.owner >= 0) & (self.epoch[batch.owner] == batch.epoch))
         rows, tokens, place = batch.owner[mine], samples[mine], batch.place[mine]
-        self.tokens[rows, place] = tokens
+        self.tokens[rows, place], self.given[rows] = tokens, place + 1
         stopped = (self.stops[rows] == tokens[:, None]).any(axis=1)
         full = (place + 1 >= self.limit[rows]) & ~stopped
         return rows, tokens, rows[full].tolist(), rows[stopped].tolist()

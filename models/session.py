@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import taskgraph as tg
 from taskgraph.models import llama
@@ -14,6 +14,8 @@ from taskgraph.runtime.distributed import Group, one_plan, rank_device
 if TYPE_CHECKING:
     import torch
 
+    from taskgraph.runtime.cuda import CudaExecutable
+
 
 @dataclass(frozen=True, slots=True)
 class CapturedStep:
@@ -21,7 +23,12 @@ class CapturedStep:
 
     graph: tg.Graph
     plan: tg.Plan
-    executable: CpuExecutable
+    executable: "CpuExecutable | CudaExecutable"
+
+    @property
+    def kind(self) -> str:
+        """What the times of its replays are: "measured", or "simulated" on a virtual device."""
+        return "measured" if isinstance(self.executable, CpuExecutable) else self.executable.kind
 
 
 class Session:
@@ -30,7 +37,8 @@ class Session:
     `dtype` is "bf16" or "f32"; `cache` the most tokens a sequence may have. Steps are planned and captured at
     first use and kept. With a `group` this is one rank's session and `weights` are its shard (`shards.load_shard`);
     all ranks of the group must make the same calls, and all get the same results. `whole_experts`: ranks share out
-    the experts of a layer, not the features of each.
+    the experts of a layer, not the features of each. With backend "cuda" they run on this
+    machine's GPU, or on the virtual `device`; weights and cache are on it once.
     """
 
     def __init__(
@@ -44,15 +52,23 @@ class Session:
         scheduler: str = "auto",
         group: Group | None = None,
         whole_experts: bool = False,
+        backend: str = "cpu",
+        device: str | None = None,
     ) -> None:
         if not 1 <= cache <= config.max_context:
             raise tg.PlanError(f"cache is {cache} tokens; {config.name} takes 1 to {config.max_context}.")
         self.config, self.dtype, self.batch, self.cache, self.scheduler = config, dtype, batch, cache, scheduler
         self._group, self._ranks = group, 1 if group is None else group.size
         self._expert_rank = group.rank if group is not None and whole_experts else None
+        self.backend, self._run_on = backend, device
         self._device: str | tg.Device = "cpu" if group is None else rank_device(group)
         share = config.share(self._ranks, self._expert_rank)
-        self._bound = {**weights, **llama.make_cache(share, batch, cache, dtype)}
+        self._bound: Mapping[str, Any] = {**weights, **llama.make_cache(share, batch, cache, dtype)}
+        if backend == "cuda":
+            from taskgraph.runtime.arrays import DeviceTensors
+            from taskgraph.runtime.gpu_spec import planning_device
+
+            self._device, self._bound = planning_device(device), DeviceTensors(self._bound, device)
         self._steps: dict[tuple[int, bool, str], CapturedStep] = {}
 
     def step(self, tokens: int, all_logits: bool = False, scheduler: str | None = None) -> CapturedStep:
@@ -65,8 +81,7 @@ class Session:
                 all_logits=all_logits, tensor_parallel=self._ranks, expert_rank=self._expert_rank,
             )  # fmt: skip
             plan = one_plan(graph, self._group, lambda: tg.plan(graph, self._device, chosen))
-            executable = tg.compile(graph, plan, "cpu", group=self._group)
-            assert isinstance(executable, CpuExecutable)
+            executable: Any = tg.compile(graph, plan, self.backend, device=self._run_on, group=self._group)
             wanted = {t.name for t in graph.flat().with_role("weight", "state")}
             executable.bind({name: t for name, t in self._bound.items() if name in wanted})
             self._steps[key] = CapturedStep(graph, plan, executable)
@@ -75,17 +90,22 @@ class Session:
     def run(self, ids: Sequence[int], start: Sequence[int], all_logits: bool = False) -> Mapping[str, "torch.Tensor"]:
         """One step: `ids` of all sequences one after another, `start` the place of each sequence's first new token.
 
-        Returns the output buffers, which the next step of this shape overwrites. PlanError beyond the cache."""
-        import torch
-
+        Returns the output buffers, which the next step of this shape overwrites, or copies of those on a GPU.
+        PlanError beyond the cache."""
         tokens = len(ids) // self.batch
         if max(start) + tokens > self.cache:
             raise tg.PlanError(f"{max(start) + tokens} tokens do not fit the cache of {self.cache}; make it larger.")
-        executable = self.step(tokens, all_logits).executable
-        executable.inputs["tokens"].copy_(torch.tensor(ids))
-        executable.inputs["positions"].copy_(torch.tensor(start))
-        executable.launch()
-        return executable.outputs
+        step = self.step(tokens, all_logits)
+        self.feed(step, ids, start)
+        step.executable.launch()
+        return {name: made.cpu() for name, made in step.executable.outputs.items()}
+
+    def feed(self, step: CapturedStep, ids: Sequence[int], start: Sequence[int]) -> None:
+        """Write tokens and places into the step's inputs."""
+        import torch
+
+        step.executable.inputs["tokens"].copy_(torch.tensor(ids))
+        step.executable.inputs["positions"].copy_(torch.tensor(start))
 
     def generate(self, prompt: Sequence[int], max_new_tokens: int, stop: frozenset[int] = frozenset()) -> Iterator[int]:
         """Greedy tokens after `prompt` (one sequence), until `max_new_tokens` or a token of `stop`."""
@@ -103,6 +123,8 @@ class Session:
         for step in self._steps.values():
             step.executable.close()
         self._steps.clear()
+        if self.backend == "cuda":
+            self._bound.close()  # type: ignore[attr-defined]
 
     def __enter__(self) -> Self:
         return self
@@ -111,6 +133,14 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def step_seconds(steps: Sequence[CapturedStep]) -> list[float]:
+    """Seconds of a replay of each step as its inputs stand: a GPU times itself by events, a CPU by the clock."""
+    timed = [step.executable for step in steps if not isinstance(step.executable, CpuExecutable)]
+    if timed:
+        return [executable.replay_seconds(7) for executable in timed]
+    return median_seconds([step.executable.launch for step in steps])
 
 
 def median_seconds(runs: Sequence[Callable[[], object]], rounds: int = 7) -> list[float]:

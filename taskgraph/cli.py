@@ -15,6 +15,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import taskgraph as tg
+from taskgraph import tuning
 from taskgraph.errors import BackendUnavailable, DeviceError, TaskgraphError
 from taskgraph.models import commands
 from taskgraph.units import format_quantity, format_seconds
@@ -86,7 +87,8 @@ class _Stages:
 def run(
     model: Annotated[str, typer.Argument(help="smollm2, a .gguf or .safetensors file, a folder, or a hub id org/name")],
     prompt: Annotated[str, typer.Option(help="the user's message")] = "Explain in two sentences why the sky is blue.",
-    backend: Annotated[str, typer.Option(help="cpu (this machine)")] = "cpu",
+    backend: Annotated[str, typer.Option(help="cpu or cuda (this machine)")] = "cpu",
+    device: Annotated[str, typer.Option(help="with cuda: virtual:h100_sxm runs on the virtual driver (slow)")] = "",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="stop after this many tokens")] = 96,
     dtype: Annotated[str, typer.Option(help="bf16 or f32")] = "bf16",
     trace: Annotated[Path | None, typer.Option(help="write a Perfetto trace (predicted and measured) here")] = None,
@@ -94,8 +96,13 @@ def run(
     plan_out: Annotated[Path | None, typer.Option(help="write the decode plan as JSON here")] = None,
 ) -> None:
     """Generate text through captured plans, then say how the plans did against the sequential graph."""
-    if backend != "cpu":
-        raise BackendUnavailable(f"run works on the cpu backend in this version; {backend!r} cannot generate text.")
+    if backend not in ("cpu", "cuda"):
+        raise BackendUnavailable(f"run works on the cpu and cuda backends; {backend!r} cannot generate text.")
+    where = "this machine"
+    if backend == "cuda":
+        from taskgraph.runtime.driver import Gpu
+
+        where = Gpu.open(device or None).capability.describe()
     if dtype not in ("bf16", "f32"):
         raise tg.PlanError(f"dtype is bf16 or f32; got {dtype!r}.")
     _check_outputs(trace, report, plan_out)
@@ -107,13 +114,14 @@ def run(
             with open_checkpoint(model) as checkpoint:
                 config, tokenizer = checkpoint.config, checkpoint.tokenizer()
                 weights = load_weights(config, checkpoint, dtype)
-        with stages.stage("probe this machine"):
-            tg.devices.get("cpu")
+        if backend == "cpu":
+            with stages.stage("probe this machine"):
+                tg.devices.get("cpu")
         from taskgraph.models.session import Session
 
         ids = tokenizer.encode(tokenizer.chat(prompt))
         cache = min(config.max_context, -(-(len(ids) + max_new_tokens) // 64) * 64)
-        session = Session(config, weights, dtype=dtype, cache=cache)
+        session = Session(config, weights, dtype=dtype, cache=cache, backend=backend, device=device or None)
         with stages.stage("plan and capture prefill"):
             session.run(ids, [0])  # warms kernels up; generate() starts over at the same place
         with stages.stage("plan and capture decode"):
@@ -127,7 +135,7 @@ def run(
         seconds = time.perf_counter() - begin
         _screen.print("\n")
         rows = _summary(session, ids, count, seconds)
-        _print_summary(rows, f"{config.name}, {dtype}, on this machine")
+        _print_summary(rows, f"{config.name}, {dtype}, on {where}")
         decode = session.step(1)
         _screen.print(tg.explain(decode.plan), markup=False)
         if plan_out is not None:
@@ -136,40 +144,44 @@ def run(
         _write_files(decode, rows, trace, report)
 
 
+_UNITS = {"cpu": "cores", "cuda": "SMs"}
+
+
 def _summary(session: "Session", ids: list[int], count: int, seconds: float) -> list[tuple[str, str, str]]:
     """Rows (what, prefill, decode): sizes, predicted (simulated) and measured times, and the verdicts."""
-    from taskgraph.models.session import median_seconds
+    from taskgraph.models.session import step_seconds
 
     prefill, decode = session.step(len(ids)), session.step(1)
     in_turn = [session.step(len(ids), scheduler="sequential"), session.step(1, scheduler="sequential")]
     for step, tokens, start in ((in_turn[0], ids, 0), (in_turn[1], ids[-1:], len(ids) - 1)):
-        import torch
-
-        step.executable.inputs["tokens"].copy_(torch.tensor(tokens))
-        step.executable.inputs["positions"].copy_(torch.tensor([start]))
-        step.executable.launch()
-    pairs = [(prefill, in_turn[0]), (decode, in_turn[1])]
-    measured = [median_seconds([a.executable.launch, b.executable.launch]) for a, b in pairs]
+        session.feed(step, tokens, [start])
+        if step.kind == "measured":
+            step.executable.launch()
+    kind = decode.kind
+    measured = [step_seconds(pair) for pair in ((prefill, in_turn[0]), (decode, in_turn[1]))]
     plans = (prefill.plan, decode.plan)
 
     def row(what: str, values: Iterator[str]) -> tuple[str, str, str]:
         first, second = values
         return (what, first, second)
 
-    work = (len(ids), 1)
+    work, clocked = (len(ids), 1), f" in {seconds:.2f} s, {count / seconds:.1f} tokens/s"
     return [
         row("tokens a step", (str(n) for n in work)),
         row("nodes", (str(len(p.steps)) for p in plans)),
         row("lanes", (str(len(p.lanes)) for p in plans)),
-        row("partitions (cores)", (" + ".join(map(str, p.geometries[0].sizes)) for p in plans)),
+        row(
+            "partitions (cores)" if session.backend == "cpu" else "partitions (SMs)",
+            (" + ".join(map(str, p.geometries[0].sizes)) for p in plans),
+        ),
         row("arena", (format_quantity(p.arena_bytes, "B") for p in plans)),
         row("step, predicted (simulated)", (format_seconds(p.makespan_s) for p in plans)),
-        row("step, measured", (format_seconds(m[0]) for m in measured)),
-        row("tokens/s of the plan, measured", (f"{n / m[0]:.1f}" for n, m in zip(work, measured, strict=True))),
-        row("tokens/s sequential, measured", (f"{n / m[1]:.1f}" for n, m in zip(work, measured, strict=True))),
+        row(f"step, {kind}", (format_seconds(m[0]) for m in measured)),
+        row(f"tokens/s of the plan, {kind}", (f"{n / m[0]:.1f}" for n, m in zip(work, measured, strict=True))),
+        row(f"tokens/s sequential, {kind}", (f"{n / m[1]:.1f}" for n, m in zip(work, measured, strict=True))),
         row("lower bound (simulated)", (f"{format_seconds(p.bounds.best_s)} ({p.bounds.binding})" for p in plans)),
         row("verdict (simulated)", (f"{p.verdict.choice}, {p.verdict.gain:.2f}x" for p in plans)),
-        ("tokens generated", "", f"{count} in {seconds:.2f} s, {count / seconds:.1f} tokens/s"),
+        ("tokens generated", "", f"{count}{clocked if kind == 'measured' else ''}"),
     ]
 
 
@@ -189,7 +201,7 @@ def _write_files(
         return
     from taskgraph.schedule.planner import utilisation
 
-    timelines = {"predicted": step.plan.timeline, "measured": step.executable.timeline()}
+    timelines = {"predicted": step.plan.timeline, step.kind: step.executable.timeline()}
     if trace is not None:
         with _writing(trace):
             tg.write_trace(trace, timelines, step.plan)
@@ -212,7 +224,7 @@ def plan(
     batch: Annotated[int, typer.Option(min=1, help="sequences in the step")] = 256,
     context: Annotated[int, typer.Option(min=1, help="tokens that each sequence has in its cache")] = 1024,
     tokens: Annotated[int, typer.Option(min=1, help="new tokens a sequence: 1 is decode, more is prefill")] = 1,
-    scheduler: Annotated[str, typer.Option(help="auto, sequential or list")] = "auto",
+    scheduler: Annotated[str, typer.Option(help="auto, sequential, list, search or exact")] = "auto",
     out: Annotated[Path | None, typer.Option(help="write the plan as JSON here")] = None,
     trace: Annotated[Path | None, typer.Option(help="write a Perfetto trace here")] = None,
     report: Annotated[Path | None, typer.Option(help="write the HTML report here")] = None,
@@ -337,6 +349,9 @@ def gpu_check(
     _screen.print(f"report: {out}", soft_wrap=True)
     if not report.passed:
         sys.exit(1)
+
+
+tuning.add_to(app, lambda text: _screen.print(text, markup=False, soft_wrap=True), lambda text: _status.print(text))
 
 
 # ------------------------------------------------------------------------------- calibrate, what-if

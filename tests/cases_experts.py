@@ -16,13 +16,14 @@ HEADS, PLAIN, ROTARY, RANK, VALUES, BATCH, LENGTH = 3, 8, 4, 16, 6, 2, 16
 
 def _experts(b: GraphBuilder, d: str) -> Value:
     """In f32: the values of this table are not scaled, and their cubes lose too much in bf16 (see test_experts)."""
-    x, routing = b.input("x", (5, 8), "f32"), b.input("r", (5, 4), "f32")
-    return ops.experts(x, routing, b.weight("g", (4, 12, 8), "f32"), b.weight("d", (4, 8, 6), "f32"), top_k=2)
+    routing = ops.route(b.input("l", (5, 4), "f32"), top_k=2, normalize=False)
+    weights = b.weight("g", (4, 12, 8), "f32"), b.weight("d", (4, 8, 6), "f32")
+    return ops.experts(b.input("x", (5, 8), "f32"), routing, *weights, top_k=2)
 
 
 def _experts_reference(t: Tensors) -> torch.Tensor:
     gate, up = torch.einsum("th,efh->tef", t["x"], t["g"]).chunk(2, -1)
-    return torch.einsum("te,tef,ehf->th", t["r"], F.silu(gate) * up, t["d"])
+    return torch.einsum("te,tef,ehf->th", _route_reference(t), F.silu(gate) * up, t["d"])
 
 
 def _latent_rope(each: int, interleaved: bool) -> Make:

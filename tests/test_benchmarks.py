@@ -56,15 +56,24 @@ def test_peers_run_every_node(shape: str, peer: str, monkeypatch: pytest.MonkeyP
 
 
 def test_schedule_prints_its_keys(capsys: pytest.CaptureFixture[str]) -> None:
-    result = run(capsys, schedule.main, "--nodes", "200", "--width", "8", "--rounds", "1")
+    result = run(capsys, schedule.main, "--nodes", "200", "--width", "8", "--rounds", "1", "--dags", "0")
     assert result["nodes"] == 200
     assert min(result[key] for key in ("list_seconds", "networkx_heft_seconds", "plan_seconds")) > 0
 
 
 def test_schedule_does_not_pass_off_a_smaller_peer_run(capsys: pytest.CaptureFixture[str]) -> None:
-    result = run(capsys, schedule.main, "--nodes", "200", "--peer-nodes", "50", "--rounds", "1")
+    result = run(capsys, schedule.main, "--nodes", "200", "--peer-nodes", "50", "--rounds", "1", "--dags", "0")
     assert result["networkx_heft_seconds"] is None
     assert set(result["networkx_heft_seconds_at"]) == {"50"}
+
+
+def test_schedule_shows_growth_the_search_and_the_comparison(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--nodes", "50", "1000", "--peer-nodes", "50", "--rounds", "1", "--search", "0.2", "--dags", "4"]
+    result = run(capsys, schedule.main, *options)
+    assert [row["nodes"] for row in result["growth"]] == [50, 1000]
+    assert 0 < result["search_over_list"] <= 1.0
+    assert (result["dags"], result["worse_share"]) == (4, result["worse"] / 4)
+    assert result["mean_ratio"] <= result["worst_ratio"]
 
 
 def test_the_peer_respects_dependencies_and_lanes() -> None:

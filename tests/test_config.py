@@ -150,11 +150,19 @@ def test_each_family_reads_its_keys(family: str) -> None:
         ("deepseek", "first_k_dense_replace", 3),
         ("deepseek", "scoring_func", "softmax"),
         ("deepseek", "topk_method", "greedy"),
+        ("deepseek", "moe_layer_freq", 2),
     ],
 )
 def test_a_senseless_value_names_its_key(family: str, key: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"tiny.*{key}"):
         from_hf(family_body(family, **{key: value}), "tiny")
+
+
+@pytest.mark.parametrize(("family", "theta"), [("llama", 1e4), ("mixtral", 1e6)])
+def test_the_usual_rotary_base_is_that_of_the_family(family: str, theta: float) -> None:
+    assert from_hf(family_body(family), "tiny").rope_theta == theta
+    assert from_hf(family_body(family, rope_theta=500.0), "tiny").rope_theta == 500.0
+    assert from_hf(family_body(family, rope_parameters={"rope_theta": 7.0}), "tiny").rope_theta == 7.0
 
 
 def test_sparse_layers_follow_the_step_and_the_list() -> None:

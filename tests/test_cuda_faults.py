@@ -36,7 +36,7 @@ def isolated(device: Device, *sizes: int) -> Plan:
     problem = make_problem(graph(), device, sorted({*sizes}))
     found = pack(problem, Layout.isolated(Geometry.of(*sizes)))
     assert found is not None
-    return plan_from(graph(), device, problem, found.assignment, "test")
+    return plan_from(graph(), device, problem, found, "test")
 
 
 def control() -> virtual.Control:

@@ -177,3 +177,9 @@ def test_a_failing_probe_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "run", fail)
     with pytest.raises(DeviceError, match="no torch"):
         specs._this_machine.__wrapped__()
+
+
+def test_a_virtual_gpu_is_planned_for_by_its_spec() -> None:
+    assert specs.get("virtual:h100_sxm") == specs.get("h100_sxm")
+    with pytest.raises(DeviceError, match="h900"):
+        specs.get("virtual:h900")

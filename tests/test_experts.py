@@ -23,6 +23,7 @@ from taskgraph.models import llama
 from taskgraph.models.config import Experts, Latent, ModelConfig, load_config
 from taskgraph.models.parallel import mixed_step
 from taskgraph.ops import active_experts, latent_flops
+from taskgraph.runtime.fill import fill
 from taskgraph.runtime.impls import TORCH_DTYPE, Site, bind
 from taskgraph.schedule import rewrite
 
@@ -102,7 +103,7 @@ def experts_of(tokens: int, count: int, hidden: int, inner: int, dtype: str = "f
         return ops.experts(
             b.input("x", (tokens, hidden), dtype), b.input("r", (tokens, count), "f32"),
             b.weight("g", (count, 2 * inner, hidden), dtype), b.weight("d", (count, hidden, inner), dtype),
-            b.input("res", (tokens, hidden), dtype), top_k=2,
+            b.input("res", (tokens, hidden), dtype), top_k=count,
         )  # fmt: skip
 
     return make
@@ -235,6 +236,22 @@ def test_a_step_equals_its_nano_batches(config: ModelConfig, tokens: int, sizes:
     split = rewrite.split_batch(graph, sizes)
     assert {"route#1", "experts#0", "attention#1"} <= {op.name.rsplit("/")[-1] for op in split.ops}
     assert_equal(graph, split, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("config", [MOE_TINY, LATENT_TINY], ids=["moe", "latent"])
+def test_a_step_goes_through_json(config: ModelConfig) -> None:
+    graph = llama.step_graph(config, batch=2, tokens=3, cache=8)
+    assert Graph.from_json(graph.to_json()) == graph
+    for op in graph.ops:
+        ops.check_op(op, dict(graph.tensor))
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_measured_steps_stand_at_the_end_of_their_context(tokens: int) -> None:
+    graph = llama.step_graph(LATENT_TINY, batch=2, tokens=tokens, cache=8, context=6, dtype="f32").flat()
+    given = fill(graph, {}, 0)
+    assert given["positions"].tolist() == [6 - tokens] * 2
+    run(graph, given)
 
 
 # ------------------------------------------------------------------------------------- mixed, sharded

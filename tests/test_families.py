@@ -26,6 +26,7 @@ DEEPSEEK: dict[str, Any] = {
     "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3, "first_k_dense_replace": 1, "num_mtp_layers": 0,
 }  # fmt: skip
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {**SHAPE, "tie_word_embeddings": True}),
     "qwen2 yarn": ("Qwen2Config", {**SHAPE, "rope_parameters": YARN}),
     "qwen3 yarn": ("Qwen3Config", {**SHAPE, "head_dim": 32, "rope_parameters": {**YARN, "attention_factor": 1.3}}),
     "mixtral": ("MixtralConfig", {**SHAPE, "num_local_experts": 4, "num_experts_per_tok": 2}),

@@ -19,6 +19,7 @@ import taskgraph as tg
 from taskgraph import ops
 from taskgraph.errors import ExecutionError, GraphError, PlanError, RankLost
 from taskgraph.models import llama
+from taskgraph.models.config import load_config
 from taskgraph.models.parallel import mixed_step
 from taskgraph.models.ranks import Ranks
 from taskgraph.models.session import Session
@@ -26,6 +27,7 @@ from taskgraph.models.shards import load_shard
 from taskgraph.models.weights import open_checkpoint
 from taskgraph.runtime.binders import TORCH_DTYPE
 from taskgraph.runtime.distributed import Group, one_plan
+from taskgraph.schedule import planner, rewrite
 from taskgraph.schedule.verify import collectives_in_turn
 
 Tensors = dict[str, torch.Tensor]
@@ -77,10 +79,10 @@ class Lab:
         with Session(checkpoint.config, weights, dtype="f32", cache=48, group=self.group) as session:
             return list(session.generate(prompt, tokens))
 
-    def compile(self, ranks: int = 2, waits: bool = True, swapped: bool = False) -> None:
-        """Two collectives on two lanes; without `waits` nothing orders them, `swapped` is another order on rank 1."""
+    def compile(self, ranks: int = 2, races: tuple[int, ...] = (), swapped: bool = False) -> None:
+        """Two collectives on two lanes; on the ranks of `races` nothing orders them, `swapped` turns them on rank 1."""
         graph = two_collectives(ranks)
-        made = on_two_lanes(graph, waits, swapped and self.group.rank == 1)
+        made = on_two_lanes(graph, self.group.rank not in races, swapped and self.group.rank == 1)
         tg.compile(graph, made, group=self.group).close()
 
     def fail_on(self, rank: int) -> None:
@@ -227,14 +229,34 @@ def test_a_session_of_two_ranks_generates_what_one_does(case: str, ranks: Ranks,
 # -------------------------------------------------------------------------------------- one order
 
 
-def test_collectives_that_could_race_are_refused(ranks: Ranks) -> None:
+@pytest.mark.parametrize("races", [(0,), (1,), (0, 1)])
+def test_collectives_that_could_race_are_refused(races: tuple[int, ...], ranks: Ranks) -> None:
+    """On every rank at once, also where only one rank's plan races."""
     graph = two_collectives()
     with pytest.raises(PlanError, match=r"'left' and 'right' may run at the same time"):
         collectives_in_turn(on_two_lanes(graph, waits=False), graph)
     collectives_in_turn(on_two_lanes(graph, waits=True), graph)
-    with pytest.raises(PlanError, match=r"'left' and 'right' may run at the same time"):
-        ranks.call("compile", waits=False)
+    with pytest.raises(PlanError, match=r"'left' and 'right' may run at the same time|rank 1 runs other"):
+        ranks.call("compile", races=races)
     ranks.call("compile")
+
+
+@pytest.mark.parametrize("sizes", [(512, 512), (256, 256, 256, 256)])
+def test_the_planner_leaves_no_race_between_nano_batches(
+    sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = mixed_step(
+        replace(load_config("llama-3-8b"), layers=2), tensor_parallel=2, decode_tokens=512, decode_context=2048,
+        prefill_tokens=512, prefill_context=512,
+    )  # fmt: skip
+    graph = rewrite.split_batch(step, sizes)
+    ordered = tg.plan(graph, "h100_sxm", "list")
+    collectives_in_turn(ordered, graph.flat())
+    tg.verify(ordered, graph)
+    assert len(ordered.lanes) > 1
+    monkeypatch.setattr(planner, "_in_one_order", lambda found: found)
+    with pytest.raises(PlanError, match="may run at the same time"):
+        collectives_in_turn(tg.plan(graph, "h100_sxm", "list"), graph.flat())
 
 
 def test_ranks_with_other_orders_are_refused(ranks: Ranks) -> None:

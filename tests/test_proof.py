@@ -1,6 +1,7 @@
 """The exact scheduler: its plans keep every rule, its bounds hold for every schedule that brute force finds."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import permutations, product
 
 import numpy as np
@@ -122,3 +123,18 @@ def test_plans_of_before_the_proof_still_load() -> None:
     text = plan(pair(Work(flops=1e12)), H100).to_json()
     assert '"proved_s": 0.0, ' in text
     assert tg.Plan.from_json(text.replace('"proved_s": 0.0, ', "")).bounds.proved_s == 0.0
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 20))
+def test_every_mode_has_a_class_that_is_no_worse(seed: int, modes: int) -> None:
+    """Otherwise the bound would hold only for the modes that the classes stand for."""
+    draw = np.random.default_rng(seed)
+    problem = make_problem(pair(Work(flops=1e12)), H100, H100.partition_sizes()[:modes])
+    seconds = draw.integers(1, 6, problem.seconds.shape).astype(np.float64)
+    use = draw.integers(0, 6, problem.use.shape).astype(np.float64)
+    made = proof._classes(replace(problem, seconds=seconds, use=use), 0)
+    area = use[0] * seconds[0][:, None]
+    for k in np.flatnonzero(problem.legal[0]).tolist():
+        covers = (made.seconds <= seconds[0, k]) & (made.area <= area[k] * (1 + 1e-9)).all(axis=1)
+        assert covers.any()

@@ -62,9 +62,9 @@ __device__ Partial attend(const T* query, const Rows<T>& keys, const Rows<T>& va
 
 // One block a token (x) and query head (y); token j of a sequence sees positions[sequence] + j + 1 keys.
 template <class T>
-__device__ void attention(const T* q, const Index* positions, const T* keys, const T* values, T* out, int heads, int kv_heads,
-                          int dim, int each, Index length) {
-    int token = blockIdx.x, head = blockIdx.y, sequence = token / each, kv_head = head / (heads / kv_heads);
+__device__ void attention(Block block, const T* q, const Index* positions, const T* keys, const T* values, T* out,
+                          int heads, int kv_heads, int dim, int each, Index length) {
+    int token = block.x, head = block.y, sequence = token / each, kv_head = head / (heads / kv_heads);
     Index base = (static_cast<Index>(sequence) * kv_heads + kv_head) * length * dim;
     Rows<T> k = {keys + base, dim, nullptr, 1, 0}, v = {values + base, dim, nullptr, 1, 0};
     Index seen = positions[sequence] + token % each + 1;
@@ -80,10 +80,10 @@ __device__ void attention(const T* q, const Index* positions, const T* keys, con
 // One block a row (x) and query head (y); rows starts[i] to starts[i + 1] are the last tokens of the lengths[i] that
 // sequence i has in its pages. Rows of no sequence give zeros.
 template <class T>
-__device__ void paged_prefill(const T* q, const int* starts, const int* lengths, const int* pages, const T* keys,
-                              const T* values, T* out, int heads, int kv_heads, int dim, int chunks, Index head_stride,
-                              Index key_stride, int page_rows, int pages_each, Index page_stride) {
-    int token = blockIdx.x, head = blockIdx.y, chunk = 0;
+__device__ void paged_prefill(Block block, const T* q, const int* starts, const int* lengths, const int* pages,
+                              const T* keys, const T* values, T* out, int heads, int kv_heads, int dim, int chunks,
+                              Index head_stride, Index key_stride, int page_rows, int pages_each, Index page_stride) {
+    int token = block.x, head = block.y, chunk = 0;
     Index row = (static_cast<Index>(token) * heads + head) * dim;
     while (chunk < chunks && starts[chunk + 1] <= token) chunk++;
     if (chunk == chunks || token < starts[0]) {
@@ -94,7 +94,8 @@ __device__ void paged_prefill(const T* q, const int* starts, const int* lengths,
     seen = seen < 1 ? 1 : seen > pages_each * page_rows ? pages_each * page_rows : seen;
     Index at = (head / (heads / kv_heads)) * head_stride;
     const int* mine = pages + static_cast<Index>(chunk) * pages_each;
-    Rows<T> k = {keys + at, key_stride, mine, page_rows, page_stride}, v = {values + at, key_stride, mine, page_rows, page_stride};
+    Rows<T> k = {keys + at, key_stride, mine, page_rows, page_stride},
+            v = {values + at, key_stride, mine, page_rows, page_stride};
     Partial state = attend(q + row, k, v, 0, seen, dim);
     for (int c = 0; c < 2; c++) {
         int channel = threadIdx.x + c * THREADS;
@@ -105,15 +106,16 @@ __device__ void paged_prefill(const T* q, const int* starts, const int* lengths,
 // One block a sequence (x), query head (y) and split (z). `parts` is (batch, heads, splits, dim + 2): max, sum, mixed.
 // Keys in use: lengths[sequence], or positions[sequence] + 1, or `length` where both are null.
 template <class T>
-__device__ void decode_split(const T* q, const T* keys, const T* values, const int* pages, const int* lengths,
-                             const Index* positions, float* parts, int heads, int kv_heads, int dim, int length,
-                             Index sequence_stride, Index head_stride, Index key_stride, int page_rows, int pages_each,
-                             Index page_stride) {
-    int sequence = blockIdx.x, head = blockIdx.y, split = blockIdx.z, splits = gridDim.z;
+__device__ void decode_split(Block block, const T* q, const T* keys, const T* values, const int* pages,
+                             const int* lengths, const Index* positions, float* parts, int splits, int heads,
+                             int kv_heads, int dim, int length, Index sequence_stride, Index head_stride,
+                             Index key_stride, int page_rows, int pages_each, Index page_stride) {
+    int sequence = block.x, head = block.y, split = block.z;
     int kv_head = head / (heads / kv_heads);
     Index at = (pages ? 0 : sequence * sequence_stride) + kv_head * head_stride;
     const int* mine = pages ? pages + static_cast<Index>(sequence) * pages_each : nullptr;
-    Rows<T> k = {keys + at, key_stride, mine, page_rows, page_stride}, v = {values + at, key_stride, mine, page_rows, page_stride};
+    Rows<T> k = {keys + at, key_stride, mine, page_rows, page_stride},
+            v = {values + at, key_stride, mine, page_rows, page_stride};
     int seen = lengths ? lengths[sequence] : positions ? static_cast<int>(positions[sequence]) + 1 : length;
     seen = seen > length ? length : seen;
     int share = (seen + splits - 1) / splits, begin = split * share, end = begin + share < seen ? begin + share : seen;
@@ -128,8 +130,8 @@ __device__ void decode_split(const T* q, const T* keys, const T* values, const i
 
 // One block a sequence (x) and query head (y). A sequence without keys gives zeros.
 template <class T>
-__device__ void decode_combine(const float* parts, T* out, int heads, int dim, int splits) {
-    Index head = static_cast<Index>(blockIdx.x) * heads + blockIdx.y;
+__device__ void decode_combine(Block block, const float* parts, T* out, int heads, int dim, int splits) {
+    Index head = static_cast<Index>(block.x) * heads + block.y;
     const float* mine = parts + head * splits * (dim + 2);
     float largest = -infinity(), sum = 0.0f;
     for (int s = 0; s < splits; s++) largest = fmaxf(largest, mine[s * (dim + 2)]);
@@ -144,31 +146,39 @@ __device__ void decode_combine(const float* parts, T* out, int heads, int dim, i
     }
 }
 
-#define OF_TYPE(T, NAME)                                                                                                \
-    extern "C" __global__ void attention_##NAME(const T* q, const long long* positions, const T* keys, const T* values, \
-                                                T* out, int heads, int kv_heads, int dim, int each, long long length) { \
-        attention(q, positions, keys, values, out, heads, kv_heads, dim, each, length);                                 \
-    }                                                                                                                   \
-    EXPORT(attention_##NAME)                                                                                            \
-    extern "C" __global__ void paged_prefill_##NAME(                                                                    \
-        const T* q, const int* starts, const int* lengths, const int* pages, const T* keys, const T* values, T* out,    \
-        int heads, int kv_heads, int dim, int chunks, long long head_stride, long long key_stride, int page_rows,       \
-        int pages_each, long long page_stride) {                                                                        \
-        paged_prefill(q, starts, lengths, pages, keys, values, out, heads, kv_heads, dim, chunks, head_stride,          \
-                      key_stride, page_rows, pages_each, page_stride);                                                  \
-    }                                                                                                                   \
-    EXPORT(paged_prefill_##NAME)                                                                                        \
-    extern "C" __global__ void decode_split_##NAME(                                                                     \
-        const T* q, const T* keys, const T* values, const int* pages, const int* lengths, const long long* positions,   \
-        float* parts, int heads, int kv_heads, int dim, int length, long long sequence_stride, long long head_stride,   \
-        long long key_stride, int page_rows, int pages_each, long long page_stride) {                                   \
-        decode_split(q, keys, values, pages, lengths, positions, parts, heads, kv_heads, dim, length, sequence_stride,  \
-                     head_stride, key_stride, page_rows, pages_each, page_stride);                                      \
-    }                                                                                                                   \
-    EXPORT(decode_split_##NAME)                                                                                         \
-    extern "C" __global__ void decode_combine_##NAME(const float* parts, T* out, int heads, int dim, int splits) {      \
-        decode_combine(parts, out, heads, dim, splits);                                                                 \
-    }                                                                                                                   \
+#define OF_TYPE(T, NAME)                                                                                              \
+    extern "C" __global__ void attention_##NAME(const T* q, const long long* positions, const T* keys,                \
+                                                const T* values, T* out, int heads, int kv_heads, int dim, int each,  \
+                                                long long length, int nx, int ny, int nz) {                           \
+        each_block(nx, ny, nz, [&](Block block) {                                                                     \
+            attention(block, q, positions, keys, values, out, heads, kv_heads, dim, each, length);                    \
+        });                                                                                                           \
+    }                                                                                                                 \
+    EXPORT(attention_##NAME)                                                                                          \
+    extern "C" __global__ void paged_prefill_##NAME(                                                                  \
+        const T* q, const int* starts, const int* lengths, const int* pages, const T* keys, const T* values, T* out,  \
+        int heads, int kv_heads, int dim, int chunks, long long head_stride, long long key_stride, int page_rows,     \
+        int pages_each, long long page_stride, int nx, int ny, int nz) {                                              \
+        each_block(nx, ny, nz, [&](Block block) {                                                                     \
+            paged_prefill(block, q, starts, lengths, pages, keys, values, out, heads, kv_heads, dim, chunks,          \
+                          head_stride, key_stride, page_rows, pages_each, page_stride);                               \
+        });                                                                                                           \
+    }                                                                                                                 \
+    EXPORT(paged_prefill_##NAME)                                                                                      \
+    extern "C" __global__ void decode_split_##NAME(                                                                   \
+        const T* q, const T* keys, const T* values, const int* pages, const int* lengths, const long long* positions, \
+        float* parts, int heads, int kv_heads, int dim, int length, long long sequence_stride, long long head_stride, \
+        long long key_stride, int page_rows, int pages_each, long long page_stride, int nx, int ny, int nz) {         \
+        each_block(nx, ny, nz, [&](Block block) {                                                                     \
+            decode_split(block, q, keys, values, pages, lengths, positions, parts, nz, heads, kv_heads, dim, length,  \
+                         sequence_stride, head_stride, key_stride, page_rows, pages_each, page_stride);               \
+        });                                                                                                           \
+    }                                                                                                                 \
+    EXPORT(decode_split_##NAME)                                                                                       \
+    extern "C" __global__ void decode_combine_##NAME(const float* parts, T* out, int heads, int dim, int splits,      \
+                                                     int nx, int ny, int nz) {                                        \
+        each_block(nx, ny, nz, [&](Block block) { decode_combine(block, parts, out, heads, dim, splits); });          \
+    }                                                                                                                 \
     EXPORT(decode_combine_##NAME)
 OF_TYPE(float, f32)
 OF_TYPE(bf16, bf16)

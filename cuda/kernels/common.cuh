@@ -42,11 +42,26 @@ struct Max {
 template <class Op>
 __device__ __forceinline__ float over_block(float value) {
     __shared__ float parts[THREADS / WARP];
-    for (int offset = WARP / 2; offset > 0; offset /= 2) value = Op::join(value, __shfl_xor_sync(0xffffffffu, value, offset));
+    for (int offset = WARP / 2; offset > 0; offset /= 2)
+        value = Op::join(value, __shfl_xor_sync(0xffffffffu, value, offset));
     __syncthreads();  // the parts of an earlier call have been read
     if (threadIdx.x % WARP == 0) parts[threadIdx.x / WARP] = value;
     __syncthreads();
     float whole = Op::identity();
     for (int i = 0; i < THREADS / WARP; i++) whole = Op::join(whole, parts[i]);
     return whole;
+}
+
+struct Block {
+    int x, y, z;
+};
+
+// The blocks of a grid of nx by ny by nz, as many at a time as were launched: a small launch keeps to few SMs.
+template <class Body>
+__device__ __forceinline__ void each_block(int nx, int ny, int nz, Body body) {
+    long long count = static_cast<long long>(nx) * ny * nz;
+    for (long long i = blockIdx.x; i < count; i += gridDim.x) {
+        if (i != blockIdx.x) __syncthreads();  // what the block before had in shared memory has been read
+        body(Block{static_cast<int>(i % nx), static_cast<int>(i / nx % ny), static_cast<int>(i / nx / ny)});
+    }
 }

@@ -24,33 +24,33 @@ __device__ void swiglu(const T* gate_up, T* out, Index rows, int features) {
 
 // One block a row: x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019).
 template <class T>
-__device__ void rmsnorm(const T* x, const T* weight, T* out, int columns, float eps) {
-    const T* row = x + static_cast<Index>(blockIdx.x) * columns;
+__device__ void rmsnorm(Block block, const T* x, const T* weight, T* out, int columns, float eps) {
+    const T* row = x + static_cast<Index>(block.x) * columns;
     float squares = 0.0f;
     for (int i = threadIdx.x; i < columns; i += THREADS) squares += widen(row[i]) * widen(row[i]);
     float scale = rsqrtf(over_block<Sum>(squares) / columns + eps);
     for (int i = threadIdx.x; i < columns; i += THREADS)
-        out[static_cast<Index>(blockIdx.x) * columns + i] = narrow<T>(widen(row[i]) * scale * widen(weight[i]));
+        out[static_cast<Index>(block.x) * columns + i] = narrow<T>(widen(row[i]) * scale * widen(weight[i]));
 }
 
 // One block a token. A token outside the table gives zeros, as nothing else would be safe.
 template <class Token, class In, class Out>
-__device__ void embedding(const Token* tokens, const In* table, Out* out, int columns, Index vocabulary) {
-    Index token = static_cast<Index>(tokens[blockIdx.x]);
+__device__ void embedding(Block block, const Token* tokens, const In* table, Out* out, int columns, Index vocabulary) {
+    Index token = static_cast<Index>(tokens[block.x]);
     bool known = token >= 0 && token < vocabulary;
     for (int i = threadIdx.x; i < columns; i += blockDim.x)
-        out[static_cast<Index>(blockIdx.x) * columns + i] = narrow<Out>(known ? widen(table[token * columns + i]) : 0.0f);
+        out[static_cast<Index>(block.x) * columns + i] = narrow<Out>(known ? widen(table[token * columns + i]) : 0.0f);
 }
 
 // One block a row; of equal entries the first wins, and a NaN is larger than any number.
 template <class T>
-__device__ void argmax(const T* x, Index* out, int columns) {
+__device__ void argmax(Block block, const T* x, Index* out, int columns) {
     __shared__ float best_value[THREADS];
     __shared__ int best_index[THREADS];
     float best = -infinity();
     int at = columns;
     for (int i = threadIdx.x; i < columns; i += THREADS) {
-        float value = widen(x[static_cast<Index>(blockIdx.x) * columns + i]);
+        float value = widen(x[static_cast<Index>(block.x) * columns + i]);
         bool larger = value > best || at == columns || (value != value && best == best);
         if (larger) best = value, at = i;
     }
@@ -66,7 +66,7 @@ __device__ void argmax(const T* x, Index* out, int columns) {
         bool larger = nan ? !best_nan || index < at : !best_nan && (value > best || (value == best && index < at));
         if (larger) best = value, at = index;
     }
-    out[blockIdx.x] = at;
+    out[block.x] = at;
 }
 
 // Rows start, start + step, ... of a matrix whose rows are `columns` units.
@@ -76,27 +76,30 @@ __device__ void slice_rows(const Unit* x, Unit* out, Index start, Index step, In
         out[i] = x[(start + i / columns * step) * columns + i % columns];
 }
 
-#define OF_TYPE(T, NAME)                                                                                             \
+#define OF_TYPE(T, NAME)                                                                                              \
     extern "C" __global__ void add_##NAME(const T* a, const T* b, T* out, long long count) { add(a, b, out, count); } \
-    EXPORT(add_##NAME)                                                                                               \
-    extern "C" __global__ void swiglu_##NAME(const T* gate_up, T* out, long long rows, int features) {               \
-        swiglu(gate_up, out, rows, features);                                                                        \
-    }                                                                                                                \
-    EXPORT(swiglu_##NAME)                                                                                            \
-    extern "C" __global__ void rmsnorm_##NAME(const T* x, const T* weight, T* out, int columns, float eps) {         \
-        rmsnorm(x, weight, out, columns, eps);                                                                       \
-    }                                                                                                                \
-    EXPORT(rmsnorm_##NAME)                                                                                           \
-    extern "C" __global__ void argmax_##NAME(const T* x, long long* out, int columns) { argmax(x, out, columns); }   \
+    EXPORT(add_##NAME)                                                                                                \
+    extern "C" __global__ void swiglu_##NAME(const T* gate_up, T* out, long long rows, int features) {                \
+        swiglu(gate_up, out, rows, features);                                                                         \
+    }                                                                                                                 \
+    EXPORT(swiglu_##NAME)                                                                                             \
+    extern "C" __global__ void rmsnorm_##NAME(const T* x, const T* weight, T* out, int columns, float eps, int nx,    \
+                                              int ny, int nz) {                                                       \
+        each_block(nx, ny, nz, [&](Block block) { rmsnorm(block, x, weight, out, columns, eps); });                   \
+    }                                                                                                                 \
+    EXPORT(rmsnorm_##NAME)                                                                                            \
+    extern "C" __global__ void argmax_##NAME(const T* x, long long* out, int columns, int nx, int ny, int nz) {       \
+        each_block(nx, ny, nz, [&](Block block) { argmax(block, x, out, columns); });                                 \
+    }                                                                                                                 \
     EXPORT(argmax_##NAME)
 OF_TYPE(float, f32)
 OF_TYPE(bf16, bf16)
 
-#define EMBEDDING(TOKEN, TOKEN_NAME, IN, IN_NAME, OUT, OUT_NAME)                                        \
-    extern "C" __global__ void embedding_##TOKEN_NAME##_##IN_NAME##_##OUT_NAME(                         \
-        const TOKEN* tokens, const IN* table, OUT* out, int columns, long long vocabulary) {            \
-        embedding(tokens, table, out, columns, vocabulary);                                             \
-    }                                                                                                   \
+#define EMBEDDING(TOKEN, TOKEN_NAME, IN, IN_NAME, OUT, OUT_NAME)                                                     \
+    extern "C" __global__ void embedding_##TOKEN_NAME##_##IN_NAME##_##OUT_NAME(                                      \
+        const TOKEN* tokens, const IN* table, OUT* out, int columns, long long vocabulary, int nx, int ny, int nz) { \
+        each_block(nx, ny, nz, [&](Block block) { embedding(block, tokens, table, out, columns, vocabulary); });     \
+    }                                                                                                                \
     EXPORT(embedding_##TOKEN_NAME##_##IN_NAME##_##OUT_NAME)
 EMBEDDING(long long, i64, float, f32, float, f32)
 EMBEDDING(long long, i64, bf16, bf16, bf16, bf16)
@@ -105,11 +108,11 @@ EMBEDDING(int, i32, float, f32, float, f32)
 EMBEDDING(int, i32, bf16, bf16, bf16, bf16)
 EMBEDDING(int, i32, bf16, bf16, float, f32)
 
-#define SLICE_ROWS(UNIT, NAME)                                                                                  \
-    extern "C" __global__ void slice_rows_##NAME(const UNIT* x, UNIT* out, long long start, long long step,     \
-                                                 long long columns, long long rows) {                           \
-        slice_rows(x, out, start, step, columns, rows);                                                         \
-    }                                                                                                           \
+#define SLICE_ROWS(UNIT, NAME)                                                                              \
+    extern "C" __global__ void slice_rows_##NAME(const UNIT* x, UNIT* out, long long start, long long step, \
+                                                 long long columns, long long rows) {                       \
+        slice_rows(x, out, start, step, columns, rows);                                                     \
+    }                                                                                                       \
     EXPORT(slice_rows_##NAME)
 SLICE_ROWS(unsigned char, b1)
 SLICE_ROWS(unsigned, b4)

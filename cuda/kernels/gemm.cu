@@ -7,11 +7,12 @@ constexpr int TILE_N = 64, TILE_K = 16, BLOCK = 256;
 
 // out (m, n) = x (m, k) times w (k, n), or (n, k) where `transposed`; plus bias (n) and residual (m, n) unless null.
 template <int TILE_M, class X, class W, class Out>
-__device__ void gemm(const X* x, const W* w, const X* bias, const X* residual, Out* out, int m, int n, int k, int transposed) {
+__device__ void gemm(Block block, const X* x, const W* w, const X* bias, const X* residual, Out* out, int m, int n,
+                     int k, int transposed) {
     constexpr int ROWS = TILE_M / 16;  // of 16 x 16 threads, each with four columns
     __shared__ float left[TILE_K][TILE_M + 1];
     __shared__ float right[TILE_K][TILE_N + 1];
-    int row0 = blockIdx.y * TILE_M, column0 = blockIdx.x * TILE_N, thread = threadIdx.x;
+    int row0 = block.y * TILE_M, column0 = block.x * TILE_N, thread = threadIdx.x;
     int my_row = thread / 16, my_column = thread % 16;
     float sum[ROWS][4] = {};
     for (int k0 = 0; k0 < k; k0 += TILE_K) {
@@ -43,16 +44,18 @@ __device__ void gemm(const X* x, const W* w, const X* bias, const X* residual, O
         }
 }
 
-#define GEMM(X, X_NAME, W, W_NAME, OUT, OUT_NAME)                                                                 \
-    extern "C" __global__ void __launch_bounds__(BLOCK) gemm_##X_NAME##_##W_NAME##_##OUT_NAME(                    \
-        const X* x, const W* w, const X* bias, const X* residual, OUT* out, int m, int n, int k, int transposed) { \
-        gemm<64>(x, w, bias, residual, out, m, n, k, transposed);                                                 \
-    }                                                                                                             \
-    EXPORT(gemm_##X_NAME##_##W_NAME##_##OUT_NAME)                                                                 \
-    extern "C" __global__ void __launch_bounds__(BLOCK) gemm_few_rows_##X_NAME##_##W_NAME##_##OUT_NAME(           \
-        const X* x, const W* w, const X* bias, const X* residual, OUT* out, int m, int n, int k, int transposed) { \
-        gemm<16>(x, w, bias, residual, out, m, n, k, transposed);                                                 \
-    }                                                                                                             \
+#define GEMM(X, X_NAME, W, W_NAME, OUT, OUT_NAME)                                                                      \
+    extern "C" __global__ void __launch_bounds__(BLOCK)                                                                \
+        gemm_##X_NAME##_##W_NAME##_##OUT_NAME(const X* x, const W* w, const X* bias, const X* residual, OUT* out,      \
+                                              int m, int n, int k, int transposed, int nx, int ny, int nz) {           \
+        each_block(nx, ny, nz, [&](Block block) { gemm<64>(block, x, w, bias, residual, out, m, n, k, transposed); }); \
+    }                                                                                                                  \
+    EXPORT(gemm_##X_NAME##_##W_NAME##_##OUT_NAME)                                                                      \
+    extern "C" __global__ void __launch_bounds__(BLOCK) gemm_few_rows_##X_NAME##_##W_NAME##_##OUT_NAME(                \
+        const X* x, const W* w, const X* bias, const X* residual, OUT* out, int m, int n, int k, int transposed,       \
+        int nx, int ny, int nz) {                                                                                      \
+        each_block(nx, ny, nz, [&](Block block) { gemm<16>(block, x, w, bias, residual, out, m, n, k, transposed); }); \
+    }                                                                                                                  \
     EXPORT(gemm_few_rows_##X_NAME##_##W_NAME##_##OUT_NAME)
 GEMM(float, f32, float, f32, float, f32)
 GEMM(bf16, bf16, bf16, bf16, bf16, bf16)

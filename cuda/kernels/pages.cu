@@ -24,8 +24,8 @@ extern "C" __global__ void scatter_pages(const Bytes16* pages, const int* table,
 }
 EXPORT(scatter_pages)
 
-// Page pairs[2i] of `source` becomes page pairs[2i + 1] of `target` for every i with neither below 0; `done` is how many.
-// The grid bounds the SMs, and a page is `units` times 4 bytes.
+// Page pairs[2i] of `source` becomes page pairs[2i + 1] of `target` for every i with neither below 0; `done` is how
+// many. The grid bounds the SMs, and a page is `units` times 4 bytes.
 extern "C" __global__ void copy_pages(const unsigned* source, unsigned* target, const int* pairs, int* done, int count,
                                       long long units) {
     int copied = 0;

@@ -1,4 +1,5 @@
-// Rotary embedding, halves rotated (Su et al. 2021; Hugging Face layout), alone and fused with the write of the KV cache.
+// Rotary embedding, halves rotated (Su et al. 2021; Hugging Face layout), alone and fused with the write of the KV
+// cache.
 #include "common.cuh"
 
 using Index = long long;
@@ -14,9 +15,10 @@ __device__ __forceinline__ Pair rotated(float low, float high, float angle) {
 
 // One block a token and head.
 template <class T>
-__device__ void rope(const T* x, const Index* positions, const float* inverse, T* out, int heads, int dim) {
-    Index at = (static_cast<Index>(blockIdx.x) * heads + blockIdx.y) * dim;
-    float position = static_cast<float>(positions[blockIdx.x]);
+__device__ void rope(Block block, const T* x, const Index* positions, const float* inverse, T* out, int heads,
+                     int dim) {
+    Index at = (static_cast<Index>(block.x) * heads + block.y) * dim;
+    float position = static_cast<float>(positions[block.x]);
     for (int i = threadIdx.x; i < dim / 2; i += blockDim.x) {
         Pair r = rotated(widen(x[at + i]), widen(x[at + dim / 2 + i]), position * inverse[i]);
         out[at + i] = narrow<T>(r.low);
@@ -47,14 +49,16 @@ __device__ void turn_head(const T* row, const T* norm, const float* inverse, T* 
 // One block a token (x) and a head of the fused row (y): queries, then keys, then values. The caches are
 // (batch, kv heads, length, dim); a place beyond `length` is left out. q_norm and k_norm may be null.
 template <class T>
-__device__ void rope_kv(const T* qkv, const Index* positions, T* keys, T* values, const T* q_norm, const T* k_norm,
-                        const float* inverse, T* out, int heads, int kv_heads, int dim, int each, Index length, float eps) {
-    int token = blockIdx.x, head = blockIdx.y, sequence = token / each;
+__device__ void rope_kv(Block block, const T* qkv, const Index* positions, T* keys, T* values, const T* q_norm,
+                        const T* k_norm, const float* inverse, T* out, int heads, int kv_heads, int dim, int each,
+                        Index length, float eps) {
+    int token = block.x, head = block.y, sequence = token / each;
     const T* row = qkv + (static_cast<Index>(token) * (heads + 2 * kv_heads) + head) * dim;
     Index place = positions[sequence] + token % each;
     bool is_query = head < heads, is_value = head >= heads + kv_heads;
     int kv_head = (head - heads) % kv_heads;
-    T* cache = (is_value ? values : keys) + ((static_cast<Index>(sequence) * kv_heads + kv_head) * length + place) * dim;
+    T* cache =
+        (is_value ? values : keys) + ((static_cast<Index>(sequence) * kv_heads + kv_head) * length + place) * dim;
     T* target = is_query ? out + (static_cast<Index>(token) * heads + head) * dim : cache;
     bool writes = is_query || (place >= 0 && place < length);
     turn_head(row, is_query ? q_norm : k_norm, inverse, target, dim, eps, static_cast<float>(place), is_value, writes);
@@ -63,10 +67,10 @@ __device__ void rope_kv(const T* qkv, const Index* positions, T* keys, T* values
 // The same on pages (page, kv head, page_rows, wide): token i stands at positions[i] and goes to slots[i], which is
 // page * page_rows + row, or below 0 for nowhere; `slots_end` is beyond the last.
 template <class T>
-__device__ void paged_rope(const T* qkv, const int* positions, const int* slots, T* keys, T* values, const T* q_norm,
-                           const T* k_norm, const float* inverse, T* out, int heads, int kv_heads, int dim, int page_rows,
-                           int wide, Index slots_end, float eps) {
-    int token = blockIdx.x, head = blockIdx.y;
+__device__ void paged_rope(Block block, const T* qkv, const int* positions, const int* slots, T* keys, T* values,
+                           const T* q_norm, const T* k_norm, const float* inverse, T* out, int heads, int kv_heads,
+                           int dim, int page_rows, int wide, Index slots_end, float eps) {
+    int token = block.x, head = block.y;
     const T* row = qkv + (static_cast<Index>(token) * (heads + 2 * kv_heads) + head) * dim;
     Index slot = slots[token];
     bool is_query = head < heads, is_value = head >= heads + kv_heads;
@@ -80,22 +84,28 @@ __device__ void paged_rope(const T* qkv, const int* positions, const int* slots,
 
 #define OF_TYPE(T, NAME)                                                                                               \
     extern "C" __global__ void rope_##NAME(const T* x, const long long* positions, const float* inverse, T* out,       \
-                                           int heads, int dim) {                                                       \
-        rope(x, positions, inverse, out, heads, dim);                                                                  \
+                                           int heads, int dim, int nx, int ny, int nz) {                               \
+        each_block(nx, ny, nz, [&](Block block) { rope(block, x, positions, inverse, out, heads, dim); });             \
     }                                                                                                                  \
     EXPORT(rope_##NAME)                                                                                                \
     extern "C" __global__ void paged_rope_##NAME(const T* qkv, const int* positions, const int* slots, T* keys,        \
                                                  T* values, const T* q_norm, const T* k_norm, const float* inverse,    \
                                                  T* out, int heads, int kv_heads, int dim, int page_rows, int wide,    \
-                                                 long long slots_end, float eps) {                                     \
-        paged_rope(qkv, positions, slots, keys, values, q_norm, k_norm, inverse, out, heads, kv_heads, dim, page_rows, \
-                   wide, slots_end, eps);                                                                              \
+                                                 long long slots_end, float eps, int nx, int ny, int nz) {             \
+        each_block(nx, ny, nz, [&](Block block) {                                                                      \
+            paged_rope(block, qkv, positions, slots, keys, values, q_norm, k_norm, inverse, out, heads, kv_heads, dim, \
+                       page_rows, wide, slots_end, eps);                                                               \
+        });                                                                                                            \
     }                                                                                                                  \
-    EXPORT(paged_rope_##NAME)                                                                                                \
+    EXPORT(paged_rope_##NAME)                                                                                          \
     extern "C" __global__ void rope_kv_##NAME(const T* qkv, const long long* positions, T* keys, T* values,            \
                                               const T* q_norm, const T* k_norm, const float* inverse, T* out,          \
-                                              int heads, int kv_heads, int dim, int each, long long length, float eps) { \
-        rope_kv(qkv, positions, keys, values, q_norm, k_norm, inverse, out, heads, kv_heads, dim, each, length, eps);  \
+                                              int heads, int kv_heads, int dim, int each, long long length, float eps, \
+                                              int nx, int ny, int nz) {                                                \
+        each_block(nx, ny, nz, [&](Block block) {                                                                      \
+            rope_kv(block, qkv, positions, keys, values, q_norm, k_norm, inverse, out, heads, kv_heads, dim, each,     \
+                    length, eps);                                                                                      \
+        });                                                                                                            \
     }                                                                                                                  \
     EXPORT(rope_kv_##NAME)
 OF_TYPE(float, f32)

@@ -196,6 +196,13 @@ void tgv_clear_log() {
 // Seconds of the launches and fills of this thread from now on; below zero ends it.
 void tgv_next_seconds(double seconds) { here().next_seconds = seconds; }
 
+// From here on work takes its time and does nothing, or does it again; what was given before is done first.
+void tgv_dry(int on) {
+    std::lock_guard<std::recursive_mutex> hold(machine().lock);
+    drain();
+    machine().settings.dry = on != 0;
+}
+
 // Seconds of nodes of a graph, before it is instantiated. Returns how many handles were no node.
 size_t tgv_node_seconds(void** nodes, const double* seconds, size_t count) {
     std::lock_guard<std::recursive_mutex> hold(machine().lock);

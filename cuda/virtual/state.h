@@ -227,6 +227,7 @@ struct Settings {
     size_t memory_bytes = 80000000000ull;
     uint64_t seed = 1;
     long fail_alloc = 0, fail_launch = 0, lose_device = 0;  // the n-th from now on; 0 is never
+    bool dry = false;                                       // work takes its time and does nothing
     std::vector<std::string> host_kernels;
 };
 

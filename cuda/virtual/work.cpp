@@ -102,6 +102,7 @@ static bool comes_due(long& countdown) { return countdown > 0 && --countdown == 
 void run_work(Work& work) {
     auto& s = machine().settings;
     try {
+        if (s.dry) return;
         if (comes_due(s.lose_device)) refuse(UNKNOWN, "injected: the device was lost");
         switch (work.type) {
             case NODE_KERNEL:

@@ -118,13 +118,15 @@ def _table(ops: Sequence[Op], tensors: Mapping[str, Tensor], device: Device, siz
 
 def _kernels(ops: Sequence[Op], tensors: Mapping[str, Tensor], sm_max: np.ndarray) -> _Kernels:
     """The distinct kernels of `ops`: layers repeat, so there are far fewer of them than ops."""
-    place: dict[tuple[Row, object, int], int] = {}  # the row of a stream is its work
+    place: dict[tuple[Row, object, int], int] = {}
     firsts: list[int] = []
     index = np.empty(len(ops), np.int64)
     rows: list[Row] = []
     for i, (op, most) in enumerate(zip(ops, sm_max.tolist(), strict=True)):
         row = row_of(op, tensors)
-        at = place.setdefault((row, None if row[0] == STREAM else op.work, most), len(firsts))
+        at = len(firsts)
+        if row[0] != STREAM:  # a stream is priced sooner than it is found again
+            at = place.setdefault((row, op.work, most), at)
         if at == len(firsts):
             firsts.append(i)
             rows.append(row)

@@ -246,9 +246,11 @@ def names() -> tuple[str, ...]:
 
 
 def get(device: "str | Device") -> Device:
-    """The device of that name; "cpu" is this machine, probed once and cached. A Device is returned as it is."""
+    """The device of that name; "cpu" is this machine, probed once and cached. A Device is returned as it is, and
+    "virtual:NAME", on which the cuda backend can run, is the spec of NAME."""
     if isinstance(device, Device):
         return device
+    device = device.removeprefix("virtual:")
     if device == "cpu":
         return _this_machine()
     if device not in _SPECS:

@@ -137,8 +137,9 @@ def experts(
     """residual + sum over the experts e of a token of routing[e] * (silu(gate_e x) * (up_e x)) down_e, x (m, hidden).
 
     Two grouped products over the rows that each expert gets (MegaBlocks, Gale et al. 2022): gate_up (experts,
-    2 * inner, hidden), gate first, and down (experts, hidden, inner). The cost counts `top_k` experts a token, and of
-    those the share of one rank where the experts of all `ranks` are as many times as many.
+    2 * inner, hidden), gate first, and down (experts, hidden, inner). A row of `routing` has
+    at most `top_k` entries that are not zero, and so many the cost counts, or the share of one rank where the experts
+    of all `ranks` are as many times as many.
     """
     inputs = [x, routing, gate_up, down, *([residual] if residual else [])]
     return apply("experts", inputs, {"top_k": top_k, "ranks": ranks}, name=name)

@@ -55,6 +55,12 @@ class DeviceArray:
         """A copy on the host."""
         return torch.from_numpy(self.numpy_bytes()).view(TORCH_DTYPE[self.dtype]).view(self.shape)
 
+    def copy_(self, source: torch.Tensor) -> None:
+        """Overwrite it by a host tensor of its shape and dtype; returns when it is done."""
+        declared = Tensor("tensor", self.shape, self.dtype)
+        host = host_tensor(declared, source)
+        driver.upload(self.buffer.address, host.data_ptr(), self.buffer.nbytes)
+
     def torch(self) -> torch.Tensor:
         """The same memory as a torch tensor; BackendUnavailable where torch is built without CUDA."""
         if not torch.cuda.is_available():

@@ -19,7 +19,7 @@ BACKENDS = {
     "cuda": "taskgraph.runtime.cuda:CudaExecutable",
 }
 
-_WITH_RANKS = ("cpu",)
+_WITH_RANKS = ("cpu", "cuda")
 
 
 class Executable(Protocol):

@@ -6,6 +6,7 @@ graph is read back from the driver and compared with the plan; a difference is C
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -19,9 +20,10 @@ from taskgraph.graph.functions import find_function
 from taskgraph.graph.graph import Graph
 from taskgraph.graph.op import Op, Tensor
 from taskgraph.ops import COLLECTIVES
-from taskgraph.runtime import driver, launches_paged, virtual  # noqa: F401 - registers its rules
+from taskgraph.runtime import driver, launches_experts, launches_paged, torch_ops, virtual  # noqa: F401 - register rules
 from taskgraph.runtime.arrays import DeviceArray, device_buffer, host_tensor
 from taskgraph.runtime.collective import collective
+from taskgraph.runtime.distributed import Group, check_collectives
 from taskgraph.runtime.driver import Gpu, Memory
 from taskgraph.runtime.launches import Buffer, CopyLaunch, Launches, launches, seen
 from taskgraph.runtime.readback import compare
@@ -30,12 +32,12 @@ from taskgraph.schedule.planner import replay_times
 
 
 class _LaneSite:
-    """What launch rules may ask for. Scratch and constants live as long as the executable; a step that is bound again
-    asks for the same and gets the same."""
+    """What launch rules may ask for, a step each. Ops on a lane run in order, so they share its scratch; constants
+    live as long as the executable. A step that is bound again asks for the same and gets the same."""
 
-    def __init__(self, sm_count: int, own: Callable[[int], Memory]) -> None:
-        self._sm_count, self._own = sm_count, own
-        self._kept: list[tuple[bytes | int, int]] = []
+    def __init__(self, sm_count: int, own: Callable[[int], Memory], scratch: list[Memory]) -> None:
+        self._sm_count, self._own, self._scratch = sm_count, own, scratch
+        self._kept: list[tuple[bytes | int, Memory]] = []
         self._at = 0
 
     @property
@@ -48,21 +50,30 @@ class _LaneSite:
         return self
 
     def scratch(self, nbytes: int) -> int:
-        return self._next(nbytes, nbytes)
+        return self._next(nbytes, lambda: self._shared(nbytes)).address
 
     def constant(self, values: npt.NDArray[Any]) -> int:
         packed = np.ascontiguousarray(values)
-        address = self._next(packed.tobytes(), packed.nbytes)
-        driver.upload(address, packed.ctypes.data, packed.nbytes)
-        return address
+        memory = self._next(packed.tobytes(), lambda: self._own(packed.nbytes))
+        driver.upload(memory.address, packed.ctypes.data, packed.nbytes)
+        return memory.address
 
-    def _next(self, what: bytes | int, nbytes: int) -> int:
+    def _shared(self, nbytes: int) -> Memory:
+        """The lane's least scratch that is large enough and that this step does not have yet; else a new one."""
+        mine = {memory.address for _, memory in self._kept}
+        fits = [m for m in self._scratch if m.nbytes >= nbytes and m.address not in mine]
+        if not fits:
+            self._scratch.append(self._own(nbytes))
+            return self._scratch[-1]
+        return min(fits, key=lambda memory: memory.nbytes)
+
+    def _next(self, what: bytes | int, make: Callable[[], Memory]) -> Memory:
         if self._at == len(self._kept):
-            self._kept.append((what, self._own(nbytes).address))
-        kept, address = self._kept[self._at]
+            self._kept.append((what, make()))
+        kept, memory = self._kept[self._at]
         assert kept == what, "a launch rule asks for the same each time"
         self._at += 1
-        return address
+        return memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,23 +98,27 @@ class CudaExecutable:
         plan: Plan,
         functions: Mapping[str, Callable[..., Any]],
         device: str | None = None,
+        group: Group | None = None,
     ) -> None:
-        self._graph, self._plan, self._functions = graph.flat(), plan, dict(functions)
+        self._graph, self._plan, self._functions, self._group = graph.flat(), plan, dict(functions), group
         self._ops = {op.name: op for op in self._graph.ops}
         self._closed = True
         self._memory: list[Memory] = []
         self._exec: Any = None
         if plan.device.kind != "gpu":
             raise PlanError(f"the plan is for {plan.device.name}, which is no GPU; plan with device='h100_sxm', say.")
+        check_collectives(self._graph, plan, group)
         self._gpu = Gpu.open(device)
         if plan.device.sm_count > self._gpu.capability.sm_count:
             raise PlanError(
                 f"the plan is for {plan.device.name} with {plan.device.sm_count} SMs; "
                 f"{self._gpu.capability.device} has {self._gpu.capability.sm_count}. Plan for this device."
             )
+        self._torch = not self._gpu.capability.virtual and torch_ops.available()
         self._given: dict[str, Buffer] = {}
         self._kept: dict[str, Any] = {}
         self._sites: dict[int, _LaneSite] = {}
+        self._scratch: list[list[Memory]] = [[] for _ in plan.lanes]
         self._set: set[str] = set()
         self._inputs = {t.name for t in self._graph.with_role("input")}
         self._closed, self._stale = False, True
@@ -232,9 +247,13 @@ class CudaExecutable:
         ins, outs = seen(op, [self._buffer(n) for n in op.inputs]), [self._buffer(n) for n in op.outputs]
         if op.kind == "call":
             return self._call(op, ins, outs)
-        if op.kind in COLLECTIVES and op.integer("ranks") > 1:
-            return collective(op, *(DeviceArray(b, self) for b in (*ins, *outs)))
-        site = self._sites.setdefault(i, _LaneSite(self._plan.sms(i), self._own))
+        if op.kind in COLLECTIVES and self._group is not None and op.integer("ranks") > 1:
+            return collective(op, DeviceArray(ins[0], self), DeviceArray(outs[0], self), self._group)
+        if self._torch and op.kind in torch_ops.TORCH_OPS:
+            sides = [[DeviceArray(b, self) for b in side] for side in (ins, outs)]
+            return torch_ops.bound(op, sides[0], sides[1], self._plan.sms(i), self._streams[self._plan.steps[i].lane])
+        scratch = self._scratch[self._plan.steps[i].lane]
+        site = self._sites.setdefault(i, _LaneSite(self._plan.sms(i), self._own, scratch))
         made = launches(op, ins, outs, site.again())
         for launch in made:
             if not isinstance(launch, CopyLaunch):
@@ -377,11 +396,13 @@ class CudaExecutable:
             driver.raise_typed(f"replay {self._graph.name!r}", error)
 
     def replay_seconds(self, launches: int = 1) -> float:
-        """Seconds of one replay, the mean of `launches` in a row, between two events; simulated on a virtual device."""
+        """Seconds of one replay, the mean of `launches` in a row, between two events. On a virtual device they are
+        simulated, and the replays compute nothing."""
         self._check_open()
         self.capture()
         begin, end = self._gpu.event(timing=True), self._gpu.event(timing=True)
-        with driver.driver_errors(f"replay {self._graph.name!r}"):
+        control = virtual.loaded()
+        with driver.driver_errors(f"replay {self._graph.name!r}"), control.dry() if control else nullcontext():
             self.origin.record(begin)
             for _ in range(launches):
                 self._exec.launch(self.origin)
@@ -437,7 +458,7 @@ class CudaExecutable:
             capture.close()
         zero = min(span.start_s for span in spans)
         shifted = tuple(Span(s.op, s.lane, s.start_s - zero, s.end_s - zero) for s in spans)
-        return Timeline(self.kind, self._gpu.capability.device, shifted)
+        return Timeline(self.kind, self._gpu.capability.describe(), shifted)
 
     # -- life ------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ that leaves it open, and ranks whose plans differ. So no two ranks can ever wait
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -201,17 +201,29 @@ def check_collectives(graph: Graph, plan: Plan, group: Group | None) -> None:
                 "compile(group=...) one from runtime.distributed, use ranks=1, or the sim backend."
             )
         return
-    odd = next((op for op in shared.values() if op.integer("ranks") != group.size), None)
-    if odd is not None:
-        raise GraphError(f"op {odd.name!r} is over {odd.integer('ranks')} ranks; the group has {group.size}.")
-    collectives_in_turn(plan, graph)
+    wrong = _wrong(graph, plan, shared.values(), group)
     issued = [shared[step.op] for step in plan.steps if step.op in shared]
-    stranger = group.odd_one("\n".join(_signature(op, graph) for op in issued))
+    text = "\n".join(_signature(op, graph) for op in issued)
+    stranger = group.odd_one(str(wrong or text))  # also where this rank will raise, for the others must not wait for it
+    if wrong is not None:
+        raise wrong
     if stranger is not None:
         raise PlanError(
             f"rank {stranger} runs other collectives, or in another order, than rank 0; all ranks must compile one "
             "plan (one_plan hands it on)."
         )
+
+
+def _wrong(graph: Graph, plan: Plan, shared: Iterable[Op], group: Group) -> GraphError | PlanError | None:
+    """What this rank alone can see."""
+    odd = next((op for op in shared if op.integer("ranks") != group.size), None)
+    if odd is not None:
+        return GraphError(f"op {odd.name!r} is over {odd.integer('ranks')} ranks; the group has {group.size}.")
+    try:
+        collectives_in_turn(plan, graph)
+    except PlanError as error:
+        return error
+    return None
 
 
 def _signature(op: Op, graph: Graph) -> str:

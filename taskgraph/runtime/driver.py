@@ -491,9 +491,10 @@ def read_graph(handle: Any) -> GraphFacts:
         if kind != "kernel":
             return NodeFacts(int(node), kind)
         params = check("node parameters", cu.cuGraphKernelNodeGetParams(node))
-        kernel = int(params.kern)
+        kernel = int(params.kern) or int(params.func)
         if kernel not in kernels:
-            kernels[kernel] = check("kernel name", cu.cuKernelGetName(params.kern)).decode()
+            named = cu.cuKernelGetName(params.kern) if int(params.kern) else cu.cuFuncGetName(params.func)
+            kernels[kernel] = check("kernel name", named).decode()
         return NodeFacts(int(node), kind, kernels[kernel], int(params.ctx))
 
     nodes = tuple(facts(node) for node in _listed(cu.cuGraphGetNodes, handle))

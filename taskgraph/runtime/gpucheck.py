@@ -217,7 +217,7 @@ def every_kind(dtype: str, rows: int = 32) -> Graph:
     b = GraphBuilder(f"every-kind-{dtype}")
     width, heads, dim = 64, 4, 16
     tokens, places = b.input("tokens", (rows,), "i64"), b.input("places", (2,), "i64")
-    caches = [b.state(name, (2, 2, 64, dim), dtype) for name in ("keys", "values")]
+    caches = [b.state(name, (2, 2, rows + 32, dim), dtype) for name in ("keys", "values")]
     table, norm = b.weight("table", (128, width), dtype), b.weight("norm", (width,), dtype)
     x = ops.rmsnorm(ops.embedding(tokens, table, name="embed"), norm, name="normed")
     qkv = ops.gemm(x, b.weight("w_qkv", (width, 2 * heads * dim), dtype), b.weight("bias", (2 * heads * dim,), dtype))
@@ -275,6 +275,14 @@ def _(bench: _Bench) -> str:
 def _(bench: _Bench) -> str:
     graph = split_batch(every_kind("f32"), (16, 16))
     return _equal(bench, graph, plan(graph, bench.device, "list"))
+
+
+@check("kernels that loop over more blocks than they launch, on the smallest partition")
+def _(bench: _Bench) -> str:
+    graph, (small, *_) = every_kind("f32", rows=320), bench.device.partition_sizes()
+    made = bench.isolated(graph, small)
+    assert made is not None
+    return f"{small} SMs; {_equal(bench, graph, made)}"
 
 
 def _halves(device: Device) -> int:

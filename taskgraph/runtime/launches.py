@@ -20,6 +20,8 @@ from taskgraph.runtime import rotary
 THREADS = 128
 """Of a block in the kernels that reduce over one; `common.cuh` has the same number."""
 _GEMM_TILE, _GEMM_FEW_ROWS, _GEMM_COLUMNS, _GEMM_BLOCK = 64, 16, 64, 256
+_SM_THREADS = 2048
+"""Resident threads of an SM (CUDA Programming Guide, compute capabilities 8.0, 9.0, 10.0)."""
 _SPLIT_KEYS, _MAX_SPLITS, _MAX_DIM = 256, 32, 256
 
 
@@ -137,7 +139,16 @@ def float_type(op: Op, *buffers: Buffer) -> str:
     return found.pop()
 
 
-def _spread(elements: int, site: Site) -> tuple[int, ...]:
+def blocks(kernel: str, source: str, grid: tuple[int, ...], block: int, args: tuple[Any, ...], site: Site) -> Launch:
+    """A launch of a kernel that loops over the blocks of `grid` (`each_block` in common.cuh): no more blocks than the
+    SMs that the op is launched on hold at a time."""
+    nx, ny, nz = (*grid, 1, 1)[:3]
+    at_once = site.sm_count * (_SM_THREADS // block)
+    launched = min(nx * ny * nz, at_once)
+    return Launch(kernel, source, (launched,), block, (*args, np.int32(nx), np.int32(ny), np.int32(nz)))
+
+
+def spread(elements: int, site: Site) -> tuple[int, ...]:
     """A grid for grid-stride loops: enough blocks to fill the lane's SMs, not more than there is work."""
     return (max(1, min(-(-elements // 256), 8 * site.sm_count)),)
 
@@ -147,14 +158,14 @@ def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Laun
     a, b = ins
     kind, count = float_type(op, a, b, outs[0]), math.prod(a.shape)
     args = (a.address, b.address, outs[0].address, np.int64(count))
-    return [Launch(f"add_{kind}", "elementwise", _spread(count, site), 256, args)]
+    return [Launch(f"add_{kind}", "elementwise", spread(count, site), 256, args)]
 
 
 @launch_rule("swiglu")
 def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
     kind, (rows, features) = float_type(op, ins[0], outs[0]), outs[0].shape
     args = (ins[0].address, outs[0].address, np.int64(rows), np.int32(features))
-    return [Launch(f"swiglu_{kind}", "elementwise", _spread(rows * features, site), 256, args)]
+    return [Launch(f"swiglu_{kind}", "elementwise", spread(rows * features, site), 256, args)]
 
 
 @launch_rule("rmsnorm")
@@ -163,7 +174,7 @@ def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Laun
     columns = x.shape[-1]
     args = (x.address, weight.address, outs[0].address, np.int32(columns), np.float32(op.number("eps")))
     name = f"rmsnorm_{float_type(op, x, weight, outs[0])}"
-    return [Launch(name, "elementwise", (math.prod(x.shape[:-1]),), THREADS, args)]
+    return [blocks(name, "elementwise", (math.prod(x.shape[:-1]),), THREADS, args, site)]
 
 
 @launch_rule("embedding")
@@ -173,13 +184,13 @@ def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Laun
     if kinds[1:] not in (("f32", "f32"), ("bf16", "bf16"), ("bf16", "f32")):
         raise BackendUnavailable(f"op {op.name!r}: no embedding kernel from {kinds[1]} to {kinds[2]}.")
     args = (tokens.address, table.address, outs[0].address, np.int32(table.shape[1]), np.int64(table.shape[0]))
-    return [Launch(f"embedding_{'_'.join(kinds)}", "elementwise", (tokens.shape[0],), THREADS, args)]
+    return [blocks(f"embedding_{'_'.join(kinds)}", "elementwise", (tokens.shape[0],), THREADS, args, site)]
 
 
 @launch_rule("argmax")
 def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
     args = (ins[0].address, outs[0].address, np.int32(ins[0].shape[1]))
-    return [Launch(f"argmax_{float_type(op, ins[0])}", "elementwise", (ins[0].shape[0],), THREADS, args)]
+    return [blocks(f"argmax_{float_type(op, ins[0])}", "elementwise", (ins[0].shape[0],), THREADS, args, site)]
 
 
 def _move_rows(source: Buffer, start: int, step: int, rows: int, target: int, site: Site) -> Launch:
@@ -188,7 +199,7 @@ def _move_rows(source: Buffer, start: int, step: int, rows: int, target: int, si
     unit = 4 if row % 4 == 0 else 1
     places = (start, step, row // unit, rows)
     args = (source.address, target, *map(np.int64, places))
-    return Launch(f"slice_rows_b{unit}", "elementwise", _spread(rows * row // unit, site), 256, args)
+    return Launch(f"slice_rows_b{unit}", "elementwise", spread(rows * row // unit, site), 256, args)
 
 
 @launch_rule("slice_rows")
@@ -217,11 +228,7 @@ def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Laun
 
 
 def _collective(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
-    """Of one rank: a copy. More ranks go through torch.distributed, not through a kernel of ours."""
-    if op.integer("ranks") > 1:
-        raise BackendUnavailable(
-            f"op {op.name!r}: {op.kind} over {op.integer('ranks')} ranks needs a process group; this process has none."
-        )
+    """Of one rank: a copy. More ranks go through NCCL (`runtime.collective`)."""
     return [_move_rows(ins[0], 0, 1, ins[0].shape[0], outs[0].address, site)]
 
 
@@ -244,39 +251,45 @@ def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Laun
     numbers = (np.int32(m), np.int32(n), np.int32(k), np.int32(bool(op.attr("transpose_w"))))
     args = (x.address, w.address, bias, residual, outs[0].address, *numbers)
     name = f"gemm_{'few_rows_' if few else ''}{'_'.join(kinds)}"
-    return [Launch(name, "gemm", grid, _GEMM_BLOCK, args)]
+    return [blocks(name, "gemm", grid, _GEMM_BLOCK, args, site)]
 
 
 @launch_rule("rope")
 def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
     x, positions = ins
-    _need_i64(op, positions)
+    need_i64(op, positions)
     tokens, heads, dim = x.shape
     args = (x.address, positions.address, site.constant(rotary.inverse_frequencies(op, dim)), outs[0].address)
     name = f"rope_{float_type(op, x, outs[0])}"
-    return [Launch(name, "rope", (tokens, heads), THREADS, (*args, np.int32(heads), np.int32(dim)))]
+    return [blocks(name, "rope", (tokens, heads), THREADS, (*args, np.int32(heads), np.int32(dim)), site)]
 
 
 @launch_rule("rope_kv")
 def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
     qkv, positions, keys, values, *norms = ins
-    _need_i64(op, positions)
+    need_i64(op, positions)
     batch, kv_heads, length, dim = keys.shape
     tokens, heads, _ = outs[0].shape
     kind = float_type(op, qkv, keys, values, outs[0], *norms)
-    if rotary.size(op) != 1.0:
-        raise BackendUnavailable(
-            f"op {op.name!r}: the rope_kv kernel does not multiply by YaRN's attention factor, "
-            f"here {rotary.size(op):g}; use the cpu backend."
-        )
+    need_unsized(op)
     q_norm, k_norm = (t.address for t in norms) if norms else (0, 0)
     pointers = (qkv.address, positions.address, keys.address, values.address, q_norm, k_norm)
     numbers = (*map(np.int32, (heads, kv_heads, dim, tokens // batch)), np.int64(length), np.float32(op.number("eps")))
     args = (*pointers, site.constant(rotary.inverse_frequencies(op, dim)), outs[0].address, *numbers)
-    return [Launch(f"rope_kv_{kind}", "rope", (tokens, heads + 2 * kv_heads), THREADS, args)]
+    return [blocks(f"rope_kv_{kind}", "rope", (tokens, heads + 2 * kv_heads), THREADS, args, site)]
 
 
-def _need_i64(op: Op, positions: Buffer) -> None:
+def need_unsized(op: Op) -> None:
+    """BackendUnavailable where cosines and sines have a size, which no kernel multiplies by."""
+    if rotary.size(op) != 1.0:
+        raise BackendUnavailable(
+            f"op {op.name!r}: the {op.kind} kernel does not multiply by YaRN's attention factor, "
+            f"here {rotary.size(op):g}; use the cpu backend."
+        )
+
+
+def need_i64(op: Op, positions: Buffer) -> None:
+    """BackendUnavailable unless the positions are what the kernels read."""
     if positions.dtype != "i64":
         raise BackendUnavailable(f"op {op.name!r}: positions must be i64 on the cuda backend; got {positions.dtype}.")
 
@@ -284,7 +297,7 @@ def _need_i64(op: Op, positions: Buffer) -> None:
 @launch_rule("attention")
 def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
     q, positions, keys, values = ins
-    _need_i64(op, positions)
+    need_i64(op, positions)
     batch, kv_heads, length, dim = keys.shape
     tokens, heads, _ = q.shape
     kind = float_type(op, q, keys, values, outs[0])
@@ -295,7 +308,7 @@ def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Laun
         return split_decode(kind, q.address, cache, batch, heads, outs[0].address, site)
     pointers = (q.address, positions.address, keys.address, values.address, outs[0].address)
     numbers = (*map(np.int32, (heads, kv_heads, dim, tokens // batch)), np.int64(length))
-    return [Launch(f"attention_{kind}", "attention", (tokens, heads), THREADS, (*pointers, *numbers))]
+    return [blocks(f"attention_{kind}", "attention", (tokens, heads), THREADS, (*pointers, *numbers), site)]
 
 
 @launch_rule("decode_attention")
@@ -353,6 +366,6 @@ def split_decode(kind: str, q: int, cache: DecodeCache, batch: int, heads: int, 
     args = (q, cache.keys, cache.values, p.blocks, p.lengths, cache.positions, parts, *shape, *places)
     combine = (parts, out, np.int32(heads), np.int32(cache.dim), np.int32(splits))
     return [
-        Launch(f"decode_split_{kind}", "attention", (batch, heads, splits), THREADS, args),
-        Launch(f"decode_combine_{kind}", "attention", (batch, heads), THREADS, combine),
+        blocks(f"decode_split_{kind}", "attention", (batch, heads, splits), THREADS, args, site),
+        blocks(f"decode_combine_{kind}", "attention", (batch, heads), THREADS, combine, site),
     ]

@@ -15,9 +15,11 @@ from taskgraph.runtime.launches import (
     Launches,
     Pages,
     Site,
+    blocks,
     float_type,
     launch_rule,
     need_dim,
+    need_unsized,
     split_decode,
 )
 
@@ -25,6 +27,7 @@ from taskgraph.runtime.launches import (
 @launch_rule("paged_rope")
 def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
     qkv, positions, slots, keys, values, *norms = ins
+    need_unsized(op)
     pages, kv_heads, rows, wide = keys.shape
     tokens, heads, dim = outs[0].shape
     kind = float_type(op, qkv, keys, values, outs[0], *norms)
@@ -32,33 +35,33 @@ def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Laun
     pointers = (qkv.address, positions.address, slots.address, keys.address, values.address, q_norm, k_norm)
     numbers = (*map(np.int32, (heads, kv_heads, dim, rows, wide)), np.int64(pages * rows), np.float32(op.number("eps")))
     args = (*pointers, site.constant(rotary.inverse_frequencies(op, dim)), outs[0].address, *numbers)
-    return [Launch(f"paged_rope_{kind}", "rope", (tokens, heads + 2 * kv_heads), THREADS, args)]
+    return [blocks(f"paged_rope_{kind}", "rope", (tokens, heads + 2 * kv_heads), THREADS, args, site)]
 
 
 @launch_rule("paged_decode")
 def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
-    q, lengths, blocks, keys, values = ins
+    q, lengths, tables, keys, values = ins
     _, kv_heads, rows, wide = keys.shape
     batch, heads, dim = q.shape
     need_dim(op, dim)
-    pages = Pages(blocks.address, lengths.address, rows, blocks.shape[1], kv_heads * rows * wide)
+    pages = Pages(tables.address, lengths.address, rows, tables.shape[1], kv_heads * rows * wide)
     strides = (0, rows * wide, wide)
-    cache = DecodeCache(keys.address, values.address, 0, kv_heads, dim, blocks.shape[1] * rows, strides, pages)
+    cache = DecodeCache(keys.address, values.address, 0, kv_heads, dim, tables.shape[1] * rows, strides, pages)
     return split_decode(float_type(op, q, keys, values, outs[0]), q.address, cache, batch, heads, outs[0].address, site)
 
 
 @launch_rule("paged_prefill")
 def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
-    q, starts, lengths, blocks, keys, values = ins
+    q, starts, lengths, tables, keys, values = ins
     _, kv_heads, rows, wide = keys.shape
     tokens, heads, dim = q.shape
     need_dim(op, dim)
-    pointers = (t.address for t in (q, starts, lengths, blocks, keys, values, outs[0]))
+    pointers = (t.address for t in (q, starts, lengths, tables, keys, values, outs[0]))
     shape = map(np.int32, (heads, kv_heads, dim, lengths.shape[0]))
-    places = (np.int64(rows * wide), np.int64(wide), np.int32(rows), np.int32(blocks.shape[1]))
+    places = (np.int64(rows * wide), np.int64(wide), np.int32(rows), np.int32(tables.shape[1]))
     args = (*pointers, *shape, *places, np.int64(kv_heads * rows * wide))
     name = f"paged_prefill_{float_type(op, q, keys, values, outs[0])}"
-    return [Launch(name, "attention", (tokens, heads), THREADS, args)]
+    return [blocks(name, "attention", (tokens, heads), THREADS, args, site)]
 
 
 _COPY_SMS = 8
@@ -71,7 +74,7 @@ def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Laun
     page = source.nbytes // source.shape[0]
     if page % 4:
         raise BackendUnavailable(f"op {op.name!r}: pages of {page} bytes; the kernel moves multiples of 4.")
-    blocks = min(site.sm_count, op.demand.sm[1] if op.demand.sm else _COPY_SMS)
+    wide = min(site.sm_count, op.demand.sm[1] if op.demand.sm else _COPY_SMS)
     numbers = (np.int32(pairs.shape[0]), np.int64(page // 4))
     args = (source.address, target.address, pairs.address, outs[0].address, *numbers)
-    return [Launch("copy_pages", "pages", (blocks,), 1024, args)]
+    return [Launch("copy_pages", "pages", (wide,), 1024, args)]

@@ -14,7 +14,8 @@ class SimExecutable:
     """Advances a simulated clock; `elapsed_s` adds up the replays so far."""
 
     def __init__(self, graph: Graph, plan: Plan, functions: Mapping[str, Callable[..., Any]]) -> None:
-        self._timeline = replay_times(graph, plan)
+        simulated = plan.timeline.kind == "simulated"  # with the prices that it was planned with, measured ones too
+        self._timeline = plan.timeline if simulated else replay_times(graph, plan)
         self._closed = False
         self.elapsed_s = 0.0
 

@@ -19,8 +19,9 @@ from taskgraph.runtime import probe
 from taskgraph.runtime.measure import LEAST_ROUNDS, Bench, Budget, Session
 from taskgraph.runtime.virtual import is_virtual
 from taskgraph.schedule.bounds import lower_bounds
+from taskgraph.schedule.exact import available
 from taskgraph.schedule.plan import Lane, Plan, Verdict, write_atomically
-from taskgraph.schedule.planner import SCHEDULERS, plan, replay_times
+from taskgraph.schedule.planner import AUTO_OP_S, plan, replay_times
 from taskgraph.schedule.problem import make_problem
 from taskgraph.schedule.verify import verify
 from taskgraph.units import format_seconds
@@ -28,6 +29,7 @@ from taskgraph.units import format_seconds
 MOST = 4
 """Candidates that run beside the sequential plan in one session: those that are predicted best."""
 PASSES = 4
+SEARCH_SHARE, EXACT_OPS = 0.03, 12
 REPEAT, SAME = "repeat", "A/A"
 """Sessions beside those of the planning passes: the win once more; the sequential plan against itself."""
 Progress = Callable[[str, float], None]
@@ -143,9 +145,13 @@ def _target(backend: str, device: str | Device | None) -> tuple[Device, str | No
 
 
 def candidates(graph: Graph, device: Device, budget_s: float, seed: int, costs: Costs = op_table) -> Sequence[Plan]:
-    """Distinct plans of `graph`, the sequential one first: one of each scheduler, and for those whose lanes share
-    the device the same lanes in partitions of their own. `budget_s` and `seed` are for schedulers that search."""
-    made = [plan(graph, device, name, costs=costs) for name in ("sequential", "list", "auto") if name in SCHEDULERS]
+    """Distinct plans of `graph`, the sequential one first: one of each scheduler that may find another, and for those
+    whose lanes share the device the same lanes in partitions of their own. Schedulers that search get `seed`, and
+    SEARCH_SHARE of `budget_s` each at most; the exact one, of a GPU's small graphs, where OR-Tools is installed."""
+    search_s = max(min(SEARCH_SHARE * budget_s, AUTO_OP_S * len(graph.ops)), 1e-3)
+    small = device.kind == "gpu" and len(graph.flat().ops) <= EXACT_OPS and available()
+    names = ("sequential", "list", "auto", "search", *(("exact",) if small else ()))
+    made = [plan(graph, device, name, budget_s=search_s, seed=seed, costs=costs) for name in names]
     made += [apart for shared in made for apart in _isolated(shared, graph, costs)]
     distinct: dict[tuple[object, ...], Plan] = {}
     for each in made:
@@ -162,7 +168,7 @@ def _isolated(shared: Plan, graph: Graph, costs: Costs) -> Iterator[Plan]:
     """`shared`, lane by lane in the partitions of every split of its device that has one for each lane."""
     if len(shared.lanes) < 2 or len(shared.geometries) != 1 or len(shared.geometries[0].partitions) != 1:
         return
-    need = {op.name: op.demand.sm[0] for op in graph.flat().ops if op.demand.sm}
+    need = {op.name: op.demand.sm[0] for op in shared.sliced(graph).flat().ops if op.demand.sm}
     lanes = tuple(Lane(0, i) for i in range(len(shared.lanes)))
     for split in shared.device.splits():
         fits = len(split.partitions) == len(lanes) and all(
@@ -177,8 +183,16 @@ def _isolated(shared: Plan, graph: Graph, costs: Costs) -> Iterator[Plan]:
 def _predicted(plan: Plan, graph: Graph, costs: Costs) -> Plan:
     """`plan` as it stands, with the timeline and the bounds that `costs` give it."""
     sizes = {*_sizes(plan.device), *(plan.sms(i) for i in range(len(plan.steps)))}
-    problem = make_problem(graph.flat(), plan.device, sorted(sizes), costs)
+    problem = make_problem(plan.sliced(graph).flat(), plan.device, sorted(sizes), costs)
     return replace(plan, timeline=replay_times(graph, plan, costs), bounds=lower_bounds(problem))
+
+
+def costs_known(backend: str, device: Device, database: ProfileDB | str | Path | None = None) -> Costs:
+    """Prices by the op times that are measured on `backend` of this machine, as autotune plans with them."""
+    if backend == "sim":
+        return op_table
+    store = database if isinstance(database, ProfileDB) else ProfileDB(database)
+    return measured_costs(Profile(store.table(here(backend, device))))
 
 
 # --------------------------------------------------------------------------------------------- loop

@@ -250,6 +250,15 @@ class Control:
         """Change settings, for instance faults: `set(fail_alloc=3)`."""
         self._library.tgv_control("\n".join(f"{key} {value}" for key, value in values.items()).encode())
 
+    @contextmanager
+    def dry(self) -> Iterator[None]:
+        """Within the block work takes its simulated time and computes nothing; what is pending is done before."""
+        self._library.tgv_dry(1)
+        try:
+            yield
+        finally:
+            self._library.tgv_dry(0)
+
     def node_seconds(self, nodes: Sequence[int], seconds: Sequence[float]) -> None:
         """Tell how long nodes of a graph take, before it is instantiated."""
         count = len(nodes)

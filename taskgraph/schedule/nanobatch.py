@@ -219,9 +219,10 @@ class _Rewriter:
         return Graph(graph.name, tuple(self.tensors.values()), (*before, *body, *after), graph.outputs, new)
 
     def _emit(self, ops: Sequence[Op]) -> None:
+        hollow = self.phase == 1 and all(moves_rows(op) for op in ops)  # a repeat must keep an op
         for op in ops:
             plain = not op.after and op.name not in self.awaited and op.demand == type(op.demand)()
-            if op.name in self.found and moves_rows(op) and plain:
+            if op.name in self.found and moves_rows(op) and plain and not hollow:
                 self._dissolve(op)
             else:
                 self._slices(op)

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from taskgraph.graph.device import Device, get
 from taskgraph.graph.graph import Graph
 from taskgraph.graph.op import RESOURCES
 from taskgraph.jit import njit
-from taskgraph.ops import check_op
+from taskgraph.ops import COLLECTIVES, check_op
 from taskgraph.schedule import lists, proof, rules
 from taskgraph.schedule.arena import assign
 from taskgraph.schedule.bounds import lower_bounds
@@ -68,7 +69,7 @@ def plan(
         problem = make_problem(flat, target, legal_sizes(len(flat.ops), target) if looks else None, costs)
     in_turn = lists.sequential(problem)
     baseline = Candidate("sequential", graph, problem, in_turn, evaluate(problem, in_turn))
-    packings = list(_packings(graph, problem, target))
+    packings = [_in_one_order(made) for made in _packings(graph, problem, target)]
     limit_s = min(c.evaluation.makespan_s for c in [baseline, *packings])
     if scheduler == "exact":
         budget_s /= 2
@@ -76,12 +77,13 @@ def plan(
         budget_s = min(budget_s, AUTO_OP_S * len(graph.ops))
     if looks or (scheduler == "auto" and _room(graph, target, problem, limit_s, nano_batches)):
         found = _searched(graph, target, problem, costs, budget_s, seed, limit_s, nano_batches)
-        packings += [found] if found is not None else []
+        packings += [_in_one_order(found)] if found is not None else []
     packed = min(packings, key=lambda c: c.evaluation.makespan_s, default=baseline)
     if scheduler == "sequential":
         packed = baseline
     if scheduler == "exact":
-        packed = proof.proved(min([baseline, packed], key=lambda c: c.evaluation.makespan_s), target, budget_s, seed)
+        best = min([baseline, packed], key=lambda c: c.evaluation.makespan_s)
+        packed = _in_one_order(proof.proved(best, target, budget_s, seed))
     wins = packed.evaluation.makespan_s * MIN_GAIN < baseline.evaluation.makespan_s
     chosen = packed if scheduler in ("list", "exact") or wins else baseline
     verdict = Verdict(
@@ -126,6 +128,21 @@ def _searched(
         rule, assignment, times = rules.best_rule(problem, budget_s, seed)
         return Candidate(f"search over rules, {rule.label()}, seed {seed}", graph, problem, assignment, times)
     return explore(graph, device, costs, budget_s, seed, limit_s, nano_batches)
+
+
+def _in_one_order(found: Candidate) -> Candidate:
+    """The candidate with its collectives one after another, as they start: ranks that issued them in different orders
+    would wait for each other (`verify.collectives_in_turn`)."""
+    if not any(op.kind in COLLECTIVES and op.integer("ranks") > 1 for op in found.graph.ops):
+        return found
+    ops, chosen = found.graph.flat().ops, found.assignment
+    order = chosen.order[np.argsort(found.evaluation.start_s[chosen.order], kind="stable")]
+    shared = [i for i in order.tolist() if ops[i].kind in COLLECTIVES and ops[i].integer("ranks") > 1]
+    turns = [(a, b) for a, b in pairwise(shared) if chosen.lane[a] != chosen.lane[b]]
+    if not turns:
+        return found
+    held = replace(chosen, order=order, holds=np.concatenate([chosen.holds, turns]))
+    return replace(found, assignment=held, evaluation=evaluate(found.problem, held))
 
 
 def _error_band(problem: Problem) -> float:
@@ -193,9 +210,10 @@ def plan_from(graph: Graph, device: Device, problem: Problem, chosen: Assignment
     """
     turns = _turns(chosen.order, chosen.lane, chosen.layout.conflicts)
     held = replace(chosen, holds=np.concatenate([chosen.holds, turns]))
-    times, in_turn = evaluate(problem, held), evaluate(problem, lists.sequential(problem))
-    verdict = Verdict("packed", times.makespan_s, in_turn.makespan_s, _error_band(problem))
-    return _plan_of(graph, device, Candidate(made_by, graph, problem, held, times), verdict, made_by)
+    found = _in_one_order(Candidate(made_by, graph, problem, held, evaluate(problem, held)))
+    in_turn = evaluate(problem, lists.sequential(problem))
+    verdict = Verdict("packed", found.evaluation.makespan_s, in_turn.makespan_s, _error_band(problem))
+    return _plan_of(graph, device, found, verdict, made_by)
 
 
 def _plan_of(graph: Graph, device: Device, chosen: Candidate, verdict: Verdict, made_by: str) -> Plan:
@@ -237,9 +255,9 @@ def _period(graph: Graph, times: Evaluation) -> Period | None:
         return None
     inside = slice(repeat.first, repeat.first + repeat.count * (repeat.last - repeat.first))
     start, end = (a[inside].reshape(repeat.count, -1) for a in (times.start_s, times.end_s))
-    ends, length = end.max(axis=1), end.max(axis=1) - start.min(axis=1)
+    ends, length = np.maximum.accumulate(end.max(axis=1)), end.max(axis=1) - start.min(axis=1)
     seconds = float((ends[-1] - ends[0]) / (repeat.count - 1))
-    overlap = float(length[repeat.count // 2]) / seconds
+    overlap = float(length[repeat.count // 2]) / seconds if seconds else float(repeat.count)
     return Period(repeat.count, seconds, float(ends[0]), times.makespan_s - float(ends[-1]), overlap)
 
 

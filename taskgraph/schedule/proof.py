@@ -128,14 +128,16 @@ def _capacity(problem: Problem) -> np.ndarray:
 
 
 def _classes(problem: Problem, op: int) -> _Classes:
-    """The modes that are not worse than a faster one in everything, in at most _CLASSES groups of neighbours."""
+    """The modes that no faster one matches in every area, in at most _CLASSES groups of neighbours in time."""
     modes = np.flatnonzero(problem.legal[op])
     modes = modes[np.argsort(problem.seconds[op, modes], kind="stable")]
     seconds = problem.seconds[op, modes]
     area = problem.use[op, modes] * seconds[:, None]
-    least = np.minimum.accumulate(area, axis=0)
-    better = (area[1:] < least[:-1] * (1 - 1e-9)).any(axis=1)
-    groups = np.array_split(np.flatnonzero([True, *better]), min(int(better.sum()) + 1, _CLASSES))
+    kept: list[int] = []
+    for k in range(len(modes)):
+        if not (area[kept] <= area[k] * (1 + 1e-9)).all(axis=1).any():
+            kept.append(k)
+    groups = np.array_split(np.array(kept), min(len(kept), _CLASSES))
     first = [group[0] for group in groups]
     return _Classes(modes[first], seconds[first], np.array([area[group].min(axis=0) for group in groups]))
 
