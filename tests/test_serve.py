@@ -34,8 +34,8 @@ def serve() -> Iterator[Serve]:
     yield make
     for served in made:
         served.service.close()
-        if served.service.failure is None:
-            assert (served.service.open, served.service.engine.cache.device.held) == (0, 0)
+        assert (served.service.open, served.service.engine.cache.device.held) == (0, 0)
+        assert served.service.engine.runner.closed  # type: ignore[attr-defined]
 
 
 def together(served: Served, *bodies: dict[str, Any] | bytes, path: str = "/v1/completions") -> list[httpx.Response]:
