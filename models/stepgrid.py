@@ -7,7 +7,7 @@ is a maximum of linear ones errs to the slow side.
 
 import itertools
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import taskgraph as tg
@@ -15,12 +15,14 @@ from taskgraph.cost.model import op_table
 from taskgraph.models.config import ModelConfig
 from taskgraph.models.parallel import mixed_step
 from taskgraph.models.simulate import StepShape
-from taskgraph.schedule.nanobatch import UNSPLIT, apply
+from taskgraph.schedule.nanobatch import UNSPLIT, Split, apply
 from taskgraph.schedule.problem import Costs
 
 TOKENS = (1, 64, 256, 1024, 2048, 4096, 8192)
 DECODE = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 CONTEXT = (1, 256, 512, 768, 1024, 1280, 1536, 2048, 4096, 8192, 32768, 131072)
+FIRST_SLICES = (4, 3)
+"""Eighths of the tokens that are in the first of two slices; NanoFlow's are 768 and 640 of 2048."""
 CHUNKS = (128, 512, 1024)
 """Tokens of a prompt's chunk, and keys that its last token sees: the nearest to the prompts' mean stands for all."""
 
@@ -53,7 +55,7 @@ class StepGrid:
         self.config, self.device, self.tensor_parallel = config, tg.devices.get(device), tensor_parallel
         self.chunk = min(CHUNKS, key=lambda n: abs(n - prompt_tokens))
         self._budget_s, self._seed, self._costs, self._collectives = budget_s, seed, costs, collectives
-        self.planned: dict[Corner, tg.Plan] = {}
+        self.planned: dict[Corner, tuple[tg.Graph, tg.Plan]] = {}
         self._seconds: dict[tuple[str, Corner], float] = {}
 
     def of(self, variant: str) -> "GridSeconds":
@@ -74,12 +76,27 @@ class StepGrid:
         if variant == "sequential":
             return self._in_turn(graph)
         if key not in self.planned:
-            budget_s = self._budget_s * min(key[0] / 1024, 1.0) + 0.05  # a small step has little to overlap
-            self.planned[key] = tg.plan(
-                graph, self.device, "search", budget_s=budget_s, seed=self._seed, costs=self._costs
+            candidates = self._candidates(key[0], graph)
+            self.planned[key] = min(candidates, key=lambda pair: pair[1].makespan_s)
+        sliced, plan = self.planned[key]
+        return plan.makespan_s if variant == "taskgraph" else self._in_turn(sliced)
+
+    def _candidates(self, tokens: int, graph: tg.Graph) -> Iterator[tuple[tg.Graph, tg.Plan]]:
+        """Plans, with the graphs whose ops they run: one whose slices are searched for too, and, for large steps, some
+        in two given slices, for which a short search finds more."""
+
+        def search(given: tg.Graph, share: float, slices: bool) -> tg.Plan:
+            budget_s = share * self._budget_s * min(tokens / 1024, 1.0) + 0.05  # a small step has little to overlap
+            return tg.plan(
+                given, self.device, "search", budget_s=budget_s, seed=self._seed, nano_batches=slices, costs=self._costs
             )
-        plan = self.planned[key]
-        return plan.makespan_s if variant == "taskgraph" else self._in_turn(apply(graph, plan.split or UNSPLIT))
+
+        plan = search(graph, 1.0, True)
+        yield apply(graph, plan.split or UNSPLIT), plan
+        for eighths in FIRST_SLICES if tokens >= 1024 else ():
+            first = tokens * eighths // 8
+            halved = apply(graph, Split.of((first, tokens - first)))
+            yield halved, search(halved, 0.5, False)
 
     def _in_turn(self, graph: tg.Graph) -> float:
         return tg.plan(graph, self.device, "sequential", costs=self._costs).makespan_s
