@@ -179,6 +179,20 @@ def test_a_stop_token_ends_a_request_one_step_late_and_frees_its_pages(engines: 
     assert empty(engine)
 
 
+def test_a_row_that_a_stop_token_frees_feeds_nothing_to_the_next_sequence(engines: Make) -> None:
+    """The sequence that ends has one more token under way when its row goes to the next one."""
+    given = [Request(p, 40) for p in prompts(15, 24, 20)]
+    whole = [c.tokens for c in engines(sequences=1).run(given)]
+    stopping = [
+        Request(r.prompt, 40, stop=frozenset({w[3 + i % 5]})) for i, (r, w) in enumerate(zip(given, whole, strict=True))
+    ]
+    wanted = [w[: w.index(next(iter(r.stop))) + 1] for r, w in zip(stopping, whole, strict=True)]
+    for sequences in (1, 3):
+        engine = engines(sequences=sequences, tokens=60)
+        assert [c.tokens for c in engine.run(stopping)] == wanted
+        assert empty(engine)
+
+
 def test_a_conversation_finds_its_earlier_rounds(engines: Make) -> None:
     """The pages of a round are reused by the next one, from the device and, when others took their place, the host."""
     (first,) = prompts(5, 1, 40, least=40)
