@@ -172,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--engine", action="store_true", help="measure the engine's own cost of a step, and stop")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON on the last line")
     given = parser.parse_args(argv)
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=max(Console().width, 120))
     if given.engine:
         cost = engine_us_per_step()
         console.print(f"the engine's own cost: {cost:.0f} us a step at 256 sequences (measured)")

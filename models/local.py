@@ -3,11 +3,8 @@
 from dataclasses import dataclass
 
 from taskgraph.errors import PlanError
-from taskgraph.models.engine import Engine
-from taskgraph.models.kv_cache import PagedCache
+from taskgraph.models.engine import Engine, cpu_engine
 from taskgraph.models.llama import load_weights
-from taskgraph.models.paged import PageShape
-from taskgraph.models.runner import CpuRunner
 from taskgraph.models.scheduler import Limits
 from taskgraph.models.tokenizer import Tokenizer
 from taskgraph.models.weights import open_checkpoint
@@ -45,10 +42,7 @@ def open_local(
         weights = load_weights(config, checkpoint, dtype)
     limits = Limits(sequences, tokens, chunks=min(16, sequences), context=min(context, config.max_context))
     pages = pages or max(sequences * limits.context // PAGE // 4, limits.context // PAGE)
-    runner = CpuRunner(config, weights, PageShape(pages, PAGE, limits.context), limits, dtype=dtype)
+    engine = cpu_engine(config, weights, limits, pages=pages, page_size=PAGE, dtype=dtype)
     if warm:
-        runner.warm()
-    return LocalModel(
-        config.name, Engine(runner, PagedCache(pages, PAGE), limits, vocabulary=config.vocab_size), tokenizer,
-        config.vocab_size,
-    )  # fmt: skip
+        engine.runner.warm()  # type: ignore[attr-defined]
+    return LocalModel(config.name, engine, tokenizer, config.vocab_size)

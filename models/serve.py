@@ -124,6 +124,10 @@ async def _answer(request: Request, served: Served, kind: type[Body]) -> Respons
     except WeightsError as error:
         raise ApiError(400, str(error)) from error
     stop = frozenset(served.tokenizer.eos_ids[: ask.MOST_STOPS])
+    if len(prompts) * body.n > served.service.most_open:
+        raise ApiError(
+            400, f"{len(prompts) * body.n} answers are asked for; at most {served.service.most_open} can be."
+        )
     choices = _open(served, body, requests_of(body, prompts, served.context, stop))
     shape, prompt_tokens = Shape.of(body), sum(map(len, prompts))
     if body.stream:

@@ -147,7 +147,8 @@ class Service:
             self._change.notify()
         self._thread.join()
         if self.failure is not None:
-            self.engine.runner.close()
+            self.engine.abort()
+            self.engine.close()
 
     def __enter__(self) -> Self:
         return self

@@ -25,14 +25,19 @@ VOCABULARY, END = 258, 257
 PAGE, CONTEXT = 8, 256
 
 
-def byte_tokenizer() -> Tokenizer:
+def raw_tokenizer() -> RawTokenizer:
     """A token a byte, and two special ones: 256 begins a turn, 257 ends an answer."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     raw = RawTokenizer(raw_models.BPE({char: i for i, char in enumerate(alphabet)}, []))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     raw.add_special_tokens([AddedToken(text, special=True) for text in ("<|turn|>", "<|end|>")])
-    return Tokenizer(raw, source="the test", eos_ids=[END], chat_template=TEMPLATE)
+    return raw
+
+
+def byte_tokenizer() -> Tokenizer:
+    """That tokenizer, with a chat template."""
+    return Tokenizer(raw_tokenizer(), source="the test", eos_ids=[END], chat_template=TEMPLATE)
 
 
 LETTERS = byte_tokenizer().encode("abcdefghijklmnopqrstuvwxyz")

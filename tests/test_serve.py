@@ -34,8 +34,8 @@ def serve() -> Iterator[Serve]:
     yield make
     for served in made:
         served.service.close()
-        if served.service.failure is None:
-            assert (served.service.open, served.service.engine.cache.device.held) == (0, 0)
+        assert (served.service.open, served.service.engine.cache.device.held) == (0, 0)
+        assert served.service.engine.runner.closed  # type: ignore[attr-defined]
 
 
 def together(served: Served, *bodies: dict[str, Any] | bytes, path: str = "/v1/completions") -> list[httpx.Response]:
@@ -192,6 +192,9 @@ def test_models_and_health(serve: Serve) -> None:
         (b"", 400, "JSON"),
         (b"[1]", 400, "body"),
         (b"\xff\xfe", 400, "JSON"),
+        (b'{"model": "formula", "prompt": "\\ud800"}', 400, "JSON"),
+        (b'{"model": "formula", "prompt": "a", "temperature": NaN}', 400, ""),
+        (b'{"model": "formula", "prompt": ' + b"[" * 2000 + b"]" * 2000 + b"}", 400, ""),
         (body(model="gpt-4"), 404, "gpt-4"),
         ({"prompt": "a"}, 400, "model"),
         ({"model": "formula"}, 400, "prompt"),
@@ -216,7 +219,7 @@ def test_models_and_health(serve: Serve) -> None:
         (body(frequency_penalty=1.0), 400, "frequency_penalty"),
         (body("a" * 5000), 413, "4096"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:60],
 )
 def test_bad_input_is_refused_in_openai_words(serve: Serve, sent: Any, status: int, word: str) -> None:
     served = serve()
@@ -289,8 +292,10 @@ def test_too_many_open_requests_get_429(serve: Serve) -> None:
 
 
 def test_choices_that_do_not_all_fit_are_all_refused(serve: Serve) -> None:
-    served = serve(most_open=3)
-    assert together(served, body(n=4))[0].status_code == 429
+    served = serve(most_open=3, step_s=0.002)
+    never, first, second = together(served, body(n=4), body(n=2, max_tokens=50), body(n=2))
+    assert never.status_code == 400 and "at most 3" in never.json()["error"]["message"]
+    assert (first.status_code, second.status_code) == (200, 429)
     wait_for(lambda: served.service.open == 0)
     assert together(served, body(n=3))[0].status_code == 200
 
