@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -14,7 +13,6 @@ from benchmarks import print_json
 from benchmarks.nanoflow import OPTIMAL_FLOPS_PER_S, free_costs
 from taskgraph.cost.model import op_table
 from taskgraph.models.config import load_config
-from taskgraph.models.requests import Request
 from taskgraph.models.scheduler import Limits
 from taskgraph.models.simulate import pages_of, simulated_engine
 from taskgraph.models.stepgrid import VARIANTS, StepGrid
@@ -117,26 +115,6 @@ def figures(found: Mapping[str, Mapping[str, Report]]) -> dict[str, dict[str, fl
     }
 
 
-# --------------------------------------------------------------------------- the engine's own cost
-
-
-def engine_us_per_step(sequences: int = 256, steps: int = 300) -> float:
-    """Measured: median microseconds of a step of `sequences` that decode, less what the runner takes."""
-    config = load_config(MODEL)
-    limits = Limits(sequences, sequences + 512, chunks=64, context=2048)
-    with simulated_engine(config, lambda shape: 0.0, pages=64 * sequences, limits=limits) as engine:
-        for _ in range(sequences):
-            engine.submit(Request(np.zeros(8, np.int32), 512))
-        while (engine.scheduler.known > 9).sum() < sequences:
-            engine.step()
-        seconds = []
-        for _ in range(steps):
-            begin = time.perf_counter()
-            engine.step()
-            seconds.append(time.perf_counter() - begin)
-    return float(np.median(seconds)) * 1e6
-
-
 # ------------------------------------------------------------------------------------------- output
 
 
@@ -169,16 +147,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=default.budget_s, help=f"search a plan ({default.budget_s})")
     parser.add_argument("--costs", choices=COSTS, default=default.costs, help="what prices the ops (model)")
     parser.add_argument("--seed", type=int, default=default.seed)
-    parser.add_argument("--engine", action="store_true", help="measure the engine's own cost of a step, and stop")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON on the last line")
     given = parser.parse_args(argv)
     console = Console(highlight=False, width=max(Console().width, 120))
-    if given.engine:
-        cost = engine_us_per_step()
-        console.print(f"the engine's own cost: {cost:.0f} us a step at 256 sequences (measured)")
-        if given.json:
-            print_json({"engine_us_per_step": cost})
-        return 0
     console.print(
         f"optimal {OPTIMAL:.0f} tokens/s/GPU (published): {OPTIMAL_FLOPS_PER_S / 1e12:.0f} TFLOP/s / (2 x 70e9)"
     )

@@ -1,7 +1,6 @@
 """Traces: read, drawn, replayed; the grid of planned steps; bench-serve and the simulated benchmark."""
 
 import json
-import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -214,10 +213,6 @@ def test_serve_sim_has_every_setting() -> None:
     assert set(serve_sim.SETTINGS) == {
         "512-512", "1024-512", "512-1024", "splitwise", "lmsys", "sharegpt", "prefill_only_512"
     }  # fmt: skip
-
-
-def test_the_engines_own_cost_is_measured() -> None:
-    assert 0 < serve_sim.engine_us_per_step(sequences=16, steps=20) < math.inf
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
