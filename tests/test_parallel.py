@@ -93,9 +93,11 @@ class Lab:
         )
         b.output(ops.all_reduce(y, ranks=2, axis=0, name="total"))
         graph, small = b.build(), group(range(self.group.size), timeout_s=60.0)
-        with tg.compile(graph, tg.plan(graph, RANK), group=small) as exe:
-            with pytest.raises((ExecutionError, RankLost)) as caught:
-                exe(x=torch.full((4,), float(self.group.rank == rank)))
+        with (
+            tg.compile(graph, tg.plan(graph, RANK), group=small) as exe,
+            pytest.raises((ExecutionError, RankLost)) as caught,
+        ):
+            exe(x=torch.full((4,), float(self.group.rank == rank)))
         assert small.broken
         return f"{type(caught.value).__name__}: {caught.value}"
 
