@@ -86,7 +86,7 @@ def better_dtype(models: Mapping[str, Any], config: ModelConfig, size: int) -> s
     return min(seconds, key=lambda dtype: min(seconds[dtype]))
 
 
-def engine_seconds(sequences: int = 256, steps: int = 3000) -> float:
+def engine_seconds(sequences: int, steps: int) -> float:
     """Median seconds of the engine's own work in a step of about `sequences` decoding sequences, nothing executed."""
     config = load_config("smollm2-135m")
     limits = Limits(sequences=sequences, tokens=2 * sequences, chunks=16, context=1024)
@@ -135,12 +135,13 @@ def measure(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, A
         "llama_cpp_tok_s": None,
         "transformers_by_batch": {name.rpartition("_")[2]: value for name, value in rate.items()},
         "transformers_dtype": dtype,
-        "engine_us_per_step_256": 1e6 * engine_seconds(),
+        "engine_us_per_step_256": 1e6 * engine_seconds(256, args.engine_steps),
         "host_s_per_step": host / steps,
         "host_hidden": hidden / host,
         "planned_while_serving": again,
         "requests": len(requests),
         "tokens": tokens,
+        "lengths": [(len(r.prompt), r.max_tokens) for r in requests],
         "spread": {name: spread(times) for name, times in seconds.items()},
         "machine": f"{machine()}, torch {torch.__version__}, {len(os.sched_getaffinity(0))} threads",
     }
@@ -175,6 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sequences", type=int, default=32, help="sequences that the engine runs at once (default 32)")
     parser.add_argument("--batches", type=int, nargs="+", default=[16, 32], help="transformers' batch sizes")
     parser.add_argument("--rounds", type=int, default=2, help="interleaved rounds (default 2)")
+    parser.add_argument("--engine-steps", type=int, default=3000, help="steps for the engine's own time (default 3000)")
     parser.add_argument("--budget", type=float, default=30.0, help="stop after these seconds, but not before round 3")
     parser.add_argument("--no-peers", action="store_true", help="taskgraph alone")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON on the last line")
