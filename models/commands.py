@@ -59,13 +59,9 @@ def serve(
     from taskgraph.models.service import Service
 
     with _status.status("load weights, plan and capture steps"):
+        tokens = max(step_tokens, sequences + 1)
         local = open_local(
-            model,
-            dtype=dtype,
-            sequences=sequences,
-            tokens=max(step_tokens, sequences + 1),
-            context=context,
-            pages=pages,
+            model, dtype=dtype, sequences=sequences, tokens=tokens, context=context, pages=pages, warm=warm
         )
     with Service(local.engine, most_open) as service:
         served = Served(service, local.tokenizer, name or local.name, most_body)

@@ -14,6 +14,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
@@ -86,6 +87,7 @@ def create_app(served: Served) -> FastAPI:
 
     app.add_exception_handler(ApiError, _refused)
     app.add_exception_handler(HTTPException, _no_route)
+    app.add_exception_handler(ClientDisconnect, _left)
     return app
 
 
@@ -109,6 +111,11 @@ async def _no_route(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path}: {error.detail}."
     return JSONResponse(ApiError(error.status_code, message).body(), error.status_code, error.headers)
+
+
+async def _left(_: Request, error: Exception) -> Response:
+    """For a client that left before its request was whole; nobody reads this."""
+    return Response(status_code=499)
 
 
 # ------------------------------------------------------------------------------------- a request
@@ -137,7 +144,7 @@ async def _answer(request: Request, served: Served, kind: type[Body]) -> Respons
         answer = await _unless_gone(request.receive, _whole(choices, shape, prompt_tokens))
     finally:
         _close(choices)
-    return Response(status_code=499) if answer is None else JSONResponse(answer)
+    return await _left(request, ClientDisconnect()) if answer is None else JSONResponse(answer)
 
 
 def _open(served: Served, body: Body, wanted: Sequence[ask.Request]) -> "list[Choice]":

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -346,6 +347,17 @@ def test_clients_that_leave_free_their_requests(process: Any) -> None:
         wait_for(lambda: open_requests() == 0)
         health = client.get("/health").json()
         assert health["pages_held"] == 0 and health["tokens"] < 250
+
+
+def test_a_client_that_leaves_within_its_body_is_no_error(process: Any) -> None:
+    server, url = process()
+    with socket.create_connection(("127.0.0.1", httpx.URL(url).port or 0)) as client:
+        client.sendall(b'POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"model": "form')
+        time.sleep(0.1)
+    assert httpx.post(f"{url}/v1/completions", json=body(max_tokens=2)).json()["choices"][0]["text"] == "de"
+    server.send_signal(signal.SIGTERM)
+    _, err = server.communicate(timeout=10)
+    assert (server.returncode, err) == (0, "")
 
 
 def test_shutdown_lets_running_requests_end(process: Any) -> None:
