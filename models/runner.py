@@ -134,6 +134,9 @@ class CpuRunner:
         return time.perf_counter()
 
     def launch(self, batch: Batch) -> None:
+        from taskgraph.runtime.kernels import release_threads
+
+        release_threads()  # of the engine's own thread: a pool there would slow the lanes' pools down
         self._running = self._thread.submit(self._run, batch)
 
     def wait(self) -> tuple[Ints, float]:
