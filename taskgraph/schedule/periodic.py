@@ -109,9 +109,9 @@ def _kernel_arguments(space: Space, layout: Layout) -> tuple[object, ...]:
     problem = space.problem
     return (
         space.decision, space.iteration, space.inside, space.kin, space.tied, space.window, space.total,
-        space.lowest_mode(), *_edges(space), layout.lane_partition, layout.rows, layout.conflicts, problem.sizes, problem.seconds,
-        problem.use, np.diff(problem.pred_ptr), problem.succ_ptr, problem.succ, problem.capacity, problem.sm_count,
-        problem.sm_bytes_per_s, problem.launch_s, problem.switch_s,
+        space.lowest_mode(), *_edges(space), layout.lane_partition, layout.rows, layout.conflicts, problem.sizes,
+        problem.seconds, problem.use, np.diff(problem.pred_ptr), problem.succ_ptr, problem.succ, problem.capacity,
+        problem.sm_count, problem.sm_bytes_per_s, problem.launch_s, problem.switch_s,
     )  # fmt: skip
 
 
