@@ -226,18 +226,18 @@ def test_cache_overflow_is_a_plan_error() -> None:
 @pytest.mark.parametrize("name", known())
 @pytest.mark.parametrize("tokens", [1, 128])
 def test_known_sizes_plan_and_pack_memory(name: str, tokens: int) -> None:
-    """Every shipped size plans on a GPU, and its arena stays within 1.15x of what must live at once.
+    """Every shipped size plans on a GPU, and the arena of a list plan stays within 1.15x of what must live at once.
 
-    The bound counts what one step after another needs; beyond three lanes more than that lives at once, and no order
-    of packing tried gets the experts of Qwen1.5-MoE on five lanes below 1.22.
+    What must live is counted step by step, so it says nothing of the search's plans, whose slices on many lanes live
+    side by side.
     """
     config = load_config(name)
     graph = llama.step_graph(config, batch=4, tokens=tokens, cache=256)
-    plan = tg.plan(graph, "h100_sxm")
+    tg.verify(tg.plan(graph, "h100_sxm", budget_s=0.1), graph, memory=False)
+    plan, flat = tg.plan(graph, "h100_sxm", "list"), graph.flat()
     tg.verify(plan, graph, memory=False)
-    flat = plan.sliced(graph).flat()
     index = {op.name: i for i, op in enumerate(flat.ops)}
     live = max_live_bytes(flat, [s.lane for s in plan.steps], [index[s.op] for s in plan.steps])
-    assert live <= plan.arena_bytes <= (1.15 if len(plan.lanes) <= 3 else 1.25) * live
+    assert live <= plan.arena_bytes <= 1.15 * live
     declared = sum(t.nbytes for t in flat.with_role("weight") if t.dtype == "bf16") // 2  # an f32 one is a buffer
     assert declared == config.parameters

@@ -227,8 +227,8 @@ def _polish(
     decision: np.ndarray, iteration: np.ndarray, inside: np.ndarray, kin: np.ndarray, tied: np.ndarray, window: int,
     total: int, lowest: np.ndarray, edge_ptr: np.ndarray, edge: np.ndarray, lane_partition: np.ndarray,
     rows: np.ndarray, conflicts: np.ndarray, sizes: np.ndarray, seconds: np.ndarray, use: np.ndarray,
-    missing: np.ndarray, succ_ptr: np.ndarray, succ: np.ndarray, capacity: np.ndarray, sm_count: int, sm_bytes_per_s: float,
-    launch_s: float, switch_s: float,
+    missing: np.ndarray, succ_ptr: np.ndarray, succ: np.ndarray, capacity: np.ndarray, sm_count: int,
+    sm_bytes_per_s: float, launch_s: float, switch_s: float,
 ) -> float:  # fmt: skip
     """Metropolis over `trials` moves, cooling from `hot` to `cold` (relative to the time); leaves the best cycle in the
     first three arguments and returns its seconds."""
