@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
 
 EPILOG = """\
-Requests: random tokens, prompts of 8 to 128, outputs of 4 to 48, all there at the start, greedy, no stop token. The
+Requests: random tokens, prompts of 8 to 128, outputs of 4 to 32, all there at the start, greedy, no stop token. The
 figure of each contender is the output tokens of all requests over the seconds until the last one has ended.
 
   taskgraph     the serving engine: continuous batching, chunked prefill, paged cache; bf16; plans made before
@@ -46,7 +46,7 @@ examples:
 def make_requests(config: ModelConfig, count: int) -> list[Request]:
     """The same requests every time."""
     draw = np.random.default_rng(0)
-    lengths = zip(draw.integers(8, 129, count).tolist(), draw.integers(4, 49, count).tolist(), strict=True)
+    lengths = zip(draw.integers(8, 129, count).tolist(), draw.integers(4, 33, count).tolist(), strict=True)
     return [Request(draw.integers(0, config.vocab_size, p), o) for p, o in lengths]
 
 
@@ -86,7 +86,7 @@ def better_dtype(models: Mapping[str, Any], config: ModelConfig, size: int) -> s
     return min(seconds, key=lambda dtype: min(seconds[dtype]))
 
 
-def engine_seconds(sequences: int = 256, steps: int = 3000) -> float:
+def engine_seconds(sequences: int, steps: int) -> float:
     """Median seconds of the engine's own work in a step of about `sequences` decoding sequences, nothing executed."""
     config = load_config("smollm2-135m")
     limits = Limits(sequences=sequences, tokens=2 * sequences, chunks=16, context=1024)
@@ -135,12 +135,13 @@ def measure(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, A
         "llama_cpp_tok_s": None,
         "transformers_by_batch": {name.rpartition("_")[2]: value for name, value in rate.items()},
         "transformers_dtype": dtype,
-        "engine_us_per_step_256": 1e6 * engine_seconds(),
+        "engine_us_per_step_256": 1e6 * engine_seconds(256, args.engine_steps),
         "host_s_per_step": host / steps,
         "host_hidden": hidden / host,
         "planned_while_serving": again,
         "requests": len(requests),
         "tokens": tokens,
+        "lengths": [(len(r.prompt), r.max_tokens) for r in requests],
         "spread": {name: spread(times) for name, times in seconds.items()},
         "machine": f"{machine()}, torch {torch.__version__}, {len(os.sched_getaffinity(0))} threads",
     }
@@ -173,8 +174,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="smollm2", help="smollm2, or a checkpoint of the Llama family")
     parser.add_argument("--requests", type=int, default=32, help="how many (default 32)")
     parser.add_argument("--sequences", type=int, default=32, help="sequences that the engine runs at once (default 32)")
-    parser.add_argument("--batches", type=int, nargs="+", default=[8, 16, 32], help="transformers' batch sizes")
-    parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default 3)")
+    parser.add_argument("--batches", type=int, nargs="+", default=[16, 32], help="transformers' batch sizes")
+    parser.add_argument("--rounds", type=int, default=2, help="interleaved rounds (default 2)")
+    parser.add_argument("--engine-steps", type=int, default=3000, help="steps for the engine's own time (default 3000)")
     parser.add_argument("--budget", type=float, default=30.0, help="stop after these seconds, but not before round 3")
     parser.add_argument("--no-peers", action="store_true", help="taskgraph alone")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON on the last line")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
+import taskgraph as tg
 from taskgraph.errors import RequestError
 from taskgraph.models.config import ModelConfig
 from taskgraph.models.disk import DiskTier
@@ -231,6 +232,7 @@ def cpu_engine(
     disk: Path | None = None,
     disk_pages: int = 0,
     dtype: str = "bf16",
+    device: "str | tg.Device" = "cpu",
     prefix_sharing: bool = True,
     expected_output: float | None = None,
     most_waiting: int = 100_000,
@@ -246,7 +248,7 @@ def cpu_engine(
             f"page, a multiple of {COLUMNS} tokens, and a folder if and only if there are pages on disk."
         )
     shape = PageShape(pages, page_size, limits.context, host_pages)
-    runner = CpuRunner(config, weights, shape, limits, dtype=dtype)
+    runner = CpuRunner(config, weights, shape, limits, dtype=dtype, device=device)
     tier = None if disk is None else DiskTier(disk, disk_pages, runner.read_page, runner.write_page)
     return Engine(
         runner, PagedCache(pages, page_size, host_pages, tier), limits, vocabulary=config.vocab_size,

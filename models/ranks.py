@@ -155,7 +155,7 @@ def _serve(link: Connection, make: Callable[[Group], Any], url: str, rank: int, 
                 _leave(1)
             method, args, named = link.recv()
         except (EOFError, OSError):
-            _leave(0)
+            _leave(int(group.broken))
         try:
             answer = getattr(actor, method)(*args, **named)
         except Exception as error:

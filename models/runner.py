@@ -54,7 +54,8 @@ def ladder(most: int) -> tuple[int, ...]:
 class CpuRunner:
     """Runs batches on this machine: a captured plan a bucket, from the graph bank, launched from a thread.
 
-    `weights` are those of `llama.load_weights`. Executables together hold at most `budget_bytes` of their own.
+    `weights` are those of `llama.load_weights`; `device` is "cpu", or one like it with fewer cores. Executables
+    together hold at most `budget_bytes` of their own.
     """
 
     def __init__(
@@ -65,10 +66,12 @@ class CpuRunner:
         limits: Limits,
         *,
         dtype: str = "bf16",
+        device: "str | tg.Device" = "cpu",
         scheduler: str = "auto",
         budget_bytes: float = 2e9,
     ) -> None:
-        self.config, self.shape, self.dtype, self.scheduler = config, shape, dtype, scheduler
+        self.config, self.shape, self.dtype = config, shape, dtype
+        self.device, self.scheduler = device, scheduler
         self.bank: GraphBank[Bucket] = GraphBank(self._make, budget_bytes)
         self._bound = {**weights, **self._states()}
         self._limits, self._decode = limits, ladder(limits.sequences)
@@ -95,7 +98,7 @@ class CpuRunner:
         from taskgraph.runtime.cpu import CpuExecutable
 
         graph = paged.step_graph(self.config, bucket, self.shape, self.dtype)
-        executable = tg.compile(graph, tg.plan(graph, "cpu", self.scheduler), "cpu")
+        executable = tg.compile(graph, tg.plan(graph, self.device, self.scheduler), "cpu")
         assert isinstance(executable, CpuExecutable)
         wanted = {t.name for t in graph.flat().with_role("weight", "state")}
         executable.bind({name: t for name, t in self._bound.items() if name in wanted})
@@ -131,6 +134,9 @@ class CpuRunner:
         return time.perf_counter()
 
     def launch(self, batch: Batch) -> None:
+        from taskgraph.runtime.kernels import release_threads
+
+        release_threads()  # of the engine's own thread: a pool there would slow the lanes' pools down
         self._running = self._thread.submit(self._run, batch)
 
     def wait(self) -> tuple[Ints, float]:

@@ -335,6 +335,7 @@ class Scheduler:
         self.host[row], self.requests[row], self.keys[row] = None, None, []
         self.state[row], self.held[row], self.computed[row], self.known[row] = FREE, 0, 0, 0
         self.epoch[row] += 1
+        self.pending[row] = -1
         return waiting
 
     def learn(self, length: int) -> None:

@@ -108,4 +108,7 @@ def update_in_place() -> None:
         torch.testing.assert_close(exe(second, x=x)["sum.out"], x @ other + x, rtol=1e-4, atol=1e-4)
         assert exe.report.updated, "pointers changed, the graph did not"
         assert exe.memory_bytes == held
+        exe.bind(w=2 * other)  # a host tensor goes into memory of the executable's own, not into what it used
+        torch.testing.assert_close(exe(x=x)["sum.out"], 2 * x @ other + x, rtol=1e-4, atol=1e-4)
+        assert torch.equal(second["w"].cpu(), other) and exe.memory_bytes == held + other.nbytes
     driver.Gpu.open().sync()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import taskgraph as tg
-from benchmarks import interleaved, nanoflow_table, overhead, schedule, spread, tune
+from benchmarks import interleaved, nanoflow_table, overhead, schedule, serve, spread, tune
 
 
 def run(capsys: pytest.CaptureFixture[str], main: Callable[[Sequence[str]], int], *argv: str) -> dict[str, Any]:
@@ -146,3 +146,15 @@ def test_published_phases_are_read_between_their_sizes_only() -> None:
     for nbytes in (1 << 20, 64 << 20):
         with pytest.raises(tg.ProfileError, match=str(nbytes)):
             nanoflow_table.phase_seconds(nbytes)
+
+
+@pytest.mark.model
+def test_serving_prints_its_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--no-peers", "--requests", "3", "--rounds", "1", "--sequences", "4", "--engine-steps", "60", "--json"]
+    assert serve.main(options) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {"taskgraph_tok_s", "transformers_tok_s", "llama_cpp_tok_s"} <= set(result)
+    assert result["taskgraph_tok_s"] > 0
+    assert result["transformers_tok_s"] is result["llama_cpp_tok_s"] is None
+    assert (result["planned_while_serving"], result["tokens"]) == (0, sum(o for _, o in result["lengths"]))
+    assert result["engine_us_per_step_256"] > 0

@@ -461,7 +461,9 @@ def test_nvcc_compiles_all_kernels_without_a_warning(arch: str, level: str, tmp_
     if arch not in known:
         pytest.skip(f"this nvcc does not know {arch}")
     together = tmp_path / "all.cu"
-    together.write_text("".join(f'#include "{path}"\n#undef OF_TYPE\n' for path in KERNELS))
+    inside = 'namespace {} {{\n#include "{}"\n}}\n#undef OF_TYPE\n'
+    files = "".join(inside.format(path.stem, path) for path in KERNELS)
+    together.write_text(f'#include "common.cuh"\n{files}')
     flags = ["-std=c++17", "-Werror", "all-warnings", "-Xptxas", level, f"-arch={arch}", "-cubin"]
     command = [nvcc, *flags, "-I", str(driver.kernel_folder()), "-o", str(tmp_path / "out"), str(together)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,6 +1,7 @@
 """The serving engine: what it gives equals one-at-a-time generation, whatever joins, ends and is pre-empted beside."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,14 +114,15 @@ def test_a_hundred_requests_at_once_equal_one_at_a_time(smollm2_gguf: Path) -> N
     draw = np.random.default_rng(0)
     lengths, outputs = (
         draw.choice([2, 12, 28, 30, 31, 32, 32, 39], 100),
-        draw.choice([1, 2, 3, 4, 5, 6, 30], 100, p=_LONG),
+        draw.choice([1, 2, 3, 4, 5, 6, 20], 100, p=_LONG),
     )
     text = tokenizer.encode((Path(__file__).parent.parent / "README.md").read_text())
     starts = draw.integers(0, len(text) - 40, 100)
     requests = [Request(text[s : s + n], int(o)) for s, n, o in zip(starts, lengths, outputs, strict=True)]
-    alone = make(sequences=1, tokens=48, pages=4, prefix_sharing=False)
+    core = replace(tg.devices.get("cpu"), name="one core", sm_count=1, compute_scaling=())  # two wait for each other
+    alone = make(sequences=1, tokens=48, pages=4, prefix_sharing=False, device=core)
     expected = [alone.run([request])[0].tokens for request in requests]
-    many = make(sequences=20, tokens=48, pages=12, host_pages=3, expected_output=1.0)
+    many = make(sequences=20, tokens=48, pages=12, host_pages=3, device=core, expected_output=1.0)
     for request in requests[:60]:
         many.submit(request)
     got = [c for _ in range(12) for c in many.step().finished]  # the others join while these run
@@ -177,6 +179,20 @@ def test_a_stop_token_ends_a_request_one_step_late_and_frees_its_pages(engines: 
     assert cut.reason == "stop"
     assert engine.stats.steps - steps == len(cut.tokens) + 1
     assert empty(engine)
+
+
+def test_a_row_that_a_stop_token_frees_feeds_nothing_to_the_next_sequence(engines: Make) -> None:
+    """The sequence that ends has one more token under way when its row goes to the next one."""
+    given = [Request(p, 40) for p in prompts(15, 24, 20)]
+    whole = [c.tokens for c in engines(sequences=1).run(given)]
+    stopping = [
+        Request(r.prompt, 40, stop=frozenset({w[3 + i % 5]})) for i, (r, w) in enumerate(zip(given, whole, strict=True))
+    ]
+    wanted = [w[: w.index(next(iter(r.stop))) + 1] for r, w in zip(stopping, whole, strict=True)]
+    for sequences in (1, 3):
+        engine = engines(sequences=sequences, tokens=60)
+        assert [c.tokens for c in engine.run(stopping)] == wanted
+        assert empty(engine)
 
 
 def test_a_conversation_finds_its_earlier_rounds(engines: Make) -> None:

@@ -17,7 +17,7 @@ import torch
 
 import taskgraph as tg
 from taskgraph import ops
-from taskgraph.errors import ExecutionError, GraphError, PlanError, RankLost
+from taskgraph.errors import BackendUnavailable, ExecutionError, GraphError, PlanError, RankLost
 from taskgraph.models import llama
 from taskgraph.models.config import load_config
 from taskgraph.models.parallel import mixed_step
@@ -26,7 +26,7 @@ from taskgraph.models.session import Session
 from taskgraph.models.shards import load_shard
 from taskgraph.models.weights import open_checkpoint
 from taskgraph.runtime.binders import TORCH_DTYPE
-from taskgraph.runtime.distributed import Group, one_plan
+from taskgraph.runtime.distributed import Group, connect, group, one_plan
 from taskgraph.schedule import planner, rewrite
 from taskgraph.schedule.verify import collectives_in_turn
 
@@ -85,24 +85,40 @@ class Lab:
         made = on_two_lanes(graph, self.group.rank not in races, swapped and self.group.rank == 1)
         tg.compile(graph, made, group=self.group).close()
 
-    def fail_on(self, rank: int) -> None:
-        """An all-reduce after an op that raises on one rank."""
+    def fail_on(self, rank: int) -> str:
+        """What this rank gets from an all-reduce, in a group of its own, after an op that raises on one rank."""
         b = tg.GraphBuilder("fails")
         y = b.call(
             stumble, [b.input("x", (4,), "f32")], [tg.spec("y", (4,), "f32")], name="stumble", work=tg.Work(flops=1)
         )
         b.output(ops.all_reduce(y, ranks=2, axis=0, name="total"))
-        graph = b.build()
-        with tg.compile(graph, tg.plan(graph, RANK), group=self.group) as exe:
+        graph, small = b.build(), group(range(self.group.size), timeout_s=60.0)
+        with (
+            tg.compile(graph, tg.plan(graph, RANK), group=small) as exe,
+            pytest.raises((ExecutionError, RankLost)) as caught,
+        ):
             exe(x=torch.full((4,), float(self.group.rank == rank)))
+        assert small.broken
+        return f"{type(caught.value).__name__}: {caught.value}"
 
-    def sums(self, seconds: float) -> int:
-        """All-reduces for that long; how many."""
-        count, until = 0, time.monotonic() + seconds
-        while time.monotonic() < until:
-            self.group.all_reduce(torch.ones(8))
-            count += 1
-        return count
+    def late(self) -> list[str]:
+        """In a group of its own, which waits a second, rank 1 comes too late: what each then gets, twice."""
+        small = group(range(self.group.size), timeout_s=1.0)
+        time.sleep(2.0 * self.group.rank)
+        errors = []
+        for _ in range(2):
+            with pytest.raises(RankLost) as caught:
+                small.all_reduce(torch.ones(2))
+            errors.append(str(caught.value))
+        assert small.broken and not self.group.broken
+        return errors
+
+    def sums(self, count: int) -> float:
+        """So many all-reduces, and the last sum."""
+        for i in range(count):
+            x = torch.full((8,), float(i))
+            self.group.all_reduce(x)
+        return float(x[0])
 
 
 def stumble(x: torch.Tensor, out: torch.Tensor) -> None:
@@ -272,16 +288,30 @@ def test_another_number_of_ranks_is_refused(ranks: Ranks) -> None:
 # -------------------------------------------------------------------------------------- lost ranks
 
 
-def test_an_op_that_fails_on_one_rank_ends_all() -> None:
+def test_a_rank_that_comes_too_late_is_lost(ranks: Ranks) -> None:
+    """Only in the group that gave up on it."""
+    for first, again in ranks.call("late"):
+        assert "lost another rank, or waited for it longer than 1 s" in first
+        assert "has left its group" in again
+    assert ranks.call("sums", 3) == [4.0, 4.0]
+
+
+def test_no_group_without_its_ranks(tmp_path: Path) -> None:
+    with pytest.raises(BackendUnavailable, match="connect"):
+        group([0])
+    with pytest.raises(RankLost, match=r"not all of 2 ranks met at 'file:.*' within 0.5 s"):
+        connect((tmp_path / "meet").as_uri(), 0, 2, timeout_s=0.5)
+    with pytest.raises(BackendUnavailable, match="connect"):
+        group([0])
+
+
+def test_an_op_that_fails_on_one_rank_breaks_the_group(ranks: Ranks) -> None:
     """At once: the other rank sees the first leave, long before it would stop waiting."""
-    with Ranks(2, Lab, timeout_s=60.0) as started:
-        begin = time.monotonic()
-        with pytest.raises(ExecutionError, match=r"stumble.*this rank stumbles"):
-            started.call("fail_on", 1)
-        assert time.monotonic() - begin < 30
-        assert started.exitcodes == (1, 1)
-        with pytest.raises(RankLost, match="Rank 1 of 2 failed"):
-            started.call("sums", 0.0)
+    begin = time.monotonic()
+    lost, failed = ranks.call("fail_on", 1)
+    assert time.monotonic() - begin < 30
+    assert failed.startswith("ExecutionError: op 'stumble' failed: FloatingPointError: this rank stumbles")
+    assert lost.startswith("RankLost: op 'total' failed: all_reduce: rank 0 of 2 lost another rank")
 
 
 def test_a_killed_rank_fails_all_requests_and_the_process() -> None:
@@ -299,11 +329,12 @@ def serve_until_killed() -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     with Ranks(2, Lab) as started, ThreadPoolExecutor(1) as engine:
-        requests = [engine.submit(started.call, "sums", 30.0) for _ in range(3)]
+        requests = [engine.submit(started.call, "sums", 10**9) for _ in range(3)]
         time.sleep(0.3)
         os.kill(started.pids[1] or 0, signal.SIGKILL)
         errors = [request.exception(60) for request in requests]
         print(f"{len(errors)} requests failed: {', '.join({type(e).__name__ for e in errors})}", flush=True)
+        assert started.exitcodes in [(1, -9), (-9, -9)]
         requests[0].result()
 
 

@@ -114,12 +114,8 @@ def test_a_repeat_that_only_moves_rows_is_not_emptied() -> None:
         out = loop.next(h, tg.ops.concat_rows([high, low], name="turned"))
     b.output(tg.ops.add(out, out, name="end"))
     graph = b.build()
-    for sizes in ((4, 4), (2, 6)):
-        sliced = apply(graph, Split.of(sizes))
-        tg.verify(tg.plan(sliced, "h100_sxm"), sliced)
-        data = torch.randn(8, 4)
-        with tg.compile(sliced, tg.plan(sliced)) as exe:
-            torch.testing.assert_close(*exe(x=data).values(), 4 * data.roll(4, 0))
+    assert apply(graph, Split.of((4, 4))) is graph
+    tg.verify(tg.plan(graph, "h100_sxm"), graph)
 
 
 def test_slicings_sum_to_the_batch_and_are_multiples() -> None:

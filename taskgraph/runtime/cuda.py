@@ -202,7 +202,8 @@ class CudaExecutable:
         return DeviceArray(self._given[name], self)
 
     def bind(self, tensors: Mapping[str, Any] | None = None, **named: Any) -> None:
-        """Use device tensors in place (`__cuda_array_interface__`, DLPack through torch); upload host tensors once.
+        """Use device tensors in place (`__cuda_array_interface__`, torch's CUDA tensors); upload host tensors once,
+        into memory of our own.
 
         GraphError when a name is unknown or a shape or dtype differs."""
         self._check_open()
@@ -210,12 +211,19 @@ class CudaExecutable:
             declared = self._declared(name)
             buffer = device_buffer(declared, value)
             if buffer is None:
+                self._let_go(name)
                 self._upload(name, declared, value)
             else:
                 self._kept[name] = value
                 self._stale = self._stale or self._given.get(name) != buffer
                 self._given[name] = buffer
             self._set.add(name)
+
+    def _let_go(self, name: str) -> None:
+        """Stop using memory of others for `name`: what is uploaded next goes into our own."""
+        if self._kept.pop(name, None) is not None:
+            del self._given[name]
+            self._stale = True
 
     def _declared(self, name: str) -> Tensor:
         declared = self._graph.tensor.get(name)

@@ -11,6 +11,7 @@ import numpy as np
 from taskgraph.errors import GraphError, PlanError
 from taskgraph.graph.device import Device
 from taskgraph.graph.graph import Graph
+from taskgraph.ops import COLLECTIVES
 from taskgraph.schedule import lists
 from taskgraph.schedule.bounds import lower_bounds, sm_seconds
 from taskgraph.schedule.evaluate import Assignment, Evaluation, Layout, evaluate
@@ -246,8 +247,9 @@ def _sliced(split: Split) -> str:
 def _space(graph: Graph, device: Device, costs: Costs, window: int | None) -> Space:
     """The space of a graph, or of `window` iterations of its repeat: one decision for each op of the body."""
     repeat = graph.repeat
+    tied = np.array([op.kind in COLLECTIVES and op.integer("ranks") > 1 for op in graph.ops])
     if repeat is None:
-        return Space.flat(make_problem(graph, device, legal_sizes(len(graph.ops), device), costs))
+        return replace(Space.flat(make_problem(graph, device, legal_sizes(len(graph.ops), device), costs)), tied=tied)
     count = min(window or repeat.count, repeat.count)
     flat = (graph if count == repeat.count else replace(graph, repeat=replace(repeat, count=count))).flat()
     whole = len(graph.ops) + (repeat.last - repeat.first) * (repeat.count - 1)
@@ -257,7 +259,7 @@ def _space(graph: Graph, device: Device, costs: Costs, window: int | None) -> Sp
     turn = np.repeat(np.arange(count), last - first)
     iteration = np.concatenate([np.zeros(first, np.int64), turn, np.full(n - last, count - 1)])
     inside = (decision >= first) & (decision < last)
-    return Space(problem, decision, _kin(graph), iteration, inside, count, repeat.count)
+    return Space(problem, decision, _kin(graph), iteration, inside, tied, count, repeat.count)
 
 
 def _kin(graph: Graph) -> np.ndarray:

@@ -80,7 +80,12 @@ def splittable(graph: Graph) -> dict[str, SplitInfo]:
 
 
 def apply(graph: Graph, split: Split) -> Graph:
-    """The graph that `split` makes of `graph`; the same Graph when there is nothing to split."""
+    """The graph that `split` makes of `graph`; the same Graph when there is nothing to split.
+
+    A graph whose repeat only moves rows stays whole: nothing would be left to repeat.
+    """
+    if graph.repeat is not None and all(moves_rows(op) for op in graph.ops[graph.repeat.first : graph.repeat.last]):
+        return graph
     found = batches(graph)
     bounds = _bounds(graph, found, split)
     return _Rewriter(graph, found, bounds).run() if bounds else graph
@@ -219,10 +224,9 @@ class _Rewriter:
         return Graph(graph.name, tuple(self.tensors.values()), (*before, *body, *after), graph.outputs, new)
 
     def _emit(self, ops: Sequence[Op]) -> None:
-        hollow = self.phase == 1 and all(moves_rows(op) for op in ops)  # a repeat must keep an op
         for op in ops:
             plain = not op.after and op.name not in self.awaited and op.demand == type(op.demand)()
-            if op.name in self.found and moves_rows(op) and plain and not hollow:
+            if op.name in self.found and moves_rows(op) and plain:
                 self._dissolve(op)
             else:
                 self._slices(op)

@@ -44,7 +44,7 @@ def cycle_of(space: Space, layout: Layout, state: State) -> Cycle:
     length = (times.end_s - times.start_s)[middle] / period_s
     lane = np.empty(len(middle), np.int64)
     _colour(begin, length, state.row, layout.lane_partition, space.window > 1, lane)
-    return Cycle(begin, lane, state.mode)
+    return Cycle(begin, _on_one_lane(space, layout, lane), state.mode)
 
 
 def plain_cycle(space: Space, layout: Layout, state: State) -> Cycle:
@@ -53,7 +53,14 @@ def plain_cycle(space: Space, layout: Layout, state: State) -> Cycle:
     once = np.flatnonzero((space.iteration == 0) | ~space.inside)
     place[space.decision[once]] = np.arange(len(once)) / len(once)
     lane = np.searchsorted(layout.lane_partition, state.row)
-    return Cycle(place, lane, state.mode)
+    return Cycle(place, _on_one_lane(space, layout, lane), state.mode)
+
+
+def _on_one_lane(space: Space, layout: Layout, lane: np.ndarray) -> np.ndarray:
+    """`lane` with all tied decisions on the last lane of the largest partition: there they run one after another."""
+    rooms = layout.rows[layout.lane_partition, 2]
+    last = len(rooms) - 1 - int(np.argmax(rooms[::-1]))
+    return np.where(space.tied, last, lane)
 
 
 def period(space: Space, times: Evaluation) -> float:
@@ -101,10 +108,10 @@ def written_out(space: Space, layout: Layout, cycle: Cycle) -> Assignment:
 def _kernel_arguments(space: Space, layout: Layout) -> tuple[object, ...]:
     problem = space.problem
     return (
-        space.decision, space.iteration, space.inside, space.kin, space.window, space.total, space.lowest_mode(),
-        *_edges(space), layout.lane_partition, layout.rows, layout.conflicts, problem.sizes, problem.seconds,
-        problem.use, np.diff(problem.pred_ptr), problem.succ_ptr, problem.succ, problem.capacity, problem.sm_count,
-        problem.sm_bytes_per_s, problem.launch_s, problem.switch_s,
+        space.decision, space.iteration, space.inside, space.kin, space.tied, space.window, space.total,
+        space.lowest_mode(), *_edges(space), layout.lane_partition, layout.rows, layout.conflicts, problem.sizes,
+        problem.seconds, problem.use, np.diff(problem.pred_ptr), problem.succ_ptr, problem.succ, problem.capacity,
+        problem.sm_count, problem.sm_bytes_per_s, problem.launch_s, problem.switch_s,
     )  # fmt: skip
 
 
@@ -217,11 +224,11 @@ def _judge(
 @njit
 def _polish(
     place: np.ndarray, lane: np.ndarray, mode: np.ndarray, trials: int, seed: int, hot: float, cold: float,
-    decision: np.ndarray, iteration: np.ndarray, inside: np.ndarray, kin: np.ndarray, window: int, total: int,
-    lowest: np.ndarray, edge_ptr: np.ndarray, edge: np.ndarray, lane_partition: np.ndarray, rows: np.ndarray,
-    conflicts: np.ndarray, sizes: np.ndarray, seconds: np.ndarray, use: np.ndarray, missing: np.ndarray,
-    succ_ptr: np.ndarray, succ: np.ndarray, capacity: np.ndarray, sm_count: int, sm_bytes_per_s: float,
-    launch_s: float, switch_s: float,
+    decision: np.ndarray, iteration: np.ndarray, inside: np.ndarray, kin: np.ndarray, tied: np.ndarray, window: int,
+    total: int, lowest: np.ndarray, edge_ptr: np.ndarray, edge: np.ndarray, lane_partition: np.ndarray,
+    rows: np.ndarray, conflicts: np.ndarray, sizes: np.ndarray, seconds: np.ndarray, use: np.ndarray,
+    missing: np.ndarray, succ_ptr: np.ndarray, succ: np.ndarray, capacity: np.ndarray, sm_count: int,
+    sm_bytes_per_s: float, launch_s: float, switch_s: float,
 ) -> float:  # fmt: skip
     """Metropolis over `trials` moves, cooling from `hot` to `cold` (relative to the time); leaves the best cycle in the
     first three arguments and returns its seconds."""
@@ -242,7 +249,7 @@ def _polish(
             _retime(
                 place, decision, iteration, inside, window, start, _period(end, decision, iteration, inside, window)
             )
-        elif not _move(place, lane, mode, kin, lowest, edge_ptr, edge, lane_partition, rows, sizes):
+        elif not _move(place, lane, mode, kin, tied, lowest, edge_ptr, edge, lane_partition, rows, sizes):
             place[:] = old_place
             continue
         then = _judge(
@@ -303,8 +310,8 @@ def _push(place: np.ndarray, at: int, edge_ptr: np.ndarray, edge: np.ndarray) ->
 
 @njit
 def _move(
-    place: np.ndarray, lane: np.ndarray, mode: np.ndarray, kin: np.ndarray, lowest: np.ndarray, edge_ptr: np.ndarray,
-    edge: np.ndarray, lane_partition: np.ndarray, rows: np.ndarray, sizes: np.ndarray,
+    place: np.ndarray, lane: np.ndarray, mode: np.ndarray, kin: np.ndarray, tied: np.ndarray, lowest: np.ndarray,
+    edge_ptr: np.ndarray, edge: np.ndarray, lane_partition: np.ndarray, rows: np.ndarray, sizes: np.ndarray,
 ) -> bool:  # fmt: skip
     """Change the SMs of a decision or all its kin, or its lane, or its place; False if there is no such place."""
     d, what = len(kin), np.random.random()
@@ -319,7 +326,7 @@ def _move(
         return True
     if what < 0.5:
         to = np.random.randint(len(lane_partition))
-        if rows[lane_partition[to], 2] >= sizes[lowest[at]]:
+        if rows[lane_partition[to], 2] >= sizes[lowest[at]] and not tied[at]:
             lane[at] = to
         return True
     if what < 0.85:

@@ -34,7 +34,8 @@ class Space:
 
     decision (n,) by op; kin (d,) numbers groups of decisions that are alike, as the slices of one op are; `window`
     iterations of a repeated body are in the problem and `total` in the graph. iteration (n,) by op: ops before the
-    body belong to the first, those after it to the last; inside (n,) says which are of the body.
+    body belong to the first, those after it to the last; inside (n,) says which are of the body; tied (d,) which
+    decisions must run one after another, as collectives between ranks do.
     """
 
     problem: Problem
@@ -42,6 +43,7 @@ class Space:
     kin: np.ndarray
     iteration: np.ndarray
     inside: np.ndarray
+    tied: np.ndarray
     window: int = 1
     total: int = 1
 
@@ -49,7 +51,8 @@ class Space:
     def flat(problem: Problem) -> "Space":
         """Every op decides for itself."""
         everyone = np.arange(problem.n)
-        return Space(problem, everyone, everyone, np.zeros(problem.n, np.int64), np.ones(problem.n, np.bool_))
+        no, yes = np.zeros(problem.n, np.bool_), np.ones(problem.n, np.bool_)
+        return Space(problem, everyone, everyone, np.zeros(problem.n, np.int64), yes, no)
 
     def lowest_mode(self) -> np.ndarray:
         """(d,) the least mode that is legal for every op of a decision."""
