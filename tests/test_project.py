@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from benchmarks import progen
 from taskgraph.errors import DemandError, GraphError, PlanError
 from taskgraph.schedule import sgs
+from taskgraph.schedule.bounds import longest_path
 from taskgraph.schedule.evolve import solve
 from taskgraph.schedule.passes import chains, priorities, solve_list, ticks_bound
 from taskgraph.schedule.project import Project, Schedule, chain_bound, check, make_project
@@ -36,7 +37,7 @@ def projects(draw: st.DrawFn, most: int = 9, modes: int = 2, whole: bool | None 
 def lists_of(project: Project) -> list[np.ndarray]:
     """A list of activities for every priority rule: stable orders by key that respect precedence."""
     tables, _ = make_tables(project)
-    depth = chains(tables).head
+    depth = longest_path(np.ones(project.n), project.pred_ptr, project.pred)  # not seconds: some activities take none
     keys = priorities(project, tables, chains(tables))
     return [np.lexsort((np.arange(project.n), key, depth)) for key in keys]
 
