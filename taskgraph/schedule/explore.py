@@ -170,7 +170,7 @@ def slicings(graph: Graph) -> list[Split]:
         return []
     batch = weight.most_common(1)[0][0]
     unit = 128 if batch >= 512 else max(1, batch // 8)
-    pairs = [(first, batch - first) for first in range(unit, batch // 2 + 1, unit) if first >= batch / 4]
+    pairs = [(first, batch - first) for first in range(unit, batch // 2 + 1, unit) if first >= batch / 8]
     more = [_even(batch, count, unit) for count in (3, 4) if batch >= count * unit]
     return [Split.of(sizes) for sizes in dict.fromkeys([*pairs, *more])]
 
