@@ -14,7 +14,7 @@ from taskgraph.schedule.nanobatch import Split, apply
 from taskgraph.schedule.planner import replay_times
 from taskgraph.schedule.search import search_layouts, starts
 
-LAYERS = 24
+LAYERS = 80
 SLOW = tg.devices.make(
     "a100_sxm", name="slow", flops_per_s={"f32": 5e10, "bf16": 5e10}, hbm_bytes_per_s=1e10, calibration=""
 )

@@ -10,11 +10,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from taskgraph import ops
 from taskgraph.cost.model import op_table
 from taskgraph.cost.profiles import Costs, Place, Profile, ProfileDB, measured_costs, shape_key
 from taskgraph.errors import PlanError
 from taskgraph.graph.device import Device, get
-from taskgraph.graph.graph import Graph
+from taskgraph.graph.graph import Graph, GraphBuilder
 from taskgraph.runtime import probe
 from taskgraph.runtime.measure import LEAST_ROUNDS, Bench, Budget, Session
 from taskgraph.runtime.virtual import is_virtual
@@ -122,6 +123,7 @@ def autotune(
     found = None if fresh else _remembered(winner, graph)
     if found is not None:
         return found
+    _compile_planner(target)
     budget = Budget(budget_s)
     bench = Bench(graph, backend, functions or {}, tensors or {}, seed, run_on)
     profiles = None if backend == "sim" or run_on is not None else (store, place)
@@ -129,6 +131,14 @@ def autotune(
     if any(trial.measured_s is not None for trial in tuned.trials):
         write_atomically(winner, _to_json(tuned))
     return tuned
+
+
+def _compile_planner(device: Device) -> None:
+    """Plan two ops, so that numba compiles the planner before the budget begins: cold, that takes many seconds."""
+    b = GraphBuilder("two")
+    x = b.input("x", (8, 8), "f32")
+    b.output(ops.add(x, x), ops.add(x, x))
+    plan(b.build(), device, "search", budget_s=1e-3)
 
 
 def _target(backend: str, device: str | Device | None) -> tuple[Device, str | None]:
