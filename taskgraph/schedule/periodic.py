@@ -5,18 +5,15 @@ periods; places may reach over several iterations, so that iterations overlap (m
 iterations of a body written out in that order run in step, and the one clock says what a period takes.
 """
 
-import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from taskgraph.jit import njit
 from taskgraph.schedule.evaluate import NO_HOLDS, Assignment, Evaluation, Layout, _simulate
-from taskgraph.schedule.search import ISLANDS, Space, State, fitted, realise
+from taskgraph.schedule.search import ROUNDS, Cooling, Space, State, fitted, islands, realise
 
-_ROUNDS = 6
 _STEP = 1e-7
 """The least distance in periods between the places of two ops of which one needs the other."""
 _OP_S = 5e-7
@@ -75,24 +72,12 @@ def polish(
     """The best cycle found from `begin`, at first with losses of about `heat` of the time accepted; equal arguments
     give equal results, as for `search.anneal`."""
     kernel = _kernel_arguments(space, layout)
-    trials = max(8, int(budget_s / (_OP_S * space.problem.n * _ROUNDS)))
-    pool = [_walk(kernel, cycle, 1, 0, 1e-3, 1e-4) for cycle in begin]
-    deadline = time.monotonic() + 2 * budget_s + 0.5
-    best = sorted(pool, key=lambda c: c.seconds)[:ISLANDS]
-    best = [best[i % len(best)] for i in range(ISLANDS)]
-    with ThreadPoolExecutor(ISLANDS) as threads:
-        for turn in range(_ROUNDS):
-            hot = heat * (1 - turn / _ROUNDS) ** 2 + 2e-4
-            jobs = [
-                threads.submit(_walk, kernel, cycle, trials, (seed * _ROUNDS + turn) * ISLANDS + i, hot, hot / 20)
-                for i, cycle in enumerate(best)
-            ]
-            found = [job.result() for job in jobs]
-            leader = min([*found, *best], key=lambda c: c.seconds)
-            best = [leader, *found[1:]] if turn < _ROUNDS // 2 else [leader] * ISLANDS
-            if time.monotonic() > deadline:
-                break
-    return min(best, key=lambda c: c.seconds)
+
+    def walk(cycle: Cycle, trials: int, seed: int, hot: float, cold: float) -> Cycle:
+        return _walk(kernel, cycle, trials, seed, hot, cold)
+
+    trials = int(budget_s / (_OP_S * space.problem.n * ROUNDS))
+    return islands(walk, begin, trials, budget_s, seed, Cooling(heat, 2e-4, 20.0))
 
 
 def written_out(space: Space, layout: Layout, cycle: Cycle) -> Assignment:

@@ -6,9 +6,10 @@ window's time, scaled to all iterations.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from taskgraph.schedule.problem import Problem
 
 ISLANDS = 2
 """Annealing runs side by side, a thread each; a fixed number, so that a seed means the same on every machine."""
-_ROUNDS = 6
+ROUNDS = 6
 _OP_S = 4e-6
 """Seconds that one op costs in one trial, on the slow side: it turns a budget into a number of trials, so that equal
 seeds and budgets give equal plans on any machine that keeps up. The wall clock only guards."""
@@ -114,24 +115,56 @@ def anneal(space: Space, layout: Layout, begin: Sequence[State], budget_s: float
     """The best state found from `begin`; equal arguments give equal results unless the machine is too slow for the
     number of trials that `budget_s` stands for, and the clock ends the search."""
     kernel = _kernel_arguments(space, layout)
-    trials = max(8, int(budget_s / (_OP_S * space.problem.n * _ROUNDS)))
-    pool = [_walk(kernel, state, 1, 0, 0.0, 0.0) for state in begin]
+
+    def walk(state: State, trials: int, seed: int, hot: float, cold: float) -> State:
+        return _walk(kernel, state, trials, seed, hot, cold)
+
+    trials = int(budget_s / (_OP_S * space.problem.n * ROUNDS))
+    return islands(walk, begin, trials, budget_s, seed, Cooling(0.02, 1e-5, 10.0))
+
+
+class _Judged(Protocol):
+    @property
+    def seconds(self) -> float: ...
+
+
+J = TypeVar("J", bound=_Judged)
+Walk = Callable[[J, int, int, float, float], J]
+"""(from where, trials, seed, hot, cold) -> the best of an annealing run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cooling:
+    """Relative losses that are accepted: about `start` at first, falling with every round to `end`; within a round to
+    the `span`-th part."""
+
+    start: float
+    end: float
+    span: float
+
+
+def islands(walk: Walk[J], begin: Sequence[J], trials: int, budget_s: float, seed: int, cooling: Cooling) -> J:
+    """The best of ISLANDS runs side by side, from the best of `begin`: ROUNDS of `trials` each. The leader is copied to
+    one island after each round, and to all in the second half; the clock only guards."""
+    pool = [walk(each, 1, 0, 1e-3, 1e-4) for each in begin]  # compiles and judges, before the clock starts
     deadline = time.monotonic() + 2 * budget_s + 0.5
-    best = sorted(pool, key=lambda s: s.seconds)[:ISLANDS]
+    best = sorted(pool, key=lambda each: each.seconds)[:ISLANDS]
     best = [best[i % len(best)] for i in range(ISLANDS)]
     with ThreadPoolExecutor(ISLANDS) as threads:
-        for turn in range(_ROUNDS):
-            hot = 0.02 * (1 - turn / _ROUNDS) ** 2 + 1e-5
+        for turn in range(ROUNDS):
+            hot = cooling.start * (1 - turn / ROUNDS) ** 2 + cooling.end
             jobs = [
-                threads.submit(_walk, kernel, state, trials, (seed * _ROUNDS + turn) * ISLANDS + i, hot, hot / 10)
-                for i, state in enumerate(best)
+                threads.submit(
+                    walk, each, max(8, trials), (seed * ROUNDS + turn) * ISLANDS + i, hot, hot / cooling.span
+                )
+                for i, each in enumerate(best)
             ]
             found = [job.result() for job in jobs]
-            leader = min([*found, *best], key=lambda s: s.seconds)
-            best = [leader, *found[1:]] if turn < _ROUNDS // 2 else [leader] * ISLANDS
+            leader = min([*found, *best], key=lambda each: each.seconds)
+            best = [leader, *found[1:]] if turn < ROUNDS // 2 else [leader] * ISLANDS
             if time.monotonic() > deadline:
                 break
-    return min(best, key=lambda s: s.seconds)
+    return min(best, key=lambda each: each.seconds)
 
 
 def realise(space: Space, layout: Layout, state: State) -> tuple[Assignment, Evaluation]:
