@@ -54,16 +54,25 @@ class PageShape:
         return (pages, config.kv_heads, self.page_size, -(-config.head_dim // COLUMNS) * COLUMNS)
 
 
-def step_graph(config: ModelConfig, bucket: Bucket, shape: PageShape, dtype: str = "bf16") -> tg.Graph:
+def step_graph(
+    config: ModelConfig,
+    bucket: Bucket,
+    shape: PageShape,
+    dtype: str = "bf16",
+    tensor_parallel: int = 1,
+    expert_rank: int | None = None,
+) -> tg.Graph:
     """One step of `bucket`'s shapes; with `bucket.moves` also pages to the host, from it, and within the device.
 
     Inputs: tokens i64, positions i32 and slots i32 of every row; decode_lengths and decode_blocks; prefill_starts,
     prefill_lengths and prefill_blocks; samples i64, the rows to sample; page_out, page_in and page_copy, pairs of
     pages. States of every layer: keys and values, and with moves host_keys and host_values.
-    Outputs: logits and next, as of every step graph.
+    Outputs: logits and next, as of every step graph. With `tensor_parallel` ranks the graph is that of one, as
+    `parallel.mixed_step` says: its pages have its share of the heads, and its inputs are those of every rank.
     """
     if config.latent:
         raise tg.ConfigError(f"{config.name} has latent attention, which pages do not serve; use a static step.")
+    config = config.share(tensor_parallel, expert_rank)
     b = tg.GraphBuilder(f"{config.name}-paged-{bucket.decode}+{bucket.prefill}/{bucket.chunks}")
     rows = {name: b.input(name, (bucket.tokens,), "i32") for name in ("positions", "slots")}
     tables = _tables(b, bucket, shape)
@@ -82,10 +91,10 @@ def step_graph(config: ModelConfig, bucket: Bucket, shape: PageShape, dtype: str
         )  # fmt: skip
         return _attention(layer, q, bucket, tables, cache, shape.context)
 
-    x, table = llama.layers(b, config, b.input("tokens", (bucket.tokens,), "i64"), dtype, attend)
+    x, table = llama.layers(b, config, b.input("tokens", (bucket.tokens,), "i64"), dtype, attend, tensor_parallel)
     if bucket.prefill:
         x = tg.ops.embedding(b.input("samples", (bucket.samples,), "i64"), x, name="sampled_rows")
-    b.output(*llama.sampled(b, config, x, table, dtype))
+    b.output(*llama.sampled(b, config, x, table, dtype, tensor_parallel))
     return b.build()
 
 
