@@ -115,7 +115,7 @@ def measure(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, A
     with engine_of(config, weights, args.sequences) as engine:
         say("planning and capturing")
         engine.run(requests)
-        planned = engine.runner.bank.made  # type: ignore[attr-defined]
+        planned = engine.runner.planned
         runs: dict[str, Callable[[], Any]] = {"taskgraph": lambda: engine.run(requests)}
         dtype = None
         if models:
@@ -127,7 +127,7 @@ def measure(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, A
         seconds = interleaved(runs, rounds=args.rounds, warmup=0, budget_s=args.budget, pause_s=0.01)
         host, hidden, steps = (a - b for a, b in zip(
             (engine.stats.host_s, engine.stats.hidden_s, engine.stats.steps), before, strict=True))  # fmt: skip
-        again = engine.runner.bank.made - planned  # type: ignore[attr-defined]
+        again = engine.runner.planned - planned
     rate = {name: tokens / float(np.median(times)) for name, times in seconds.items()}
     return {
         "taskgraph_tok_s": rate.pop("taskgraph"),

@@ -38,6 +38,10 @@ def serve(
     sequences: Annotated[int, typer.Option(min=1, help="most sequences in a step")] = 32,
     step_tokens: Annotated[int, typer.Option(min=2, help="most tokens in a step: decode, then prefill")] = 256,
     pages: Annotated[int, typer.Option(min=0, help="pages of the KV cache, 32 tokens each; 0 chooses")] = 0,
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="ranks: processes that share every layer out")] = 1,
+    expert_parallel: Annotated[
+        bool, typer.Option("--expert-parallel", help="ranks hold whole experts, not a part of each")
+    ] = False,
     most_open: Annotated[int, typer.Option(min=1, help="requests that may run and wait; one more gets 429")] = 256,
     most_body: Annotated[int, typer.Option(min=1, help="bytes of a request's body; more gets 413")] = 1 << 20,
     warm: Annotated[bool, typer.Option(help="plan and capture every step before the first request")] = True,
@@ -48,9 +52,12 @@ def serve(
     \b
     taskgraph serve smollm2 --name smollm2
     curl localhost:8000/v1/completions -d '{"model": "smollm2", "prompt": "Hi"}'
+    taskgraph serve mixtral-folder --tensor-parallel 2 --expert-parallel
 
     Requests are batched continuously over a paged KV cache; those that find it full wait. GET /v1/models names the
     model, GET /health says whether requests are taken. SIGINT or SIGTERM ends what runs, or cancels it after --drain.
+    With --tensor-parallel every rank has its own cores and its share of weights and cache; when a rank's process dies,
+    all requests fail and the command ends with exit code 2, naming the rank.
     """
     if find_spec("fastapi") is None or find_spec("uvicorn") is None:
         raise BackendUnavailable("serving needs FastAPI and uvicorn: pip install 'taskgraph-gpu[serve]'.")
@@ -61,12 +68,15 @@ def serve(
     with _status.status("load weights, plan and capture steps"):
         tokens = max(step_tokens, sequences + 1)
         local = open_local(
-            model, dtype=dtype, sequences=sequences, tokens=tokens, context=context, pages=pages, warm=warm
-        )
+            model, dtype=dtype, sequences=sequences, tokens=tokens, context=context, pages=pages, warm=warm,
+            tensor_parallel=tensor_parallel, expert_parallel=expert_parallel,
+        )  # fmt: skip
     with Service(local.engine, most_open) as service:
         served = Served(service, local.tokenizer, name or local.name, most_body)
 
         def started(at: int) -> None:
+            if local.processes:
+                _status.print(f"ranks: processes {', '.join(map(str, local.processes))}", soft_wrap=True)
             _status.print(f"serving {served.name} at http://{host}:{at}/v1 (ctrl-c to stop)", soft_wrap=True)
 
         run_server(served, host, port, drain_s=drain, started=started)

@@ -7,11 +7,11 @@ stop token is noticed one step late, which costs one token.
 
 import itertools
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Required, Self, TypedDict, Unpack
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from taskgraph.models.disk import DiskTier
 from taskgraph.models.kv_cache import PagedCache, block_keys
 from taskgraph.models.paged import COLUMNS, PageShape
 from taskgraph.models.requests import CANCELLED, FAILED, LENGTH, STOP, Completion, Request, StepOutput, checked_prompt
-from taskgraph.models.runner import CpuRunner, Runner
+from taskgraph.models.runner import CpuRunner, PagedRunner, Runner
 from taskgraph.models.scheduler import FREE, Batch, Ints, Limits, Scheduler, Waiting
 
 if TYPE_CHECKING:
@@ -108,6 +108,7 @@ class Engine:
         formed = self.runner.now()
         before, samples = self._running, None
         if before is not None:
+            self._running = None  # also when it failed
             samples, ended_s = self.runner.wait()
             self.cache.landed(before.moves)
             self.stats.hidden_s += max(min(formed, ended_s) - begin, 0.0)
@@ -205,12 +206,14 @@ class Engine:
 
     def close(self) -> None:
         """Wait for the batch that runs and free everything; requests that have not ended are dropped."""
-        if self._running is not None:
-            self.runner.wait()
-            self._running = None
-        if self.cache.disk is not None:
-            self.cache.disk.close()
-        self.runner.close()
+        running, self._running = self._running, None
+        try:
+            if running is not None:
+                self.runner.wait()
+        finally:
+            if self.cache.disk is not None:
+                self.cache.disk.close()
+            self.runner.close()
 
     def __enter__(self) -> Self:
         return self
@@ -221,36 +224,65 @@ class Engine:
         self.close()
 
 
-def cpu_engine(
-    config: ModelConfig,
-    weights: "Mapping[str, torch.Tensor]",
+class Options(TypedDict, total=False):
+    """What an engine over pages may be told.
+
+    `pages` of `page_size` tokens (a multiple of 32) are the device's; `host_pages`, and `disk_pages` in the folder
+    `disk`, are the tiers behind it. The others are those of `Engine`.
+    """
+
+    pages: Required[int]
+    page_size: int
+    host_pages: int
+    disk: Path | None
+    disk_pages: int
+    prefix_sharing: bool
+    expected_output: float | None
+    most_waiting: int
+
+
+def paged_engine(
+    make: Callable[[PageShape], PagedRunner],
     limits: Limits,
+    vocabulary: int,
     *,
     pages: int,
     page_size: int = 32,
     host_pages: int = 0,
     disk: Path | None = None,
     disk_pages: int = 0,
-    dtype: str = "bf16",
-    device: "str | tg.Device" = "cpu",
     prefix_sharing: bool = True,
     expected_output: float | None = None,
     most_waiting: int = 100_000,
 ) -> Engine:
-    """An engine on this machine's cores. `weights` are those of `llama.load_weights` in `dtype`.
-
-    `pages` of `page_size` tokens (a multiple of 32) are the device's; `host_pages`, and `disk_pages` in the folder
-    `disk`, are the tiers behind it. RequestError when those contradict each other.
-    """
+    """An engine over the runner that `make` gives for these pages, as `Options` says. RequestError when they
+    contradict each other."""
     if page_size % COLUMNS or pages < 1 or host_pages < 0 or (disk is None) != (disk_pages < 1):
         raise RequestError(
             f"{pages} pages of {page_size} tokens, {host_pages} on the host, {disk_pages} in {disk}: give at least one "
             f"page, a multiple of {COLUMNS} tokens, and a folder if and only if there are pages on disk."
         )
-    shape = PageShape(pages, page_size, limits.context, host_pages)
-    runner = CpuRunner(config, weights, shape, limits, dtype=dtype, device=device)
+    runner = make(PageShape(pages, page_size, limits.context, host_pages))
     tier = None if disk is None else DiskTier(disk, disk_pages, runner.read_page, runner.write_page)
     return Engine(
-        runner, PagedCache(pages, page_size, host_pages, tier), limits, vocabulary=config.vocab_size,
+        runner, PagedCache(pages, page_size, host_pages, tier), limits, vocabulary=vocabulary,
         prefix_sharing=prefix_sharing, expected_output=expected_output, most_waiting=most_waiting,
     )  # fmt: skip
+
+
+def cpu_engine(
+    config: ModelConfig,
+    weights: "Mapping[str, torch.Tensor]",
+    limits: Limits,
+    *,
+    dtype: str = "bf16",
+    device: "str | tg.Device" = "cpu",
+    **options: Unpack[Options],
+) -> Engine:
+    """An engine on this machine's cores. `weights` are those of `llama.load_weights` in `dtype`."""
+    return paged_engine(
+        lambda shape: CpuRunner(config, weights, shape, limits, dtype=dtype, device=device),
+        limits,
+        config.vocab_size,
+        **options,
+    )

@@ -1,13 +1,22 @@
 """An engine on this machine's cores from a checkpoint, with its tokenizer."""
 
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 from taskgraph.errors import PlanError
-from taskgraph.models.engine import Engine, cpu_engine
+from taskgraph.models.engine import Engine, Options, cpu_engine
 from taskgraph.models.llama import load_weights
+from taskgraph.models.ranks_runner import RanksRunner, ranks_engine
 from taskgraph.models.scheduler import Limits
+from taskgraph.models.shards import load_shard
 from taskgraph.models.tokenizer import Tokenizer
 from taskgraph.models.weights import open_checkpoint
+
+if TYPE_CHECKING:
+    import torch
+
+    from taskgraph.runtime.distributed import Group
 
 PAGE = 32
 
@@ -21,6 +30,12 @@ class LocalModel:
     tokenizer: Tokenizer
     vocabulary: int
 
+    @property
+    def processes(self) -> tuple[int | None, ...]:
+        """The ids of its ranks' processes, if it has several ranks."""
+        runner = self.engine.runner
+        return runner.ranks.pids if isinstance(runner, RanksRunner) else ()
+
 
 def open_local(
     source: str,
@@ -31,18 +46,45 @@ def open_local(
     context: int = 2048,
     pages: int = 0,
     warm: bool = True,
+    tensor_parallel: int = 1,
+    expert_parallel: bool = False,
 ) -> LocalModel:
     """The checkpoint's engine, with `pages` pages of 32 tokens (0: room for a quarter of what all sequences may have).
 
-    With `warm` every step is planned and captured now. PlanError for a dtype that is none; RequestError for limits."""
+    With `warm` every step is planned and captured now. With `tensor_parallel` ranks each is a process that loads its
+    shard, or with `expert_parallel` its whole experts. PlanError for a dtype that is none; RequestError for limits;
+    GraphError for ranks that cannot share the model."""
     if dtype not in ("bf16", "f32"):
         raise PlanError(f"dtype is bf16 or f32; got {dtype!r}.")
+    if expert_parallel and tensor_parallel < 2:
+        raise PlanError("experts are shared out between ranks, and there is one; choose tensor_parallel of 2 or more.")
     with open_checkpoint(source) as checkpoint:
         config, tokenizer = checkpoint.config, checkpoint.tokenizer()
-        weights = load_weights(config, checkpoint, dtype)
+        weights = load_weights(config, checkpoint, dtype) if tensor_parallel == 1 else {}
     limits = Limits(sequences, tokens, chunks=min(16, sequences), context=min(context, config.max_context))
-    pages = pages or max(sequences * limits.context // PAGE // 4, limits.context // PAGE)
-    engine = cpu_engine(config, weights, limits, pages=pages, page_size=PAGE, dtype=dtype)
+    room: Options = {
+        "pages": pages or max(sequences * limits.context // PAGE // 4, limits.context // PAGE), "page_size": PAGE,
+    }  # fmt: skip
+    if tensor_parallel == 1:
+        engine = cpu_engine(config, weights, limits, dtype=dtype, **room)
+    else:
+        load = partial(load_rank, source, dtype, expert_parallel)
+        engine = ranks_engine(config, load, limits, tensor_parallel, dtype=dtype, whole_experts=expert_parallel, **room)
     if warm:
-        engine.runner.warm()  # type: ignore[attr-defined]
+        _warm(engine)
     return LocalModel(config.name, engine, tokenizer, config.vocab_size)
+
+
+def _warm(engine: Engine) -> None:
+    """The engine's owner has it only when this has gone well."""
+    try:
+        engine.runner.warm()
+    except BaseException:
+        engine.close()
+        raise
+
+
+def load_rank(source: str, dtype: str, whole_experts: bool, group: "Group") -> "dict[str, torch.Tensor]":
+    """The shard of a checkpoint that the group's rank has."""
+    with open_checkpoint(source) as checkpoint:
+        return load_shard(checkpoint.config, checkpoint, dtype, group.rank, group.size, whole_experts=whole_experts)

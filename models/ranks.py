@@ -1,13 +1,18 @@
 """Processes that are the ranks of one model on this machine: one actor in each, called together.
 
 A rank that dies, or waits too long for another, ends them all: the caller gets RankLost, and so does every call after.
+No rank outlives the process that started it, however that ends. Signals to the whole group of processes, as of ctrl-c
+or of a service manager, are that process's to answer: ranks ignore SIGINT and SIGTERM.
 """
 
+import atexit
 import multiprocessing
 import os
 import pickle
+import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,15 +42,23 @@ class Ranks:
         url = (Path(self._folder.name) / "meet").as_uri()
         self._links: list[Connection] = []
         self._processes: list[BaseProcess] = []
-        for rank in range(size):
+        atexit.register(self.close)  # before multiprocessing's own way of ending them, which would wait for ever
+        try:
+            self._start(make, url)
+            self._answers(start_s)
+        except BaseException:
+            self._close("The ranks did not start.")
+            raise
+
+    def _start(self, make: Callable[[Group], Any], url: str) -> None:
+        for rank in range(self.size):
             here, there = _SPAWN.Pipe()
-            arguments = (there, make, url, rank, size, timeout_s)
+            arguments = (there, make, url, rank, self.size, self.timeout_s)
             process = _SPAWN.Process(target=_serve, args=arguments, name=f"taskgraph-rank-{rank}", daemon=True)
             process.start()
             there.close()  # so that the end of the process is the end of the pipe
             self._links.append(here)
             self._processes.append(process)
-        self._answers(start_s)
 
     @property
     def pids(self) -> tuple[int | None, ...]:
@@ -56,6 +69,15 @@ class Ranks:
     def exitcodes(self) -> tuple[int | None, ...]:
         """How each rank's process ended; None while it runs."""
         return tuple(process.exitcode for process in self._processes)
+
+    def check(self) -> None:
+        """RankLost if a rank is gone; not while a call runs, which finds out by itself."""
+        if self._lost:
+            raise RankLost(f"{self._lost} Start the ranks again.")
+        gone = wait([process.sentinel for process in self._processes], 0.0)
+        for rank, process in enumerate(self._processes):
+            if process.sentinel in gone:
+                self._end(rank)
 
     def call(self, method: str, *args: Any, **named: Any) -> list[Any]:
         """The results of the actors' method on all ranks, in their order."""
@@ -104,6 +126,7 @@ class Ranks:
 
     def _close(self, reason: str) -> None:
         self._lost = self._lost or reason
+        atexit.unregister(self.close)
         for link in self._links:
             link.close()  # a rank that waits for a call ends
         for process in self._processes:
@@ -141,6 +164,9 @@ _GRACE_S = 2.0
 
 def _serve(link: Connection, make: Callable[[Group], Any], url: str, rank: int, size: int, timeout_s: float) -> None:
     """A rank's process: calls until the pipe ends, or until its group is broken: then its exit code is 1."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_follow, name="taskgraph-parent", daemon=True).start()
     _own_cores(rank, size)
     try:
         group = connect(url, rank, size, timeout_s=timeout_s)
@@ -160,6 +186,14 @@ def _serve(link: Connection, make: Callable[[Group], Any], url: str, rank: int, 
             answer = getattr(actor, method)(*args, **named)
         except Exception as error:
             answer = _Failure(rank, _portable(error), group.broken)
+
+
+def _follow() -> None:
+    """End with the process that started this one, whatever runs here."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    _leave(1)
 
 
 def _leave(code: int) -> NoReturn:

@@ -19,10 +19,24 @@ if TYPE_CHECKING:
     import torch
 
     from taskgraph.runtime.cpu import CpuExecutable
+    from taskgraph.runtime.distributed import Group
 
 
 class Runner(Protocol):
     """Executes one batch at a time, in the order of `launch`."""
+
+    @property
+    def planned(self) -> int:
+        """Steps planned and captured so far; more of them while serving mean buckets that were not warm."""
+        ...
+
+    def warm(self) -> None:
+        """Plan and capture now what batches will need."""
+        ...
+
+    def check(self) -> None:
+        """Raise, while no batch runs, if none can run any more."""
+        ...
 
     def now(self) -> float:
         """Seconds on the runner's clock: this machine's, or a simulated one."""
@@ -45,6 +59,18 @@ class Runner(Protocol):
         ...
 
 
+class PagedRunner(Runner, Protocol):
+    """A runner with host pages that a disk tier can read and write, also while a batch runs."""
+
+    def read_page(self, page: int) -> bytes:
+        """The bytes of a host page in every layer."""
+        ...
+
+    def write_page(self, page: int, data: bytes) -> None:
+        """Give a host page these bytes; ValueError if they are not as many as a page has."""
+        ...
+
+
 def ladder(most: int) -> tuple[int, ...]:
     """Bucket sizes up to `most`: powers of two and, from 16 on, the halves between them."""
     sizes = [0, *(2**i for i in range(5)), *(n for i in range(4, 24) for n in (3 << (i - 1), 1 << (i + 1)))]
@@ -54,8 +80,10 @@ def ladder(most: int) -> tuple[int, ...]:
 class CpuRunner:
     """Runs batches on this machine: a captured plan a bucket, from the graph bank, launched from a thread.
 
-    `weights` are those of `llama.load_weights`; `device` is "cpu", or one like it with fewer cores. Executables
-    together hold at most `budget_bytes` of their own.
+    `weights` are those of `llama.load_weights`; `device` is "cpu" unless told, or one like it with fewer cores.
+    Executables together hold at most `budget_bytes` of their own. With a `group` this is one rank's runner: `weights`
+    are its shard (`shards.load_shard`), `device` has the link that the ranks measure, and all ranks must be given the
+    same batches; rank 0 alone draws. `whole_experts`: ranks share out the experts of a layer, not each one's features.
     """
 
     def __init__(
@@ -66,12 +94,16 @@ class CpuRunner:
         limits: Limits,
         *,
         dtype: str = "bf16",
-        device: "str | tg.Device" = "cpu",
+        device: "str | tg.Device | None" = None,
         scheduler: str = "auto",
         budget_bytes: float = 2e9,
+        group: "Group | None" = None,
+        whole_experts: bool = False,
     ) -> None:
         self.config, self.shape, self.dtype = config, shape, dtype
-        self.device, self.scheduler = device, scheduler
+        self.scheduler, self._group, self._ranks = scheduler, group, 1 if group is None else group.size
+        self._expert_rank = group.rank if group is not None and whole_experts else None
+        self.device = device or ("cpu" if group is None else _device_of(group))
         self.bank: GraphBank[Bucket] = GraphBank(self._make, budget_bytes)
         self._bound = {**weights, **self._states()}
         self._limits, self._decode = limits, ladder(limits.sequences)
@@ -85,10 +117,12 @@ class CpuRunner:
         """The pages of every layer, on the device and on the host."""
         import torch
 
+        share = self.config.share(self._ranks, self._expert_rank)
+
         kind = {"bf16": torch.bfloat16, "f32": torch.float32}[self.dtype]
         pools = {"": self.shape.pages, "host_": self.shape.host_pages}
         return {
-            f"{mark}{prefix}{name}": torch.zeros(self.shape.room(self.config, pages), dtype=kind)
+            f"{mark}{prefix}{name}": torch.zeros(self.shape.room(share, pages), dtype=kind)
             for prefix, pages in pools.items() if pages
             for mark in llama.layout(self.config).marks()
             for name in ("keys", "values")
@@ -96,9 +130,11 @@ class CpuRunner:
 
     def _make(self, bucket: Bucket) -> "CpuExecutable":
         from taskgraph.runtime.cpu import CpuExecutable
+        from taskgraph.runtime.distributed import one_plan
 
-        graph = paged.step_graph(self.config, bucket, self.shape, self.dtype)
-        executable = tg.compile(graph, tg.plan(graph, self.device, self.scheduler), "cpu")
+        graph = paged.step_graph(self.config, bucket, self.shape, self.dtype, self._ranks, self._expert_rank)
+        plan = one_plan(graph, self._group, lambda: tg.plan(graph, self.device, self.scheduler))
+        executable = tg.compile(graph, plan, "cpu", group=self._group)
         assert isinstance(executable, CpuExecutable)
         wanted = {t.name for t in graph.flat().with_role("weight", "state")}
         executable.bind({name: t for name, t in self._bound.items() if name in wanted})
@@ -121,6 +157,10 @@ class CpuRunner:
         mixed = (Bucket(d, p, self._chunks(p)) for d in self._decode for p in self._prefill)
         return [*(Bucket(d) for d in self._decode if d), *mixed]
 
+    @property
+    def planned(self) -> int:
+        return self.bank.made
+
     def warm(self, buckets: Iterable[Bucket] | None = None) -> None:
         """Plan and capture these buckets now (all that do not move pages, unless told), so that no step has to."""
         for bucket in self.buckets() if buckets is None else buckets:
@@ -133,11 +173,14 @@ class CpuRunner:
     def now(self) -> float:
         return time.perf_counter()
 
+    def check(self) -> None:
+        """This process has all that it needs."""
+
     def launch(self, batch: Batch) -> None:
         from taskgraph.runtime.kernels import release_threads
 
         release_threads()  # of the engine's own thread: a pool there would slow the lanes' pools down
-        self._running = self._thread.submit(self._run, batch)
+        self._running = self._thread.submit(self.run, batch)
 
     def wait(self) -> tuple[Ints, float]:
         assert self._running is not None
@@ -146,7 +189,8 @@ class CpuRunner:
     def sleep_until(self, at_s: float) -> None:
         time.sleep(max(at_s - self.now(), 0.0))
 
-    def _run(self, batch: Batch) -> tuple[Ints, float]:
+    def run(self, batch: Batch) -> tuple[Ints, float]:
+        """Execute a batch in this thread: its samples, and when it ended."""
         bucket = self.bucket(batch)
         executable: Any = self.bank[bucket]
         _fill(executable.inputs, batch, bucket)
@@ -154,18 +198,16 @@ class CpuRunner:
         rows = np.concatenate([np.arange(batch.decode), bucket.decode + np.arange(batch.chunks)])
         outputs = executable.outputs
         samples: Ints = outputs[llama.NEXT].numpy()[rows]
-        if batch.draws is not None:
+        if batch.draws is not None and (self._group is None or self._group.rank == 0):
             d = batch.draws
             logits = outputs[llama.LOGITS][rows[d.samples]]
             samples[d.samples] = sampling.draw(logits, d.temperature, d.top_k, d.top_p, d.uniform)
         return samples, self.now()
 
     def read_page(self, page: int) -> bytes:
-        """The bytes of a host page in every layer."""
         return b"".join(part.tobytes() for part in self._host_page(page))
 
     def write_page(self, page: int, data: bytes) -> None:
-        """Give a host page these bytes; ValueError if they are not as many as a page has."""
         parts = self._host_page(page)
         size = parts[0].nbytes
         if len(data) != size * len(parts):
@@ -182,6 +224,12 @@ class CpuRunner:
     def close(self) -> None:
         self._thread.shutdown()
         self.bank.close()
+
+
+def _device_of(group: "Group") -> tg.Device:
+    from taskgraph.runtime.distributed import rank_device
+
+    return rank_device(group)
 
 
 def _clear(inputs: "Mapping[str, torch.Tensor]") -> None:

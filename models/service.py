@@ -10,6 +10,9 @@ from taskgraph.errors import BackendUnavailable, RequestError
 from taskgraph.models.engine import Engine
 from taskgraph.models.requests import Completion, Request, StepOutput
 
+_CHECK_S = 1.0
+"""How often an idle engine's runner is looked after."""
+
 Event = int | Completion | Exception
 """A token, the end of a request, or why it cannot go on."""
 
@@ -42,7 +45,7 @@ class Stream:
 class Service:
     """Runs an engine in its own thread until it is closed, and closes the engine then.
 
-    At most `most_open` requests may run and wait together. When a step raises, all requests fail with
+    At most `most_open` requests may run and wait together. When a step raises, or the idle runner cannot go on, all requests fail with
     BackendUnavailable, so do later ones, and `failure` is what it raised; `stopped` is set then and at the end.
     """
 
@@ -109,10 +112,11 @@ class Service:
             self.stopped.set()
 
     def _wanted(self) -> bool:
-        """Wait for something to do; False when it is time to stop."""
+        """Wait for something to do; False when it is time to stop. What it raises is the end of the runner."""
         with self._change:
             while not self.engine.busy and not self._closing:
-                self._change.wait()
+                if not self._change.wait(_CHECK_S):
+                    self.engine.runner.check()
             return self.engine.busy
 
     def _deliver(self, output: StepOutput) -> None:

@@ -107,6 +107,14 @@ class SimRunner:
         self._clock_s = self._ends_s = self.busy_s = 0.0
         self._samples: Ints = np.empty(0, np.int64)
 
+    planned = 0
+
+    def warm(self) -> None:
+        """Nothing to plan."""
+
+    def check(self) -> None:
+        """Nothing can be lost."""
+
     def now(self) -> float:
         return self._clock_s
 

@@ -71,6 +71,14 @@ class FormulaRunner:
     steps: int = 0
     seeds: Any = None
 
+    planned: int = 0
+
+    def warm(self) -> None:
+        """Nothing to plan."""
+
+    def check(self) -> None:
+        """Nothing can be lost."""
+
     def now(self) -> float:
         return time.perf_counter()
 
