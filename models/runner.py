@@ -1,9 +1,9 @@
 """What executes the engine's batches: the one seam between the engine and a backend."""
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,6 @@ from taskgraph.runtime.bank import GraphBank
 if TYPE_CHECKING:
     import torch
 
-    from taskgraph.runtime.cpu import CpuExecutable
     from taskgraph.runtime.distributed import Group
 
 
@@ -78,13 +77,17 @@ def ladder(most: int) -> tuple[int, ...]:
 
 
 class CpuRunner:
-    """Runs batches on this machine: a captured plan a bucket, from the graph bank, launched from a thread.
+    """Runs batches on this machine: a captured plan a bucket, from the graph bank, launched from a thread. `GpuRunner`
+    does the same on a GPU.
 
     `weights` are those of `llama.load_weights`; `device` is "cpu" unless told, or one like it with fewer cores.
     Executables together hold at most `budget_bytes` of their own. With a `group` this is one rank's runner: `weights`
     are its shard (`shards.load_shard`), `device` has the link that the ranks measure, and all ranks must be given the
     same batches; rank 0 alone draws. `whole_experts`: ranks share out the experts of a layer, not each one's features.
     """
+
+    backend: ClassVar[str] = "cpu"
+    _run_on: str | None = None
 
     def __init__(
         self,
@@ -105,7 +108,7 @@ class CpuRunner:
         self._expert_rank = group.rank if group is not None and whole_experts else None
         self.device = device or ("cpu" if group is None else _device_of(group))
         self.bank: GraphBank[Bucket] = GraphBank(self._make, budget_bytes)
-        self._bound = {**weights, **self._states()}
+        self._bound = self._placed(weights, self._rooms())
         self._limits, self._decode = limits, ladder(limits.sequences)
         self._prefill = (*(n for n in (16 << i for i in range(16)) if n < limits.tokens), limits.tokens)
         self._thread = ThreadPoolExecutor(1, "taskgraph-runner")
@@ -113,29 +116,31 @@ class CpuRunner:
 
     # -- captured steps ----------------------------------------------------------------------------
 
-    def _states(self) -> "dict[str, torch.Tensor]":
-        """The pages of every layer, on the device and on the host."""
-        import torch
-
-        share = self.config.share(self._ranks, self._expert_rank)
-
-        kind = {"bf16": torch.bfloat16, "f32": torch.float32}[self.dtype]
-        pools = {"": self.shape.pages, "host_": self.shape.host_pages}
+    def _rooms(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the pages of every layer, on the device and on the host ("host_...")."""
+        share, pools = self.config.share(self._ranks, self._expert_rank), {"": self.shape.pages}
+        if self.shape.host_pages:
+            pools["host_"] = self.shape.host_pages
         return {
-            f"{mark}{prefix}{name}": torch.zeros(self.shape.room(share, pages), dtype=kind)
-            for prefix, pages in pools.items() if pages
+            f"{mark}{prefix}{name}": self.shape.room(share, pages)
+            for prefix, pages in pools.items()
             for mark in llama.layout(self.config).marks()
             for name in ("keys", "values")
-        }  # fmt: skip
+        }
 
-    def _make(self, bucket: Bucket) -> "CpuExecutable":
-        from taskgraph.runtime.cpu import CpuExecutable
+    def _placed(self, weights: "Mapping[str, torch.Tensor]", rooms: Mapping[str, tuple[int, ...]]) -> Mapping[str, Any]:
+        """Weights, and pages of zeros, where steps bind them."""
+        import torch
+
+        kind = {"bf16": torch.bfloat16, "f32": torch.float32}[self.dtype]
+        return {**weights, **{name: torch.zeros(shape, dtype=kind) for name, shape in rooms.items()}}
+
+    def _make(self, bucket: Bucket) -> "tg.Executable":
         from taskgraph.runtime.distributed import one_plan
 
         graph = paged.step_graph(self.config, bucket, self.shape, self.dtype, self._ranks, self._expert_rank)
         plan = one_plan(graph, self._group, lambda: tg.plan(graph, self.device, self.scheduler))
-        executable = tg.compile(graph, plan, "cpu", group=self._group)
-        assert isinstance(executable, CpuExecutable)
+        executable = tg.compile(graph, plan, self.backend, device=self._run_on, group=self._group)
         wanted = {t.name for t in graph.flat().with_role("weight", "state")}
         executable.bind({name: t for name, t in self._bound.items() if name in wanted})
         return executable
@@ -165,7 +170,7 @@ class CpuRunner:
         """Plan and capture these buckets now (all that do not move pages, unless told), so that no step has to."""
         for bucket in self.buckets() if buckets is None else buckets:
             executable: Any = self.bank[bucket]
-            _clear(executable.inputs)
+            self._give(executable, _clear)
             executable.launch()
 
     # -- steps -------------------------------------------------------------------------------------
@@ -193,16 +198,24 @@ class CpuRunner:
         """Execute a batch in this thread: its samples, and when it ended."""
         bucket = self.bucket(batch)
         executable: Any = self.bank[bucket]
-        _fill(executable.inputs, batch, bucket)
+        self._give(executable, lambda inputs: _fill(inputs, batch, bucket))
         executable.launch()
         rows = np.concatenate([np.arange(batch.decode), bucket.decode + np.arange(batch.chunks)])
-        outputs = executable.outputs
-        samples: Ints = outputs[llama.NEXT].numpy()[rows]
+        samples: Ints = self._rows(executable, llama.NEXT, rows).numpy()
         if batch.draws is not None and (self._group is None or self._group.rank == 0):
             d = batch.draws
-            logits = outputs[llama.LOGITS][rows[d.samples]]
+            logits = self._rows(executable, llama.LOGITS, rows[d.samples])
             samples[d.samples] = sampling.draw(logits, d.temperature, d.top_k, d.top_p, d.uniform)
         return samples, self.now()
+
+    def _give(self, executable: Any, write: "Callable[[Mapping[str, torch.Tensor]], None]") -> None:
+        """Let `write` write the inputs of a step."""
+        write(executable.inputs)
+
+    def _rows(self, executable: Any, name: str, rows: Ints) -> "torch.Tensor":
+        """Those rows of an output of the step launched last."""
+        found: torch.Tensor = executable.outputs[name][rows]
+        return found
 
     def read_page(self, page: int) -> bytes:
         return b"".join(part.tobytes() for part in self._host_page(page))
@@ -218,8 +231,13 @@ class CpuRunner:
     def _host_page(self, page: int) -> list[npt.NDArray[np.uint8]]:
         import torch
 
-        pools = (t for name, t in self._bound.items() if name.rpartition("/")[2].startswith("host_"))
+        pools = (self._on_host(name) for name in self._bound if name.rpartition("/")[2].startswith("host_"))
         return [pool[page].view(torch.uint8).numpy().reshape(-1) for pool in pools]
+
+    def _on_host(self, name: str) -> "torch.Tensor":
+        """The host pages of that name, in place."""
+        found: torch.Tensor = self._bound[name]
+        return found
 
     def close(self) -> None:
         self._thread.shutdown()

@@ -1,6 +1,7 @@
 """Tensors in device memory: ours, and those of other libraries by `__cuda_array_interface__` or DLPack."""
 
-from collections.abc import Iterator, Mapping
+import ctypes
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -55,6 +56,14 @@ class DeviceArray:
         """A copy on the host."""
         return torch.from_numpy(self.numpy_bytes()).view(TORCH_DTYPE[self.dtype]).view(self.shape)
 
+    def rows(self, which: Sequence[int] | npt.NDArray[np.int64]) -> torch.Tensor:
+        """A copy of those rows on the host; of few, of a large tensor, it moves no more than them."""
+        host = torch.empty((len(which), *self.shape[1:]), dtype=TORCH_DTYPE[self.dtype])
+        size = self.buffer.nbytes // self.shape[0]
+        for i, row in enumerate(which):
+            driver.download(host.data_ptr() + i * size, self.buffer.address + int(row) * size, size)
+        return host
+
     def copy_(self, source: torch.Tensor) -> None:
         """Overwrite it by a host tensor of its shape and dtype; returns when it is done."""
         declared = Tensor("tensor", self.shape, self.dtype)
@@ -103,6 +112,22 @@ class DeviceTensors(Mapping[str, DeviceArray]):
             self.close()
             raise
 
+    def zeros(self, name: str, shape: tuple[int, ...], dtype: str, pinned: bool = False) -> None:
+        """Add a tensor of zeros, on the device or in `pinned` host memory."""
+        declared = Tensor(name, shape, dtype)
+        memory = Memory(declared.nbytes, pinned)
+        self._memory.append(memory)
+        driver.clear(memory)
+        self._arrays[name] = DeviceArray(Buffer(memory.address, shape, dtype, pinned), self)
+
+    def on_host(self, name: str) -> torch.Tensor:
+        """A tensor in pinned memory, in place, as one of the host."""
+        buffer = self._arrays[name].buffer
+        if not buffer.pinned:
+            raise GraphError(f"tensor {name!r} is on the device; cpu() copies it.")
+        raw = (ctypes.c_uint8 * buffer.nbytes).from_address(buffer.address)
+        return torch.frombuffer(raw, dtype=TORCH_DTYPE[buffer.dtype]).view(buffer.shape)
+
     def __getitem__(self, name: str) -> DeviceArray:
         return self._arrays[name]
 
@@ -135,8 +160,9 @@ class DeviceTensors(Mapping[str, DeviceArray]):
 def device_buffer(declared: Tensor, value: Any) -> Buffer | None:
     """The buffer of a tensor in device memory; None for one on the host."""
     if isinstance(value, DeviceArray):
-        found = (value.shape, value.dtype, value.buffer.address)
-    elif isinstance(value, torch.Tensor):
+        _same(declared, value.shape, value.dtype)
+        return value.buffer
+    if isinstance(value, torch.Tensor):
         if not value.is_cuda:
             return None
         if not value.is_contiguous():

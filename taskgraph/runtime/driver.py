@@ -164,6 +164,13 @@ class Memory:
             (cu.cuMemFreeHost if self.pinned else cu.cuMemFree)(address)
 
 
+def clear(memory: Memory) -> None:
+    """Fill it with zeros."""
+    from cuda.bindings import driver as cu
+
+    check(f"clear {memory.nbytes} bytes", cu.cuMemsetD8(memory.address, 0, memory.nbytes))
+
+
 def upload(address: int, host: int, nbytes: int) -> None:
     """Copy from host memory; returns when it is done."""
     from cuda.bindings import driver as cu
