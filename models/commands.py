@@ -95,7 +95,7 @@ def bench_serve(
     requests: Annotated[int, typer.Option(min=1, help="how many to draw")] = 1000,
     rate: Annotated[float, typer.Option(min=0, help="requests a second that are drawn; 0: all at once")] = 0.0,
     device: Annotated[str, typer.Option(help="cpu runs the model (measured); others, see `devices`, simulate")] = "cpu",
-    ranks: Annotated[int, typer.Option(min=1, help="tensor-parallel devices (simulated)")] = 1,
+    ranks: Annotated[int, typer.Option(min=1, help="tensor-parallel devices, or on the cpu processes")] = 1,
     context: Annotated[int, typer.Option(min=1, help="most tokens of a request")] = 4096,
     sequences: Annotated[int, typer.Option(min=0, help="most sequences in a step (cpu 32, else 1024)")] = 0,
     step_tokens: Annotated[int, typer.Option(min=0, help="most tokens in a step (cpu 256, else 2048)")] = 0,
@@ -115,9 +115,7 @@ def bench_serve(
     """
     arrivals = _arrivals(trace, dataset, requests, rate, context, seed)
     if device == "cpu":
-        if ranks != 1:
-            raise RequestError(f"ranks is {ranks}; a trace is replayed on one cpu. Give a --device to simulate ranks.")
-        report = _measured(model, arrivals, context, sequences or 32, step_tokens or 256, seed)
+        report = _measured(model, arrivals, ranks, context, sequences or 32, step_tokens or 256, seed)
     else:
         report = _simulated(
             model, arrivals, device, ranks, context, sequences or 1024, step_tokens or 2048, variant, plan_seconds, seed
@@ -125,7 +123,8 @@ def bench_serve(
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(report)))
     else:
-        where = "this machine" if device == "cpu" else f"{ranks} x {device}, {variant}"
+        here = "this machine" if ranks == 1 else f"{ranks} ranks of this machine"
+        where = here if device == "cpu" else f"{ranks} x {device}, {variant}"
         _screen.print(_table(report, f"{model} on {where} ({report.kind})"))
 
 
@@ -139,11 +138,14 @@ def _arrivals(trace: Path | None, dataset: str, requests: int, rate: float, cont
     return poisson(DATASETS[dataset].draw(requests, context, seed), rate or math.inf, seed)
 
 
-def _measured(model: str, arrivals: list[Arrival], context: int, sequences: int, tokens: int, seed: int) -> Report:
+def _measured(
+    model: str, arrivals: list[Arrival], ranks: int, context: int, sequences: int, tokens: int, seed: int
+) -> Report:
     from taskgraph.models.local import open_local
 
     with _status.status("load weights, plan and capture steps"):
-        local = open_local(model, sequences=sequences, tokens=max(tokens, sequences + 1), context=context)
+        tokens = max(tokens, sequences + 1)
+        local = open_local(model, sequences=sequences, tokens=tokens, context=context, tensor_parallel=ranks)
     with local.engine as engine, _status.status("replay"):
         return replay(engine, arrivals, "measured", vocabulary=local.vocabulary, seed=seed)
 

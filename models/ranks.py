@@ -167,9 +167,9 @@ def _serve(link: Connection, make: Callable[[Group], Any], url: str, rank: int, 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_follow, name="taskgraph-parent", daemon=True).start()
-    _own_cores(rank, size)
     try:
         group = connect(url, rank, size, timeout_s=timeout_s)
+        _own_cores(rank, size)  # not before: gloo's threads take turns with the lanes badly on a core that they share
         actor, answer = make(group), None
     except BaseException as error:
         link.send(_Failure(rank, _portable(error), True))
