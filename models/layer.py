@@ -1,6 +1,6 @@
 """A decoder layer's scope: it names the ops, weights and states of one layer in a graph, and where layers repeat."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import taskgraph as tg
@@ -67,6 +67,16 @@ class Layer:
         """residual + the sum of `part` over ranks."""
         total = tg.ops.all_reduce(part, ranks=self.ranks, name=self.name(f"{name}_reduce"))
         return tg.ops.add(total, residual, name=self.name(f"{name}_add"))
+
+
+@dataclass(frozen=True, slots=True)
+class PagedAttention:
+    """The queries of a layer whose keys are in pages, and what attends with some rows of them: `decode` takes (rows,
+    lengths, blocks, name=) and `prefill` (rows, starts, lengths, blocks, name=)."""
+
+    q: tg.Value
+    decode: Callable[..., tg.Value]
+    prefill: Callable[..., tg.Value]
 
 
 @dataclass(frozen=True, slots=True)

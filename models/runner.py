@@ -88,10 +88,10 @@ class CpuRunner:
         kind = {"bf16": torch.bfloat16, "f32": torch.float32}[self.dtype]
         pools = {"": self.shape.pages, "host_": self.shape.host_pages}
         return {
-            f"{mark}{prefix}{name}": torch.zeros(self.shape.room(self.config, pages), dtype=kind)
+            f"{mark}{prefix}{name}": torch.zeros(room, dtype=kind)
             for prefix, pages in pools.items() if pages
             for mark in llama.layout(self.config).marks()
-            for name in ("keys", "values")
+            for name, room in self.shape.room(self.config, pages).items()
         }  # fmt: skip
 
     def _make(self, bucket: Bucket) -> "CpuExecutable":

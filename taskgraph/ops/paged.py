@@ -45,8 +45,25 @@ def _need_heads(kind: str, ins: Shapes, keys: int) -> None:
     need(q.shape[1] % pages.shape[1] == 0, kind, ins, "query heads must be a multiple of kv heads")
 
 
-def _need_int32(kind: str, ins: Shapes, *which: int) -> None:
+def need_int32(kind: str, ins: Shapes, *which: int) -> None:
+    """GraphError unless these inputs are i32."""
     need(all(ins[i].dtype == "i32" for i in which), kind, ins, "places, lengths and tables are i32")
+
+
+def need_decode_tables(kind: str, ins: Shapes) -> None:
+    """GraphError unless inputs 1 and 2 are lengths and blocks of a row of q each."""
+    q, lengths, blocks = ins[:3]
+    need_int32(kind, ins, 1, 2)
+    need(lengths.shape == q.shape[:1], kind, ins, "lengths have one entry a sequence")
+    need(len(blocks.shape) == 2 and blocks.shape[0] == q.shape[0], kind, ins, "blocks have a row a sequence")
+
+
+def need_chunk_tables(kind: str, ins: Shapes) -> None:
+    """GraphError unless inputs 1 to 3 are starts, lengths and blocks of the chunks in the rows of q."""
+    starts, lengths, blocks = ins[1:4]
+    need_int32(kind, ins, 1, 2, 3)
+    need(starts.shape == (lengths.shape[0] + 1,), kind, ins, "starts have one entry more than lengths")
+    need(len(blocks.shape) == 2 and blocks.shape[:1] == lengths.shape, kind, ins, "blocks have a row a sequence")
 
 
 # ------------------------------------------------------------------------------------- shape rules
@@ -56,7 +73,7 @@ def _need_int32(kind: str, ins: Shapes, *which: int) -> None:
 def _(ins: Shapes, attrs: Attrs) -> Outputs:
     qkv, positions, slots, keys, _, *norms = ins
     _need_pages("paged_rope", ins, 3)
-    _need_int32("paged_rope", ins, 1, 2)
+    need_int32("paged_rope", ins, 1, 2)
     heads, kv_heads = integer(attrs, "heads"), keys.shape[1]
     dim, rest = divmod(qkv.shape[-1], heads + 2 * kv_heads)
     need(len(qkv.shape) == 2 and rest == 0, "paged_rope", ins, f"qkv must hold {heads} + 2 x {kv_heads} equal heads")
@@ -70,26 +87,17 @@ def _(ins: Shapes, attrs: Attrs) -> Outputs:
 
 @shape_rule("paged_decode")
 def _(ins: Shapes, attrs: Attrs) -> Outputs:
-    q, lengths, blocks = ins[:3]
+    q = ins[0]
     _need_heads("paged_decode", ins, 3)
-    _need_int32("paged_decode", ins, 1, 2)
-    need(lengths.shape == q.shape[:1], "paged_decode", ins, "lengths have one entry a sequence")
-    need(len(blocks.shape) == 2 and blocks.shape[0] == q.shape[0], "paged_decode", ins, "blocks have a row a sequence")
+    need_decode_tables("paged_decode", ins)
     return [((q.shape[0], q.shape[1] * q.shape[2]), q.dtype)]
 
 
 @shape_rule("paged_prefill")
 def _(ins: Shapes, attrs: Attrs) -> Outputs:
-    q, starts, lengths, blocks = ins[:4]
+    q = ins[0]
     _need_heads("paged_prefill", ins, 4)
-    _need_int32("paged_prefill", ins, 1, 2, 3)
-    need(starts.shape == (lengths.shape[0] + 1,), "paged_prefill", ins, "starts have one entry more than lengths")
-    need(
-        len(blocks.shape) == 2 and blocks.shape[:1] == lengths.shape,
-        "paged_prefill",
-        ins,
-        "blocks have a row a sequence",
-    )
+    need_chunk_tables("paged_prefill", ins)
     return [((q.shape[0], q.shape[1] * q.shape[2]), q.dtype)]
 
 
