@@ -48,6 +48,12 @@ class PageShape:
         """Pages of the longest sequence."""
         return -(-self.context // self.page_size)
 
+    def expected_moves(self, bucket: Bucket) -> dict[str, float]:
+        """Pages that a step is taken to move, for its cost: when the device is full, as many go out as its tokens fill,
+        and in the long run as many come back; few are copied, for only a shared page that is written to is."""
+        filled = min(bucket.tokens / self.page_size, self.pages, max(self.host_pages, 1))
+        return {"page_out": filled, "page_in": filled, "page_copy": min(1.0, filled)}
+
     def room(self, config: ModelConfig, pages: int) -> dict[str, tuple[int, ...]]:
         """What a layer keeps in `pages` pages: keys and values, or latents; name -> shape."""
         if config.latent:
@@ -72,7 +78,8 @@ def step_graph(config: ModelConfig, bucket: Bucket, shape: PageShape, dtype: str
     def attend(layer: Layer, x: tg.Value) -> tg.Value:
         cache = _states(layer, shape.room(config, shape.pages))
         if pairs:
-            _move(layer, cache, _states(layer, shape.room(config, shape.host_pages), "host_"), pairs)
+            host = _states(layer, shape.room(config, shape.host_pages), "host_")
+            _move(layer, cache, host, pairs, shape.expected_moves(bucket))
         mine = llama.attention_of(layer, x)
         over = mine.over_pages(rows["positions"], rows["slots"], list(cache.values()), shape.context)
         return _attention(layer, over, bucket, tables)
@@ -104,12 +111,14 @@ def _states(layer: Layer, room: dict[str, tuple[int, ...]], prefix: str = "") ->
     return {name: layer.state(prefix + name, *shape) for name, shape in room.items()}
 
 
-def _move(layer: Layer, cache: Pools, host: Pools, pairs: dict[str, tg.Value]) -> None:
+def _move(layer: Layer, cache: Pools, host: Pools, pairs: dict[str, tg.Value], expected: dict[str, float]) -> None:
     """Pages out first, so that those coming in may take their places."""
     for (name, direction), which in ((move, which) for move in _MOVES.items() for which in cache):
         source, target = {"d2h": (cache, host), "h2d": (host, cache), "d2d": (cache, cache)}[direction]
-        label = layer.name(f"{name}_{which}")
-        tg.ops.copy_pages(source[which], target[which], pairs[name], direction=direction, name=label)
+        tg.ops.copy_pages(
+            source[which], target[which], pairs[name], direction=direction, expected_pages=expected[name],
+            name=layer.name(f"{name}_{which}"),
+        )  # fmt: skip
 
 
 def _attention(layer: Layer, over: PagedAttention, bucket: Bucket, tables: dict[str, tg.Value]) -> tg.Value:

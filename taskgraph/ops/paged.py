@@ -107,7 +107,12 @@ def _(ins: Shapes, attrs: Attrs) -> Outputs:
     need((source.shape[1:], source.dtype) == (target.shape[1:], target.dtype), "copy_pages", ins, "pages differ")
     need(pairs.dtype == "i32" and pairs.shape[1:] == (2,), "copy_pages", ins, "pairs are i32 (n, 2): from, to")
     need(attrs["direction"] in ("h2d", "d2h", "d2d"), "copy_pages", ins, "direction is h2d, d2h or d2d")
+    need(0 <= _expected(ins, attrs) <= pairs.shape[0], "copy_pages", ins, "there are pairs for all expected pages")
     return [((1,), "i32")]
+
+
+def _expected(ins: Shapes, attrs: Attrs) -> float:
+    return float(attrs.get("expected_pages", ins[2].shape[0]))  # type: ignore[arg-type]
 
 
 # -------------------------------------------------------------------------------------- work rules
@@ -143,7 +148,8 @@ def _(ins: Shapes, outs: Shapes, attrs: Attrs) -> Work:
 
 @work_rule("copy_pages")
 def _(ins: Shapes, outs: Shapes, attrs: Attrs) -> Work:
-    nbytes = moved(ins[:1]) / ins[0].shape[0] * ins[2].shape[0]
+    """Of the pages that are expected to move; the pairs are only what there is room for."""
+    nbytes = moved(ins[:1]) / ins[0].shape[0] * _expected(ins, attrs)
     if attrs["direction"] == "d2d":
         return Work(hbm_bytes=2 * nbytes)
     return Work(hbm_bytes=nbytes, **{f"{attrs['direction']}_bytes": nbytes})
@@ -209,9 +215,20 @@ def paged_prefill(
     return apply("paged_prefill", [q, starts, lengths, blocks, keys, values], {"context": context}, name=name)
 
 
-def copy_pages(source: Value, target: Value, pairs: Value, *, direction: str, name: str | None = None) -> Value:
+def copy_pages(
+    source: Value,
+    target: Value,
+    pairs: Value,
+    *,
+    direction: str,
+    expected_pages: float | None = None,
+    name: str | None = None,
+) -> Value:
     """Copy page pairs[i, 0] of `source` to page pairs[i, 1] of `target` for every i with neither below 0 -> how many.
 
-    `direction` is "d2h", "h2d" or "d2d"; the state on the host's side is pinned host memory.
+    `direction` is "d2h", "h2d" or "d2d"; the state on the host's side is pinned host memory. The cost counts
+    `expected_pages`, a mean over steps, or as many as there are pairs.
     """
-    return apply("copy_pages", [source, target, pairs], {"direction": direction}, name=name, writes=[target])
+    expected = float(pairs.shape[0] if expected_pages is None else expected_pages)
+    attrs: Attrs = {"direction": direction, "expected_pages": expected}
+    return apply("copy_pages", [source, target, pairs], attrs, name=name, writes=[target])

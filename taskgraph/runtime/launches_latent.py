@@ -4,6 +4,7 @@ It always folds the up-projection into queries and results; the work rules count
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -39,7 +40,7 @@ def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Laun
     return _rope(op, ins, outs[0], (np.int64(pages * rows),), site)
 
 
-def _rope(op: Op, ins: Sequence[Buffer], out: Buffer, places: tuple[np.integer[object], ...], site: Site) -> Launches:
+def _rope(op: Op, ins: Sequence[Buffer], out: Buffer, places: tuple[np.integer[Any], ...], site: Site) -> Launches:
     q, kv, norm, *_, latents = ins
     (tokens, heads, dim), turned = out.shape, op.integer("rotary")
     inverse = site.constant(rotary.inverse_frequencies(op, turned))
@@ -70,12 +71,12 @@ def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Laun
     return _attention(op, ins, outs[0], [t.address for t in ins], _pages(*ins[2:5]))
 
 
-def _pages(lengths: Buffer, tables: Buffer, latents: Buffer) -> tuple[np.int32, ...]:
+def _pages(lengths: Buffer, tables: Buffer, latents: Buffer) -> tuple[np.integer[Any], ...]:
     return tuple(map(np.int32, (lengths.shape[0], latents.shape[1], tables.shape[1])))
 
 
 def _attention(
-    op: Op, ins: Sequence[Buffer], out: Buffer, pointers: Sequence[int], places: tuple[np.integer[object], ...]
+    op: Op, ins: Sequence[Buffer], out: Buffer, pointers: Sequence[int], places: tuple[np.integer[Any], ...]
 ) -> Launches:
     q, *_, latents, up = ins
     (tokens, heads, dim), turned = q.shape, op.integer("rotary")
