@@ -16,7 +16,8 @@ expert, is stacked on an axis of its own."""
 class Layer:
     """Appends to `builder`; `mark` begins every name, and `number` is the layer's in the model.
 
-    Of several tensor-parallel `ranks` it is the layer of one, and `config` that rank's share.
+    Of several tensor-parallel `ranks` it is the layer of one, and `config` that rank's share. Tokens whose entry of
+    `slots`, if given, is below 0 stand for nothing.
     """
 
     builder: tg.GraphBuilder
@@ -25,6 +26,7 @@ class Layer:
     mark: str = ""
     number: int = 0
     ranks: int = 1
+    slots: tg.Value | None = None
 
     def name(self, name: str) -> str:
         """The name of an op of this layer."""

@@ -70,22 +70,28 @@ def step_graph(
 
 
 def layers(
-    b: tg.GraphBuilder, config: ModelConfig, ids: tg.Value, dtype: str, attend: Attend, ranks: int = 1
+    b: tg.GraphBuilder,
+    config: ModelConfig,
+    ids: tg.Value,
+    dtype: str,
+    attend: Attend,
+    ranks: int = 1,
+    slots: tg.Value | None = None,
 ) -> tuple[tg.Value, tg.Value]:
     """The tokens `ids` through the embedding and every layer, whose attention is `attend`.
 
     Returns the last layer's output (tokens, hidden), and the embedding table. Of several tensor-parallel `ranks` it
-    is what one computes, and `config` that rank's share.
+    is what one computes, and `config` that rank's share. Tokens whose entry of `slots` is below 0 go to no expert.
     """
     table = b.weight("embed", (config.vocab_size, config.hidden_size), dtype)
     x = tg.ops.embedding(ids, table, name="embedding")
     plan = layout(config)
     for i in range(plan.first):
-        x = _layer(Layer(b, config, dtype, plan.head(i), i, ranks), x, attend)
+        x = _layer(Layer(b, config, dtype, plan.head(i), i, ranks, slots), x, attend)
     with b.repeat(plan.count, "layer") as loop:
         entry = h = loop.carry(x, "x")
         for j in range(plan.period):
-            h = _layer(Layer(b, config, dtype, plan.body(j), plan.first + j, ranks), h, attend)
+            h = _layer(Layer(b, config, dtype, plan.body(j), plan.first + j, ranks, slots), h, attend)
         return loop.next(entry, h), table
 
 

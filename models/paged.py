@@ -84,7 +84,8 @@ def step_graph(config: ModelConfig, bucket: Bucket, shape: PageShape, dtype: str
         over = mine.over_pages(rows["positions"], rows["slots"], list(cache.values()), shape.context)
         return _attention(layer, over, bucket, tables)
 
-    x, table = llama.layers(b, config, b.input("tokens", (bucket.tokens,), "i64"), dtype, attend)
+    ids = b.input("tokens", (bucket.tokens,), "i64")
+    x, table = llama.layers(b, config, ids, dtype, attend, slots=rows["slots"])
     if bucket.prefill:
         x = tg.ops.embedding(b.input("samples", (bucket.samples,), "i64"), x, name="sampled_rows")
     b.output(*llama.sampled(b, config, x, table, dtype))

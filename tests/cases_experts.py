@@ -143,6 +143,10 @@ def _paged_reference(t: Tensors) -> torch.Tensor:
     return out
 
 
+def _route_slots(b: GraphBuilder, d: str) -> Value:
+    return ops.route(b.input("l", (7, 9), d), slots=b.input("slots", (7,), "i32"), top_k=2, normalize=False)
+
+
 def _route_reference(t: Tensors) -> torch.Tensor:
     scores = t["l"].softmax(-1)
     kept = scores >= scores.topk(2, -1).values[:, 1:]
@@ -151,6 +155,7 @@ def _route_reference(t: Tensors) -> torch.Tensor:
 
 CASES: dict[str, tuple[Make, Callable[[Tensors], torch.Tensor]]] = {
     "route": (lambda b, d: ops.route(b.input("l", (5, 9), d), top_k=2, normalize=False), _route_reference),
+    "route slots": (_route_slots, lambda t: torch.where(t["slots"][:, None] < 0, 0.0, _route_reference(t))),
     "experts": (_experts, _experts_reference),
     "gated_add": (
         lambda b, d: ops.gated_add(b.input("x", (5, 7), d), b.input("g", (5, 1), d), b.input("y", (5, 7), d)),

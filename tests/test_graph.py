@@ -255,6 +255,7 @@ MISFITS: dict[str, Callable[[GraphBuilder], Any]] = {
     "route groups": lambda b: ops.route(b.input("bad", (3, 9), "f32"), top_k=2, groups=4, top_groups=2),
     "route kept": lambda b: ops.route(b.input("bad", (3, 8), "f32"), top_k=2, groups=2, top_groups=3),
     "route single": lambda b: ops.route(b.input("bad", (3, 8), "f32"), top_k=2, groups=8, top_groups=3),
+    "route slots": lambda b: ops.route(b.input("bad", (3, 4), "f32"), slots=b.input("s", (2,), "i32"), top_k=2),
     "route scoring": lambda b: ops.route(b.input("bad", (3, 8), "f32"), top_k=2, scoring="tanh"),
     "route correction": lambda b: ops.route(b.input("l", (3, 8), "f32"), b.weight("bad", (7,), "f32"), top_k=2),
     "experts": lambda b: ops.experts(

@@ -29,6 +29,13 @@ def test_a_page_of_deepseek_is_its_latents() -> None:
     assert page_bytes(load_config("deepseek-v3"), 32) == 61 * 32 * 576 * 2
 
 
+def test_rows_of_no_sequence_go_to_no_expert() -> None:
+    graph = step_graph(DEEPSEEK, Bucket(4, 32, 2), PageShape(pages=40, page_size=32, context=256))
+    routes = [op for op in graph.ops if op.kind == "route"]
+    assert routes
+    assert all("slots" in op.inputs for op in routes)
+
+
 @pytest.mark.parametrize("config", [LLAMA, DEEPSEEK], ids=["llama", "deepseek"])
 def test_moves_hide_under_the_step(config: ModelConfig) -> None:
     """However long the pair tables are: a step that fills 34 pages is costed at 34 pages out and 34 in, the plan puts

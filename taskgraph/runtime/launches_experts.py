@@ -23,15 +23,22 @@ _MAX_EXPERTS, _MAX_GROUPS, _COLUMNS, _BLOCK = 512, 64, 64, 256
 
 @launch_rule("route")
 def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
-    logits, *correction = ins
+    logits, *rest = ins
+    bias, slots = (sum(t.address for t in rest if (t.dtype == "i32") is whether) for whether in (False, True))
     tokens, count = logits.shape
     groups = op.integer("groups")
     at_most(op, "experts", count, _MAX_EXPERTS)
     at_most(op, "groups", groups, _MAX_GROUPS)
-    bias = correction[0].address if correction else 0
     chosen = (count, op.integer("top_k"), groups, op.integer("top_groups"), op.integer("first"), outs[0].shape[1])
     flags = (op.attr("scoring") == "sigmoid", bool(op.attr("normalize")))
-    args = (logits.address, bias, outs[0].address, *map(np.int32, (*chosen, *flags)), np.float32(op.number("scale")))
+    args = (
+        logits.address,
+        bias,
+        slots,
+        outs[0].address,
+        *map(np.int32, (*chosen, *flags)),
+        np.float32(op.number("scale")),
+    )
     return [Launch(f"route_{float_type(op, logits)}", "experts", (tokens,), THREADS, args)]
 
 
