@@ -3,11 +3,14 @@
 Its cache is one latent and one rotated key a token, which all heads share.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import taskgraph as tg
 from taskgraph.models.config import Latent, ModelConfig, Yarn
-from taskgraph.models.layer import Layer, Sources, yarn
+from taskgraph.models.layer import Layer, PagedAttention, Sources, yarn
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,22 @@ class LatentAttention:
             q, positions, latents, self.up, rotary=a.rotary, scale=_score_scale(config), context=context,
             name=layer.name(f"{mark}attention"),
         )  # fmt: skip
+
+    def over_pages(
+        self, positions: tg.Value, slots: tg.Value, pages: Sequence[tg.Value], context: int
+    ) -> PagedAttention:
+        """Attention over a cache of latents in pages; every token's place and slot are given."""
+        layer, config, a = self.layer, self.layer.config, latent_of(self.layer.config)
+        (latents,) = pages
+        q = tg.ops.paged_latent_rope(
+            self.q, self.kv, self.norm, positions, slots, latents, heads=config.heads, rotary=a.rotary, context=context,
+            theta=config.rope_theta, eps=_LATENT_EPS, yarn=yarn(config), interleaved=a.interleaved,
+            name=layer.name("latent_rope"),
+        )  # fmt: skip
+        over: dict[str, Any] = {"latents": latents, "up": self.up, "rotary": a.rotary}
+        over |= {"scale": _score_scale(config), "context": context}
+        kinds = (tg.ops.paged_latent_decode, tg.ops.paged_latent_prefill)
+        return PagedAttention(q, *(partial(kind, **over) for kind in kinds))
 
 
 _LATENT_EPS = 1e-6

@@ -25,7 +25,8 @@ class Done:
 
 
 class DiskTier:
-    """At most `pages` blocks in `folder`, which is created and holds nothing else; the longest unused are deleted.
+    """At most `pages` blocks in `folder`, which is created and holds nothing else; the longest unused are deleted, but
+    not those that are pinned until they are forgotten.
 
     A block that cannot be written or read is forgotten with a warning, so that it is computed again.
     """
@@ -34,6 +35,7 @@ class DiskTier:
         self.folder, self.pages = folder, pages
         self._read, self._write = read, write
         self._kept: OrderedDict[bytes, None] = OrderedDict()
+        self._pinned: set[bytes] = set()
         self._thread = ThreadPoolExecutor(1, "taskgraph-disk")
         self._writing: dict[bytes, tuple[int, Future[bool]]] = {}
         self._reading: dict[bytes, tuple[int, Future[bool]]] = {}
@@ -50,12 +52,24 @@ class DiskTier:
         """Blocks on their way to disk."""
         return len(self._writing)
 
+    @property
+    def busy(self) -> bool:
+        """Whether a block is on its way, here or back."""
+        return bool(self._writing or self._reading)
+
+    @property
+    def room(self) -> int:
+        """Blocks that can be pinned."""
+        return self.pages - len(self._pinned)
+
     def loading(self, key: bytes) -> bool:
         """Whether a block is on its way from disk."""
         return key in self._reading
 
-    def store(self, page: int, key: bytes) -> None:
+    def store(self, page: int, key: bytes, *, pinned: bool = False) -> None:
         """Begin to write host page `page`, which must stay as it is until `finished` tells of it."""
+        if pinned:
+            self._pinned.add(key)
         self._writing[key] = (page, self._thread.submit(self._save, page, key))
 
     def load(self, page: int, key: bytes) -> None:
@@ -74,21 +88,27 @@ class DiskTier:
             done.written.append((page, key, future.result()))
             if future.result():
                 self._keep(key)
+            else:
+                self._pinned.discard(key)
         for key in [k for k, (_, future) in self._reading.items() if future.done()]:
             page, future = self._reading.pop(key)
             done.read.append((page, key, future.result()))
             if not future.result():
-                self._forget(key)
+                self.forget(key)
         return done
 
     def _keep(self, key: bytes) -> None:
         self._kept[key] = None
         while len(self._kept) > self.pages:
-            oldest = next(k for k in self._kept if k not in self._reading)
-            self._forget(oldest)
+            oldest = next((k for k in self._kept if k not in self._reading and k not in self._pinned), None)
+            if oldest is None:
+                break
+            self.forget(oldest)
 
-    def _forget(self, key: bytes) -> None:
+    def forget(self, key: bytes) -> None:
+        """Delete a block that is not on its way."""
         self._kept.pop(key, None)
+        self._pinned.discard(key)
         self._path(key).unlink(missing_ok=True)
 
     def _path(self, key: bytes) -> Path:

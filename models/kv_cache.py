@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from taskgraph.models.disk import DiskTier
+from taskgraph.models.parking import DISK, HOST, Parked, Parking
 
 Pages = npt.NDArray[np.int32]
 Key = bytes
@@ -148,34 +149,67 @@ class PagedCache:
     def __init__(self, pages: int, page_size: int, host_pages: int = 0, disk: DiskTier | None = None) -> None:
         self.page_size, self.disk = page_size, disk
         self.device, self.host = PagePool(pages), PagePool(host_pages)
+        self.parking = Parking(self._give_back, disk)
         self.moves = Moves()
         self._leaving: list[tuple[PagePool, Pages]] = []
-        self._flying: Counter[int] = Counter()
+        self._flying: Counter[int] = Counter()  # host pages that launched steps fill
+        self._read: Counter[int] = Counter()  # and those that they read
+        self._late: list[Pages] = []
 
     def take_moves(self) -> Moves:
-        """The moves since the last call, for the next step; pages that they read may be given away from then on."""
+        """The moves since the last call, for the next step; pages that they read may be given away from then on, but
+        those of the host, to which a disk would write at once, only when the step has ended."""
         moves, self.moves = self.moves, Moves()
         for pool, pages in self._leaving:
             pool.release(pages)
         self._leaving = []
         self._flying.update(slot for _, slot in moves.out)
+        self._read.update(slot for slot, _ in moves.back)
+        if self.disk is None:
+            self._returned(moves)
         return moves
 
     def landed(self, moves: Moves) -> None:
         """The step that took `moves` has ended; host pages that run short go on to disk."""
-        self._flying.subtract(slot for _, slot in moves.out)
+        self._flying -= Counter(slot for _, slot in moves.out)
         if self.disk is None:
             return
+        self._returned(moves)
+        late, self._late = self._late, []
+        for slots in late:
+            self._give_back(slots)
         self._settle(self.disk)
-        wanted = self.host.pages // 4 - self.host.free - self.disk.writing
-        for slot in [s for s in self.host.oldest_idle() if not self._flying[s]][: max(wanted, 0)]:
+        self._store_idle(self.disk, self.host.pages // 4 - self.host.free - self.disk.writing)
+
+    def _returned(self, moves: Moves) -> None:
+        """Release the host pages that came back by these moves."""
+        slots = Counter(slot for slot, _ in moves.back)
+        self._read -= slots
+        for slot in slots.elements():
+            self.host.release(np.array([slot], np.int32))
+
+    def _give_back(self, slots: Pages) -> None:
+        """Release host pages as soon as no step is still to fill one of them."""
+        if self.disk is not None and self._in_flight().intersection(slots.tolist()):
+            self._late.append(slots)
+        else:
+            self.host.release(slots)
+
+    def _store_idle(self, disk: DiskTier, count: int) -> None:
+        """Begin to move the `count` longest unused idle blocks of the host to disk."""
+        flying = self._in_flight()
+        for slot in [s for s in self.host.oldest_idle() if s not in flying][: max(count, 0)]:
             key = self.host.key_of(slot)
             assert key is not None
-            if key in self.disk:
+            if key in disk:
                 self.host.drop(slot)
             else:
                 self.host.hold(slot)
-                self.disk.store(slot, key)
+                disk.store(slot, key)
+
+    def _in_flight(self) -> set[int]:
+        """Host pages that a step has yet to fill."""
+        return {*self._flying, *(slot for _, slot in self.moves.out)}
 
     def allocate(self, count: int) -> Pages:
         """`count` pages of the device; idle blocks that must make room go to the host if it has room."""
@@ -215,14 +249,19 @@ class PagedCache:
 
     def forget(self) -> None:
         """Forget every block but those on disk: a step has failed, and with it what it wrote and moved."""
+        left = Counter(slot for slot, _ in self.moves.back) + self._read
         self.moves = Moves()
         self._flying.clear()
+        self._read.clear()
+        for slots in [*self._late, *(np.array([slot], np.int32) for slot in left.elements())]:
+            self.host.release(slots)
+        self._late = []
         self.device.clear()
         self.host.clear()
 
     def recall(self, keys: Sequence[Key]) -> None:
         """Begin to read what is on disk of the longest known prefix of `keys`, into half the host at most."""
-        room = min(self.host.pages // 2, self.host.available) if self.disk is not None else 0
+        room = min(self.host.pages // 2, self._loadable()) if self.disk is not None else 0
         for key in keys:
             if self.device.find(key) is not None or self.host.find(key) is not None:
                 continue
@@ -247,31 +286,73 @@ class PagedCache:
     def _settle(self, disk: DiskTier, wait: bool = False) -> None:
         done = disk.finished(wait)
         for slot, key, good in done.read:
+            if self.parking.settled(key, good):
+                continue
             if good:
                 self.host.publish(slot, key)
             self.host.release(np.array([slot], np.int32))
-        for slot, _, _ in done.written:
+        for slot, key, good in done.written:
+            if self.parking.settled(key, good):
+                continue
             self.host.release(np.array([slot], np.int32))
             if not self.host.holders[slot]:  # else someone wants it back already
                 self.host.drop(slot)
 
-    def swap_out(self, pages: Pages) -> Pages | None:
-        """Move a sequence's pages to the host and release them; None, and nothing done, when it has no room."""
-        if self.host.available < len(pages):
+    def swap_out(self, pages: Pages) -> Parked | None:
+        """Move a sequence's pages to the host and release them; None, and nothing done, when no tier has room."""
+        if not self._make_room(len(pages)):
             return None
         slots = self.host.allocate(len(pages))
         self.moves.out += zip(pages.tolist(), slots.tolist(), strict=True)
         self.release(pages)
-        return slots
+        return self.parking.park(slots)
 
-    def swap_in(self, slots: Pages) -> Pages | None:
-        """The device pages that `swap_out`'s host pages come back to; None when the device has no room."""
-        if self.device.available < len(slots):
+    def room_later(self, count: int) -> bool:
+        """Whether the host may have `count` pages when the steps that run have ended, though it has not now."""
+        return self.disk is not None and count <= self.host.pages and bool(self._in_flight() or self._read)
+
+    def _loadable(self) -> int:
+        """Host pages that `allocate` gives and no step is still to fill, so that the disk may write to them."""
+        flying, ready = self._in_flight(), 0
+        for slot in self.host.oldest_idle():
+            if slot in flying:
+                break
+            ready += 1
+        return self.host.free + ready
+
+    def swap_in(self, parked: Parked) -> Pages | None:
+        """The device pages that a sequence comes back to; None when the device has no room, or the sequence is not on
+        the host: then it is on its way there, or gone when no tier has room for it to pass."""
+        count = len(parked.slots)
+        if self.disk is not None and parked.place != HOST:
+            self._settle(self.disk)
+            if parked.place == DISK and self._make_room(count) and self._loadable() >= count:
+                self.parking.read(parked, self.host.allocate(count))
+            elif parked.place == DISK and not self.room_later(count):
+                self.parking.drop(parked)
+        if parked.place != HOST or self.device.available < count:
             return None
-        pages = self.allocate(len(slots))
-        self.moves.back += zip(slots.tolist(), pages.tolist(), strict=True)
-        self._leaving.append((self.host, slots))
+        pages = self.allocate(count)
+        self.moves.back += zip(parked.slots.tolist(), pages.tolist(), strict=True)
+        self.parking.leave(parked)
         return pages
+
+    def _make_room(self, count: int) -> bool:
+        """Whether the host can give `count` pages. The longest unused of it go to disk first, idle blocks and then
+        parked sequences, and are waited for."""
+        if self.disk is None or self.host.free >= count or self.host.pages < count:
+            return self.host.available >= count
+        self._settle(self.disk)
+        while self.host.free < count:
+            self._store_idle(self.disk, count - self.host.free - self.disk.writing)
+            coming, flying = self.host.available + self.disk.writing, self._in_flight()
+            while coming < count and (parked := self.parking.next_out(flying)):
+                self.parking.write(parked)
+                coming += len(parked.slots)
+            if not self.disk.busy:
+                break
+            self._settle(self.disk, wait=True)
+        return self.host.available >= count
 
     def _spill(self, page: int, key: Key) -> None:
         if self.host.find(key) is not None or not self.host.available:
@@ -288,6 +369,5 @@ class PagedCache:
         self.host.hold(slot)
         (page,) = self.allocate(1).tolist()
         self.moves.back.append((slot, page))
-        self._leaving.append((self.host, np.array([slot], np.int32)))
         self.device.publish(page, key)
         return int(page)

@@ -1,6 +1,6 @@
 """A decoder layer's scope: it names the ops, weights and states of one layer in a graph, and where layers repeat."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import taskgraph as tg
@@ -16,7 +16,8 @@ expert, is stacked on an axis of its own."""
 class Layer:
     """Appends to `builder`; `mark` begins every name, and `number` is the layer's in the model.
 
-    Of several tensor-parallel `ranks` it is the layer of one, and `config` that rank's share.
+    Of several tensor-parallel `ranks` it is the layer of one, and `config` that rank's share. Tokens whose entry of
+    `slots`, if given, is below 0 stand for nothing.
     """
 
     builder: tg.GraphBuilder
@@ -25,6 +26,7 @@ class Layer:
     mark: str = ""
     number: int = 0
     ranks: int = 1
+    slots: tg.Value | None = None
 
     def name(self, name: str) -> str:
         """The name of an op of this layer."""
@@ -67,6 +69,16 @@ class Layer:
         """residual + the sum of `part` over ranks."""
         total = tg.ops.all_reduce(part, ranks=self.ranks, name=self.name(f"{name}_reduce"))
         return tg.ops.add(total, residual, name=self.name(f"{name}_add"))
+
+
+@dataclass(frozen=True, slots=True)
+class PagedAttention:
+    """The queries of a layer whose keys are in pages, and what attends with some rows of them: `decode` takes (rows,
+    lengths, blocks, name=) and `prefill` (rows, starts, lengths, blocks, name=)."""
+
+    q: tg.Value
+    decode: Callable[..., tg.Value]
+    prefill: Callable[..., tg.Value]
 
 
 @dataclass(frozen=True, slots=True)

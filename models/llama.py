@@ -5,14 +5,15 @@ One dense step is nine ops a layer: projections fused where they share an input 
 fused into the products that feed them, and one vocabulary product a step.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import taskgraph as tg
 from taskgraph.models.config import ModelConfig
 from taskgraph.models.deepseek import LatentAttention, latent_sources
-from taskgraph.models.layer import Layer, Layout, Names, Sources, layout_of, rope_scaling, yarn
+from taskgraph.models.layer import Layer, Layout, Names, PagedAttention, Sources, layout_of, rope_scaling, yarn
 from taskgraph.models.moe import expert_mlp, expert_sources
 
 if TYPE_CHECKING:
@@ -69,22 +70,28 @@ def step_graph(
 
 
 def layers(
-    b: tg.GraphBuilder, config: ModelConfig, ids: tg.Value, dtype: str, attend: Attend, ranks: int = 1
+    b: tg.GraphBuilder,
+    config: ModelConfig,
+    ids: tg.Value,
+    dtype: str,
+    attend: Attend,
+    ranks: int = 1,
+    slots: tg.Value | None = None,
 ) -> tuple[tg.Value, tg.Value]:
     """The tokens `ids` through the embedding and every layer, whose attention is `attend`.
 
     Returns the last layer's output (tokens, hidden), and the embedding table. Of several tensor-parallel `ranks` it
-    is what one computes, and `config` that rank's share.
+    is what one computes, and `config` that rank's share. Tokens whose entry of `slots` is below 0 go to no expert.
     """
     table = b.weight("embed", (config.vocab_size, config.hidden_size), dtype)
     x = tg.ops.embedding(ids, table, name="embedding")
     plan = layout(config)
     for i in range(plan.first):
-        x = _layer(Layer(b, config, dtype, plan.head(i), i, ranks), x, attend)
+        x = _layer(Layer(b, config, dtype, plan.head(i), i, ranks, slots), x, attend)
     with b.repeat(plan.count, "layer") as loop:
         entry = h = loop.carry(x, "x")
         for j in range(plan.period):
-            h = _layer(Layer(b, config, dtype, plan.body(j), plan.first + j, ranks), h, attend)
+            h = _layer(Layer(b, config, dtype, plan.body(j), plan.first + j, ranks, slots), h, attend)
         return loop.next(entry, h), table
 
 
@@ -148,6 +155,20 @@ class GroupedAttention:
             eps=config.norm_eps, scaling=rope_scaling(config), yarn=yarn(config), name=layer.name(f"{mark}rope"),
         )  # fmt: skip
         return tg.ops.attention(q, positions, keys, values, context=context, name=layer.name(f"{mark}attention"))
+
+    def over_pages(
+        self, positions: tg.Value, slots: tg.Value, pages: Sequence[tg.Value], context: int
+    ) -> PagedAttention:
+        """Attention over keys and values in pages; every token's place and slot are given."""
+        layer, config = self.layer, self.layer.config
+        keys, values = pages
+        q = tg.ops.paged_rope(
+            self.qkv, positions, slots, keys, values, *self.norms, heads=config.heads, context=context,
+            theta=config.rope_theta, eps=config.norm_eps, scaling=rope_scaling(config), yarn=yarn(config),
+            name=layer.name("rope"),
+        )  # fmt: skip
+        kinds = (tg.ops.paged_decode, tg.ops.paged_prefill)
+        return PagedAttention(q, *(partial(kind, keys=keys, values=values, context=context) for kind in kinds))
 
 
 def attention_of(layer: Layer, x: tg.Value) -> GroupedAttention | LatentAttention:

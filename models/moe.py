@@ -30,8 +30,8 @@ def _routing(layer: Layer, e: Experts, x: tg.Value) -> tg.Value:
     correction = layer.weight("router_correction", e.count, dtype="f32") if e.correction else None
     logits = layer.product(x, "router", e.count, "router_proj", out_dtype="f32")
     return tg.ops.route(
-        logits, correction, top_k=e.top_k, scoring=e.scoring, normalize=e.normalize, scale=e.scale, groups=e.groups,
-        top_groups=e.top_groups, first=e.rank * e.held, held=e.held, name=layer.name("route"),
+        logits, correction, layer.slots, top_k=e.top_k, scoring=e.scoring, normalize=e.normalize, scale=e.scale,
+        groups=e.groups, top_groups=e.top_groups, first=e.rank * e.held, held=e.held, name=layer.name("route"),
     )  # fmt: skip
 
 

@@ -4,13 +4,12 @@ Dense ops take all tokens at once, decode first; attention is split by kind. Sha
 step really holds comes in i32 inputs, and rows that stand for nothing write nothing and are not read.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import taskgraph as tg
 from taskgraph.models import llama
 from taskgraph.models.config import ModelConfig
-from taskgraph.models.layer import Layer, rope_scaling, yarn
+from taskgraph.models.layer import Layer, PagedAttention
 
 COLUMNS = 32
 """Channels of a page are a multiple of this, which the cpu backend's product tile wants."""
@@ -49,9 +48,18 @@ class PageShape:
         """Pages of the longest sequence."""
         return -(-self.context // self.page_size)
 
-    def room(self, config: ModelConfig, pages: int) -> tuple[int, int, int, int]:
-        """The shape of `pages` pages of keys, or of values."""
-        return (pages, config.kv_heads, self.page_size, -(-config.head_dim // COLUMNS) * COLUMNS)
+    def expected_moves(self, bucket: Bucket) -> dict[str, float]:
+        """Pages that a step is taken to move, for its cost: when the device is full, as many go out as its tokens fill,
+        and in the long run as many come back; few are copied, for only a shared page that is written to is."""
+        filled = min(bucket.tokens / self.page_size, self.pages, max(self.host_pages, 1))
+        return {"page_out": filled, "page_in": filled, "page_copy": min(1.0, filled)}
+
+    def room(self, config: ModelConfig, pages: int) -> dict[str, tuple[int, ...]]:
+        """What a layer keeps in `pages` pages: keys and values, or latents; name -> shape."""
+        if config.latent:
+            return {"latents": (pages, self.page_size, config.latent.rank + config.latent.rotary)}
+        each = (pages, config.kv_heads, self.page_size, -(-config.head_dim // COLUMNS) * COLUMNS)
+        return dict.fromkeys(("keys", "values"), each)
 
 
 def step_graph(
@@ -66,12 +74,10 @@ def step_graph(
 
     Inputs: tokens i64, positions i32 and slots i32 of every row; decode_lengths and decode_blocks; prefill_starts,
     prefill_lengths and prefill_blocks; samples i64, the rows to sample; page_out, page_in and page_copy, pairs of
-    pages. States of every layer: keys and values, and with moves host_keys and host_values.
+    pages. States of every layer: those of `PageShape.room`, and with moves the same of the host (host_keys, ...).
     Outputs: logits and next, as of every step graph. With `tensor_parallel` ranks the graph is that of one, as
     `parallel.mixed_step` says: its pages have its share of the heads, and its inputs are those of every rank.
     """
-    if config.latent:
-        raise tg.ConfigError(f"{config.name} has latent attention, which pages do not serve; use a static step.")
     config = config.share(tensor_parallel, expert_rank)
     b = tg.GraphBuilder(f"{config.name}-paged-{bucket.decode}+{bucket.prefill}/{bucket.chunks}")
     rows = {name: b.input(name, (bucket.tokens,), "i32") for name in ("positions", "slots")}
@@ -79,19 +85,16 @@ def step_graph(
     pairs = {name: b.input(name, (max(shape.pages, shape.host_pages), 2), "i32") for name in _MOVES if bucket.moves}
 
     def attend(layer: Layer, x: tg.Value) -> tg.Value:
-        mine = llama.GroupedAttention.of(layer, x)
-        cache = [layer.state(name, *shape.room(config, shape.pages)) for name in ("keys", "values")]
+        cache = _states(layer, shape.room(config, shape.pages))
         if pairs:
-            room = shape.room(config, shape.host_pages)
-            _move(layer, cache, [layer.state(f"host_{name}", *room) for name in ("keys", "values")], pairs)
-        q = tg.ops.paged_rope(
-            mine.qkv, rows["positions"], rows["slots"], *cache, *mine.norms, heads=config.heads, context=shape.context,
-            theta=config.rope_theta, eps=config.norm_eps, scaling=rope_scaling(config), yarn=yarn(config),
-            name=layer.name("rope"),
-        )  # fmt: skip
-        return _attention(layer, q, bucket, tables, cache, shape.context)
+            host = _states(layer, shape.room(config, shape.host_pages), "host_")
+            _move(layer, cache, host, pairs, shape.expected_moves(bucket))
+        mine = llama.attention_of(layer, x)
+        over = mine.over_pages(rows["positions"], rows["slots"], list(cache.values()), shape.context)
+        return _attention(layer, over, bucket, tables)
 
-    x, table = llama.layers(b, config, b.input("tokens", (bucket.tokens,), "i64"), dtype, attend, tensor_parallel)
+    ids = b.input("tokens", (bucket.tokens,), "i64")
+    x, table = llama.layers(b, config, ids, dtype, attend, tensor_parallel, rows["slots"])
     if bucket.prefill:
         x = tg.ops.embedding(b.input("samples", (bucket.samples,), "i64"), x, name="sampled_rows")
     b.output(*llama.sampled(b, config, x, table, dtype, tensor_parallel))
@@ -111,32 +114,31 @@ def _tables(b: tg.GraphBuilder, bucket: Bucket, shape: PageShape) -> dict[str, t
     return {name: b.input(name, size, "i32") for name, size in shapes.items()}
 
 
-def _move(layer: Layer, cache: Sequence[tg.Value], host: Sequence[tg.Value], pairs: dict[str, tg.Value]) -> None:
+Pools = dict[str, tg.Value]
+
+
+def _states(layer: Layer, room: dict[str, tuple[int, ...]], prefix: str = "") -> Pools:
+    return {name: layer.state(prefix + name, *shape) for name, shape in room.items()}
+
+
+def _move(layer: Layer, cache: Pools, host: Pools, pairs: dict[str, tg.Value], expected: dict[str, float]) -> None:
     """Pages out first, so that those coming in may take their places."""
-    for (name, direction), which in ((move, i) for move in _MOVES.items() for i in (0, 1)):
-        ends = {"d2h": (cache, host), "h2d": (host, cache), "d2d": (cache, cache)}[direction]
-        label = f"{name}_{('keys', 'values')[which]}"
-        tg.ops.copy_pages(ends[0][which], ends[1][which], pairs[name], direction=direction, name=layer.name(label))
+    for (name, direction), which in ((move, which) for move in _MOVES.items() for which in cache):
+        source, target = {"d2h": (cache, host), "h2d": (host, cache), "d2d": (cache, cache)}[direction]
+        tg.ops.copy_pages(
+            source[which], target[which], pairs[name], direction=direction, expected_pages=expected[name],
+            name=layer.name(f"{name}_{which}"),
+        )  # fmt: skip
 
 
-def _attention(
-    layer: Layer, q: tg.Value, bucket: Bucket, tables: dict[str, tg.Value], cache: Sequence[tg.Value], context: int
-) -> tg.Value:
+def _attention(layer: Layer, over: PagedAttention, bucket: Bucket, tables: dict[str, tg.Value]) -> tg.Value:
     parts = []
     if bucket.decode:
-        mine = q.rows(0, bucket.decode) if bucket.prefill else q
-        parts.append(
-            tg.ops.paged_decode(
-                mine,
-                tables["decode_lengths"],
-                tables["decode_blocks"],
-                *cache,
-                context=context,
-                name=layer.name("decode_attention"),
-            )
-        )
+        mine = over.q.rows(0, bucket.decode) if bucket.prefill else over.q
+        each = [tables[f"decode_{name}"] for name in ("lengths", "blocks")]
+        parts.append(over.decode(mine, *each, name=layer.name("decode_attention")))
     if bucket.prefill:
-        mine = q.rows(bucket.decode, bucket.tokens) if bucket.decode else q
+        mine = over.q.rows(bucket.decode, bucket.tokens) if bucket.decode else over.q
         chunks = [tables[f"prefill_{name}"] for name in ("starts", "lengths", "blocks")]
-        parts.append(tg.ops.paged_prefill(mine, *chunks, *cache, context=context, name=layer.name("prefill_attention")))
+        parts.append(over.prefill(mine, *chunks, name=layer.name("prefill_attention")))
     return parts[0] if len(parts) == 1 else tg.ops.concat_rows(parts, name=layer.name("attention_rows"))

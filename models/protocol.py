@@ -149,15 +149,17 @@ def parsed(kind: type[B], text: bytes) -> B:
 
 
 def requests_of(body: Body, prompts: Sequence[Sequence[int]], context: int, stop: frozenset[int]) -> list[Request]:
-    """The engine's requests: `n` for each prompt, with seeds one after another."""
-    seed = secrets.randbits(62) if body.seed is None else body.seed
+    """The engine's requests: `n` for each prompt, with seeds one after another. The body's seed is every prompt's, as
+    if it came alone; without one each prompt gets its own."""
     stops = frozenset() if body.ignore_eos else stop
     return [
         Request(
             prompt, body.most_tokens(len(prompt), context),
             Sampling(body.temperature, body.top_k, body.top_p, seed + i), stops,
         )
-        for prompt in prompts for i in range(body.n)
+        for prompt in prompts
+        for seed in [secrets.randbits(62) if body.seed is None else body.seed]
+        for i in range(body.n)
     ]  # fmt: skip
 
 

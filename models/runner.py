@@ -122,10 +122,10 @@ class CpuRunner:
         if self.shape.host_pages:
             pools["host_"] = self.shape.host_pages
         return {
-            f"{mark}{prefix}{name}": self.shape.room(share, pages)
+            f"{mark}{prefix}{name}": room
             for prefix, pages in pools.items()
             for mark in llama.layout(self.config).marks()
-            for name in ("keys", "values")
+            for name, room in self.shape.room(share, pages).items()
         }
 
     def _placed(self, weights: "Mapping[str, torch.Tensor]", rooms: Mapping[str, tuple[int, ...]]) -> Mapping[str, Any]:

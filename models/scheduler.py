@@ -13,14 +13,15 @@ import numpy as np
 import numpy.typing as npt
 
 from taskgraph.errors import RequestError
-from taskgraph.models.kv_cache import Key, Moves, PagedCache, Pages, block_keys
+from taskgraph.models.kv_cache import Key, Moves, PagedCache, block_keys
+from taskgraph.models.parking import GONE, Parked
 from taskgraph.models.requests import MOST_STOPS, Request
 from taskgraph.models.sampling import uniforms
 
 log = logging.getLogger("taskgraph.serve")
 Ints = npt.NDArray[np.int64]
 FREE, RUNNING, SWAPPED, DROPPED = range(4)
-"""States of a row: no sequence, one on the device, one whose pages are on the host, one that must be recomputed."""
+"""States of a row: no sequence, one on the device, one whose pages are parked, one that must be recomputed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +115,7 @@ class Scheduler:
         self.temperature, self.top_p = np.zeros((2, rows), np.float32)
         self.top_k, self.seed = np.zeros(rows, np.int64), np.zeros(rows, np.uint64)
         self.keys: list[list[Key]] = [[] for _ in range(rows)]
-        self.host: list[Pages | None] = [None] * rows
+        self.parked: list[Parked | None] = [None] * rows
         self.requests: list[Waiting | None] = [None] * rows
         self.preemptions = self.recomputed = 0
         self._admitted = 0
@@ -133,19 +134,23 @@ class Scheduler:
             stuck = self.state == RUNNING
             if (pending >= 0).any() or not (stuck & (self.known - self.computed > 1)).any():
                 return None
-            self._preempt()  # prompts that hold every page and need more
-            return self.form()
+            # prompts hold every page and need more
+            return self.form() if self._preempt() else None
         return self._batch(decoding, chunks, pending, moves)
 
     def _decoding(self) -> Ints:
-        """Rows with one token to compute, each with a page for it, if need be from those let in last."""
+        """Rows with one token to compute, each with a page for it, if need be from those let in last. Rows that have
+        to wait for room on the host are left out."""
         while True:
             ready = (self.state == RUNNING) & (self.known - self.computed == 1) & (self.known < self.limit)
             rows = np.flatnonzero(ready)
             short = rows[self.computed[rows] // self.cache.page_size >= self.held[rows]]
-            if len(short) <= self.cache.device.available:
+            room = self.cache.device.available
+            if len(short) <= room:
                 break
-            self._preempt()
+            if not self._preempt():
+                rows, short = np.setdiff1d(rows, short[room:]), short[:room]
+                break
         if len(short):
             self.blocks[short, self.held[short]] = self.cache.allocate(len(short))
             self.held[short] += 1
@@ -280,28 +285,41 @@ class Scheduler:
         need = -(-int(self.known[row]) // self.cache.page_size)
         if self.cache.device.available < need + spare:
             return None
-        slots = self.host[row]
-        if slots is not None:
-            pages = self.cache.swap_in(slots)
-            assert pages is not None
-            self.blocks[row, : len(pages)], self.host[row] = pages, None
+        parked = self.parked[row]
+        if parked is not None:
+            pages = self.cache.swap_in(parked)
+            if pages is not None:
+                self.blocks[row, : len(pages)], self.parked[row] = pages, None
+            elif parked.place != GONE:
+                return None
+            else:
+                self.parked[row] = None
+                self._recompute(row)
         self.state[row] = RUNNING
         return row
 
-    def _preempt(self) -> None:
-        """Take the pages of the sequence that was let in last: to the host, or to be computed again."""
+    def _preempt(self) -> bool:
+        """Take the pages of the sequence that was let in last: to the host, or to be computed again. False, and nothing
+        done, when the host has room as soon as what runs has ended."""
         rows = np.flatnonzero((self.state == RUNNING) & (self.known < self.limit))
         row = int(rows[np.argmax(self.order[rows])])
         pages = self.blocks[row, : self.held[row]].copy()
+        parked = self.cache.swap_out(pages)
+        if parked is None and self.cache.room_later(len(pages)):
+            return False
         self.preemptions += 1
-        slots = self.cache.swap_out(pages)
-        if slots is not None:
-            self.host[row], self.state[row] = slots, SWAPPED
-            return
-        self.recomputed += 1
-        log.warning("the host has no room for the pages of request %d; they are computed again.", self.number[row])
+        if parked is not None:
+            self.parked[row], self.state[row] = parked, SWAPPED
+            return True
         self.cache.release(pages)
-        self.state[row], self.held[row], self.computed[row] = DROPPED, 0, 0
+        self.state[row] = DROPPED
+        self._recompute(row)
+        return True
+
+    def _recompute(self, row: int) -> None:
+        self.recomputed += 1
+        log.warning("no tier has room for the pages of request %d; they are computed again.", self.number[row])
+        self.held[row], self.computed[row] = 0, 0
 
     # -- what a step gave --------------------------------------------------------------------------
 
@@ -319,9 +337,9 @@ class Scheduler:
         """Free a row and its pages at once; the pages of its first `length` tokens stay findable."""
         waiting = self.requests[row]
         assert waiting is not None
-        slots = self.host[row]
-        if slots is not None:
-            self.cache.host.release(slots)
+        parked = self.parked[row]
+        if parked is not None:
+            self.cache.parking.drop(parked)
         elif self.held[row]:
             pages = self.blocks[row, : self.held[row]].copy()
             if self.prefix_sharing:
@@ -332,7 +350,7 @@ class Scheduler:
                 for page, key in zip(pages.tolist(), keys, strict=False):
                     self.cache.device.publish(page, key)
             self.cache.release(pages)
-        self.host[row], self.requests[row], self.keys[row] = None, None, []
+        self.parked[row], self.requests[row], self.keys[row] = None, None, []
         self.state[row], self.held[row], self.computed[row], self.known[row] = FREE, 0, 0, 0
         self.epoch[row] += 1
         self.pending[row] = -1

@@ -45,8 +45,9 @@ class Stream:
 class Service:
     """Runs an engine in its own thread until it is closed, and closes the engine then.
 
-    At most `most_open` requests may run and wait together. When a step raises, or the idle runner cannot go on, all requests fail with
-    BackendUnavailable, so do later ones, and `failure` is what it raised; `stopped` is set then and at the end.
+    At most `most_open` requests may run and wait together. When a step raises, or the idle runner cannot go on, all
+    requests fail with BackendUnavailable, so do later ones, and `failure` is what it raised; `stopped` is set then and
+    at the end.
     """
 
     def __init__(self, engine: Engine, most_open: int = 256) -> None:

@@ -138,8 +138,10 @@ class SimRunner:
 
 
 def page_bytes(config: ModelConfig, page_size: int, itemsize: int = 2) -> int:
-    """Keys and values of one page, in every layer, of the whole model."""
-    return 2 * config.layers * config.kv_heads * config.head_dim * page_size * itemsize
+    """Keys and values, or latents, of one page, in every layer, of the whole model."""
+    latent = config.latent
+    each = latent.rank + latent.rotary if latent else 2 * config.kv_heads * config.head_dim
+    return config.layers * each * page_size * itemsize
 
 
 def pages_of(

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from paged_cases import PAGES, SIZE
 
 from taskgraph import ops
 from taskgraph.graph.graph import GraphBuilder, Value
@@ -85,6 +86,67 @@ def latent_attention_reference(t: Tensors, scale: float = 0.1) -> torch.Tensor:
     return torch.stack(rows)
 
 
+def _pages(b: GraphBuilder, d: str) -> Value:
+    return b.state("pages_l", (PAGES, SIZE, RANK + ROTARY), d)
+
+
+def _paged_rope(b: GraphBuilder, d: str) -> Value:
+    return ops.paged_latent_rope(
+        b.input("q", (7, HEADS * (PLAIN + ROTARY)), d), b.input("kv", (7, RANK + ROTARY), d),
+        b.weight("norm", (RANK,), d), b.input("positions_i32", (7,), "i32"), b.input("slots", (7,), "i32"),
+        _pages(b, d), heads=HEADS, rotary=ROTARY, context=64, theta=500.0, eps=1e-3,
+    )  # fmt: skip
+
+
+def _paged_rope_reference(t: Tensors) -> torch.Tensor:
+    out = t["q"].view(-1, HEADS, PLAIN + ROTARY).clone()
+    rows = t["pages_l"].flatten(0, 1)
+    for token, (place, slot) in enumerate(zip(t["positions_i32"].tolist(), t["slots"].tolist(), strict=True)):
+        out[token, :, PLAIN:] = _turned(out[token, :, PLAIN:], place, True)
+        if slot >= 0:
+            rows[slot, :RANK] = F.rms_norm(t["kv"][token, :RANK], (RANK,), t["norm"], 1e-3)
+            rows[slot, RANK:] = _turned(t["kv"][token, RANK:], place, True)
+    return out
+
+
+def _paged(prefill: bool) -> Make:
+    def make(b: GraphBuilder, d: str) -> Value:
+        chunks = [b.input("starts", (5,), "i32"), b.input("chunk_lengths", (4,), "i32")]
+        tables = [*chunks, b.input("chunk_blocks", (4, 3), "i32")]
+        up = b.weight("up", (HEADS * (PLAIN + VALUES), RANK), d)
+        q = b.input("q", (23, HEADS, PLAIN + ROTARY), d)
+        return ops.paged_latent_prefill(q, *tables, _pages(b, d), up, rotary=ROTARY, scale=0.1, context=40)
+
+    def decode(b: GraphBuilder, d: str) -> Value:
+        tables = b.input("lengths", (5,), "i32"), b.input("blocks", (5, 3), "i32")
+        up = b.weight("up", (HEADS * (PLAIN + VALUES), RANK), d)
+        q = b.input("q", (5, HEADS, PLAIN + ROTARY), d)
+        return ops.paged_latent_decode(q, *tables, _pages(b, d), up, rotary=ROTARY, scale=0.1, context=40)
+
+    return make if prefill else decode
+
+
+def _paged_reference(t: Tensors) -> torch.Tensor:
+    """Sequence by sequence, as a static cache of what its pages hold."""
+    blocks, lengths = (t.get(f"chunk_{n}", t.get(n)) for n in ("blocks", "lengths"))
+    assert blocks is not None
+    assert lengths is not None
+    starts = t["starts"].tolist() if "starts" in t else range(len(lengths) + 1)
+    out = torch.zeros(len(t["q"]), HEADS * VALUES)
+    for i, length in enumerate(lengths.tolist()):
+        rows = slice(starts[i], starts[i + 1])
+        each = rows.stop - rows.start
+        if length and each:
+            cached = t["pages_l"][blocks[i].long()].flatten(0, 1)[None]
+            given = {"q": t["q"][rows], "keys": cached, "up": t["up"], "at": torch.tensor([length - each])}
+            out[rows] = latent_attention_reference(given)
+    return out
+
+
+def _route_slots(b: GraphBuilder, d: str) -> Value:
+    return ops.route(b.input("l", (7, 9), d), slots=b.input("slots", (7,), "i32"), top_k=2, normalize=False)
+
+
 def _route_reference(t: Tensors) -> torch.Tensor:
     scores = t["l"].softmax(-1)
     kept = scores >= scores.topk(2, -1).values[:, 1:]
@@ -93,6 +155,7 @@ def _route_reference(t: Tensors) -> torch.Tensor:
 
 CASES: dict[str, tuple[Make, Callable[[Tensors], torch.Tensor]]] = {
     "route": (lambda b, d: ops.route(b.input("l", (5, 9), d), top_k=2, normalize=False), _route_reference),
+    "route slots": (_route_slots, lambda t: torch.where(t["slots"][:, None] < 0, 0.0, _route_reference(t))),
     "experts": (_experts, _experts_reference),
     "gated_add": (
         lambda b, d: ops.gated_add(b.input("x", (5, 7), d), b.input("g", (5, 1), d), b.input("y", (5, 7), d)),
@@ -102,6 +165,9 @@ CASES: dict[str, tuple[Make, Callable[[Tensors], torch.Tensor]]] = {
     "latent_rope decode": (_latent_rope(1, False), _latent_rope_reference(False)),
     "latent_attention": (_latent_attention(1), latent_attention_reference),
     "latent_attention prefill": (_latent_attention(4), latent_attention_reference),
+    "paged_latent_rope": (_paged_rope, _paged_rope_reference),
+    "paged_latent_decode": (_paged(False), _paged_reference),
+    "paged_latent_prefill": (_paged(True), _paged_reference),
     "gemm wide": (
         lambda b, d: ops.gemm(b.input("x", (5, 16), d), b.weight("w", (16, 12), d), out_dtype="f32"),
         lambda t: t["x"] @ t["w"],

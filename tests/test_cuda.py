@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import Call
 from paged_cases import keys_of, values_of
+from test_experts import LATENT_TINY
 from test_runtime import CASES, STATES, TOLERANCE, random_tensors, widened
 
 import taskgraph as tg
@@ -22,7 +23,7 @@ from benchmarks import capture, capture_rules
 from taskgraph.errors import BackendUnavailable, CaptureMismatch, ExecutionError, GraphError, PlanError
 from taskgraph.graph.op import Rows
 from taskgraph.models import llama
-from taskgraph.models.config import load_config
+from taskgraph.models.config import ModelConfig, Yarn, load_config
 from taskgraph.models.llama import step_graph
 from taskgraph.models.paged import Bucket, PageShape
 from taskgraph.models.paged import step_graph as step_over_pages
@@ -188,12 +189,23 @@ def test_layers_of_smollm2_equal_the_cpu_backend(on_virtual: Call, dtype: str, t
             assert torch.equal(got[name], value) or dtype == "bf16", name
 
 
-@pytest.mark.parametrize("dtype", ["f32", "bf16"])
-def test_serving_steps_over_pages_equal_the_cpu_backend(on_virtual: Call, dtype: str) -> None:
+STRETCH = Yarn(8.0, 1.0, 3.0, 1.2, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype"),
+    [
+        (replace(SMALL, rope_scaling=STRETCH), "f32"),
+        (SMALL, "bf16"),
+        (replace(LATENT_TINY, vocab_size=512, rope_scaling=STRETCH), "f32"),
+    ],
+    ids=["yarn", "bf16", "latent"],
+)
+def test_serving_steps_over_pages_equal_the_cpu_backend(on_virtual: Call, config: ModelConfig, dtype: str) -> None:
     """A prefill of two chunks, then decode rows with a chunk and pages that move, each backend on its own pages."""
     shape = PageShape(pages=8, page_size=32, context=96, host_pages=4)
     steps = [(Bucket(0, 40, 2), first_batch()), (Bucket(3, 8, 1, moves=True), second_batch())]
-    graphs = [step_over_pages(SMALL, bucket, shape, dtype) for bucket, _ in steps]
+    graphs = [step_over_pages(config, bucket, shape, dtype) for bucket, _ in steps]
     weights = model_tensors(graphs[1], 1, roles=("weight",))
     kind = TORCH_DTYPE[dtype]
     pages = {t.name: torch.zeros(t.shape, dtype=kind) for t in graphs[1].flat().with_role("state")}

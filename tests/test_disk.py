@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,8 +76,15 @@ def engines(tiny: ModelConfig, tmp_path: Path) -> Iterator[Make]:  # noqa: F811
     weights = llama.load_weights(tiny, Drawn(tiny), "f32")
     made: list[Engine] = []
 
-    def make(pages: int = 5, host_pages: int = 6, disk_pages: int = 40, broken: bool = False) -> Engine:
-        limits = Limits(sequences=4, tokens=96, chunks=8, context=CONTEXT)
+    def make(
+        pages: int = 5,
+        host_pages: int = 6,
+        disk_pages: int = 40,
+        broken: bool = False,
+        sequences: int = 4,
+        **options: Any,
+    ) -> Engine:
+        limits = Limits(sequences=sequences, tokens=96, chunks=8, context=CONTEXT)
         runner = CpuRunner(tiny, weights, PageShape(pages, SIZE, CONTEXT, host_pages), limits, dtype="f32")
 
         def refuse(page: int) -> bytes:
@@ -85,7 +93,8 @@ def engines(tiny: ModelConfig, tmp_path: Path) -> Iterator[Make]:  # noqa: F811
         disk = DiskTier(
             tmp_path / str(len(made)), disk_pages, refuse if broken else runner.read_page, runner.write_page
         )
-        made.append(Engine(runner, PagedCache(pages, SIZE, host_pages, disk), limits, vocabulary=tiny.vocab_size))
+        cache = PagedCache(pages, SIZE, host_pages, disk)
+        made.append(Engine(runner, cache, limits, vocabulary=tiny.vocab_size, **options))
         return made[-1]
 
     yield make
@@ -140,6 +149,60 @@ def test_a_prefix_longer_than_the_host_is_read_as_far_as_it_goes(engines: Make) 
     for other in prompts(9, 9, 60, least=40):
         engine.run([Request(other, 30)])
     assert engine.run([Request(prompt, 10)])[0].tokens == expected
+    assert empty(engine)
+
+
+def crowd(engine: Engine) -> list[tuple[int, ...]]:
+    """What a trace of requests gets that need four times the device's pages; most of them come while others run."""
+    requests = [Request(p, 60) for p in prompts(1, 14, 40)]
+    return [c.tokens for c in engine.replay([(0.002 * i, request) for i, request in enumerate(requests)])]
+
+
+@pytest.mark.parametrize("sharing", [True, False])
+def test_preempted_sequences_go_to_disk_when_the_host_is_full(engines: Make, sharing: bool) -> None:
+    """And come back: nothing is computed twice, nothing is left anywhere."""
+    wanted = crowd(engines(pages=64, host_pages=1, sequences=8))
+    engine = engines(pages=8, host_pages=4, sequences=8, expected_output=1.0, prefix_sharing=sharing)
+    disk, written = engine.cache.disk, []
+    assert disk is not None
+    store = disk.store
+    disk.store = lambda page, key, *, pinned=False: (written.append(pinned), store(page, key, pinned=pinned))[1]  # type: ignore[method-assign]
+    assert crowd(engine) == wanted
+    assert any(written)
+    assert engine.scheduler.preemptions > 0
+    assert engine.scheduler.recomputed == 0
+    assert (len(engine.cache.parking), disk.room) == (0, disk.pages)
+    assert empty(engine)
+
+
+@pytest.mark.parametrize("broken", [True, False])
+def test_only_without_room_on_disk_is_a_sequence_computed_again(
+    engines: Make, broken: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    wanted = crowd(engines(pages=64, host_pages=1, sequences=8))
+    engine = engines(pages=8, host_pages=4, disk_pages=2, broken=broken, sequences=8, expected_output=1.0)
+    with caplog.at_level(logging.WARNING):
+        assert crowd(engine) == wanted
+    assert engine.scheduler.recomputed > 0
+    assert "they are computed again" in caplog.text
+    assert engine.cache.disk is not None
+    assert (len(engine.cache.parking), engine.cache.disk.room) == (0, 2)
+    assert empty(engine)
+
+
+def test_cancelled_sequences_leave_nothing_on_disk(engines: Make) -> None:
+    engine = engines(pages=8, host_pages=4, sequences=8, expected_output=1.0)
+    numbers = [engine.submit(Request(p, 60)) for p in prompts(1, 14, 40)]
+    disk = engine.cache.disk
+    assert disk is not None
+    while disk.room == disk.pages:
+        engine.step()
+    for number in numbers:
+        engine.cancel(number)
+    engine.run()
+    while disk.busy:
+        engine.cache.settle()
+    assert (len(engine.cache.parking), disk.room) == (0, disk.pages)
     assert empty(engine)
 
 

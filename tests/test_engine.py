@@ -15,6 +15,7 @@ from taskgraph.models import llama
 from taskgraph.models.config import ModelConfig, load_config
 from taskgraph.models.engine import Engine, cpu_engine
 from taskgraph.models.kv_cache import PagedCache
+from taskgraph.models.protocol import CompletionBody, requests_of
 from taskgraph.models.requests import Request, Sampling
 from taskgraph.models.runner import CpuRunner, ladder
 from taskgraph.models.scheduler import Limits
@@ -229,6 +230,20 @@ def test_drawn_tokens_depend_on_the_seed_alone(engines: Make) -> None:
     assert len(set(alone)) > 1
     greedy = engines().run([Request(prompt, 20)])[0].tokens
     assert engines().run([Request(prompt, 20, Sampling(temperature=1.0, top_k=1))])[0].tokens == greedy
+
+
+def test_the_choices_of_a_body_draw_each_their_own_and_share_the_prompt(engines: Make) -> None:
+    (prompt,) = prompts(16, 1, 70, least=70)
+    body = CompletionBody(model="tiny", prompt=prompt, n=4, temperature=1.5, seed=7, max_tokens=12)
+    requests = requests_of(body, [prompt], 128, frozenset())
+    engine = engines(sequences=4, tokens=100)
+    done = [c.tokens for c in engine.run(requests)]
+    assert len(set(done)) == 4
+    assert done == [engines(sequences=1).run([r])[0].tokens for r in requests]
+    assert engine.stats.prompt_tokens == 70 + 3 * 6  # two full pages are computed once
+    assert empty(engine)
+    unseeded = requests_of(body.model_copy(update={"seed": None}), [prompt, prompt], 128, frozenset())
+    assert len({r.sampling.seed for r in unseeded}) == 8
 
 
 # --------------------------------------------------------------------------------- steps and clients

@@ -8,7 +8,10 @@ import torch
 
 from taskgraph.errors import WeightsError
 from taskgraph.models import llama
+from taskgraph.models.engine import cpu_engine
 from taskgraph.models.layer import Layout, layout_of
+from taskgraph.models.requests import Request
+from taskgraph.models.scheduler import Limits
 from taskgraph.models.session import Session
 from taskgraph.models.weights import open_checkpoint
 
@@ -78,6 +81,30 @@ def test_family_equals_transformers(case: str, tmp_path: Path) -> None:
             run = session.run(ids[:, start : start + count].flatten().tolist(), [start] * batch, all_logits=every)
             ours = run[llama.LOGITS].view(batch, count, -1)
             torch.testing.assert_close(ours, expected[:, start : start + count], atol=1e-3, rtol=1e-3)
+
+
+SERVED = ("qwen3 yarn", "qwen2_moe sparse", "deepseek plain", "deepseek yarn")
+
+
+@pytest.mark.parametrize("case", SERVED)
+def test_the_engine_serves_the_family(case: str, tmp_path: Path) -> None:
+    """Requests in one batch, prompts in chunks, sequences pre-empted to the host: each gets the greedy tokens that
+    transformers' logits of its text say, and that it gets alone."""
+    model = tiny(case)
+    model.save_pretrained(tmp_path)
+    with open_checkpoint(tmp_path) as checkpoint:
+        config, weights = checkpoint.config, llama.load_weights(checkpoint.config, checkpoint, "f32")
+    lengths = ((37, 30), (25, 45), (64, 4))
+    requests = [Request(torch.randint(0, config.vocab_size, (n,)).tolist(), new) for n, new in lengths]
+    limits = Limits(sequences=2, tokens=24, chunks=2, context=96)
+    with cpu_engine(config, weights, limits, pages=4, host_pages=6, dtype="f32", expected_output=1.0) as engine:
+        together = [c.tokens for c in engine.run(requests)]
+        assert engine.scheduler.preemptions > 0
+        assert [engine.run([request])[0].tokens for request in requests[:2]] == together[:2]
+    for request, tokens in zip(requests, together, strict=True):
+        with torch.inference_mode():
+            logits = model(torch.tensor([[*request.prompt, *tokens]])).logits[0, len(request.prompt) - 1 : -1]
+        assert tuple(logits.argmax(-1).tolist()) == tokens
 
 
 @pytest.mark.parametrize("case", ["qwen2_moe", "deepseek"])

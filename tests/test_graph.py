@@ -134,6 +134,34 @@ MADE: dict[str, tuple[Maker, tuple[int, ...], str, Work]] = {
         (2, 24), "f32",
         Work(flops=2 * 4 * (2 * 8 * 14 + 2 * 10 * 20), hbm_bytes=4 * (96 + 56 * 8 + 48) + 16 + 2 * 10 * 12 * 4),
     ),
+    "paged_latent_rope": (
+        lambda b: ops.paged_latent_rope(
+            b.input("q", (6, 24), "bf16"), b.input("kv", (6, 12), "bf16"), b.weight("n", (8,), "bf16"),
+            b.input("p", (6,), "i32"), b.input("s", (6,), "i32"), b.state("c", (5, 16, 12), "bf16"), heads=2, rotary=4,
+            context=64,
+        ),
+        (6, 2, 12), "bf16", Work(flops=3 * 6 * 4 * 3 + 4 * 6 * 8, hbm_bytes=2 * 2 * (144 + 72) + 16 + 48),
+    ),
+    "paged_latent_decode": (
+        lambda b: ops.paged_latent_decode(
+            b.input("q", (2, 4, 12), "f32"), b.input("l", (2,), "i32"), b.input("t", (2, 3), "i32"),
+            b.state("c", (5, 16, 12), "f32"), b.weight("u", (4 * 14, 8), "f32"), rotary=4, scale=0.3, context=10,
+        ),
+        (2, 24), "f32",
+        Work(flops=2 * 4 * (2 * 8 * 14 + 2 * 10 * 20), hbm_bytes=4 * (96 + 56 * 8 + 48) + 8 + 24 + 2 * 10 * 12 * 4),
+    ),
+    "paged_latent_prefill": (
+        lambda b: ops.paged_latent_prefill(
+            b.input("q", (8, 4, 12), "f32"), b.input("s", (3,), "i32"), b.input("l", (2,), "i32"),
+            b.input("t", (2, 3), "i32"), b.state("c", (5, 16, 12), "f32"), b.weight("u", (4 * 14, 8), "f32"), rotary=4,
+            scale=0.3, context=10,
+        ),
+        (8, 24), "f32",
+        Work(
+            flops=2 * 4 * (2 * 4 * 8 * 14 + 2 * 34 * 20),
+            hbm_bytes=4 * (384 + 56 * 8 + 192) + 12 + 8 + 24 + 2 * 10 * 12 * 4,
+        ),
+    ),
     "add": (
         lambda b: ops.add(b.input("x", (3, 8), "f32"), b.input("y", (3, 8), "f32")),
         (3, 8), "f32", Work(flops=24, hbm_bytes=4 * 72),
@@ -227,6 +255,7 @@ MISFITS: dict[str, Callable[[GraphBuilder], Any]] = {
     "route groups": lambda b: ops.route(b.input("bad", (3, 9), "f32"), top_k=2, groups=4, top_groups=2),
     "route kept": lambda b: ops.route(b.input("bad", (3, 8), "f32"), top_k=2, groups=2, top_groups=3),
     "route single": lambda b: ops.route(b.input("bad", (3, 8), "f32"), top_k=2, groups=8, top_groups=3),
+    "route slots": lambda b: ops.route(b.input("bad", (3, 4), "f32"), slots=b.input("s", (2,), "i32"), top_k=2),
     "route scoring": lambda b: ops.route(b.input("bad", (3, 8), "f32"), top_k=2, scoring="tanh"),
     "route correction": lambda b: ops.route(b.input("l", (3, 8), "f32"), b.weight("bad", (7,), "f32"), top_k=2),
     "experts": lambda b: ops.experts(
@@ -259,6 +288,20 @@ MISFITS: dict[str, Callable[[GraphBuilder], Any]] = {
     "latent_attention values": lambda b: ops.latent_attention(
         b.input("q", (2, 4, 12), "f32"), b.input("p", (2,), "i64"), b.state("c", (2, 16, 12), "f32"),
         b.weight("bad", (4 * 8, 8), "f32"), rotary=4, scale=0.3,
+    ),
+    "paged_latent_rope": lambda b: ops.paged_latent_rope(
+        b.input("q", (6, 24), "f32"), b.input("kv", (6, 12), "f32"), b.weight("n", (8,), "f32"),
+        b.input("p", (6,), "i32"), b.input("bad", (2,), "i32"), b.state("c", (5, 16, 12), "f32"), heads=2, rotary=4,
+        context=64,
+    ),
+    "paged_latent_decode": lambda b: ops.paged_latent_decode(
+        b.input("q", (2, 4, 12), "f32"), b.input("bad", (2,), "i64"), b.input("t", (2, 3), "i32"),
+        b.state("c", (5, 16, 12), "f32"), b.weight("u", (4 * 14, 8), "f32"), rotary=4, scale=0.3, context=10,
+    ),
+    "paged_latent_prefill": lambda b: ops.paged_latent_prefill(
+        b.input("q", (8, 4, 12), "f32"), b.input("bad", (2,), "i32"), b.input("l", (2,), "i32"),
+        b.input("t", (2, 3), "i32"), b.state("c", (5, 16, 12), "f32"), b.weight("u", (4 * 14, 8), "f32"), rotary=4,
+        scale=0.3, context=10,
     ),
     "add": lambda b: ops.add(b.input("x", (3, 8), "f32"), b.input("bad", (3, 7), "f32")),
     "add dtype": lambda b: ops.add(b.input("x", (3, 8), "f32"), b.input("bad", (3, 8), "bf16")),

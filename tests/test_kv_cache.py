@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from taskgraph.models.kv_cache import PagedCache, PagePool, Pages, block_keys
+from taskgraph.models.parking import Parked
 
 SIZE = 4
 
@@ -23,7 +24,7 @@ class Churn(RuleBasedStateMachine):
         super().__init__()
         self.cache = PagedCache(12, SIZE, host_pages=7)
         self.live: list[tuple[Pages, list[int]]] = []
-        self.away: list[tuple[Pages, list[int]]] = []
+        self.away: list[tuple[Parked, list[int]]] = []
         self.device: dict[int, tuple[int, ...]] = {}
         self.host: dict[int, tuple[int, ...]] = {}
 
@@ -93,11 +94,11 @@ class Churn(RuleBasedStateMachine):
             return
         i = data.draw(st.integers(0, len(self.live) - 1))
         before = (self.cache.device.available, self.cache.host.available)
-        slots = self.cache.swap_out(self.live[i][0])
-        if slots is None:
+        parked = self.cache.swap_out(self.live[i][0])
+        if parked is None:
             assert (self.cache.device.available, self.cache.host.available) == before
             return
-        self.away.append((slots, self.live.pop(i)[1]))
+        self.away.append((parked, self.live.pop(i)[1]))
         if data.draw(st.booleans()):  # else something else happens within the same step
             self.move()
 
@@ -119,13 +120,14 @@ class Churn(RuleBasedStateMachine):
         assert {p: int(pool.holders[p]) for p in range(pool.pages) if pool.holders[p]} == dict(wanted + pending)
         assert pool.held == len(wanted)
         assert pool.available + pool.held == pool.pages
-        assert self.cache.host.held >= sum(len(slots) for slots, _ in self.away)
+        assert self.cache.host.held >= sum(len(parked.slots) for parked, _ in self.away)
 
     @invariant()
     def sequences_find_their_tokens(self) -> None:
         if self.cache.moves:
             return
-        for where, rows in ((self.device, self.live), (self.host, self.away)):
+        away = [(parked.slots, tokens) for parked, tokens in self.away]
+        for where, rows in ((self.device, self.live), (self.host, away)):
             for pages, tokens in rows:
                 held = [token for page in pages.tolist() for token in where[page]]
                 assert held == tokens

@@ -165,7 +165,7 @@ CASES: dict[str, tuple[Callable[[GraphBuilder, str], Value], Callable[[Tensors],
     **cases_experts.CASES,
     **PAGED_CASES,
 }  # fmt: skip
-STATES = ("keys", "values", "pages_k", "pages_v")
+STATES = ("keys", "values", "pages_k", "pages_v", "pages_l")
 
 
 def random_tensors(graph: Graph, seed: int = 0) -> Tensors:

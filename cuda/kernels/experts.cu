@@ -45,8 +45,8 @@ __device__ void keep_best_groups(float* choice, int count, int groups, int kept)
 
 // One block a token: the weights of its top_k experts, zeros elsewhere, of columns first to first + held.
 template <class T>
-__device__ void route(const T* logits, const float* correction, float* out, int count, int top_k, int groups, int kept, int first,
-                      int held, int sigmoid, int normalize, float scale) {
+__device__ void route(const T* logits, const float* correction, const int* slots, float* out, int count, int top_k, int groups,
+                      int kept, int first, int held, int sigmoid, int normalize, float scale) {
     __shared__ float score[MAX_EXPERTS];
     __shared__ float choice[MAX_EXPERTS];
     __shared__ float weight[MAX_EXPERTS];
@@ -77,7 +77,9 @@ __device__ void route(const T* logits, const float* correction, float* out, int 
         __syncthreads();
     }
     float factor = normalize ? scale / (sum + 1e-20f) : scale;
-    for (int i = threadIdx.x; i < held; i += THREADS) out[static_cast<Index>(blockIdx.x) * held + i] = weight[first + i] * factor;
+    bool goes = !slots || slots[blockIdx.x] >= 0;
+    for (int i = threadIdx.x; i < held; i += THREADS)
+        out[static_cast<Index>(blockIdx.x) * held + i] = goes ? weight[first + i] * factor : 0.0f;
 }
 
 // One block an expert: the tokens that come to it, in order, how many, and each one's place among them.
@@ -204,10 +206,10 @@ __device__ void gated_add(const T* x, const T* gate, const T* base, T* out, Inde
 }
 
 #define OF_TYPE(T, NAME)                                                                                                   \
-    extern "C" __global__ void route_##NAME(const T* logits, const float* correction, float* out, int count, int top_k,    \
-                                            int groups, int kept, int first, int held, int sigmoid, int normalize,         \
-                                            float scale) {                                                                 \
-        route(logits, correction, out, count, top_k, groups, kept, first, held, sigmoid, normalize, scale);                \
+    extern "C" __global__ void route_##NAME(const T* logits, const float* correction, const int* slots, float* out,        \
+                                            int count, int top_k, int groups, int kept, int first, int held,               \
+                                            int sigmoid, int normalize, float scale) {                                     \
+        route(logits, correction, slots, out, count, top_k, groups, kept, first, held, sigmoid, normalize, scale);         \
     }                                                                                                                      \
     EXPORT(route_##NAME)                                                                                                   \
     extern "C" __global__ void __launch_bounds__(BLOCK) expert_up_##NAME(                                                  \

@@ -1,54 +1,71 @@
 // Multi-head latent attention (DeepSeek-V2): the cache row of a token is its latent, then the rotated key of all heads.
+// Caches are static, (batch, length, rank + rotary), or in pages, (page, page_rows, rank + rotary).
 #include "common.cuh"
 
 using Index = long long;
 
 constexpr int MAX_RANK = 1024, MAX_DIM = 512, EACH = MAX_RANK / THREADS;
 
-// Channel pair i of `count` rotary channels: neighbours, or one of each half; it leaves as halves.
+// Channel pair i of `count` rotary channels: neighbours, or one of each half; it leaves as halves, times `size`.
 template <class T>
-__device__ void rotate(const T* source, T* target, const float* inverse, float place, int count, int interleaved) {
+__device__ void rotate(const T* source, T* target, const float* inverse, float place, int count, int interleaved, float size) {
     for (int i = threadIdx.x; i < count / 2; i += THREADS) {
         float low = widen(source[interleaved ? 2 * i : i]), high = widen(source[interleaved ? 2 * i + 1 : count / 2 + i]);
-        float c = cosf(place * inverse[i]), s = sinf(place * inverse[i]);
+        float c = cosf(place * inverse[i]) * size, s = sinf(place * inverse[i]) * size;
         target[i] = narrow<T>(low * c - high * s);
         target[count / 2 + i] = narrow<T>(high * c + low * s);
     }
 }
 
-// One block a token (x) and a head of q (y), the last y for the cache. A place beyond `length` is left out.
+// One block a token (x), which stands at `place`, and a head of q (y), the last y for the cache: row `slot`, or none below 0.
 template <class T>
-__device__ void latent_rope(const T* q, const T* kv, const T* norm, const Index* positions, T* latents, const float* inverse, T* out,
-                            int heads, int dim, int rank, int rotary, int each, Index length, float eps, int interleaved) {
+__device__ void latent_rope(const T* q, const T* kv, const T* norm, Index place, Index slot, T* latents, const float* inverse,
+                            T* out, int heads, int dim, int rank, int rotary, float eps, int interleaved, float size) {
     Index token = blockIdx.x;
-    int head = blockIdx.y, sequence = static_cast<int>(token / each);
-    Index place = positions[sequence] + token % each;
+    int head = blockIdx.y;
     if (head < heads) {
         const T* row = q + (token * heads + head) * dim;
         T* target = out + (token * heads + head) * dim;
         for (int i = threadIdx.x; i < dim - rotary; i += THREADS) target[i] = row[i];
-        rotate(row + dim - rotary, target + dim - rotary, inverse, static_cast<float>(place), rotary, interleaved);
+        rotate(row + dim - rotary, target + dim - rotary, inverse, static_cast<float>(place), rotary, interleaved, size);
         return;
     }
     const T* row = kv + token * (rank + rotary);
     float squares = 0.0f;
     for (int i = threadIdx.x; i < rank; i += THREADS) squares += widen(row[i]) * widen(row[i]);
     float scale = rsqrtf(over_block<Sum>(squares) / rank + eps);
-    if (place < 0 || place >= length) return;
-    T* target = latents + (sequence * length + place) * (rank + rotary);
+    if (slot < 0) return;
+    T* target = latents + slot * (rank + rotary);
     for (int i = threadIdx.x; i < rank; i += THREADS) target[i] = narrow<T>(widen(row[i]) * scale * widen(norm[i]));
-    rotate(row + rank, target + rank, inverse, static_cast<float>(place), rotary, interleaved);
+    rotate(row + rank, target + rank, inverse, static_cast<float>(place), rotary, interleaved, size);
 }
 
-// One block a token (x) and head (y), with the up-projection folded into query and result; softmax kept running. Thread i
-// mixes channels i, i + THREADS, ... of the latents.
+// The latents of a sequence, one after another or in pages.
 template <class T>
-__device__ void latent_attention(const T* q, const Index* positions, const T* latents, const T* up, T* out, int heads, int dim,
-                                 int rank, int rotary, int values, int each, Index length, float scale) {
+struct Cache {
+    const T* base;
+    int wide;
+    const int* pages;  // null: the rows lie one after another
+    int page_rows;
+    __device__ __forceinline__ const T* row(int key) const {
+        Index slot = pages ? static_cast<Index>(pages[key / page_rows]) * page_rows + key % page_rows : key;
+        return base + slot * wide;
+    }
+};
+
+// One block a token (x) and head (y), with the up-projection folded into query and result; softmax kept running. Thread i
+// mixes channels i, i + THREADS, ... of the latents. A token that sees none gives zeros.
+template <class T>
+__device__ void latent_attention(const T* q, const Cache<T>& cache, int seen, const T* up, T* out, int heads, int dim, int rank,
+                                 int rotary, int values, float scale) {
     __shared__ float query[MAX_RANK + MAX_DIM];
     __shared__ float weight[THREADS];
     Index token = blockIdx.x;
-    int head = blockIdx.y, sequence = static_cast<int>(token / each), plain = dim - rotary, wide = rank + rotary;
+    int head = blockIdx.y, plain = dim - rotary, wide = rank + rotary;
+    if (seen < 1) {
+        for (int v = threadIdx.x; v < values; v += THREADS) out[(token * heads + head) * values + v] = narrow<T>(0.0f);
+        return;
+    }
     const T* mine = q + (token * heads + head) * dim;
     const T* keys_up = up + static_cast<Index>(head) * (plain + values) * rank;
     for (int r = threadIdx.x; r < rank; r += THREADS) {
@@ -57,17 +74,15 @@ __device__ void latent_attention(const T* q, const Index* positions, const T* la
         query[r] = sum * scale;
     }
     for (int i = threadIdx.x; i < rotary; i += THREADS) query[rank + i] = widen(mine[plain + i]) * scale;
-    Index last = positions[sequence] + token % each + 1;
-    int seen = static_cast<int>(last < 1 ? 1 : last > length ? length : last);
-    const T* cache = latents + sequence * length * wide;
     float top = -infinity(), total = 0.0f, mixed[EACH] = {};
     __syncthreads();
     for (int first = 0; first < seen; first += THREADS) {
         int key = first + threadIdx.x, count = seen - first < THREADS ? seen - first : THREADS;
         float score = -infinity();
         if (key < seen) {
+            const T* row = cache.row(key);
             score = 0.0f;
-            for (int i = 0; i < wide; i++) score = fmaf(query[i], widen(cache[static_cast<Index>(key) * wide + i]), score);
+            for (int i = 0; i < wide; i++) score = fmaf(query[i], widen(row[i]), score);
         }
         float largest = fmaxf(top, over_block<Max>(score)), shrink = expf(top - largest);
         weight[threadIdx.x] = key < seen ? expf(score - largest) : 0.0f;
@@ -77,8 +92,7 @@ __device__ void latent_attention(const T* q, const Index* positions, const T* la
             int channel = threadIdx.x + c * THREADS;
             if (channel >= rank) continue;
             mixed[c] *= shrink;
-            for (int i = 0; i < count; i++)
-                mixed[c] = fmaf(weight[i], widen(cache[static_cast<Index>(first + i) * wide + channel]), mixed[c]);
+            for (int i = 0; i < count; i++) mixed[c] = fmaf(weight[i], widen(cache.row(first + i)[channel]), mixed[c]);
         }
         __syncthreads();
     }
@@ -92,18 +106,78 @@ __device__ void latent_attention(const T* q, const Index* positions, const T* la
     }
 }
 
+// Token j of a sequence stands at positions[sequence] + j. A place beyond `length` is left out.
+template <class T>
+__device__ void rope_static(const T* q, const T* kv, const T* norm, const Index* positions, T* latents, const float* inverse, T* out,
+                            int heads, int dim, int rank, int rotary, int each, Index length, float eps, int interleaved, float size) {
+    Index token = blockIdx.x, sequence = token / each, place = positions[sequence] + token % each;
+    Index slot = place >= 0 && place < length ? sequence * length + place : -1;
+    latent_rope(q, kv, norm, place, slot, latents, inverse, out, heads, dim, rank, rotary, eps, interleaved, size);
+}
+
+template <class T>
+__device__ void attention_static(const T* q, const Index* positions, const T* latents, const T* up, T* out, int heads, int dim, int rank,
+                                 int rotary, int values, int each, Index length, float scale) {
+    Index token = blockIdx.x, sequence = token / each, last = positions[sequence] + token % each + 1;
+    int wide = rank + rotary, seen = static_cast<int>(last < 1 ? 1 : last > length ? length : last);
+    Cache<T> cache = {latents + sequence * length * wide, wide, nullptr, 1};
+    latent_attention(q, cache, seen, up, out, heads, dim, rank, rotary, values, scale);
+}
+
+// Token i stands at positions[i] and goes to slots[i], below `slots_end`.
+template <class T>
+__device__ void rope_paged(const T* q, const T* kv, const T* norm, const int* positions, const int* slots, T* latents,
+                           const float* inverse, T* out, int heads, int dim, int rank, int rotary, Index slots_end, float eps,
+                           int interleaved, float size) {
+    Index slot = slots[blockIdx.x] < slots_end ? slots[blockIdx.x] : -1;
+    latent_rope(q, kv, norm, static_cast<Index>(positions[blockIdx.x]), slot, latents, inverse, out, heads, dim, rank, rotary, eps,
+                interleaved, size);
+}
+
+// Rows starts[i] to starts[i + 1] are the last tokens of the lengths[i] that sequence i has in its pages; without starts every
+// row is a sequence. Rows of no sequence give zeros.
+template <class T>
+__device__ void attention_paged(const T* q, const int* starts, const int* lengths, const int* pages, const T* latents, const T* up,
+                                T* out, int heads, int dim, int rank, int rotary, int values, int chunks, int page_rows,
+                                int pages_each, float scale) {
+    int token = blockIdx.x, chunk = starts ? 0 : token;
+    while (starts && chunk < chunks && starts[chunk + 1] <= token) chunk++;
+    bool some = chunk < chunks && (!starts || token >= starts[0]) && lengths[chunk] > 0;
+    int behind = starts && some ? starts[chunk + 1] - token - 1 : 0, seen = some ? lengths[chunk] - behind : 0;
+    seen = seen > pages_each * page_rows ? pages_each * page_rows : seen;
+    Cache<T> cache = {latents, rank + rotary, pages + static_cast<Index>(some ? chunk : 0) * pages_each, page_rows};
+    latent_attention(q, cache, seen, up, out, heads, dim, rank, rotary, values, scale);
+}
+
 #define OF_TYPE(T, NAME)                                                                                                     \
     extern "C" __global__ void latent_rope_##NAME(const T* q, const T* kv, const T* norm, const long long* positions,        \
                                                   T* latents, const float* inverse, T* out, int heads, int dim, int rank,    \
-                                                  int rotary, int each, long long length, float eps, int interleaved) {      \
-        latent_rope(q, kv, norm, positions, latents, inverse, out, heads, dim, rank, rotary, each, length, eps, interleaved); \
+                                                  int rotary, int each, long long length, float eps, int interleaved,        \
+                                                  float size) {                                                              \
+        rope_static(q, kv, norm, positions, latents, inverse, out, heads, dim, rank, rotary, each, length, eps, interleaved, \
+                    size);                                                                                                   \
     }                                                                                                                        \
     EXPORT(latent_rope_##NAME)                                                                                               \
     extern "C" __global__ void latent_attention_##NAME(const T* q, const long long* positions, const T* latents,             \
                                                        const T* up, T* out, int heads, int dim, int rank, int rotary,        \
                                                        int values, int each, long long length, float scale) {                \
-        latent_attention(q, positions, latents, up, out, heads, dim, rank, rotary, values, each, length, scale);             \
+        attention_static(q, positions, latents, up, out, heads, dim, rank, rotary, values, each, length, scale);             \
     }                                                                                                                        \
-    EXPORT(latent_attention_##NAME)
+    EXPORT(latent_attention_##NAME)                                                                                          \
+    extern "C" __global__ void paged_latent_rope_##NAME(const T* q, const T* kv, const T* norm, const int* positions,        \
+                                                        const int* slots, T* latents, const float* inverse, T* out,          \
+                                                        int heads, int dim, int rank, int rotary, long long slots_end,       \
+                                                        float eps, int interleaved, float size) {                            \
+        rope_paged(q, kv, norm, positions, slots, latents, inverse, out, heads, dim, rank, rotary, slots_end, eps,           \
+                   interleaved, size);                                                                                       \
+    }                                                                                                                        \
+    EXPORT(paged_latent_rope_##NAME)                                                                                         \
+    extern "C" __global__ void paged_latent_attention_##NAME(                                                                \
+        const T* q, const int* starts, const int* lengths, const int* pages, const T* latents, const T* up, T* out,          \
+        int heads, int dim, int rank, int rotary, int values, int chunks, int page_rows, int pages_each, float scale) {      \
+        attention_paged(q, starts, lengths, pages, latents, up, out, heads, dim, rank, rotary, values, chunks, page_rows,    \
+                        pages_each, scale);                                                                                  \
+    }                                                                                                                        \
+    EXPORT(paged_latent_attention_##NAME)
 OF_TYPE(float, f32)
 OF_TYPE(bf16, bf16)

@@ -26,10 +26,11 @@ __device__ void rope(Block block, const T* x, const Index* positions, const floa
     }
 }
 
-// One head of a fused row: normalised where there is a norm, rotated where it is no value, written to `target`.
+// One head of a fused row: normalised where there is a norm, rotated and multiplied by `size` where it is no value, written
+// to `target`.
 template <class T>
-__device__ void turn_head(const T* row, const T* norm, const float* inverse, T* target, int dim, float eps, float place,
-                          bool is_value, bool writes) {
+__device__ void turn_head(const T* row, const T* norm, const float* inverse, T* target, int dim, float eps, float size,
+                          float place, bool is_value, bool writes) {
     float scale = 1.0f;
     if (norm && !is_value) {
         float squares = 0.0f;
@@ -40,7 +41,7 @@ __device__ void turn_head(const T* row, const T* norm, const float* inverse, T* 
     for (int i = threadIdx.x; i < dim / 2; i += THREADS) {
         Pair p = {widen(row[i]), widen(row[dim / 2 + i])};
         if (norm && !is_value) p = {p.low * scale * widen(norm[i]), p.high * scale * widen(norm[dim / 2 + i])};
-        if (!is_value) p = rotated(p.low, p.high, place * inverse[i]);
+        if (!is_value) p = rotated(p.low * size, p.high * size, place * inverse[i]);
         target[i] = narrow<T>(p.low);
         target[dim / 2 + i] = narrow<T>(p.high);
     }
@@ -51,7 +52,7 @@ __device__ void turn_head(const T* row, const T* norm, const float* inverse, T* 
 template <class T>
 __device__ void rope_kv(Block block, const T* qkv, const Index* positions, T* keys, T* values, const T* q_norm,
                         const T* k_norm, const float* inverse, T* out, int heads, int kv_heads, int dim, int each,
-                        Index length, float eps) {
+                        Index length, float eps, float size) {
     int token = block.x, head = block.y, sequence = token / each;
     const T* row = qkv + (static_cast<Index>(token) * (heads + 2 * kv_heads) + head) * dim;
     Index place = positions[sequence] + token % each;
@@ -61,7 +62,8 @@ __device__ void rope_kv(Block block, const T* qkv, const Index* positions, T* ke
         (is_value ? values : keys) + ((static_cast<Index>(sequence) * kv_heads + kv_head) * length + place) * dim;
     T* target = is_query ? out + (static_cast<Index>(token) * heads + head) * dim : cache;
     bool writes = is_query || (place >= 0 && place < length);
-    turn_head(row, is_query ? q_norm : k_norm, inverse, target, dim, eps, static_cast<float>(place), is_value, writes);
+    turn_head(row, is_query ? q_norm : k_norm, inverse, target, dim, eps, size, static_cast<float>(place), is_value,
+              writes);
 }
 
 // The same on pages (page, kv head, page_rows, wide): token i stands at positions[i] and goes to slots[i], which is
@@ -69,7 +71,7 @@ __device__ void rope_kv(Block block, const T* qkv, const Index* positions, T* ke
 template <class T>
 __device__ void paged_rope(Block block, const T* qkv, const int* positions, const int* slots, T* keys, T* values,
                            const T* q_norm, const T* k_norm, const float* inverse, T* out, int heads, int kv_heads,
-                           int dim, int page_rows, int wide, Index slots_end, float eps) {
+                           int dim, int page_rows, int wide, Index slots_end, float eps, float size) {
     int token = block.x, head = block.y;
     const T* row = qkv + (static_cast<Index>(token) * (heads + 2 * kv_heads) + head) * dim;
     Index slot = slots[token];
@@ -79,7 +81,7 @@ __device__ void paged_rope(Block block, const T* qkv, const int* positions, cons
     Index at = writes ? ((slot / page_rows * kv_heads + kv_head) * page_rows + slot % page_rows) * wide : 0;
     T* target = is_query ? out + (static_cast<Index>(token) * heads + head) * dim : (is_value ? values : keys) + at;
     float place = static_cast<float>(positions[token]);
-    turn_head(row, is_query ? q_norm : k_norm, inverse, target, dim, eps, place, is_value, writes);
+    turn_head(row, is_query ? q_norm : k_norm, inverse, target, dim, eps, size, place, is_value, writes);
 }
 
 #define OF_TYPE(T, NAME)                                                                                               \
@@ -91,20 +93,20 @@ __device__ void paged_rope(Block block, const T* qkv, const int* positions, cons
     extern "C" __global__ void paged_rope_##NAME(const T* qkv, const int* positions, const int* slots, T* keys,        \
                                                  T* values, const T* q_norm, const T* k_norm, const float* inverse,    \
                                                  T* out, int heads, int kv_heads, int dim, int page_rows, int wide,    \
-                                                 long long slots_end, float eps, int nx, int ny, int nz) {             \
+                                                 long long slots_end, float eps, float size, int nx, int ny, int nz) { \
         each_block(nx, ny, nz, [&](Block block) {                                                                      \
             paged_rope(block, qkv, positions, slots, keys, values, q_norm, k_norm, inverse, out, heads, kv_heads, dim, \
-                       page_rows, wide, slots_end, eps);                                                               \
+                       page_rows, wide, slots_end, eps, size);                                                         \
         });                                                                                                            \
     }                                                                                                                  \
     EXPORT(paged_rope_##NAME)                                                                                          \
     extern "C" __global__ void rope_kv_##NAME(const T* qkv, const long long* positions, T* keys, T* values,            \
                                               const T* q_norm, const T* k_norm, const float* inverse, T* out,          \
                                               int heads, int kv_heads, int dim, int each, long long length, float eps, \
-                                              int nx, int ny, int nz) {                                                \
+                                              float size, int nx, int ny, int nz) {                                    \
         each_block(nx, ny, nz, [&](Block block) {                                                                      \
             rope_kv(block, qkv, positions, keys, values, q_norm, k_norm, inverse, out, heads, kv_heads, dim, each,     \
-                    length, eps);                                                                                      \
+                    length, eps, size);                                                                                \
         });                                                                                                            \
     }                                                                                                                  \
     EXPORT(rope_kv_##NAME)

@@ -105,8 +105,8 @@ LATENT_EFFICIENCY = 660 / 989
 the H800's 989 (published, github.com/deepseek-ai/FlashMLA)."""
 
 
-@row_rule("latent_attention")
+@row_rule("latent_attention", "paged_latent_decode", "paged_latent_prefill")
 def _(op: Op, ins: Tensors, outs: Tensors) -> Row:
     """No table measures it: its work as a stream whose arithmetic runs on tensor cores."""
     family, _, (flops, *moved) = _stream(op)
-    return family, ins[2].dtype, (flops / LATENT_EFFICIENCY, *moved)
+    return family, ins[0].dtype, (flops / LATENT_EFFICIENCY, *moved)

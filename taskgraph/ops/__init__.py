@@ -25,7 +25,14 @@ from taskgraph.ops.dense import (
     swiglu,
 )
 from taskgraph.ops.experts import active_experts, experts, gated_add, route
-from taskgraph.ops.latent import latent_attention, latent_flops, latent_rope
+from taskgraph.ops.latent import (
+    latent_attention,
+    latent_flops,
+    latent_rope,
+    paged_latent_decode,
+    paged_latent_prefill,
+    paged_latent_rope,
+)
 from taskgraph.ops.paged import copy_pages, paged_decode, paged_prefill, paged_rope
 from taskgraph.ops.rules import (
     COLLECTIVES,
@@ -69,6 +76,9 @@ __all__ = [
     "latent_flops",
     "latent_rope",
     "paged_decode",
+    "paged_latent_decode",
+    "paged_latent_prefill",
+    "paged_latent_rope",
     "paged_prefill",
     "paged_rope",
     "reduce_scatter",

@@ -23,13 +23,15 @@ from taskgraph.ops.rules import (
 
 SCORINGS = ("softmax", "sigmoid")
 
-SPLIT_RULES |= {"route": (0, None), "experts": (0, 0, None, None, 0), "gated_add": (0, 0, 0)}
+SPLIT_RULES |= {"route": (0, None, 0), "experts": (0, 0, None, None, 0), "gated_add": (0, 0, 0)}
 
 
 @shape_rule("route")
 def _(ins: Shapes, attrs: Attrs) -> Outputs:
-    logits, *correction = ins
+    logits, *rest = ins
+    correction, slots = ([t for t in rest if (t.dtype == "i32") is whether] for whether in (False, True))
     need(len(logits.shape) == 2, "route", ins, "logits must be (tokens, experts)")
+    need(all(t.shape == logits.shape[:1] for t in slots), "route", ins, "slots have one entry a token")
     count, top, groups, kept = logits.shape[1], *(integer(attrs, key) for key in ("top_k", "groups", "top_groups"))
     need(all(t.shape == (count,) for t in correction), "route", ins, f"the correction must be ({count},)")
     need(attrs["scoring"] in SCORINGS, "route", ins, f"scoring is one of {', '.join(SCORINGS)}")
@@ -100,6 +102,7 @@ def _(ins: Shapes, outs: Shapes, attrs: Attrs) -> Work:
 def route(
     logits: Value,
     correction: Value | None = None,
+    slots: Value | None = None,
     *,
     top_k: int,
     scoring: str = "softmax",
@@ -116,11 +119,12 @@ def route(
     Scores are the softmax of the logits over experts or their sigmoid. `correction` (experts,) counts in the choice,
     not in the weights, and with `groups` only the `top_groups` whose two best experts sum highest are in the choice
     (DeepSeek-V3, arXiv 2412.19437, section 2.1.2). Weights that are `normalize`d sum to 1 a token; then `scale`.
-    A rank that holds some of the experts keeps the columns of those, `held` from `first` on.
+    A rank that holds some of the experts keeps the columns of those, `held` from `first` on. A token whose entry of
+    `slots` (tokens,) i32 is below 0 stands for nothing and goes nowhere.
     """
     attrs: Attrs = {"top_k": top_k, "scoring": scoring, "normalize": normalize, "scale": float(scale)}
     attrs |= {"groups": groups, "top_groups": top_groups, "first": first, "held": held or logits.shape[-1] - first}
-    return apply("route", [logits, *([correction] if correction else [])], attrs, name=name)
+    return apply("route", [logits, *(v for v in (correction, slots) if v is not None)], attrs, name=name)
 
 
 def experts(

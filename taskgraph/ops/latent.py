@@ -1,12 +1,17 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): the cache holds one low-rank vector a token, from
 which every head's keys and values are products, and one rotated key that all heads share.
+
+The cache is static, (batch, len, rank + rotary), or in pages, (pages, page size, rank + rotary), whose places, lengths
+and block tables are those of `taskgraph.ops.paged`.
 """
 
 import math
 
 from taskgraph.graph.graph import Value
 from taskgraph.graph.op import ITEMSIZE, Work
+from taskgraph.ops.paged import need_chunk_tables, need_decode_tables, need_int32
 from taskgraph.ops.rules import (
+    IN_TURN,
     SPLIT_RULES,
     YARN,
     Attrs,
@@ -20,20 +25,45 @@ from taskgraph.ops.rules import (
     work_rule,
 )
 
-SPLIT_RULES |= {"latent_rope": (0, 0, None, 0, 0), "latent_attention": (0, 0, 0, None)}
+SPLIT_RULES |= {
+    "latent_rope": (0, 0, None, 0, 0),
+    "latent_attention": (0, 0, 0, None),
+    "paged_latent_rope": (0, 0, None, 0, 0, None),
+    "paged_latent_decode": (0, 0, 0, None, None),
+    "paged_latent_prefill": (None, None, None, None, None, None),
+}
+IN_TURN |= {"paged_latent_rope", "paged_latent_decode"}
+
+
+# ------------------------------------------------------------------------- rotating and writing
 
 
 @shape_rule("latent_rope")
 def _(ins: Shapes, attrs: Attrs) -> Outputs:
-    q, kv, norm, positions, latents = ins
-    heads, rotary = integer(attrs, "heads"), integer(attrs, "rotary")
-    need(len(latents.shape) == 3, "latent_rope", ins, "the cache is (batch, len, rank + rotary)")
-    need(len(q.shape) == 2 and q.shape[1] % heads == 0, "latent_rope", ins, f"q must hold {heads} equal heads")
-    need(0 < rotary < latents.shape[2] and rotary % 2 == 0, "latent_rope", ins, f"{rotary} rotary channels do not fit")
-    need(q.shape[1] // heads >= rotary, "latent_rope", ins, f"a head of q is shorter than {rotary} rotary channels")
-    need(kv.shape == (q.shape[0], latents.shape[2]), "latent_rope", ins, "kv must be (tokens, rank + rotary)")
-    need(norm.shape == (latents.shape[2] - rotary,), "latent_rope", ins, "the norm must have one entry a rank")
+    q, _, _, positions, latents = ins
+    made = _rotated("latent_rope", ins, attrs)
     _need_sequences("latent_rope", ins, q.shape[0], positions.shape, latents.shape[0])
+    return made
+
+
+@shape_rule("paged_latent_rope")
+def _(ins: Shapes, attrs: Attrs) -> Outputs:
+    q, _, _, positions, slots, _ = ins
+    made = _rotated("paged_latent_rope", ins, attrs)
+    need_int32("paged_latent_rope", ins, 3, 4)
+    need(positions.shape == slots.shape == q.shape[:1], "paged_latent_rope", ins, "a position and a slot a token")
+    return made
+
+
+def _rotated(kind: str, ins: Shapes, attrs: Attrs) -> Outputs:
+    q, kv, norm, *_, latents = ins
+    heads, rotary = integer(attrs, "heads"), integer(attrs, "rotary")
+    need(len(latents.shape) == 3, kind, ins, "the cache is (batch, len, rank + rotary), or pages of so many")
+    need(len(q.shape) == 2 and q.shape[1] % heads == 0, kind, ins, f"q must hold {heads} equal heads")
+    need(0 < rotary < latents.shape[2] and rotary % 2 == 0, kind, ins, f"{rotary} rotary channels do not fit")
+    need(q.shape[1] // heads >= rotary, kind, ins, f"a head of q is shorter than {rotary} rotary channels")
+    need(kv.shape == (q.shape[0], latents.shape[2]), kind, ins, "kv must be (tokens, rank + rotary)")
+    need(norm.shape == (latents.shape[2] - rotary,), kind, ins, "the norm must have one entry a rank")
     return [((q.shape[0], heads, q.shape[1] // heads), q.dtype)]
 
 
@@ -43,41 +73,79 @@ def _need_sequences(kind: str, ins: Shapes, tokens: int, positions: tuple[int, .
 
 
 @work_rule("latent_rope")
+@work_rule("paged_latent_rope")
 def _(ins: Shapes, outs: Shapes, attrs: Attrs) -> Work:
     q, kv = ins[:2]
     rotated = q.shape[0] * integer(attrs, "rotary") * (integer(attrs, "heads") + 1)
     normed = math.prod(kv.shape) - kv.shape[0] * integer(attrs, "rotary")
-    return Work(flops=3.0 * rotated + 4.0 * normed, hbm_bytes=2 * moved(ins[:2]) + moved(ins[2:4]))
+    return Work(flops=3.0 * rotated + 4.0 * normed, hbm_bytes=2 * moved(ins[:2]) + moved(ins[2:-1]))
+
+
+# ------------------------------------------------------------------------------------ attention
 
 
 @shape_rule("latent_attention")
 def _(ins: Shapes, attrs: Attrs) -> Outputs:
-    q, positions, latents, up = ins
-    need(len(q.shape) == 3 and len(latents.shape) == 3, "latent_attention", ins, "q and the cache have three axes")
+    q, positions, latents, _ = ins
+    made = _mixed("latent_attention", ins, attrs)
+    _need_sequences("latent_attention", ins, q.shape[0], positions.shape, latents.shape[0])
+    return made
+
+
+@shape_rule("paged_latent_decode")
+def _(ins: Shapes, attrs: Attrs) -> Outputs:
+    made = _mixed("paged_latent_decode", ins, attrs)
+    need_decode_tables("paged_latent_decode", ins)
+    return made
+
+
+@shape_rule("paged_latent_prefill")
+def _(ins: Shapes, attrs: Attrs) -> Outputs:
+    made = _mixed("paged_latent_prefill", ins, attrs)
+    need_chunk_tables("paged_latent_prefill", ins)
+    return made
+
+
+def _mixed(kind: str, ins: Shapes, attrs: Attrs) -> Outputs:
+    q, *_, latents, up = ins
+    need(len(q.shape) == 3 and len(latents.shape) == 3, kind, ins, "q and the cache have three axes")
     tokens, heads, dim = q.shape
     rotary = integer(attrs, "rotary")
-    need(len(up.shape) == 2 and up.shape[0] % heads == 0, "latent_attention", ins, f"up must hold {heads} equal heads")
-    need(up.shape[1] + rotary == latents.shape[2], "latent_attention", ins, "up must take the cache's rank")
+    need(len(up.shape) == 2 and up.shape[0] % heads == 0, kind, ins, f"up must hold {heads} equal heads")
+    need(up.shape[1] + rotary == latents.shape[2], kind, ins, "up must take the cache's rank")
     values = up.shape[0] // heads - (dim - rotary)
-    need(values > 0, "latent_attention", ins, "up must give a key part and a value a head")
-    need(q.dtype == latents.dtype == up.dtype, "latent_attention", ins, "dtypes differ")
-    _need_sequences("latent_attention", ins, tokens, positions.shape, latents.shape[0])
+    need(values > 0, kind, ins, "up must give a key part and a value a head")
+    need(q.dtype == latents.dtype == up.dtype, kind, ins, "dtypes differ")
     return [((tokens, heads * values), q.dtype)]
 
 
 @work_rule("latent_attention")
 def _(ins: Shapes, outs: Shapes, attrs: Attrs) -> Work:
+    return _attention_work(ins, outs, attrs, ins[2].shape[0])
+
+
+@work_rule("paged_latent_decode")
+def _(ins: Shapes, outs: Shapes, attrs: Attrs) -> Work:
+    return _attention_work(ins, outs, attrs, ins[0].shape[0])
+
+
+@work_rule("paged_latent_prefill")
+def _(ins: Shapes, outs: Shapes, attrs: Attrs) -> Work:
+    return _attention_work(ins, outs, attrs, ins[2].shape[0])
+
+
+def _attention_work(ins: Shapes, outs: Shapes, attrs: Attrs, sequences: int) -> Work:
     """The arithmetic of the cheaper form; each sequence's cached latents and the up-projection read once."""
-    q, positions, latents, up = ins
-    batch, context = latents.shape[0], integer(attrs, "context")
-    each = q.shape[0] // batch
-    read = batch * context * latents.shape[2] * ITEMSIZE[latents.dtype]
-    flops = min(latent_flops(each, context, q.shape[1], q.shape[2], integer(attrs, "rotary"), up.shape))
-    return Work(flops=batch * flops, hbm_bytes=moved([q, positions, up, *outs]) + read)
+    q, *places, latents, up = ins
+    context = integer(attrs, "context")
+    read = sequences * context * latents.shape[2] * ITEMSIZE[latents.dtype]
+    shape = (q.shape[1], q.shape[2], integer(attrs, "rotary"), up.shape)
+    flops = min(latent_flops(q.shape[0] / sequences, context, *shape))
+    return Work(flops=sequences * flops, hbm_bytes=moved([q, *places, up, *outs]) + read)
 
 
 def latent_flops(
-    each: int, context: int, heads: int, dim: int, rotary: int, up: tuple[int, ...]
+    each: float, context: int, heads: int, dim: int, rotary: int, up: tuple[int, ...]
 ) -> tuple[float, float]:
     """Flops of one sequence's `each` causal queries at the end of `context` keys: (absorbed, expanded).
 
@@ -90,6 +158,9 @@ def latent_flops(
     absorbed = 2.0 * each * rank * wide + 2.0 * pairs * (2 * rank + rotary)
     expanded = 2.0 * max(context, each) * rank * wide + 2.0 * pairs * (dim + values)
     return heads * absorbed, heads * expanded
+
+
+# ------------------------------------------------------------------------------ public functions
 
 
 def latent_rope(
@@ -119,6 +190,31 @@ def latent_rope(
     return apply("latent_rope", [q, kv, norm, positions, latents], attrs, name=name, writes=[latents])
 
 
+def paged_latent_rope(
+    q: Value,
+    kv: Value,
+    norm: Value,
+    positions: Value,
+    slots: Value,
+    latents: Value,
+    *,
+    heads: int,
+    rotary: int,
+    context: int,
+    theta: float = 10000.0,
+    eps: float = 1e-6,
+    yarn: tuple[float, ...] = (),
+    interleaved: bool = True,
+    name: str | None = None,
+) -> Value:
+    """`latent_rope` on pages (pages, page size, rank + rotary): token i stands at positions[i], and its latent and
+    rotated key go to slot slots[i], which is page * page size + offset, or -1 for nowhere. `context` is the number of
+    positions there are."""
+    attrs: Attrs = {"heads": heads, "rotary": rotary, "theta": theta, "eps": eps, "interleaved": interleaved}
+    attrs |= {"context": context, **{f"yarn_{key}": float(v) for key, v in zip(YARN, yarn, strict=False)}}
+    return apply("paged_latent_rope", [q, kv, norm, positions, slots, latents], attrs, name=name, writes=[latents])
+
+
 def latent_attention(
     q: Value,
     positions: Value,
@@ -138,3 +234,40 @@ def latent_attention(
     """
     attrs: Attrs = {"rotary": rotary, "scale": scale, "context": context or latents.shape[1]}
     return apply("latent_attention", [q, positions, latents, up], attrs, name=name)
+
+
+def paged_latent_decode(
+    q: Value,
+    lengths: Value,
+    blocks: Value,
+    latents: Value,
+    up: Value,
+    *,
+    rotary: int,
+    scale: float,
+    context: int,
+    name: str | None = None,
+) -> Value:
+    """`latent_attention` of one query a sequence: q (n, heads, dim) over the first lengths[i] latents of the pages
+    blocks[i] -> (n, heads * v). A sequence of length 0 gives zeros. `context` is the length that the cost counts."""
+    attrs: Attrs = {"rotary": rotary, "scale": scale, "context": context}
+    return apply("paged_latent_decode", [q, lengths, blocks, latents, up], attrs, name=name)
+
+
+def paged_latent_prefill(
+    q: Value,
+    starts: Value,
+    lengths: Value,
+    blocks: Value,
+    latents: Value,
+    up: Value,
+    *,
+    rotary: int,
+    scale: float,
+    context: int,
+    name: str | None = None,
+) -> Value:
+    """`latent_attention` of chunks, causal: rows starts[i] to starts[i + 1] of q are the last tokens of the lengths[i]
+    that sequence i has in the pages blocks[i] -> (tokens, heads * v). Rows beyond the last start give zeros."""
+    attrs: Attrs = {"rotary": rotary, "scale": scale, "context": context}
+    return apply("paged_latent_prefill", [q, starts, lengths, blocks, latents, up], attrs, name=name)

@@ -50,8 +50,25 @@ def _need_heads(kind: str, ins: Shapes, keys: int) -> None:
     need(q.shape[1] % pages.shape[1] == 0, kind, ins, "query heads must be a multiple of kv heads")
 
 
-def _need_int32(kind: str, ins: Shapes, *which: int) -> None:
+def need_int32(kind: str, ins: Shapes, *which: int) -> None:
+    """GraphError unless these inputs are i32."""
     need(all(ins[i].dtype == "i32" for i in which), kind, ins, "places, lengths and tables are i32")
+
+
+def need_decode_tables(kind: str, ins: Shapes) -> None:
+    """GraphError unless inputs 1 and 2 are lengths and blocks of a row of q each."""
+    q, lengths, blocks = ins[:3]
+    need_int32(kind, ins, 1, 2)
+    need(lengths.shape == q.shape[:1], kind, ins, "lengths have one entry a sequence")
+    need(len(blocks.shape) == 2 and blocks.shape[0] == q.shape[0], kind, ins, "blocks have a row a sequence")
+
+
+def need_chunk_tables(kind: str, ins: Shapes) -> None:
+    """GraphError unless inputs 1 to 3 are starts, lengths and blocks of the chunks in the rows of q."""
+    starts, lengths, blocks = ins[1:4]
+    need_int32(kind, ins, 1, 2, 3)
+    need(starts.shape == (lengths.shape[0] + 1,), kind, ins, "starts have one entry more than lengths")
+    need(len(blocks.shape) == 2 and blocks.shape[:1] == lengths.shape, kind, ins, "blocks have a row a sequence")
 
 
 # ------------------------------------------------------------------------------------- shape rules
@@ -61,7 +78,7 @@ def _need_int32(kind: str, ins: Shapes, *which: int) -> None:
 def _(ins: Shapes, attrs: Attrs) -> Outputs:
     qkv, positions, slots, keys, _, *norms = ins
     _need_pages("paged_rope", ins, 3)
-    _need_int32("paged_rope", ins, 1, 2)
+    need_int32("paged_rope", ins, 1, 2)
     heads, kv_heads = integer(attrs, "heads"), keys.shape[1]
     dim, rest = divmod(qkv.shape[-1], heads + 2 * kv_heads)
     need(len(qkv.shape) == 2 and rest == 0, "paged_rope", ins, f"qkv must hold {heads} + 2 x {kv_heads} equal heads")
@@ -75,26 +92,17 @@ def _(ins: Shapes, attrs: Attrs) -> Outputs:
 
 @shape_rule("paged_decode")
 def _(ins: Shapes, attrs: Attrs) -> Outputs:
-    q, lengths, blocks = ins[:3]
+    q = ins[0]
     _need_heads("paged_decode", ins, 3)
-    _need_int32("paged_decode", ins, 1, 2)
-    need(lengths.shape == q.shape[:1], "paged_decode", ins, "lengths have one entry a sequence")
-    need(len(blocks.shape) == 2 and blocks.shape[0] == q.shape[0], "paged_decode", ins, "blocks have a row a sequence")
+    need_decode_tables("paged_decode", ins)
     return [((q.shape[0], q.shape[1] * q.shape[2]), q.dtype)]
 
 
 @shape_rule("paged_prefill")
 def _(ins: Shapes, attrs: Attrs) -> Outputs:
-    q, starts, lengths, blocks = ins[:4]
+    q = ins[0]
     _need_heads("paged_prefill", ins, 4)
-    _need_int32("paged_prefill", ins, 1, 2, 3)
-    need(starts.shape == (lengths.shape[0] + 1,), "paged_prefill", ins, "starts have one entry more than lengths")
-    need(
-        len(blocks.shape) == 2 and blocks.shape[:1] == lengths.shape,
-        "paged_prefill",
-        ins,
-        "blocks have a row a sequence",
-    )
+    need_chunk_tables("paged_prefill", ins)
     return [((q.shape[0], q.shape[1] * q.shape[2]), q.dtype)]
 
 
@@ -104,7 +112,12 @@ def _(ins: Shapes, attrs: Attrs) -> Outputs:
     need((source.shape[1:], source.dtype) == (target.shape[1:], target.dtype), "copy_pages", ins, "pages differ")
     need(pairs.dtype == "i32" and pairs.shape[1:] == (2,), "copy_pages", ins, "pairs are i32 (n, 2): from, to")
     need(attrs["direction"] in ("h2d", "d2h", "d2d"), "copy_pages", ins, "direction is h2d, d2h or d2d")
+    need(0 <= _expected(ins, attrs) <= pairs.shape[0], "copy_pages", ins, "there are pairs for all expected pages")
     return [((1,), "i32")]
+
+
+def _expected(ins: Shapes, attrs: Attrs) -> float:
+    return float(attrs.get("expected_pages", ins[2].shape[0]))  # type: ignore[arg-type]
 
 
 # -------------------------------------------------------------------------------------- work rules
@@ -140,7 +153,8 @@ def _(ins: Shapes, outs: Shapes, attrs: Attrs) -> Work:
 
 @work_rule("copy_pages")
 def _(ins: Shapes, outs: Shapes, attrs: Attrs) -> Work:
-    nbytes = moved(ins[:1]) / ins[0].shape[0] * ins[2].shape[0]
+    """Of the pages that are expected to move; the pairs are only what there is room for."""
+    nbytes = moved(ins[:1]) / ins[0].shape[0] * _expected(ins, attrs)
     if attrs["direction"] == "d2d":
         return Work(hbm_bytes=2 * nbytes)
     return Work(hbm_bytes=nbytes, **{f"{attrs['direction']}_bytes": nbytes})
@@ -206,9 +220,20 @@ def paged_prefill(
     return apply("paged_prefill", [q, starts, lengths, blocks, keys, values], {"context": context}, name=name)
 
 
-def copy_pages(source: Value, target: Value, pairs: Value, *, direction: str, name: str | None = None) -> Value:
+def copy_pages(
+    source: Value,
+    target: Value,
+    pairs: Value,
+    *,
+    direction: str,
+    expected_pages: float | None = None,
+    name: str | None = None,
+) -> Value:
     """Copy page pairs[i, 0] of `source` to page pairs[i, 1] of `target` for every i with neither below 0 -> how many.
 
-    `direction` is "d2h", "h2d" or "d2d"; the state on the host's side is pinned host memory.
+    `direction` is "d2h", "h2d" or "d2d"; the state on the host's side is pinned host memory. The cost counts
+    `expected_pages`, a mean over steps, or as many as there are pairs.
     """
-    return apply("copy_pages", [source, target, pairs], {"direction": direction}, name=name, writes=[target])
+    expected = float(pairs.shape[0] if expected_pages is None else expected_pages)
+    attrs: Attrs = {"direction": direction, "expected_pages": expected}
+    return apply("copy_pages", [source, target, pairs], attrs, name=name, writes=[target])

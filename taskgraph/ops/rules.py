@@ -85,6 +85,8 @@ def batch_axes(op: Op, inputs: Shapes) -> tuple[int | None, ...] | None:
     axes = rule * len(inputs) if op.kind == "concat_rows" else rule[: len(inputs)]
     if op.kind == "gemm":  # a bias is a row for all, a residual a matrix
         axes = (*axes[:2], *(0 if len(t.shape) == 2 else None for t in inputs[2:]))
+    if op.kind == "route":  # a correction is for all, slots are one a token
+        axes = (axes[0], *(0 if t.dtype == "i32" else None for t in inputs[1:]))
     return axes if all(a is None or a < len(t.shape) for a, t in zip(axes, inputs, strict=True)) else None
 
 

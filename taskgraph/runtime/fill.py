@@ -20,9 +20,15 @@ INDEX_RANGES: dict[tuple[str, int], Callable[[Op, Sequence[Tensor]], Range]] = {
     ("attention", 1): lambda op, ins: _last_place(op.integer("context"), ins),
     ("latent_rope", 3): lambda op, ins: _last_place(ins[4].shape[1], [ins[0], ins[3]]),
     ("latent_attention", 1): lambda op, ins: _last_place(op.integer("context"), ins),
+    ("paged_latent_rope", 3): lambda op, ins: (0, op.integer("context")),
+    ("paged_latent_rope", 4): lambda op, ins: (0, ins[5].shape[0] * ins[5].shape[1]),
+    ("paged_latent_decode", 1): lambda op, ins: _length(op.integer("context"), ins[2], ins[3].shape[1]),
+    ("paged_latent_decode", 2): lambda op, ins: (0, ins[3].shape[0]),
+    ("paged_latent_prefill", 1): lambda op, ins: (0, 1),
+    ("paged_latent_prefill", 3): lambda op, ins: (0, ins[4].shape[0]),
     ("paged_rope", 1): lambda op, ins: (0, op.integer("context")),
     ("paged_rope", 2): lambda op, ins: (0, ins[3].shape[0] * ins[3].shape[2]),
-    ("paged_decode", 1): lambda op, ins: _length(op.integer("context"), ins[2], ins[3]),
+    ("paged_decode", 1): lambda op, ins: _length(op.integer("context"), ins[2], ins[3].shape[2]),
     ("paged_decode", 2): lambda op, ins: (0, ins[3].shape[0]),
     ("paged_prefill", 1): lambda op, ins: (0, 1),
     ("paged_prefill", 3): lambda op, ins: (0, ins[4].shape[0]),
@@ -43,9 +49,9 @@ def _last_place(context: int, ins: Sequence[Tensor]) -> Range:
     return (place, place + 1)
 
 
-def _length(context: int, blocks: Tensor, pages: Tensor) -> Range:
-    """The context that the cost counts, as far as the block tables reach."""
-    length = min(context, blocks.shape[1] * pages.shape[2])
+def _length(context: int, blocks: Tensor, size: int) -> Range:
+    """The context that the cost counts, as far as the block tables of pages of `size` tokens reach."""
+    length = min(context, blocks.shape[1] * size)
     return (length, length + 1)
 
 

@@ -11,13 +11,15 @@ from taskgraph.runtime.binders import Entry, Site, Tensors, binder
 
 @binder("route")
 def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
-    logits, *correction = ins
+    logits, *rest = ins
+    correction, slots = ([t for t in rest if (t.dtype == torch.int32) is whether] for whether in (False, True))
     groups, kept = op.integer("groups"), op.integer("top_groups")
     shape = (groups, kept) if kept < groups else None
     numbers = (op.integer("top_k"), bool(op.attr("normalize")), op.number("scale"), shape)
     sigmoid, first = op.attr("scoring") == "sigmoid", op.integer("first")
     whole = outs[0] if outs[0].shape == logits.shape else torch.empty(logits.shape)
-    route = partial(_route, logits, correction[0] if correction else None, whole, sigmoid, *numbers)
+    biased, going = (which[0] if which else None for which in (correction, slots))
+    route = partial(_route, logits, biased, going, whole, sigmoid, *numbers)
     if whole is outs[0]:
         return route
     mine = whole.narrow(1, first, outs[0].shape[1])
@@ -32,6 +34,7 @@ def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
 def _route(
     logits: torch.Tensor,
     correction: torch.Tensor | None,
+    slots: torch.Tensor | None,
     out: torch.Tensor,
     sigmoid: bool,
     top_k: int,
@@ -49,6 +52,8 @@ def _route(
     if normalize:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     out.zero_().scatter_(1, chosen, weights * scale)
+    if slots is not None:
+        out.masked_fill_((slots < 0).unsqueeze(1), 0.0)
 
 
 def _within_best_groups(choice: torch.Tensor, groups: int, kept: int) -> torch.Tensor:

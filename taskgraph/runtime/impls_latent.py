@@ -1,98 +1,129 @@
-"""Multi-head latent attention on a CPU, by torch: the cheaper of its two forms for the step's tokens."""
+"""Multi-head latent attention on a CPU, over a static cache or pages: the cheaper of its two forms for the shapes."""
 
-from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
-import torch.nn.functional as F  # noqa: N812 - torch's own convention
 
+from taskgraph.errors import BackendUnavailable
 from taskgraph.graph.op import Op
 from taskgraph.ops import latent_flops
-from taskgraph.runtime.binders import Entry, Site, Tensors, binder, rope_table
+from taskgraph.runtime import kernels_latent as kernels
+from taskgraph.runtime.binders import Entry, Site, Tensors, binder, bits, packed, rope_table
+
+Ints = npt.NDArray[np.int32]
+
+
+def _check(op: Op, *tensors: torch.Tensor) -> None:
+    first, *others = tensors
+    if first.dtype not in (torch.float32, torch.bfloat16) or any(t.dtype != first.dtype for t in others):
+        raise BackendUnavailable(f"op {op.name!r}: the cpu backend takes f32 or bf16, the same for all.")
+    if first.dtype == torch.bfloat16 and any(t.shape[-1] % 2 for t in tensors):
+        raise BackendUnavailable(f"op {op.name!r}: a bf16 latent needs even sizes on the cpu backend; use f32.")
+
+
+def _rows(latents: torch.Tensor) -> npt.NDArray[Any]:
+    """The cache as a matrix with a row a slot."""
+    return bits(latents).reshape(-1, latents.shape[2])
+
+
+# -- rotating and writing -----------------------------------------------------------------------------------------
 
 
 @binder("latent_rope")
 def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
-    q, kv, norm, positions, latents = ins
-    cos, sin = (torch.from_numpy(t) for t in rope_table(op, latents.shape[1], op.integer("rotary")))
-    numbers = (op.number("eps"), bool(op.attr("interleaved")))
-    return partial(_latent_rope, q, kv, norm, positions, latents, outs[0], cos, sin, *numbers)
-
-
-def _latent_rope(
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    norm: torch.Tensor,
-    positions: torch.Tensor,
-    latents: torch.Tensor,
-    out: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    eps: float,
-    interleaved: bool,
-) -> None:
+    """A static cache is one whose sequence b has the slots from b * length on."""
+    *given, positions, latents = ins
     batch, length, _ = latents.shape
-    each, rank, rotary = len(q) // batch, len(norm), 2 * cos.shape[1]
-    places = (positions[:, None] + torch.arange(each)).flatten()
-    if int(places.min()) < 0 or int(places.max()) >= length:
-        raise ValueError("a position is outside the KV cache; make the cache longer or stop earlier")
-    turn = cos[places].unsqueeze(1), sin[places].unsqueeze(1)
-    out.copy_(q.view(out.shape))
-    out[..., -rotary:] = _rotated(out[..., -rotary:].float(), *turn, interleaved)
-    sequence = torch.arange(batch).repeat_interleave(each)
-    latents[sequence, places, :rank] = F.rms_norm(kv[:, :rank], (rank,), norm, eps)
-    key = _rotated(kv[:, None, rank:].float(), *turn, interleaved)
-    latents[sequence, places, rank:] = key.squeeze(1).to(latents.dtype)
+    steps = np.arange(outs[0].shape[0] // batch)
+    places, slots = np.empty((2, batch, len(steps)), np.int32)
+    write = _rope(op, (*given, latents), places.reshape(-1), slots.reshape(-1), length, outs[0], site)
+    first, base = positions.numpy()[:, None], length * np.arange(batch)[:, None]
+
+    def run() -> None:
+        np.add(first, steps, out=places, casting="unsafe")
+        np.add(places, base, out=slots, casting="unsafe")
+        write()
+
+    return run
 
 
-def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
-    low, high = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
-    return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
+@binder("paged_latent_rope")
+def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
+    *given, positions, slots, latents = ins
+    return _rope(op, (*given, latents), positions.numpy(), slots.numpy(), op.integer("context"), outs[0], site)
 
 
-@dataclass(frozen=True, slots=True)
-class _Latent:
-    """What the two forms share: `up` (heads, keys then values, rank), `rotary` channels, and the scores' scale."""
+def _rope(op: Op, tensors: Tensors, places: Ints, slots: Ints, length: int, out: torch.Tensor, site: Site) -> Entry:
+    q, kv, norm, latents = tensors
+    _check(op, q, kv, norm, latents, out)
+    table = rope_table(op, length, op.integer("rotary"))
+    numbers = (op.number("eps"), bool(op.attr("interleaved")))
+    ready = (bits(q), bits(kv), norm.float().numpy(), places, slots, _rows(latents), *table, *numbers)
+    return partial(kernels.latent_rope, *ready, bits(out), site.threads_for(len(q)))
 
-    up: torch.Tensor
-    keys: int
-    rotary: int
-    scale: float
 
-    def absorbed(self, q: torch.Tensor, cached: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """(t, heads, v) of q (t, heads, dim) over cached (n, rank + rotary): heads attend over the latents."""
-        latent = torch.einsum("thk,hkr->htr", q[..., : self.keys], self.up[:, : self.keys])
-        query = torch.cat([latent, q[..., self.keys :].transpose(0, 1)], dim=-1)
-        scores = (query @ cached.t()).float() * self.scale
-        shares = scores.masked_fill(~mask, float("-inf")).softmax(-1).to(q.dtype)
-        mixed = shares @ cached[:, : -self.rotary]
-        return torch.einsum("htr,hvr->thv", mixed, self.up[:, self.keys :])
-
-    def expanded(self, q: torch.Tensor, cached: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """The same with keys and values of all heads made first."""
-        made = torch.einsum("nr,hkr->hnk", cached[:, : -self.rotary], self.up)
-        shared = cached[:, -self.rotary :].expand(len(made), -1, -1)
-        keys = torch.cat([made[..., : self.keys], shared], dim=-1)
-        values = made[..., self.keys :]
-        mixed = F.scaled_dot_product_attention(q.transpose(0, 1), keys, values, mask, scale=self.scale)
-        return mixed.transpose(0, 1)
+# -- attention ----------------------------------------------------------------------------------------------------
 
 
 @binder("latent_attention")
 def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
+    """A static cache is one page a sequence."""
     q, positions, latents, up = ins
-    heads, dim, rotary = q.shape[1], q.shape[2], op.integer("rotary")
-    form = _Latent(up.view(heads, -1, up.shape[1]), dim - rotary, rotary, op.number("scale"))
-    each = len(q) // len(latents)
-    absorbed, expanded = latent_flops(each, op.integer("context"), heads, dim, rotary, tuple(up.shape))
-    attend = form.absorbed if absorbed < expanded else form.expanded
-    out = outs[0].view(len(latents), each, heads, -1)
-    queries = q.view(len(latents), each, heads, dim)
+    batch = len(latents)
+    each, lengths = len(q) // batch, np.empty(batch, np.int32)
+    starts, blocks = np.arange(0, len(q) + 1, each, dtype=np.int32), np.arange(batch, dtype=np.int32)[:, None]
+    attend = _attention(op, (q, latents, up), (starts, lengths, blocks), outs[0], site)
+    first = positions.numpy()
 
     def run() -> None:
-        for b, start in enumerate(positions.tolist()):
-            seen = start + each
-            mask = torch.ones(each, seen, dtype=torch.bool).tril(start)
-            out[b] = attend(queries[b], latents[b, :seen], mask)
+        np.add(first, each, out=lengths, casting="unsafe")
+        attend()
 
     return run
+
+
+@binder("paged_latent_decode")
+def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
+    q, lengths, blocks, latents, up = ins
+    tables = (np.arange(len(q) + 1, dtype=np.int32), lengths.numpy(), blocks.numpy())
+    return _attention(op, (q, latents, up), tables, outs[0], site)
+
+
+@binder("paged_latent_prefill")
+def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
+    q, starts, lengths, blocks, latents, up = ins
+    return _attention(op, (q, latents, up), (starts.numpy(), lengths.numpy(), blocks.numpy()), outs[0], site)
+
+
+def _attention(op: Op, tensors: Tensors, tables: tuple[Ints, Ints, Ints], out: torch.Tensor, site: Site) -> Entry:
+    q, latents, up = tensors
+    (tokens, heads, dim), rank, rotary = q.shape, up.shape[1], op.integer("rotary")
+    _check(op, q, latents, up)
+    shape = (heads, dim, rotary, tuple(up.shape))
+    absorbed, expanded = latent_flops(tokens / len(tables[1]), op.integer("context"), *shape)
+    expand = expanded <= absorbed
+    by_head = up.view(heads, -1, rank)
+    halves = ((by_head[:, : dim - rotary], _out_of if expand else _into), (by_head[:, dim - rotary :], _out_of))
+    none = 0 if expand else tokens
+    scratch = [np.empty((none, heads, n), bits(q).dtype) for n in (rank + rotary, rank)]
+    places = (*tables, latents.shape[1], _rows(latents))
+    last = (expand, np.float32(op.number("scale")), *scratch, bits(out).reshape(tokens, heads, -1), site.threads)
+    if op.inputs[-1] in site.constants:
+        ready = [packed(half, pack) for half, pack in halves]
+        entry = partial(kernels.latent_attention, bits(q), *places, *(r.panels for r in ready), *last)
+        entry.__dict__["packed"] = ready  # as long as someone runs on them, others may share them
+        return entry
+    return lambda: kernels.latent_attention(bits(q), *places, *(pack(half) for half, pack in halves), *last)
+
+
+def _out_of(half: torch.Tensor) -> npt.NDArray[Any]:
+    """Each head's (n, rank), to make n channels of a latent."""
+    return kernels.pack_heads(list(bits(half)))
+
+
+def _into(half: torch.Tensor) -> npt.NDArray[Any]:
+    """Each head's (n, rank), to make a query of rank channels of n."""
+    return kernels.pack_heads(list(bits(half).transpose(0, 2, 1)))

@@ -15,10 +15,10 @@ from taskgraph.runtime.tile import COLUMNS, ROWS, fork, kernel, narrow, tile, wi
 
 
 @kernel
-def _append(page_k: Any, page_v: Any, at: Any, k: Any, v: Any, pack: Any) -> None:
+def append(page_k: Any, page_v: Any, at: Any, k: Any, v: Any, pack: Any) -> None:
     """Write the key and the value of one head into place `at` of a page; both pages (page size, dim) in panels."""
     size, dim = page_k.shape
-    keys, values = page_k.reshape(size * dim), page_v.reshape(size * dim)
+    keys, values = page_k.reshape(size * dim), page_v.reshape(size * page_v.shape[1])
     first = at // COLUMNS * (dim * COLUMNS) + at % COLUMNS * pack
     for j in range(len(k)):
         keys[first + j // pack * (COLUMNS * pack) + j % pack] = k[j]
@@ -60,7 +60,7 @@ def _paged_rope(
             if h >= heads:
                 g, first = h - heads, (heads + kv_heads + h - heads) * dim
                 value = qkv[token, first : first + dim]
-                _append(keys[slot // size, g], values[slot // size, g], slot % size, turned, value, pack)
+                append(keys[slot // size, g], values[slot // size, g], slot % size, turned, value, pack)
 
 
 @kernel
@@ -168,13 +168,13 @@ def _paged_decode(
 
 
 @kernel
-def _check_tables(lengths: Any, blocks: Any, keys: Any) -> None:
-    size = keys.shape[2]
+def check_tables(lengths: Any, blocks: Any, pages: Any, size: Any) -> None:
+    """ValueError when a sequence has more tokens than pages, or a page that does not exist; of `size` tokens each."""
     for b in range(len(lengths)):
         if lengths[b] > blocks.shape[1] * size:
             raise ValueError("a sequence is longer than its block table")
         for i in range((lengths[b] + size - 1) // size):
-            if blocks[b, i] < 0 or blocks[b, i] >= len(keys):
+            if blocks[b, i] < 0 or blocks[b, i] >= pages:
                 raise ValueError("a block table names a page that does not exist")
 
 
@@ -186,7 +186,7 @@ def paged_decode(
 
     Threads take (sequence, kv head) pairs, shared out by their lengths; heads of a group share each page.
     """
-    _check_tables(lengths, blocks, keys)
+    check_tables(lengths, blocks, len(keys), keys.shape[2])
     fork(_paged_decode, (q, lengths, blocks, keys, values, out, scratch), threads)
 
 
@@ -225,7 +225,7 @@ def paged_prefill(
 
     Rows beyond starts[-1] are zeroed. Threads take blocks of ROWS queries of a head, shared out by their keys.
     """
-    _check_tables(lengths, blocks, keys)
+    check_tables(lengths, blocks, len(keys), keys.shape[2])
     if starts[-1] > len(q):
         raise ValueError("the chunks have more rows than there are")
     for i in range(len(lengths)):

@@ -271,21 +271,12 @@ def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Laun
     batch, kv_heads, length, dim = keys.shape
     tokens, heads, _ = outs[0].shape
     kind = float_type(op, qkv, keys, values, outs[0], *norms)
-    need_unsized(op)
     q_norm, k_norm = (t.address for t in norms) if norms else (0, 0)
     pointers = (qkv.address, positions.address, keys.address, values.address, q_norm, k_norm)
-    numbers = (*map(np.int32, (heads, kv_heads, dim, tokens // batch)), np.int64(length), np.float32(op.number("eps")))
+    last = np.float32(op.number("eps")), np.float32(rotary.size(op))
+    numbers = (*map(np.int32, (heads, kv_heads, dim, tokens // batch)), np.int64(length), *last)
     args = (*pointers, site.constant(rotary.inverse_frequencies(op, dim)), outs[0].address, *numbers)
     return [blocks(f"rope_kv_{kind}", "rope", (tokens, heads + 2 * kv_heads), THREADS, args, site)]
-
-
-def need_unsized(op: Op) -> None:
-    """BackendUnavailable where cosines and sines have a size, which no kernel multiplies by."""
-    if rotary.size(op) != 1.0:
-        raise BackendUnavailable(
-            f"op {op.name!r}: the {op.kind} kernel does not multiply by YaRN's attention factor, "
-            f"here {rotary.size(op):g}; use the cpu backend."
-        )
 
 
 def need_i64(op: Op, positions: Buffer) -> None:
@@ -321,6 +312,12 @@ def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Laun
     strides = (sequence, head, key)
     cache = DecodeCache(kv.address, values, 0, kv_heads, dim, length, strides)
     return split_decode(float_type(op, q, kv, outs[0]), q.address, cache, batch, q.shape[1], outs[0].address, site)
+
+
+def at_most(op: Op, what: str, number: int, limit: int) -> None:
+    """BackendUnavailable beyond what the kernels' arrays hold."""
+    if number > limit:
+        raise BackendUnavailable(f"op {op.name!r}: the {op.kind} kernels take up to {limit} {what}; got {number}.")
 
 
 def need_dim(op: Op, dim: int) -> None:

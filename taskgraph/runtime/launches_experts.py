@@ -1,46 +1,44 @@
-"""How mixtures of experts and latent attention run on a GPU: kernels for reference, without tensor cores."""
+"""How mixtures of experts run on a GPU: kernels for reference, without tensor cores."""
 
 import math
 from collections.abc import Sequence
 
 import numpy as np
 
-from taskgraph.errors import BackendUnavailable
 from taskgraph.graph.op import ITEMSIZE, Op
-from taskgraph.runtime import rotary
 from taskgraph.runtime.launches import (
     THREADS,
     Buffer,
     Launch,
     Launches,
     Site,
+    at_most,
     float_type,
     launch_rule,
-    need_i64,
-    need_unsized,
 )
 
 _MAX_EXPERTS, _MAX_GROUPS, _COLUMNS, _BLOCK = 512, 64, 64, 256
-_MAX_RANK, _MAX_DIM = 1024, 512
-"""The arrays in shared memory of `experts.cu` and `latent.cu`, the columns of a tile and the threads of its block."""
-
-
-def _at_most(op: Op, what: str, number: int, limit: int) -> None:
-    if number > limit:
-        raise BackendUnavailable(f"op {op.name!r}: the {op.kind} kernels take up to {limit} {what}; got {number}.")
+"""The arrays in shared memory of `experts.cu`, the columns of a tile and the threads of its block."""
 
 
 @launch_rule("route")
 def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
-    logits, *correction = ins
+    logits, *rest = ins
+    bias, slots = (sum(t.address for t in rest if (t.dtype == "i32") is whether) for whether in (False, True))
     tokens, count = logits.shape
     groups = op.integer("groups")
-    _at_most(op, "experts", count, _MAX_EXPERTS)
-    _at_most(op, "groups", groups, _MAX_GROUPS)
-    bias = correction[0].address if correction else 0
+    at_most(op, "experts", count, _MAX_EXPERTS)
+    at_most(op, "groups", groups, _MAX_GROUPS)
     chosen = (count, op.integer("top_k"), groups, op.integer("top_groups"), op.integer("first"), outs[0].shape[1])
     flags = (op.attr("scoring") == "sigmoid", bool(op.attr("normalize")))
-    args = (logits.address, bias, outs[0].address, *map(np.int32, (*chosen, *flags)), np.float32(op.number("scale")))
+    args = (
+        logits.address,
+        bias,
+        slots,
+        outs[0].address,
+        *map(np.int32, (*chosen, *flags)),
+        np.float32(op.number("scale")),
+    )
     return [Launch(f"route_{float_type(op, logits)}", "experts", (tokens,), THREADS, args)]
 
 
@@ -77,35 +75,3 @@ def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Laun
     grid = (max(1, min(-(-count // 256), 8 * site.sm_count)),)
     args = (x.address, gate.address, base.address, outs[0].address, np.int64(count), np.int32(x.shape[1]))
     return [Launch(f"gated_add_{float_type(op, x, gate, base, outs[0])}", "experts", grid, 256, args)]
-
-
-@launch_rule("latent_rope")
-def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
-    q, kv, norm, positions, latents = ins
-    need_i64(op, positions)
-    need_unsized(op)
-    (batch, length, wide), (tokens, heads, dim) = latents.shape, outs[0].shape
-    turned = op.integer("rotary")
-    sizes = map(np.int32, (heads, dim, wide - turned, turned, tokens // batch))
-    pointers = (q.address, kv.address, norm.address, positions.address, latents.address)
-    inverse = site.constant(rotary.inverse_frequencies(op, turned))
-    last = (np.int64(length), np.float32(op.number("eps")), np.int32(bool(op.attr("interleaved"))))
-    name = f"latent_rope_{float_type(op, q, kv, norm, latents, outs[0])}"
-    return [Launch(name, "latent", (tokens, heads + 1), THREADS, (*pointers, inverse, outs[0].address, *sizes, *last))]
-
-
-@launch_rule("latent_attention")
-def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
-    """Always with the up-projection folded into queries and results; the work rule counts the cheaper form."""
-    q, positions, latents, up = ins
-    need_i64(op, positions)
-    (tokens, heads, dim), (batch, length, wide), turned = q.shape, latents.shape, op.integer("rotary")
-    rank, values = wide - turned, outs[0].shape[1] // heads
-    _at_most(op, "channels of a latent", rank, _MAX_RANK)
-    _at_most(op, "rotary channels", turned, _MAX_DIM)
-    sizes = map(np.int32, (heads, dim, rank, turned, values, tokens // batch))
-    pointers = (q.address, positions.address, latents.address, up.address, outs[0].address)
-    args = (*pointers, *sizes, np.int64(length), np.float32(op.number("scale")))
-    return [
-        Launch(f"latent_attention_{float_type(op, q, latents, up, outs[0])}", "latent", (tokens, heads), THREADS, args)
-    ]

@@ -19,7 +19,6 @@ from taskgraph.runtime.launches import (
     float_type,
     launch_rule,
     need_dim,
-    need_unsized,
     split_decode,
 )
 
@@ -27,13 +26,13 @@ from taskgraph.runtime.launches import (
 @launch_rule("paged_rope")
 def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
     qkv, positions, slots, keys, values, *norms = ins
-    need_unsized(op)
     pages, kv_heads, rows, wide = keys.shape
     tokens, heads, dim = outs[0].shape
     kind = float_type(op, qkv, keys, values, outs[0], *norms)
     q_norm, k_norm = (t.address for t in norms) if norms else (0, 0)
     pointers = (qkv.address, positions.address, slots.address, keys.address, values.address, q_norm, k_norm)
-    numbers = (*map(np.int32, (heads, kv_heads, dim, rows, wide)), np.int64(pages * rows), np.float32(op.number("eps")))
+    last = np.float32(op.number("eps")), np.float32(rotary.size(op))
+    numbers = (*map(np.int32, (heads, kv_heads, dim, rows, wide)), np.int64(pages * rows), *last)
     args = (*pointers, site.constant(rotary.inverse_frequencies(op, dim)), outs[0].address, *numbers)
     return [blocks(f"paged_rope_{kind}", "rope", (tokens, heads + 2 * kv_heads), THREADS, args, site)]
 

@@ -69,7 +69,7 @@ def fork(typingctx: Any, body: Any, args: Any, threads: Any) -> Any:
         module, parts = builder.module, context.cast(builder, values[2], threads, types.intp)
         state = cgutils.alloca_once_value(builder, cgutils.pack_struct(builder, (values[1], parts)))
         address = ir.IntType(8).as_pointer()
-        name = context.mangler(f"{compiled.fndesc.llvm_func_name}.part", ())
+        name = module.get_unique_name(context.mangler(f"{compiled.fndesc.llvm_func_name}.part", ()))
         outlined = ir.Function(module, ir.FunctionType(ir.VoidType(), [address]), name)
         outlined.linkage = "internal"
         inner = ir.IRBuilder(outlined.append_basic_block())
