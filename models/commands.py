@@ -38,6 +38,7 @@ def serve(
     sequences: Annotated[int, typer.Option(min=1, help="most sequences in a step")] = 32,
     step_tokens: Annotated[int, typer.Option(min=2, help="most tokens in a step: decode, then prefill")] = 256,
     pages: Annotated[int, typer.Option(min=0, help="pages of the KV cache, 32 tokens each; 0 chooses")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, gpu, or a virtual one: virtual:h100_sxm (slow)")] = "cpu",
     tensor_parallel: Annotated[int, typer.Option(min=1, help="ranks: processes that share every layer out")] = 1,
     expert_parallel: Annotated[
         bool, typer.Option("--expert-parallel", help="ranks hold whole experts, not a part of each")
@@ -69,7 +70,7 @@ def serve(
         tokens = max(step_tokens, sequences + 1)
         local = open_local(
             model, dtype=dtype, sequences=sequences, tokens=tokens, context=context, pages=pages, warm=warm,
-            tensor_parallel=tensor_parallel, expert_parallel=expert_parallel,
+            device=device, tensor_parallel=tensor_parallel, expert_parallel=expert_parallel,
         )  # fmt: skip
     with Service(local.engine, most_open) as service:
         served = Served(service, local.tokenizer, name or local.name, most_body)

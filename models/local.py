@@ -1,10 +1,10 @@
-"""An engine on this machine's cores from a checkpoint, with its tokenizer."""
+"""An engine on this machine from a checkpoint, with its tokenizer."""
 
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from taskgraph.errors import PlanError
+from taskgraph.errors import BackendUnavailable, PlanError
 from taskgraph.models.engine import Engine, Options, cpu_engine
 from taskgraph.models.llama import load_weights
 from taskgraph.models.ranks_runner import RanksRunner, ranks_engine
@@ -46,18 +46,24 @@ def open_local(
     context: int = 2048,
     pages: int = 0,
     warm: bool = True,
+    device: str = "cpu",
     tensor_parallel: int = 1,
     expert_parallel: bool = False,
 ) -> LocalModel:
     """The checkpoint's engine, with `pages` pages of 32 tokens (0: room for a quarter of what all sequences may have).
 
-    With `warm` every step is planned and captured now. With `tensor_parallel` ranks each is a process that loads its
-    shard, or with `expert_parallel` its whole experts. PlanError for a dtype that is none; RequestError for limits;
-    GraphError for ranks that cannot share the model."""
+    With `warm` every step is planned and captured now. `device` is "cpu", "gpu" for this machine's, or a virtual one
+    ("virtual:h100_sxm"), which computes on the CPU what a GPU would. With `tensor_parallel` ranks each is a process
+    that loads its shard, or with `expert_parallel` its whole experts. PlanError for a dtype that is none; RequestError
+    for limits; GraphError for ranks that cannot share the model; BackendUnavailable without the GPU, or for ranks on
+    GPUs.
+    """
     if dtype not in ("bf16", "f32"):
         raise PlanError(f"dtype is bf16 or f32; got {dtype!r}.")
     if expert_parallel and tensor_parallel < 2:
         raise PlanError("experts are shared out between ranks, and there is one; choose tensor_parallel of 2 or more.")
+    if device != "cpu" and tensor_parallel > 1:
+        raise BackendUnavailable("ranks are processes on CPUs; serving over several GPUs is not built. Give one rank.")
     with open_checkpoint(source) as checkpoint:
         config, tokenizer = checkpoint.config, checkpoint.tokenizer()
         weights = load_weights(config, checkpoint, dtype) if tensor_parallel == 1 else {}
@@ -65,7 +71,11 @@ def open_local(
     room: Options = {
         "pages": pages or max(sequences * limits.context // PAGE // 4, limits.context // PAGE), "page_size": PAGE,
     }  # fmt: skip
-    if tensor_parallel == 1:
+    if device != "cpu":
+        from taskgraph.models.gpu_runner import gpu_engine
+
+        engine = gpu_engine(config, weights, limits, dtype=dtype, device=None if device == "gpu" else device, **room)
+    elif tensor_parallel == 1:
         engine = cpu_engine(config, weights, limits, dtype=dtype, **room)
     else:
         load = partial(load_rank, source, dtype, expert_parallel)

@@ -47,8 +47,10 @@ def alone(folder: Path, prompt: str, tokens: int) -> str:
         return tokenizer.decode(list(session.generate(tokenizer.encode(prompt), tokens)))
 
 
-def test_serve_answers_what_the_model_says(folder: Path) -> None:
+@pytest.mark.parametrize("device", ["cpu", "virtual:h100_sxm"])
+def test_serve_answers_what_the_model_says(folder: Path, device: str) -> None:
     command = [sys.executable, "-m", "taskgraph.cli", "serve", str(folder), "--port", "0", "--dtype", "f32"]
+    command += ["--device", device]
     limits = ["--sequences", "2", "--step-tokens", "32", "--context", "64", "--no-warm", "--name", "tiny"]
     with subprocess.Popen([*command, *limits], cwd=ROOT, stderr=subprocess.PIPE, text=True) as server:
         try:
@@ -102,6 +104,8 @@ def test_serving_refuses_in_one_line(
         assert f"cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
     assert call(monkeypatch, "serve", str(folder), *small, "--dtype", "f8") == 2
     assert "f8" in capsys.readouterr().err
+    assert call(monkeypatch, "serve", str(folder), *small, "--device", "gpu", "--tensor-parallel", "2") == 2
+    assert "several GPUs" in capsys.readouterr().err.replace("\n", " ")
     assert call(monkeypatch, "serve", "no-such-model") == 2
     assert "no-such-model" in capsys.readouterr().err
     monkeypatch.setattr(commands, "find_spec", lambda name: None)
