@@ -20,14 +20,7 @@ from taskgraph.graph.functions import find_function
 from taskgraph.graph.graph import Graph
 from taskgraph.graph.op import Op, Tensor
 from taskgraph.ops import COLLECTIVES
-from taskgraph.runtime import (  # noqa: F401 - some register their rules
-    driver,
-    launches_experts,
-    launches_latent,
-    launches_paged,
-    torch_ops,
-    virtual,
-)
+from taskgraph.runtime import driver, launches_experts, launches_latent, launches_paged, torch_ops, virtual  # noqa: F401
 from taskgraph.runtime.arrays import DeviceArray, device_buffer, host_tensor
 from taskgraph.runtime.collective import collective
 from taskgraph.runtime.distributed import Group, check_collectives

@@ -365,23 +365,30 @@ def prefill_scratch_size(length: int, dim: int, threads: int) -> int:
 
 
 @kernel
-def _pack_cache(k: Any, v: Any, seen: Any, panels: Any, panels_v: Any) -> None:
-    """The first `seen` keys as the weight of q k^T and values as the weight of p v, in the panels of `pack_weight`."""
-    dim = k.shape[1]
-    words = k.view(panels.dtype)
-    for i in range(seen):
-        panel, column = i // COLUMNS, i % COLUMNS
-        for s in range(words.shape[1]):
-            panels[panel, s, column] = words[i, s]
-    if k.itemsize == 2:
-        for i in range(0, seen, 2):
-            for j in range(dim):
-                high = np.uint32(v[i + 1, j]) << np.uint32(16) if i + 1 < seen else np.uint32(0)
-                panels_v[j // COLUMNS, i // 2, j % COLUMNS] = np.uint32(v[i, j]) | high
-    else:
-        for i in range(seen):
-            for j in range(dim):
-                panels_v[j // COLUMNS, i, j % COLUMNS] = v.view(panels.dtype)[i, j]
+def pack_keys(k: Any, first: Any, count: Any, panel: Any) -> None:
+    """Rows of k from `first` on, up to COLUMNS, as a panel of the weight of q k^T: (words of a row, COLUMNS) uint32."""
+    words = k.view(np.uint32)
+    for s in range(words.shape[1]):
+        for i in range(count):
+            panel[s, i] = words[first + i, s]
+
+
+@kernel
+def pack_values(v: Any, seen: Any, width: Any, panels: Any) -> None:
+    """The first `seen` rows of v, `width` wide, as the weight of p v, in the panels of `pack_weight`: elements
+    (width / 32, words of rows, 32 times a word's). What the last word has of no row is zeroed."""
+    pack = 4 // v.itemsize
+    for panel in range((width + COLUMNS - 1) // COLUMNS):
+        first = panel * COLUMNS
+        count = min(COLUMNS, width - first)
+        for i in range((seen + pack - 1) // pack * pack):
+            row, source = panels[panel, i // pack], v[min(i, seen - 1)]
+            if i < seen:
+                for j in range(count):
+                    row[j * pack + i % pack] = source[first + j]
+            else:
+                for j in range(count):
+                    row[j * pack + i % pack] = 0
 
 
 @kernel
@@ -394,6 +401,7 @@ def _prefill(q: Any, positions: Any, keys: Any, values: Any, out: Any, scratch: 
     cut, cut_v = wide * COLUMNS * dim // pack, deep * COLUMNS * (wide * COLUMNS // pack)
     k_panels = mine[:cut].reshape(wide, dim // pack, COLUMNS)
     v_panels = mine[cut : cut + cut_v].reshape(deep, wide * COLUMNS // pack, COLUMNS)
+    v_elements = v_panels.view(q.dtype)
     rest = mine[cut + cut_v :].view(np.float32)
     scores = rest[: ROWS * wide * COLUMNS].reshape(ROWS, wide * COLUMNS)
     rest = rest[ROWS * wide * COLUMNS :]
@@ -407,7 +415,11 @@ def _prefill(q: Any, positions: Any, keys: Any, values: Any, out: Any, scratch: 
         b, h = head // heads, head % heads
         if packed != b * kv_heads + h // group:
             packed = b * kv_heads + h // group
-            _pack_cache(keys[b, h // group], values[b, h // group], positions[b] + each, k_panels, v_panels)
+            cached = positions[b] + each
+            for panel in range((cached + COLUMNS - 1) // COLUMNS):
+                first = panel * COLUMNS
+                pack_keys(keys[b, h // group], first, min(COLUMNS, cached - first), k_panels[panel])
+            pack_values(values[b, h // group], cached, dim, v_elements)
         rows, token = min(ROWS, each - top), b * each + top
         seen = positions[b] + top + rows
         for panel in range((seen + COLUMNS - 1) // COLUMNS):

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from taskgraph.runtime.kernels import pack_weight
-from taskgraph.runtime.kernels_paged import append, check_tables
+from taskgraph.runtime.kernels import pack_keys, pack_values, pack_weight
+from taskgraph.runtime.kernels_paged import check_tables
 from taskgraph.runtime.tile import COLUMNS, ROW_BLOCK, ROWS, exp, fork, kernel, narrow, tile, widen
 
 # -- rotating and writing -----------------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ def _fold(
 ) -> None:  # fmt: skip
     """Mix COLUMNS keys from number `first` on into up to ROWS rows, of which row r sees the first seen[r] in all."""
     pairs, pack = shares.itemsize == 2, 4 // shares.itemsize
-    tile(rows, q, q_stride, keys.ctypes.data, keys.shape[1] // pack, scores.ctypes.data, 128, pairs)
+    tile(rows, q, q_stride, keys.ctypes.data, len(keys), scores.ctypes.data, 128, pairs)
     for r in range(rows):
         visible = min(seen[r] - first, COLUMNS)
         row, largest = scores[r], top[r]
@@ -140,8 +140,8 @@ def _fold(
         top[r], total[r] = largest, total[r] * shrink + sum_
         for j in range(mixed.shape[1]):
             mixed[r, j] *= shrink
-    for panel in range(values.shape[1] // COLUMNS):
-        address = values.ctypes.data + panel * (COLUMNS * COLUMNS * values.itemsize)
+    for panel in range(len(values)):
+        address = values.ctypes.data + panel * values.strides[0]
         tile(rows, shares.ctypes.data, shares.strides[0], address, COLUMNS // pack, sums.ctypes.data, 128, pairs)
         for r in range(rows):
             for j in range(COLUMNS):
@@ -157,14 +157,14 @@ def _latent_attention(
     expanded, else of all, which then see the same keys and values."""
     (_, heads, depth), width, wide = x.shape, out.shape[2], cache.shape[1]
     pack, plain = 4 // x.itemsize, depth - (wide - rank)
-    near, made = np.zeros((COLUMNS, wide), x.dtype), np.zeros((COLUMNS, max(plain, width)), x.dtype)
-    keys = np.zeros((COLUMNS, depth), x.dtype)
-    values = np.zeros((COLUMNS, (width + COLUMNS - 1) // COLUMNS * COLUMNS), x.dtype)
-    key = np.zeros(depth, x.dtype)
+    near, made = np.zeros((COLUMNS, wide), x.dtype), np.zeros((COLUMNS, depth), x.dtype)
+    made_values = np.zeros((COLUMNS, width), x.dtype)
+    keys = np.zeros((depth // pack, COLUMNS), np.uint32)
+    values = np.zeros(((width + COLUMNS - 1) // COLUMNS, COLUMNS // pack, COLUMNS * pack), x.dtype)
     scores, sums = np.empty((ROWS, COLUMNS), np.float32), np.empty((ROWS, COLUMNS), np.float32)
     shares, seen = np.zeros((ROWS, COLUMNS), x.dtype), np.zeros(ROW_BLOCK, np.int64)
     top, total = np.empty(ROW_BLOCK, np.float32), np.empty(ROW_BLOCK, np.float32)
-    mixed = np.empty((ROW_BLOCK, values.shape[1]), np.float32)
+    mixed = np.empty((ROW_BLOCK, len(values) * COLUMNS), np.float32)
     groups, per = (heads, 1) if expanded else (1, heads)
     whole, before = np.int64(1), np.int64(0)
     for s in range(len(lengths)):
@@ -192,15 +192,13 @@ def _latent_attention(
                         near[i, :] = 0
                 if expanded:
                     _make(near, rank, keys_up, head, plain, sums, made)
-                    for i in range(COLUMNS):
-                        key[:plain], key[plain:] = made[i, :plain], near[i, rank:]
-                        append(keys, values, i, key, key[:0], pack)
-                    _make(near, rank, values_up, head, width, sums, made)
-                    for i in range(COLUMNS):
-                        append(keys, values, i, key[:0], made[i, :width], pack)
+                    made[:, plain:] = near[:, rank:]
+                    _make(near, rank, values_up, head, width, sums, made_values)
+                    pack_keys(made, 0, COLUMNS, keys)
+                    pack_values(made_values, COLUMNS, width, values)
                 else:
-                    for i in range(COLUMNS):
-                        append(keys, values, i, near[i], near[i, :rank], pack)
+                    pack_keys(near, 0, COLUMNS, keys)
+                    pack_values(near, COLUMNS, width, values)
                 for r in range(0, rows, ROWS):
                     count = min(ROWS, rows - r)
                     if seen[r + count - 1] > first:

@@ -15,10 +15,10 @@ from taskgraph.runtime.tile import COLUMNS, ROWS, fork, kernel, narrow, tile, wi
 
 
 @kernel
-def append(page_k: Any, page_v: Any, at: Any, k: Any, v: Any, pack: Any) -> None:
+def _append(page_k: Any, page_v: Any, at: Any, k: Any, v: Any, pack: Any) -> None:
     """Write the key and the value of one head into place `at` of a page; both pages (page size, dim) in panels."""
     size, dim = page_k.shape
-    keys, values = page_k.reshape(size * dim), page_v.reshape(size * page_v.shape[1])
+    keys, values = page_k.reshape(size * dim), page_v.reshape(size * dim)
     first = at // COLUMNS * (dim * COLUMNS) + at % COLUMNS * pack
     for j in range(len(k)):
         keys[first + j // pack * (COLUMNS * pack) + j % pack] = k[j]
@@ -60,7 +60,7 @@ def _paged_rope(
             if h >= heads:
                 g, first = h - heads, (heads + kv_heads + h - heads) * dim
                 value = qkv[token, first : first + dim]
-                append(keys[slot // size, g], values[slot // size, g], slot % size, turned, value, pack)
+                _append(keys[slot // size, g], values[slot // size, g], slot % size, turned, value, pack)
 
 
 @kernel
