@@ -1,27 +1,30 @@
-"""Multi-head latent attention on a CPU, over a static cache or pages: the cheaper of its two forms for the shapes."""
+"""Multi-head latent attention on a CPU, over a static cache or pages: by torch, in the cheaper of its two forms."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own convention
 
 from taskgraph.errors import BackendUnavailable
 from taskgraph.graph.op import Op
 from taskgraph.ops import latent_flops
 from taskgraph.runtime import kernels_latent as kernels
-from taskgraph.runtime.binders import Entry, Site, Tensors, binder, bits, packed, rope_table
+from taskgraph.runtime.binders import Entry, Site, Tensors, binder, bits, rope_table
+from taskgraph.runtime.kernels_paged import check_tables
 
 Ints = npt.NDArray[np.int32]
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def _check(op: Op, *tensors: torch.Tensor) -> None:
     first, *others = tensors
     if first.dtype not in (torch.float32, torch.bfloat16) or any(t.dtype != first.dtype for t in others):
         raise BackendUnavailable(f"op {op.name!r}: the cpu backend takes f32 or bf16, the same for all.")
-    if first.dtype == torch.bfloat16 and any(t.shape[-1] % 2 for t in tensors):
-        raise BackendUnavailable(f"op {op.name!r}: a bf16 latent needs even sizes on the cpu backend; use f32.")
 
 
 def _rows(latents: torch.Tensor) -> npt.NDArray[Any]:
@@ -68,19 +71,46 @@ def _rope(op: Op, tensors: Tensors, places: Ints, slots: Ints, length: int, out:
 # -- attention ----------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """What the two forms share: `up` (heads, keys then values, rank), `rotary` channels, and the scores' scale.
+
+    Both take q (t, heads, dim) over cached (n, rank + rotary) to (t, heads, values); `mask` is (t, n).
+    """
+
+    up: torch.Tensor
+    keys: int
+    rotary: int
+    scale: float
+
+    def absorbed(self, q: torch.Tensor, cached: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Heads attend over the latents, with the up-projection folded into queries and results."""
+        latent = torch.einsum("thk,hkr->htr", q[..., : self.keys], self.up[:, : self.keys])
+        query = torch.cat([latent, q[..., self.keys :].transpose(0, 1)], dim=-1)
+        scores = (query @ cached.t()).float() * self.scale
+        shares = scores.masked_fill(~mask, float("-inf")).softmax(-1).to(q.dtype)
+        mixed = shares @ cached[:, : -self.rotary]
+        return torch.einsum("htr,hvr->thv", mixed, self.up[:, self.keys :])
+
+    def expanded(self, q: torch.Tensor, cached: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Keys and values of all heads are made first."""
+        made = torch.einsum("nr,hkr->hnk", cached[:, : -self.rotary], self.up)
+        shared = cached[:, -self.rotary :].expand(len(made), -1, -1)
+        keys = torch.cat([made[..., : self.keys], shared], dim=-1)
+        mixed = F.scaled_dot_product_attention(q.transpose(0, 1), keys, made[..., self.keys :], mask, scale=self.scale)
+        return mixed.transpose(0, 1)
+
+
 @binder("latent_attention")
 def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
-    """A static cache is one page a sequence."""
     q, positions, latents, up = ins
-    batch = len(latents)
-    each, lengths = len(q) // batch, np.empty(batch, np.int32)
-    starts, blocks = np.arange(0, len(q) + 1, each, dtype=np.int32), np.arange(batch, dtype=np.int32)[:, None]
-    attend = _attention(op, (q, latents, up), (starts, lengths, blocks), outs[0], site)
-    first = positions.numpy()
+    batch, each = len(latents), len(q) // len(latents)
+    attend, out = _cheaper(op, q, up, batch), _by_token(outs[0], q)
 
     def run() -> None:
-        np.add(first, each, out=lengths, casting="unsafe")
-        attend()
+        for b, start in enumerate(positions.tolist()):
+            rows = slice(b * each, (b + 1) * each)
+            out[rows] = attend(q[rows], latents[b, : start + each], _causal(each, start + each))
 
     return run
 
@@ -88,42 +118,56 @@ def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
 @binder("paged_latent_decode")
 def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
     q, lengths, blocks, latents, up = ins
-    tables = (np.arange(len(q) + 1, dtype=np.int32), lengths.numpy(), blocks.numpy())
-    return _attention(op, (q, latents, up), tables, outs[0], site)
+    attend = _cheaper(op, q, up, len(q))
+    return _over_pages(attend, q, (torch.arange(len(q) + 1), lengths, blocks), latents, _by_token(outs[0], q))
 
 
 @binder("paged_latent_prefill")
 def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
     q, starts, lengths, blocks, latents, up = ins
-    return _attention(op, (q, latents, up), (starts.numpy(), lengths.numpy(), blocks.numpy()), outs[0], site)
+    attend = _cheaper(op, q, up, len(lengths))
+    return _over_pages(attend, q, (starts, lengths, blocks), latents, _by_token(outs[0], q))
 
 
-def _attention(op: Op, tensors: Tensors, tables: tuple[Ints, Ints, Ints], out: torch.Tensor, site: Site) -> Entry:
-    q, latents, up = tensors
-    (tokens, heads, dim), rank, rotary = q.shape, up.shape[1], op.integer("rotary")
-    _check(op, q, latents, up)
+def _over_pages(attend: Attend, q: torch.Tensor, tables: Tensors, latents: torch.Tensor, out: torch.Tensor) -> Entry:
+    """Rows starts[i] to starts[i + 1] are the last of the lengths[i] tokens that the pages blocks[i] hold. Rows of no
+    sequence, and those of a sequence of length 0, are zeroed."""
+    starts, lengths, blocks = tables
+    pages, size, _ = latents.shape
+
+    def run() -> None:
+        check_tables(lengths.numpy(), blocks.numpy(), pages, size)
+        borders = starts.tolist()
+        if borders[-1] > len(q):
+            raise ValueError("the chunks have more rows than there are")
+        out[borders[-1] :] = 0
+        for i, seen in enumerate(lengths.tolist()):
+            rows = slice(borders[i], borders[i + 1])
+            each = rows.stop - rows.start
+            if not seen or not each:
+                out[rows] = 0
+                continue
+            if each > seen:
+                raise ValueError("a chunk has more rows than its sequence has tokens")
+            cached = latents[blocks[i, : -(-seen // size)]].flatten(0, 1)[:seen]
+            out[rows] = attend(q[rows], cached, _causal(each, seen))
+
+    return run
+
+
+def _cheaper(op: Op, q: torch.Tensor, up: torch.Tensor, sequences: int) -> Attend:
+    """The form of fewer operations."""
+    (tokens, heads, dim), rotary = q.shape, op.integer("rotary")
+    form = _Form(up.view(heads, -1, up.shape[1]), dim - rotary, rotary, op.number("scale"))
     shape = (heads, dim, rotary, tuple(up.shape))
-    absorbed, expanded = latent_flops(tokens / len(tables[1]), op.integer("context"), *shape)
-    expand = expanded <= absorbed
-    by_head = up.view(heads, -1, rank)
-    halves = ((by_head[:, : dim - rotary], _out_of if expand else _into), (by_head[:, dim - rotary :], _out_of))
-    none = 0 if expand else tokens
-    scratch = [np.empty((none, heads, n), bits(q).dtype) for n in (rank + rotary, rank)]
-    places = (*tables, latents.shape[1], _rows(latents))
-    last = (expand, np.float32(op.number("scale")), *scratch, bits(out).reshape(tokens, heads, -1), site.threads)
-    if op.inputs[-1] in site.constants:
-        ready = [packed(half, pack) for half, pack in halves]
-        entry = partial(kernels.latent_attention, bits(q), *places, *(r.panels for r in ready), *last)
-        entry.__dict__["packed"] = ready  # as long as someone runs on them, others may share them
-        return entry
-    return lambda: kernels.latent_attention(bits(q), *places, *(pack(half) for half, pack in halves), *last)
+    absorbed, expanded = latent_flops(tokens / sequences, op.integer("context"), *shape)
+    return form.absorbed if absorbed < expanded else form.expanded
 
 
-def _out_of(half: torch.Tensor) -> npt.NDArray[Any]:
-    """Each head's (n, rank), to make n channels of a latent."""
-    return kernels.pack_heads(list(bits(half)))
+def _causal(rows: int, seen: int) -> torch.Tensor:
+    """(rows, seen): the rows are the last of the tokens."""
+    return torch.ones(rows, seen, dtype=torch.bool).tril(seen - rows)
 
 
-def _into(half: torch.Tensor) -> npt.NDArray[Any]:
-    """Each head's (n, rank), to make a query of rank channels of n."""
-    return kernels.pack_heads(list(bits(half).transpose(0, 2, 1)))
+def _by_token(out: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    return out.view(len(q), q.shape[1], -1)
