@@ -80,6 +80,10 @@ def test_two_ranks_give_what_one_gives(case: str, whole_experts: bool, tmp_path:
         wanted = mixed(one, stop)
     with over_ranks(tmp_path, LIMITS, whole_experts, pages=5, host_pages=12, expected_output=1.0) as two:
         check_mixed(two, stop, wanted)
+        two.runner.warm()
+        planned = two.runner.planned
+        two.run(Request(p, 4) for p in prompts(3, 4, 20))
+        assert two.runner.planned == planned >= 7  # one to three rows that decode, and none to three beside a prefill
 
 
 def check_mixed(engine: Engine, stop: int, wanted: list[tuple[tuple[int, ...], str]]) -> None:
