@@ -119,7 +119,7 @@ def test_help_teaches(main: Callable[[Sequence[str]], int], capsys: pytest.Captu
 
 
 def test_nanoflow_rows_hold(capsys: pytest.CaptureFixture[str]) -> None:
-    """The published 70B table. Prefill attention is of another kernel (docs/predict.md) and so is held to nothing; the
+    """The published 70B table. Prefill attention misses it (docs/predict.md says by how much and what was tried); the
     shipped coefficients are of other GEMM and collective kernels and are held to the rows of neither."""
     found = run(capsys, nanoflow_table.main)
     assert [*found] == [*nanoflow_table.PUBLISHED_MS, "total"]
@@ -146,6 +146,29 @@ def test_published_phases_are_read_between_their_sizes_only() -> None:
     for nbytes in (1 << 20, 64 << 20):
         with pytest.raises(tg.ProfileError, match=str(nbytes)):
             nanoflow_table.phase_seconds(nbytes)
+
+
+def test_the_step_has_the_work_of_the_published_table() -> None:
+    """916.3 GFLOP and 2.1 GB of prefill attention over 80 layers of eight GPUs. The table counts every key of a prompt
+    for every token; causal, the same chunks have fewer GFLOP and equal bytes."""
+    graph = nanoflow_table.step()
+    found = next(op for op in graph.ops if op.name == "layer/prefill_attention")
+    (tokens, heads, dim), ranks, layers = graph.tensor[found.inputs[0]].shape, 8, 80
+    every_key = 4.0 * ranks * layers * heads * dim * tokens * found.integer("context")
+    assert every_key == pytest.approx(916.3e9, rel=0.002)
+    assert found.work.hbm_bytes * ranks * layers == pytest.approx(2.1e9, abs=0.05e9)
+    assert 0.6 * every_key < found.work.flops * ranks * layers < every_key
+
+
+def test_declared_attention_costs_its_longest_block_alone() -> None:
+    """At a block's own rate: twice the rows of the measured block, twice the seconds a key, however many blocks."""
+    device = tg.devices.get("a100_sxm")
+    one, other = (nanoflow_table.attention_seconds(blocks, 512, device) for blocks in (1, 108))
+    assert one == other
+    more = nanoflow_table.attention_seconds(1, 1024, device) - one
+    assert more == pytest.approx(512 * 2 * nanoflow_table.ALONE_KEY_S)
+    with pytest.raises(tg.ProfileError, match="109"):
+        nanoflow_table.attention_seconds(109, 512, device)
 
 
 @pytest.mark.model

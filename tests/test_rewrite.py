@@ -18,7 +18,7 @@ from taskgraph.errors import GraphError
 from taskgraph.graph import device as specs
 from taskgraph.graph.graph import Graph, GraphBuilder, Value
 from taskgraph.graph.op import Work, spec
-from taskgraph.models import llama
+from taskgraph.models import llama, paged
 from taskgraph.models.config import ModelConfig, load_config
 from taskgraph.models.parallel import mixed_step
 from taskgraph.runtime.impls import TORCH_DTYPE, Site, bind
@@ -249,6 +249,61 @@ def test_slices_of_one_layer_overlap_those_of_the_next() -> None:
     for op, preds in zip(flat.ops, flat.predecessors(), strict=True):
         if op.name.startswith("layer."):
             assert {flat.ops[p].name[-2:] for p in preds} <= {op.name[-2:]}
+
+
+PAGED = paged.step_graph(TINY, paged.Bucket(3, 40, 2), paged.PageShape(6, 32, 64), "f32")
+"""Three rows that decode, and prompts of 33 and 39 tokens whose first 32 are the same."""
+
+
+def paged_tensors() -> Tensors:
+    """Values of PAGED: the second prompt reads the page that the first one writes in the same step."""
+
+    def ints(values: Sequence[Any]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32)
+
+    return random_tensors(PAGED) | {
+        "tokens": torch.randint(0, TINY.vocab_size, (43,), generator=torch.Generator().manual_seed(1)),
+        "positions": ints([9, 0, 30, *range(33), *range(32, 39)]),
+        "slots": ints([9, -1, 62, *(96 + i for i in range(32)), 128, *(160 + i for i in range(7))]),
+        "decode_lengths": ints([10, 0, 31]), "decode_blocks": ints([[0, 0], [0, 0], [1, 0]]),
+        "prefill_starts": ints([0, 33, 40]), "prefill_lengths": ints([33, 39]),
+        "prefill_blocks": ints([[3, 4], [3, 5]]),
+        "samples": torch.tensor([0, 1, 2, 35, 42]),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("sizes", [(3, 40), (2, 41), (20, 23), (1, 10, 32)])
+def test_a_step_over_pages_equals_its_slices(sizes: tuple[int, ...]) -> None:
+    given = paged_tensors()
+    outputs, states = run(PAGED, given)
+    others, after = run(rewrite.split_batch(PAGED, sizes), given)
+    for name, wanted in {**outputs, **states}.items():
+        torch.testing.assert_close({**others, **after}[name], wanted)
+
+
+def test_slices_over_pages_wait_for_those_before_them_alone() -> None:
+    graph = rewrite.split_batch(PAGED, (2, 41)).flat()
+    for op, preds in zip(graph.ops, graph.predecessors(), strict=True):
+        before = {graph.ops[p].name.removeprefix("layer.1/") for p in preds}
+        if op.name == "layer.1/rope#1":
+            assert before == {"qkv_proj#1"}
+        if op.name.startswith("layer.1/decode_attention#"):
+            assert before == {f"rope#{k}" for k in range(int(op.name[-1]) + 1)}
+        if op.name == "layer.1/prefill_attention":
+            assert before == {"rope#0", "rope#1"}
+
+
+def test_pages_that_two_ops_write_keep_their_whole_order() -> None:
+    b = GraphBuilder("two")
+    pages = [b.state(name, (2, 2, 32, 32), "f32") for name in ("keys", "values")]
+    places = [b.input(name, (4,), "i32") for name in ("positions", "slots")]
+    for name in ("a", "b"):
+        b.output(ops.paged_rope(b.input(name, (4, 96), "f32"), *places, *pages, heads=2, context=32, name=name))
+    graph = rewrite.split_batch(b.build(), (2, 2))
+    before = {
+        op.name: {graph.ops[p].name for p in preds} for op, preds in zip(graph.ops, graph.predecessors(), strict=True)
+    }
+    assert before["b#0"] >= {"a#1"} and before["a#1"] == {"a#0"}
 
 
 def test_weights_are_read_once_a_slice_and_arithmetic_stays() -> None:

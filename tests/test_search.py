@@ -1,5 +1,7 @@
 """The search: slices, layouts and fixed orders. Whatever it finds is a legal plan that the one clock agrees with."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,8 @@ from strategies import devices, graphs
 
 import taskgraph as tg
 from taskgraph.cost.model import op_table
+from taskgraph.models import paged
+from taskgraph.models.config import load_config
 from taskgraph.schedule import explore, periodic
 from taskgraph.schedule.nanobatch import Split, apply
 from taskgraph.schedule.planner import replay_times
@@ -102,6 +106,23 @@ def test_places_of_a_cycle_keep_every_dependency(sizes: tuple[int, ...]) -> None
     before = np.repeat(np.arange(space.problem.n), np.diff(space.problem.succ_ptr))
     assert (at[before] < at[space.problem.succ]).all()
     assert best.seconds <= periodic.polish(space, layout, [cycle], 0.0, 0).seconds
+
+
+def test_a_cycle_that_no_window_shows_stays_what_it_is() -> None:
+    """Its clock never runs, so there is no period to take places from."""
+    space = explore._space(apply(layered(LAYERS), Split.of((128, 128))), SLOW, op_table, explore.WINDOW)
+    layout = search_layouts(SLOW)[0]
+    cycle = periodic.plain_cycle(space, layout, starts(space, layout)[0])
+    far = periodic.polish(space, layout, [replace(cycle, place=1e3 * cycle.place)], 0.05, 0)
+    assert far.seconds == np.inf
+
+
+def test_the_steps_that_an_engine_serves_are_sliced() -> None:
+    """Decode rows attend to their pages beside the products of prompts; over pages, slices wait for no more."""
+    graph = paged.step_graph(load_config("llama-3-8b"), paged.Bucket(384, 1280, 3), paged.PageShape(4000, 16, 4096))
+    in_turn = tg.plan(graph, "h100_sxm", "sequential")
+    plan = tg.plan(graph, "h100_sxm", "search", budget_s=2.0, nano_batches=True)
+    assert plan.split.parts and plan.makespan_s < 0.85 * in_turn.makespan_s
 
 
 def test_a_repeat_that_only_moves_rows_is_not_emptied() -> None:

@@ -102,10 +102,9 @@ def _table(ops: Sequence[Op], tensors: Mapping[str, Tensor], device: Device, siz
         seconds, use, band, sources = _by_roofline(kernels, device, useful)
     moves = kernels.works[:, 1:]
     whole = np.array([device.hbm_bytes_per_s, device.h2d_bytes_per_s, device.d2h_bytes_per_s, device.link_bytes_per_s])
-    with np.errstate(divide="ignore", invalid="ignore"):
-        least = np.where(moves > 0, moves / whole, 0.0).max(axis=1)  # a cache of the benchmark's is not ours
+    least = np.divide(moves, whole, out=np.zeros(moves.shape), where=moves > 0)  # a benchmark's cache is not ours
     drawn = moves[:, :1] / (useful * device.sm_hbm_bytes_per_s)  # the cap that the evaluator puts on a partition
-    seconds = np.maximum(np.maximum(seconds, least[:, None]), drawn)
+    seconds = np.maximum(np.maximum(seconds, least.max(axis=1)[:, None]), drawn)
     use[(kernels.works[:, 0] == 0) & (moves[:, 1:3] > 0).any(axis=1)] = 0.0
     i = kernels.index
     every, use, band, named = seconds[i], use[i], band[i], [sources[k] for k in i.tolist()]
@@ -179,7 +178,8 @@ def _by_family(
         shapes = np.array([kernels.rows[i][2] for i in members], np.float64)
         sms = useful[members[0]].astype(np.float64)
         times = part.seconds(shapes, model.spec(dtype), np.concatenate([sms, CO_RESIDENT * sms, _SMALL * sms]))
-        full, part_of, tenth = np.split(np.maximum(times - model.launch_s, 0.05 * times), 3, axis=1)
+        times, n = np.maximum(times - model.launch_s, 0.05 * times), len(sms)
+        full, part_of, tenth = times[:, :n], times[:, n : 2 * n], times[:, 2 * n :]
         share = np.minimum(CO_RESIDENT * part_of / full, 1.0)
         share = np.where(tenth < _UNSLOWED * full, np.minimum(share, _SMALL * tenth / full), share)
         seconds[members], use[members], band[members] = full, share * sms, part.band

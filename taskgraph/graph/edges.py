@@ -50,18 +50,30 @@ def _hazards(i: int, op: Op, states: Mapping[str, _State]) -> set[int]:
     touched = [(n, name) for n, name in enumerate(op.inputs) if name in states]
     if not touched:
         return set()
-    views = op.views
-    preds = {j for n, name in touched for j in _touching(states[name].writes, views.get(n))}
+    parts = {n: _part(op, n) for n, _ in touched}
+    preds = {j for n, name in touched for j in _touching(states[name].writes, parts[n])}
     for n, name in touched:
-        state, part = states[name], views.get(n)
+        state, part = states[name], parts[n]
         if name in op.writes:
             preds.update(_touching(state.reads, part))
             state.reads = _outside(state.reads, part)
             state.writes = [*_outside(state.writes, part), (part, i)]
     for n, name in touched:
         if name not in op.writes:
-            states[name].reads.append((views.get(n), i))
+            states[name].reads.append((parts[n], i))
     return preds - {i}
+
+
+_BATCH = -1
+"""The axis of a part that is rows of a batch and not of the tensor."""
+
+
+def _part(op: Op, n: int) -> Rows | None:
+    """What the op touches of its input `n`, a state; None for all of it."""
+    view, turn = op.views.get(n), op.turn
+    if view is not None or turn is None:
+        return view
+    return Rows(_BATCH, turn[0] if op.inputs[n] in op.writes else 0, turn[1])
 
 
 def _touching(accesses: Sequence[Access], part: Rows | None) -> list[int]:

@@ -161,6 +161,8 @@ class Rows:
 
 ROWS: Final = "rows"
 """The attribute of an op that says which rows of its inputs it takes."""
+TURN: Final = "turn"
+"""The attribute of a slice that says which rows of the batch it stands for in its states: see `Op.turn`."""
 
 
 def rows_attr(views: Mapping[int, Rows]) -> tuple[int, ...]:
@@ -180,8 +182,8 @@ class Op:
     """A node. `writes` names the state tensors among `inputs` that it changes in place.
 
     `after` names ops that must end first though no tensor connects them; `attrs` holds the static
-    parameters of the kind as sorted (key, value) pairs. There are no callables inside. The attribute `rows` belongs
-    to every kind: see `views`.
+    parameters of the kind as sorted (key, value) pairs. There are no callables inside. The attributes `rows`
+    and `turn` belong to every kind: see `views` and `turn`.
     """
 
     name: str
@@ -213,6 +215,15 @@ class Op:
             if name == ROWS and isinstance(value, tuple) and len(value) % 4 == 0:
                 return {value[i]: Rows(*value[i + 1 : i + 4]) for i in range(0, len(value), 4)}
         return {}
+
+    @property
+    def turn(self) -> tuple[int, int] | None:
+        """The rows of a batch that the op stands for, where its places in states are data: it writes those of its rows,
+        which no other row has, and reads those of its rows and of the rows before them."""
+        for name, value in self.attrs:
+            if name == TURN and isinstance(value, tuple) and len(value) == 2:
+                return value
+        return None
 
     def integer(self, key: str, default: int | None = None) -> int:
         """The static parameter `key` as an int."""

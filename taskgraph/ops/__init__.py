@@ -29,6 +29,7 @@ from taskgraph.ops.latent import latent_attention, latent_flops, latent_rope
 from taskgraph.ops.paged import copy_pages, paged_decode, paged_prefill, paged_rope
 from taskgraph.ops.rules import (
     COLLECTIVES,
+    IN_TURN,
     SHAPE_RULES,
     SPLIT_RULES,
     WORK_RULES,
@@ -41,6 +42,7 @@ from taskgraph.ops.rules import (
 
 __all__ = [
     "COLLECTIVES",
+    "IN_TURN",
     "NCCL_CHANNELS",
     "NCCL_SMS",
     "SHAPE_RULES",

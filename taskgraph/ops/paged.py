@@ -3,6 +3,9 @@
 Keys and values are states (pages, kv heads, page size, dim). How a page is laid out inside is the backend's own
 affair, and dim may be larger than the heads', so that a backend may round it up. Places, lengths and block tables are
 i32 inputs, so that one captured graph serves every batch that fits: a row of no sequence has slot -1 and length 0.
+
+Rows of a batch are in turn: no two write one slot, and a row reads what it wrote, what rows before it wrote, and
+nothing of rows behind it. Nano-batches rely on that: a slice waits for the slices before it alone.
 """
 
 from collections.abc import Sequence
@@ -10,6 +13,7 @@ from collections.abc import Sequence
 from taskgraph.graph.graph import Value
 from taskgraph.graph.op import ITEMSIZE, Work
 from taskgraph.ops.rules import (
+    IN_TURN,
     SPLIT_RULES,
     YARN,
     Attrs,
@@ -29,6 +33,7 @@ SPLIT_RULES |= {
     "paged_prefill": (None, None, None, None, None, None),
     "copy_pages": (None, None, None),
 }
+IN_TURN |= {"paged_rope", "paged_decode"}
 
 
 def _need_pages(kind: str, ins: Shapes, keys: int) -> None:

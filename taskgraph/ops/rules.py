@@ -24,6 +24,10 @@ SPLIT_RULES: dict[str, tuple[int | None, ...]] = {}
 Every output carries the batch on its first axis. `batch_axes` reads the table.
 """
 
+IN_TURN: set[str] = set()
+"""Kinds whose places in states are data: a row writes where no other row does, and reads what its own row and rows
+before it wrote, so that slices of the batch need not wait for those behind them (`Op.turn`)."""
+
 COLLECTIVES = ("all_gather", "all_reduce", "reduce_scatter")
 
 YARN = ("factor", "low", "high", "attention")

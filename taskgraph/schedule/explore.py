@@ -163,9 +163,10 @@ def slicings(graph: Graph) -> list[Split]:
     """Splits of the batch of most of the work into two to four slices, of multiples of 128 where it is large."""
     info = splittable(graph)
     weight: Counter[int] = Counter()
-    for op in graph.ops:
+    for i, op in enumerate(graph.ops):
         if op.name in info:
-            weight[info[op.name].batch] += int(op.work.flops + op.work.hbm_bytes) + 1
+            turns = graph.repeat.count if graph.repeat and graph.repeat.first <= i < graph.repeat.last else 1
+            weight[info[op.name].batch] += turns * (int(op.work.flops + op.work.hbm_bytes) + 1)
     if not weight:
         return []
     batch = weight.most_common(1)[0][0]

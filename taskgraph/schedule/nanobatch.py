@@ -13,8 +13,8 @@ from typing import Any
 
 from taskgraph.errors import GraphError
 from taskgraph.graph.graph import Carry, Graph, Repeat
-from taskgraph.graph.op import ROWS, Attr, Op, Rows, Tensor, Work, rows_attr, seen_inputs
-from taskgraph.ops import SHAPE_RULES, WORK_RULES
+from taskgraph.graph.op import ROWS, TURN, Attr, Op, Rows, Tensor, Work, rows_attr, seen_inputs
+from taskgraph.ops import IN_TURN, SHAPE_RULES, WORK_RULES
 from taskgraph.schedule.batch import OpBatch, batches, moves_rows
 
 Sizes = Sequence[int]
@@ -202,6 +202,10 @@ class _Rewriter:
         self.joins: dict[tuple[str, int, int], str] = {}
         self.taken = {op.name for op in graph.ops}
         self.awaited = {name for op in graph.ops for name in op.after}
+        self.writers: dict[str, list[str]] = {}
+        for op in graph.ops:
+            for name in op.writes if op.kind in IN_TURN and op.name in found else ():
+                self.writers.setdefault(name, []).append(op.name)
 
     def run(self) -> Graph:
         graph, repeat = self.graph, self.graph.repeat
@@ -252,6 +256,7 @@ class _Rewriter:
         for k, (low, high) in enumerate(pairwise(borders)):
             mark = f"#{k}" if count > 1 else ""
             inputs, views, attrs = self._inputs(op, (low, high) if count > 1 else None)
+            attrs = {**self._turn(op, low, high), **attrs}
             outputs = [self._output(name, i, batch, (low, high), mark) for i, name in enumerate(op.outputs)]
             made = replace(
                 op,
@@ -267,6 +272,19 @@ class _Rewriter:
             self.sections[self.phase].append(made)
             names.append(made.name)
         self.parts_of[op.name] = tuple(names)
+
+    def _turn(self, op: Op, low: int, high: int) -> dict[str, Attr]:
+        """The rows of the batch that units low to high of an op stand for, if those order what it does to its states:
+        one op, of the same batch, writes them all. A slice of a slice keeps the turn that it has."""
+        batch = self.found.get(op.name)
+        if op.kind not in IN_TURN or batch is None:
+            return {}
+        for state in (name for name in op.inputs if self.graph.tensor[name].role == "state"):
+            writers = self.writers.get(state, [])
+            if len(writers) != 1 or self.found[writers[0]].place.batch != batch.place.batch:
+                return {}
+        runs = batch.place.part(low, high).runs
+        return {TURN: (runs[0].first, runs[-1].end)}
 
     def _output(self, name: str, i: int, batch: OpBatch | None, units: tuple[int, int], mark: str) -> Tensor:
         tensor = self.graph.tensor[name]

@@ -258,7 +258,9 @@ def _retime(
     place: np.ndarray, decision: np.ndarray, iteration: np.ndarray, inside: np.ndarray, window: int, start: np.ndarray,
     period_s: float,
 ) -> None:  # fmt: skip
-    """Places as the clock saw them last: then a distance in places is one in time."""
+    """Places as the clock saw them last, if it saw a period: then a distance in places is one in time."""
+    if period_s <= 0.0:
+        return
     for op in range(len(start)):
         if not inside[op] or iteration[op] == window // 2:
             place[decision[op]] = start[op] / period_s - iteration[op]
