@@ -164,8 +164,9 @@ def test_ranks_that_cannot_share_a_model(
         open_local(str(folder), tensor_parallel=2, expert_parallel=True)
     with pytest.raises(PlanError, match="tensor_parallel of 2"):
         open_local(str(folder), expert_parallel=True)
-    assert call(monkeypatch, "serve", str(folder), "--tensor-parallel", "3") == 2
-    assert "3 ranks cannot share" in capsys.readouterr().err
+    for command in (["serve", "--tensor-parallel", "3"], ["bench-serve", "--ranks", "3", "--dataset", "lmsys"]):
+        assert call(monkeypatch, *command, str(folder)) == 2
+        assert "3 ranks cannot share" in capsys.readouterr().err
 
 
 def test_a_rank_that_cannot_start_says_why_and_leaves_none(folder: Path) -> None:
