@@ -2,7 +2,7 @@
 
 A rank that dies, or waits too long for another, ends them all: the caller gets RankLost, and so does every call after.
 No rank outlives the process that started it, however that ends. Signals to the whole group of processes, as of ctrl-c
-or of a service manager, are that process's to answer: ranks ignore SIGINT and SIGTERM.
+or of a service manager, are that process's to answer: ranks have SIGINT and SIGTERM blocked.
 """
 
 import atexit
@@ -14,8 +14,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -55,7 +57,8 @@ class Ranks:
             here, there = _SPAWN.Pipe()
             arguments = (there, make, url, rank, self.size, self.timeout_s)
             process = _SPAWN.Process(target=_serve, args=arguments, name=f"taskgraph-rank-{rank}", daemon=True)
-            process.start()
+            with _deaf():
+                process.start()
             there.close()  # so that the end of the process is the end of the pipe
             self._links.append(here)
             self._processes.append(process)
@@ -164,8 +167,6 @@ _GRACE_S = 2.0
 
 def _serve(link: Connection, make: Callable[[Group], Any], url: str, rank: int, size: int, timeout_s: float) -> None:
     """A rank's process: calls until the pipe ends, or until its group is broken: then its exit code is 1."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_follow, name="taskgraph-parent", daemon=True).start()
     try:
         group = connect(url, rank, size, timeout_s=timeout_s)
@@ -186,6 +187,17 @@ def _serve(link: Connection, make: Callable[[Group], Any], url: str, rank: int, 
             answer = getattr(actor, method)(*args, **named)
         except Exception as error:
             answer = _Failure(rank, _portable(error), group.broken)
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """A process that is started in this has SIGINT and SIGTERM blocked from its first instruction on."""
+    resource_tracker.ensure_running()  # here, because it lets signals through when it has started
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _follow() -> None:

@@ -80,6 +80,10 @@ def test_two_ranks_give_what_one_gives(case: str, whole_experts: bool, tmp_path:
         wanted = mixed(one, stop)
     with over_ranks(tmp_path, LIMITS, whole_experts, pages=5, host_pages=12, expected_output=1.0) as two:
         check_mixed(two, stop, wanted)
+        two.runner.warm()
+        planned = two.runner.planned
+        two.run(Request(p, 4) for p in prompts(3, 4, 20))
+        assert two.runner.planned == planned >= 7  # one to three rows that decode, and none to three beside a prefill
 
 
 def check_mixed(engine: Engine, stop: int, wanted: list[tuple[tuple[int, ...], str]]) -> None:
@@ -160,8 +164,9 @@ def test_ranks_that_cannot_share_a_model(
         open_local(str(folder), tensor_parallel=2, expert_parallel=True)
     with pytest.raises(PlanError, match="tensor_parallel of 2"):
         open_local(str(folder), expert_parallel=True)
-    assert call(monkeypatch, "serve", str(folder), "--tensor-parallel", "3") == 2
-    assert "3 ranks cannot share" in capsys.readouterr().err
+    for command in (["serve", "--tensor-parallel", "3"], ["bench-serve", "--ranks", "3", "--dataset", "lmsys"]):
+        assert call(monkeypatch, *command, str(folder)) == 2
+        assert "3 ranks cannot share" in capsys.readouterr().err
 
 
 def test_a_rank_that_cannot_start_says_why_and_leaves_none(folder: Path) -> None:

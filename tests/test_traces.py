@@ -248,7 +248,7 @@ def test_bench_serve_simulates_a_trace(
         (["--trace", "/no/such/trace.csv"], "/no/such/trace.csv"),
         (["--dataset", "novels"], "sharegpt"),
         (["--dataset", "lmsys", "--variant", "magic"], "magic"),
-        (["--dataset", "lmsys", "--device", "cpu", "--ranks", "2"], "ranks"),
+        (["--dataset", "lmsys", "--device", "cpu", "--ranks", "2"], "no checkpoint"),
         (["--dataset", "lmsys", "--device", "a100"], "a100_sxm"),
     ],
 )
