@@ -162,7 +162,7 @@ class Formula(StepGrid):
     """A grid whose corners are a formula that is linear in each coordinate."""
 
     def corner(self, variant: str, tokens: int, share: float, context: int) -> float:
-        assert (tokens in TOKENS, share in DECODE, context in CONTEXT) == (True, True, True)
+        assert (tokens in TOKENS, share in DECODE, context in (0, *CONTEXT)) == (True, True, True)
         return float(VARIANTS.index(variant) + 1) * (1 + tokens + 0.01 * tokens * share * context)
 
 
