@@ -75,7 +75,7 @@ class Options:
     costs: str = "model"
 
 
-THOROUGH = Options(requests=16_000, budget_s=200.0)
+THOROUGH = Options(requests=16_000, budget_s=120.0)
 
 
 @dataclass(frozen=True, slots=True)
