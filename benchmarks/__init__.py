@@ -1,13 +1,18 @@
 """Benchmarks: `python -m benchmarks.NAME --json` from the repository root. Measured, unless it says otherwise."""
 
+import argparse
 import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
+from rich.table import Table
 
 
 def machine() -> str:
@@ -22,6 +27,28 @@ def machine() -> str:
 def print_json(result: Mapping[str, Any]) -> None:
     """The result on one line; the last thing that a benchmark prints."""
     print(json.dumps(result), flush=True)
+
+
+def measured_main(
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    measure: Callable[[argparse.Namespace, Callable[[str], None]], dict[str, Any]],
+    table_of: Callable[[dict[str, Any]], Table],
+    width: int,
+) -> int:
+    """Parse, measure while stderr says how far it is, and show the result: a table, and JSON if asked for."""
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON on the last line")
+    args = parser.parse_args(argv)
+    begin = time.perf_counter()
+
+    def say(text: str) -> None:
+        print(f"[{time.perf_counter() - begin:5.1f} s] {text}", file=sys.stderr, flush=True)
+
+    result = measure(args, say)
+    Console(width=max(Console().width, width)).print(table_of(result))
+    if args.json:
+        print_json(result)
+    return 0
 
 
 def seconds_of(run: Callable[[], Any]) -> float:
@@ -63,8 +90,8 @@ def interleaved(
 
 
 def spread(seconds: Sequence[float]) -> float:
-    """Half the interquartile range over the median; 0 for fewer than three rounds."""
+    """Half the interquartile range over the median; half the range for fewer than three rounds."""
     if len(seconds) < 3:
-        return 0.0
+        return (max(seconds) - min(seconds)) / 2 / statistics.median(seconds)
     low, middle, high = statistics.quantiles(seconds, n=4)
     return (high - low) / 2 / middle

@@ -4,17 +4,15 @@ import argparse
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 
 import taskgraph as tg
-from benchmarks import interleaved, machine, print_json, spread
+from benchmarks import interleaved, machine, measured_main, spread
 from benchmarks.peers import (
     CONTEXT,
     PREFILL,
@@ -224,18 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-peers", action="store_true", help="taskgraph alone")
     parser.add_argument("--compile", action="store_true", help="also torch.compile the transformers model")
     parser.add_argument("--compile-limit", type=float, default=180.0, help="seconds for one compilation (default 180)")
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON on the last line")
-    args = parser.parse_args(argv)
-    begin = time.perf_counter()
-
-    def say(text: str) -> None:
-        print(f"[{time.perf_counter() - begin:5.1f} s] {text}", file=sys.stderr, flush=True)
-
-    result = measure(args, say)
-    Console(width=max(Console().width, 150)).print(table_of(result))
-    if args.json:
-        print_json(result)
-    return 0
+    return measured_main(parser, argv, measure, table_of, width=150)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""The contenders of benchmarks.llm: transformers, torch.compile and llama.cpp on the weights of one checkpoint."""
+"""The contenders of benchmarks.llm and .serve: transformers, torch.compile, llama.cpp on one checkpoint's weights."""
 
 import random
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,7 @@ import numpy as np
 import platformdirs
 
 from taskgraph.models.config import ModelConfig
+from taskgraph.models.requests import Request
 
 if TYPE_CHECKING:
     from taskgraph.models.weights import Checkpoint
@@ -174,6 +177,30 @@ def _write_bf16(source: Path, target: Path) -> None:
     writer.close()
 
 
+@dataclass(slots=True)
+class Slot:
+    """A request that llama.cpp serves: how much of its prompt is in, and what it has answered."""
+
+    prompt: Sequence[int]
+    most: int
+    answer: list[int]
+    done: int = 0
+
+
+def next_rows(running: Mapping[int, Slot], room: int) -> list[tuple[int, int, int, bool]]:
+    """The next batch of at most `room` rows as `LlamaCpp._fill` takes them: first those that decode."""
+    rows = [
+        (each.answer[-1], len(each.prompt) + len(each.answer) - 1, slot, True)
+        for slot, each in running.items() if each.answer
+    ]  # fmt: skip
+    for slot, each in running.items():
+        count = min(len(each.prompt) - each.done, room - len(rows))
+        last = len(each.prompt) - 1
+        rows += [(each.prompt[at], at, slot, at == last) for at in range(each.done, each.done + count)]
+        each.done += count
+    return rows
+
+
 class LlamaCpp:
     """A GGUF model in llama.cpp, by the C interface that llama-cpp-python wraps: batches and logits as in the peers."""
 
@@ -191,7 +218,7 @@ class LlamaCpp:
     def run(self, config: ModelConfig, case: str) -> tuple[Run, Run]:
         """One step of `case`, and what frees its context. Sequences have caches of their own; flash attention is on."""
         sequences = 1 if case == PREFILL else TOKENS[case]
-        context = self._context(sequences)
+        context = self._context(sequences, CONTEXT + 256, unified=False)  # llama.cpp rounds up to 256
         memory = self._api.llama_get_memory(context)
         batch = self._api.llama_batch_init(PROMPT, 0, 1)
         self._fill(batch, [(token, i, 0, i == PROMPT - 1) for i, token in enumerate(prompt(config, PROMPT))])
@@ -209,19 +236,55 @@ class LlamaCpp:
             self._decode(context, batch)
             return self._api.llama_get_logits_ith(context, -1)
 
+        return step, self._closer(context, batch)
+
+    def serve(self, requests: Sequence[Request], slots: int, context: int) -> tuple[Run, Run]:
+        """What answers all requests, the tokens of each by greedy choice, and what frees its context.
+
+        Continuous batching as in llama.cpp's server: every sequence in one of `slots`, in one cache of `context` tokens
+        a slot; a batch takes the next token of all that decode, then of prompts what fits.
+        """
+        made = self._context(slots, context, unified=True)
+        memory, batch = self._api.llama_get_memory(made), self._api.llama_batch_init(PROMPT, 0, 1)
+        vocabulary = self._api.llama_vocab_n_tokens(self._api.llama_model_get_vocab(self._model))
+
+        def serve() -> list[list[int]]:
+            answers: list[list[int]] = [[] for _ in requests]
+            waiting, running = deque(zip(requests, answers, strict=True)), dict[int, Slot]()
+            while waiting or running:
+                for slot in range(slots):
+                    if waiting and slot not in running:
+                        request, answer = waiting.popleft()
+                        running[slot] = Slot(np.asarray(request.prompt).tolist(), request.max_tokens, answer)
+                rows = next_rows(running, PROMPT)
+                self._fill(batch, rows)
+                self._decode(made, batch)
+                wanted = [slot for _, _, slot, last in rows if last]
+                for at, slot in enumerate(wanted):
+                    logits = np.ctypeslib.as_array(self._api.llama_get_logits(made), (len(wanted), vocabulary))
+                    running[slot].answer.append(int(logits[at].argmax()))
+                    if len(running[slot].answer) == running[slot].most:
+                        del running[slot]
+                        self._api.llama_memory_seq_rm(memory, slot, -1, -1)
+            return answers
+
+        return serve, self._closer(made, batch)
+
+    def _closer(self, context: Any, batch: Any) -> Run:
         def close() -> None:
             self._api.llama_batch_free(batch)
             self._api.llama_free(context)
 
-        return step, close
+        return close
 
-    def _context(self, sequences: int) -> Any:
+    def _context(self, sequences: int, each: int, *, unified: bool) -> Any:
+        """Room for `each` tokens in each of the sequences, apart or (unified) in one cache with a mask."""
         params = self._api.llama_context_default_params()
-        params.n_ctx, params.n_seq_max = sequences * (CONTEXT + 256), sequences  # llama.cpp rounds up to 256
+        params.n_ctx, params.n_seq_max = sequences * each, sequences
         params.n_batch = params.n_ubatch = PROMPT
         params.n_threads = params.n_threads_batch = self._threads
         params.flash_attn_type = self._api.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        params.kv_unified, params.no_perf = False, True
+        params.kv_unified, params.no_perf = unified, True
         context = self._api.llama_init_from_model(self._model, params)
         if not context:
             raise RuntimeError(f"llama.cpp cannot make a context of {sequences} sequences.")

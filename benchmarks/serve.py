@@ -1,19 +1,20 @@
-"""Tokens/s of SmolLM2-135M serving the same requests: taskgraph's engine, transformers' static batches; one process."""
+"""Tokens/s of SmolLM2-135M serving the same requests: taskgraph's engine, transformers, llama.cpp; one process."""
 
 import argparse
 import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
-from benchmarks import interleaved, machine, print_json, spread
-from benchmarks.peers import TORCH_DTYPES, transformers_models
+from benchmarks import interleaved, machine, measured_main, spread
+from benchmarks.peers import TORCH_DTYPES, LlamaCpp, bf16_gguf, has_llama_cpp, transformers_models
 from taskgraph.models import llama
 from taskgraph.models.config import ModelConfig, load_config
 from taskgraph.models.engine import Engine, cpu_engine
@@ -33,13 +34,17 @@ figure of each contender is the output tokens of all requests over the seconds u
   taskgraph     the serving engine: continuous batching, chunked prefill, paged cache; bf16; plans made before
   transformers  generate() on left-padded batches of equal size in the order of the requests, each until its longest
                 output is done; the best of the batch sizes, in the better dtype of a short trial
-  llama_cpp     null: this benchmark has no contender for it yet (benchmarks.llm compares single steps)
+  llama_cpp     llama.cpp through llama-cpp-python, where it is installed: the weights as a BF16 GGUF (made once, in
+                the user's cache), continuous batching as in its server, flash attention on; the best of the numbers
+                of parallel slots; null where it is absent, or for a model that is no GGUF
 
-Contenders take turns, round by round; the figure is the median.
+Contenders take turns, round by round; the figure is the median, the spread half the interquartile range (of fewer than
+three rounds half the range). Greedy tokens of different arithmetic part ways sooner or later: llama_cpp_alike is the
+share of requests whose first token is the same as ours.
 
 examples:
   python -m benchmarks.serve --json
-  python -m benchmarks.serve --requests 96 --batches 16 32 64 --rounds 5
+  python -m benchmarks.serve --requests 96 --batches 16 32 64 --slots 16 32 96 --rounds 5
 """
 
 
@@ -82,8 +87,38 @@ def better_dtype(models: Mapping[str, Any], config: ModelConfig, size: int) -> s
     """The dtype in which a short batch is done sooner."""
     short = [Request(np.full(32, 7 + i), 4) for i in range(size)]
     runs = {dtype: static_batches(models[dtype], short, size) for dtype in TORCH_DTYPES}
-    seconds = interleaved(runs, rounds=2)
+    seconds = interleaved(runs, rounds=1)
     return min(seconds, key=lambda dtype: min(seconds[dtype]))
+
+
+def llama_cpp_runs(
+    stack: ExitStack, source: Path, requests: Sequence[Request], slots: Sequence[int]
+) -> dict[str, "Kept"]:
+    """llama.cpp with each number of slots, on all cores; `stack` frees it."""
+    model = LlamaCpp(bf16_gguf(source), len(os.sched_getaffinity(0)))
+    stack.callback(model.close)
+    longest, runs = max(len(r.prompt) + r.max_tokens for r in requests), {}
+    for count in slots:
+        run, close = model.serve(requests, min(count, len(requests)), longest)
+        runs[f"llama_cpp_{count}"] = Kept(run)
+        stack.callback(close)
+    return runs
+
+
+@dataclass(slots=True)
+class Kept:
+    """A run that keeps its last answers."""
+
+    run: Callable[[], list[list[int]]]
+    answers: Sequence[Sequence[int]] = ()
+
+    def __call__(self) -> None:
+        self.answers = self.run()
+
+
+def first_alike(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> float:
+    """The share of requests that both begin with the same token."""
+    return float(np.mean([a[0] == b[0] for a, b in zip(ours, theirs, strict=True)]))
 
 
 def engine_seconds(sequences: int, steps: int) -> float:
@@ -106,22 +141,27 @@ def measure(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, A
     import torch
 
     say("loading weights")
-    with open_checkpoint(smollm2_path() if args.model == "smollm2" else Path(args.model)) as checkpoint:
+    source = smollm2_path() if args.model == "smollm2" else Path(args.model)
+    with open_checkpoint(source) as checkpoint:
         config = checkpoint.config
         weights = llama.load_weights(config, checkpoint, "bf16")
         models = {} if args.no_peers else transformers_models(checkpoint)
     requests = make_requests(config, args.requests)
     tokens = sum(r.max_tokens for r in requests)
-    with engine_of(config, weights, args.sequences) as engine:
+    dtype, other = None, dict[str, Kept]()
+    with ExitStack() as stack:
+        engine = stack.enter_context(engine_of(config, weights, args.sequences))
         say("planning and capturing")
-        engine.run(requests)
+        answers = [c.tokens for c in engine.run(requests)]
         planned = engine.runner.planned
         runs: dict[str, Callable[[], Any]] = {"taskgraph": lambda: engine.run(requests)}
-        dtype = None
         if models:
             dtype = better_dtype(models, config, args.batches[0])
             say(f"transformers in {dtype}")
             runs |= {f"transformers_{n}": static_batches(models[dtype], requests, n) for n in args.batches}
+        if models and has_llama_cpp() and source.suffix == ".gguf":
+            other = llama_cpp_runs(stack, source, requests, args.slots)
+            runs |= other
         before = engine.stats.host_s, engine.stats.hidden_s, engine.stats.steps
         say(f"measuring {tokens} tokens of {len(requests)} requests")
         seconds = interleaved(runs, rounds=args.rounds, warmup=0, budget_s=args.budget, pause_s=0.01)
@@ -129,12 +169,17 @@ def measure(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, A
             (engine.stats.host_s, engine.stats.hidden_s, engine.stats.steps), before, strict=True))  # fmt: skip
         again = engine.runner.planned - planned
     rate = {name: tokens / float(np.median(times)) for name, times in seconds.items()}
+    by_size = {
+        peer: {n.rpartition("_")[2]: r for n, r in rate.items() if n.startswith(peer)}
+        for peer in ("transformers", "llama_cpp")
+    }
     return {
-        "taskgraph_tok_s": rate.pop("taskgraph"),
-        "transformers_tok_s": max(rate.values(), default=None),
-        "llama_cpp_tok_s": None,
-        "transformers_by_batch": {name.rpartition("_")[2]: value for name, value in rate.items()},
+        "taskgraph_tok_s": rate["taskgraph"],
+        **{f"{peer}_tok_s": max(rates.values(), default=None) for peer, rates in by_size.items()},
+        "transformers_by_batch": by_size["transformers"],
+        "llama_cpp_by_slots": by_size["llama_cpp"],
         "transformers_dtype": dtype,
+        "llama_cpp_alike": next((first_alike(answers, each.answers) for each in other.values()), None),
         "engine_us_per_step_256": 1e6 * engine_seconds(256, args.engine_steps),
         "host_s_per_step": host / steps,
         "host_hidden": hidden / host,
@@ -155,10 +200,11 @@ def table_of(result: Mapping[str, Any]) -> Table:
         table.add_column(name, justify="left" if name == "contender" else "right")
     ours = result["taskgraph_tok_s"]
     table.add_row("taskgraph", f"{ours:,.1f}", "")
-    for batch, rate in result["transformers_by_batch"].items():
-        table.add_row(
-            f"transformers, batch {batch}, {result['transformers_dtype']}", f"{rate:,.1f}", f"{ours / rate:.2f}x"
-        )
+    peers = {f"transformers, batch {n}, {result['transformers_dtype']}": r
+             for n, r in result["transformers_by_batch"].items()}  # fmt: skip
+    peers |= {f"llama.cpp, {n} slots, bf16": r for n, r in result["llama_cpp_by_slots"].items()}
+    for name, rate in peers.items():
+        table.add_row(name, f"{rate:,.1f}", f"{ours / rate:.2f}x")
     table.add_row(
         "host time a step", f"{1e6 * result['host_s_per_step']:,.0f} us", f"{result['host_hidden']:.0%} hidden"
     )
@@ -181,22 +227,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=[32],
         help="transformers' batch sizes (default 32, the best of 16, 32, 64 on 2 cores)",
     )
+    parser.add_argument(
+        "--slots",
+        type=int,
+        nargs="+",
+        default=[64],
+        help="llama.cpp's numbers of parallel slots (default 64, the best of 8, 16, 32, 64 on 2 cores)",
+    )
     parser.add_argument("--rounds", type=int, default=2, help="interleaved rounds (default 2)")
     parser.add_argument("--engine-steps", type=int, default=3000, help="steps for the engine's own time (default 3000)")
     parser.add_argument("--budget", type=float, default=30.0, help="stop after these seconds, but not before round 3")
     parser.add_argument("--no-peers", action="store_true", help="taskgraph alone")
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON on the last line")
-    args = parser.parse_args(argv)
-    begin = time.perf_counter()
-
-    def say(text: str) -> None:
-        print(f"[{time.perf_counter() - begin:5.1f} s] {text}", file=sys.stderr, flush=True)
-
-    result = measure(args, say)
-    Console(width=max(Console().width, 110)).print(table_of(result))
-    if args.json:
-        print_json(result)
-    return 0
+    return measured_main(parser, argv, measure, table_of, width=110)
 
 
 if __name__ == "__main__":

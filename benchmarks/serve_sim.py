@@ -4,8 +4,9 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -13,20 +14,22 @@ from benchmarks import print_json
 from benchmarks.nanoflow import OPTIMAL_FLOPS_PER_S, free_costs
 from taskgraph.cost.model import op_table
 from taskgraph.models.config import load_config
+from taskgraph.models.requests import Request
 from taskgraph.models.scheduler import Limits
-from taskgraph.models.simulate import pages_of, simulated_engine
-from taskgraph.models.stepgrid import VARIANTS, StepGrid
-from taskgraph.models.traces import DATASETS, Lengths, Report, poisson, replay
+from taskgraph.models.simulate import SimRunner, StepShape, pages_of, simulated_engine
+from taskgraph.models.stepgrid import VARIANTS, GridSeconds, StepGrid
+from taskgraph.models.traces import DATASETS, Lengths
 
 EPILOG = """\
 Whole traces go through the engine and its scheduler: continuous batching to 2048 tokens a step, decode first, paged
 cache in what 90 % of the GPUs' memory leaves beside 16-bit weights. All requests are there at the start; the rate is
-that of the requests that end in the middle half. A request counts its prompt and its generated tokens but the last,
-which no step takes in.
+the tokens that steps take in, prompts' and generated, by the time that the steps take. Steps count from the end of the
+first quarter of the requests to that of the third, or to the last prompt if that is sooner: requests always wait.
 
-A step takes the makespan of its plan on one rank of 8 (simulated, a100_sxm): tg.plan(scheduler="search") at the corners
-of a grid over (tokens, share that decodes, keys that decode sees), linear between them. The plan is the best of one
-whose slices are searched for too, and of those for halves and for 3/8 + 5/8 of the tokens.
+As no request comes later, the batches do not depend on how long steps take: a trace is replayed once, and its steps
+are timed for every variant. A step takes the makespan of its plan on one rank of 8 (simulated, a100_sxm):
+tg.plan(scheduler="search") at the corners of a grid over (tokens, share that decodes, keys that decode sees), linear
+between them. The search's seconds go to the corners by how many steps they stand for.
 
 optimal         1857 tokens/s/GPU (published, NanoFlow): flop/s over 2 x parameters; it means 260 TFLOP/s and 70e9
 sequential      every step as one captured graph, op after op
@@ -35,6 +38,8 @@ taskgraph       every step as planned: slices, SMs, order and lanes
 
 Lengths of datasets are log-normal with the published mean and standard deviation, cut to the context of 4096. The
 engine expects their mean of every request; those that it must pre-empt go to the host's memory over PCIe and back.
+
+--thorough replays longer traces and searches longer; --seconds and --requests set either.
 
 --costs nanoflow takes NanoFlow's table 3 (published) for ops beside others, and elementwise ops cost nothing; the
 default is the cost model, with every op and with bandwidth shared by who runs together.
@@ -60,58 +65,87 @@ SETTINGS: Mapping[str, Lengths] = {
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What all settings share."""
+    """What all settings share: requests in a trace, tokens of a step at most, seconds of search for all plans."""
 
-    requests: int = 12_000
+    requests: int = 8_000
     tokens: int = 2048
     context: int = 4096
-    budget_s: float = 0.5
+    budget_s: float = 8.0
     seed: int = 0
     costs: str = "model"
 
 
-def serve(lengths: Lengths, grid: StepGrid, variant: str, options: Options) -> Report:
-    """One variant's replay of requests of these lengths."""
+THOROUGH = Options(requests=16_000, budget_s=120.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """Of one variant: tokens a second and GPU, and percentiles of the time between a request's tokens."""
+
+    tokens_per_s: float
+    p50_s: float
+    p99_s: float
+
+
+def steady_steps(lengths: Lengths, options: Options) -> list[tuple[StepShape, float]]:
+    """The steps of a replay while requests wait, each with the seconds of its page copies."""
     config = load_config(MODEL)
     limits = Limits(options.tokens - 1, options.tokens, chunks=64, context=options.context)
     pages = pages_of(config, DEVICE, tensor_parallel=RANKS)
-    trace = poisson(lengths.draw(options.requests, options.context, options.seed))
+    drawn = lengths.draw(options.requests, options.context, options.seed)
+    requests = [Request(np.ones(given, np.int32), wanted) for given, wanted in drawn]
     with simulated_engine(
-        config, grid.of(variant), pages=pages, host_pages=pages, limits=limits, expected_output=lengths.output_mean
+        config, lambda shape: 1.0, pages=pages, host_pages=pages, limits=limits, expected_output=lengths.output_mean
     ) as engine:
-        report = replay(engine, trace, "simulated", vocabulary=config.vocab_size)
+        done = engine.run(requests)  # a step takes a second of this clock
         if engine.cache.device.held or engine.cache.host.held:
             raise RuntimeError(f"{engine.cache.device.held} pages are held after the last request; none should be.")
-    return report
+        assert isinstance(engine.runner, SimRunner)
+        steps = engine.runner.launched
+    first, last = np.percentile([c.end_s for c in done], (25, 75), method="nearest").astype(int)
+    prompts = [i for i, (shape, _) in enumerate(steps) if shape.prefill]
+    return steps[first : min(int(last), prompts[-1])] or steps
+
+
+def figures_of(steps: Sequence[tuple[StepShape, float]], seconds: GridSeconds) -> Figures:
+    """What the steps give in the time that one variant takes."""
+    known = {shape: seconds(shape) for shape in {shape for shape, _ in steps}}
+    took = np.array([max(known[shape], copies) for shape, copies in steps])
+    tokens, decode = (np.array(n) for n in zip(*((s.decode + s.prefill, s.decode) for s, _ in steps), strict=True))
+    order = np.argsort(took)
+    share = np.cumsum(decode[order]) / max(decode.sum(), 1)
+    p50, p99 = (float(np.interp(q, share, took[order])) for q in (0.5, 0.99))
+    return Figures(float(tokens.sum() / took.sum()) / RANKS, p50, p99)
 
 
 def run(
     names: Sequence[str], options: Options, say: Callable[[str], None] = lambda text: None
-) -> dict[str, dict[str, Report]]:
-    """Reports by setting and variant."""
-    grids: dict[int, StepGrid] = {}
-    found: dict[str, dict[str, Report]] = {}
+) -> dict[str, dict[str, Figures]]:
+    """Figures by setting and variant."""
+    begin = time.perf_counter()
+    steps = {name: steady_steps(SETTINGS[name], options) for name in names}
+    say(f"{len(steps)} traces replayed: {time.perf_counter() - begin:.0f} s")
+    grids, members = dict[int, StepGrid](), dict[int, list[str]]()
     for name in names:
-        lengths, begin = SETTINGS[name], time.perf_counter()
         grid = StepGrid(
-            load_config(MODEL), DEVICE, tensor_parallel=RANKS, prompt_tokens=lengths.input_mean,
-            budget_s=options.budget_s, seed=options.seed, costs=COSTS[options.costs],
+            load_config(MODEL), DEVICE, tensor_parallel=RANKS, prompt_tokens=SETTINGS[name].input_mean,
+            seed=options.seed, costs=COSTS[options.costs],
         )  # fmt: skip
-        grid = grids.setdefault(grid.chunk, grid)
-        found[name] = {variant: serve(lengths, grid, variant, options) for variant in VARIANTS}
-        best = found[name]["taskgraph"].steady_tokens_per_s / RANKS
-        seconds = time.perf_counter() - begin
-        say(
-            f"{name}: {best:.0f} tokens/s/GPU, {best / OPTIMAL:.3f} of the bound (simulated); "
-            f"{seconds:.0f} s, {len(grid.planned)} steps planned"
-        )
-    return found
+        grids.setdefault(grid.chunk, grid)
+        members.setdefault(grid.chunk, []).append(name)
+    found: dict[str, dict[str, Figures]] = {}
+    for chunk, grid in grids.items():
+        mine = members[chunk]
+        grid.prepare([[shape for shape, _ in steps[name]] for name in mine], options.budget_s * len(mine) / len(names))
+        say(f"{', '.join(mine)}: {len(grid.planned)} steps planned: {time.perf_counter() - begin:.0f} s")
+        found |= {name: {v: figures_of(steps[name], grid.of(v)) for v in VARIANTS} for name in mine}
+    return {name: found[name] for name in names}
 
 
-def figures(found: Mapping[str, Mapping[str, Report]]) -> dict[str, dict[str, float]]:
+def figures(found: Mapping[str, Mapping[str, Figures]]) -> dict[str, dict[str, float]]:
     """Tokens a second and GPU, by setting and variant, beside the bound."""
     return {
-        name: {"optimal": OPTIMAL, **{variant: r.steady_tokens_per_s / RANKS for variant, r in row.items()}}
+        name: {"optimal": OPTIMAL, **{variant: f.tokens_per_s for variant, f in row.items()}}
         for name, row in found.items()
     }
 
@@ -119,17 +153,16 @@ def figures(found: Mapping[str, Mapping[str, Report]]) -> dict[str, dict[str, fl
 # ------------------------------------------------------------------------------------------- output
 
 
-def _table(found: Mapping[str, Mapping[str, Report]]) -> Table:
+def _table(found: Mapping[str, Mapping[str, Figures]]) -> Table:
     shown = Table(title=f"{MODEL}, {RANKS} x {DEVICE}: tokens/s/GPU (simulated; optimal is published)")
-    columns = ("", "optimal", *VARIANTS, "of optimal", "over sequential", "whole trace", "TPOT p50, p99 ms")
+    columns = ("", "optimal", *VARIANTS, "of optimal", "over sequential", "ms a token p50, p99")
     for column in columns:
         shown.add_column(column, justify="right")
     for name, row in figures(found).items():
         mine, best = row["taskgraph"], found[name]["taskgraph"]
-        tpot = f"{best.tpot.p50_s * 1e3:.0f}, {best.tpot.p99_s * 1e3:.0f}" if best.tpot else ""
         shown.add_row(
             name, *(f"{value:.0f}" for value in row.values()), f"{mine / OPTIMAL:.3f}",
-            f"{mine / row['sequential']:.2f}x", f"{best.tokens_per_s / RANKS:.0f}", tpot,
+            f"{mine / row['sequential']:.2f}x", f"{best.p50_s * 1e3:.0f}, {best.p99_s * 1e3:.0f}",
         )  # fmt: skip
     return shown
 
@@ -143,9 +176,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--setting", choices=SETTINGS, action="append", help="only this one; may be repeated")
-    parser.add_argument("--requests", type=int, default=default.requests, help=f"in a trace ({default.requests})")
+    parser.add_argument("--thorough", action="store_true", help="minutes instead of one")
+    parser.add_argument("--requests", type=int, help=f"in a trace ({default.requests}; thorough: {THOROUGH.requests})")
     parser.add_argument("--tokens", type=int, default=default.tokens, help=f"a step at most ({default.tokens})")
-    parser.add_argument("--seconds", type=float, default=default.budget_s, help=f"search a plan ({default.budget_s})")
+    parser.add_argument(
+        "--seconds", type=float, help=f"of search for all plans ({default.budget_s:g}; thorough: {THOROUGH.budget_s:g})"
+    )
     parser.add_argument("--costs", choices=COSTS, default=default.costs, help="what prices the ops (model)")
     parser.add_argument("--seed", type=int, default=default.seed)
     parser.add_argument("--json", action="store_true", help="print the figures as JSON on the last line")
@@ -154,7 +190,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(
         f"optimal {OPTIMAL:.0f} tokens/s/GPU (published): {OPTIMAL_FLOPS_PER_S / 1e12:.0f} TFLOP/s / (2 x 70e9)"
     )
-    options = Options(given.requests, given.tokens, default.context, given.seconds, given.seed, given.costs)
+    base = THOROUGH if given.thorough else default
+    options = replace(
+        base, requests=given.requests or base.requests, budget_s=given.seconds or base.budget_s, tokens=given.tokens,
+        seed=given.seed, costs=given.costs,
+    )  # fmt: skip
     found = run(given.setting or list(SETTINGS), options, lambda text: console.print(f"[dim]{text}[/dim]"))
     console.print(_table(found))
     if given.json:

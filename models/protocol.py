@@ -2,6 +2,7 @@
 
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
@@ -35,7 +36,7 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class Body(BaseModel):
+class Body(BaseModel, ABC):
     """What completions and chats share. Fields that would change the answer and are not supported are refused."""
 
     model_config = ConfigDict(extra="forbid")
@@ -60,13 +61,13 @@ class Body(BaseModel):
         texts = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return tuple(text for text in texts if text)
 
+    @abstractmethod
     def prompts(self, tokenizer: Tokenizer) -> list[list[int]]:
         """The tokens of every prompt."""
-        raise NotImplementedError
 
+    @abstractmethod
     def most_tokens(self, prompt: int, context: int) -> int:
         """Tokens to generate at most after `prompt` ones."""
-        raise NotImplementedError
 
 
 B = TypeVar("B", bound=Body)

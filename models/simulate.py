@@ -92,6 +92,7 @@ class SimRunner:
     """A runner whose clock is simulated: a step takes `seconds` of its shape, or as long as its pages take over PCIe.
 
     `host_s` is what the engine's own work takes; it hides behind a step that is longer. Samples are all token 0.
+    `launched` keeps the shape of every step and the seconds of its copies.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class SimRunner:
         self._page_s = page_bytes / copy_bytes_per_s
         self._clock_s = self._ends_s = self.busy_s = 0.0
         self._samples: Ints = np.empty(0, np.int64)
+        self.launched: list[tuple[StepShape, float]] = []
 
     planned = 0
 
@@ -120,7 +122,9 @@ class SimRunner:
 
     def launch(self, batch: Batch) -> None:
         copies = max(len(batch.moves.out), len(batch.moves.back)) * self._page_s
-        step = self._seconds(StepShape.of(batch)) if len(batch.tokens) else 0.0
+        shape = StepShape.of(batch)
+        self.launched.append((shape, copies))
+        step = self._seconds(shape) if len(batch.tokens) else 0.0
         took = max(step, copies, self._host_s)
         self.busy_s += took
         self._ends_s = self._clock_s + took

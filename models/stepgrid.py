@@ -1,13 +1,14 @@
 """Simulated seconds of any serving step, interpolated between steps that were planned.
 
 A step is a point (tokens, share of them that decode, keys that a decoding sequence sees). Corners of the grid cell
-around it are planned when they are first needed; between them time is taken as linear in each, which for a time that
-is a maximum of linear ones errs to the slow side.
+around it are planned when they are first needed, or before, by `StepGrid.prepare`; between them time is taken as linear
+in each, which for a time that is a maximum of linear ones errs to the slow side.
 """
 
 import itertools
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import taskgraph as tg
@@ -21,11 +22,14 @@ from taskgraph.schedule.problem import Costs
 TOKENS = (1, 64, 256, 1024, 2048, 4096, 8192)
 DECODE = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 CONTEXT = (1, 256, 512, 768, 1024, 1280, 1536, 2048, 4096, 8192, 32768, 131072)
-FIRST_SLICES = (4, 3)
-"""Eighths of the tokens that are in the first of two slices; NanoFlow's are 768 and 640 of 2048."""
 CHUNKS = (128, 512, 1024)
 """Tokens of a prompt's chunk, and keys that its last token sees: the nearest to the prompts' mean stands for all."""
-
+LEAST_S = 0.05
+"""The shortest search."""
+SELDOM, OFTEN = 0.01, 0.15
+"""Shares of the steps: a corner below the first is packed by lists, and slices are searched for from the second on."""
+FIRST_EIGHTHS = 3
+"""Of the tokens, in the first of two slices, as in NanoFlow's 768 + 1280: a short search finds more in given slices."""
 
 VARIANTS = ("sequential", "nanobatch_only", "taskgraph")
 """A step as one graph op after op, in our plan's slices op after op, and as planned."""
@@ -56,6 +60,7 @@ class StepGrid:
         self.chunk = min(CHUNKS, key=lambda n: abs(n - prompt_tokens))
         self._budget_s, self._seed, self._costs, self._collectives = budget_s, seed, costs, collectives
         self.planned: dict[Corner, tuple[tg.Graph, tg.Plan]] = {}
+        self._split: dict[Corner, Split] = {}
         self._seconds: dict[tuple[str, Corner], float] = {}
 
     def of(self, variant: str) -> "GridSeconds":
@@ -68,35 +73,76 @@ class StepGrid:
         """Seconds of the planned step at a point of the grid."""
         key = (tokens, share, context if share else 0)
         if (variant, key) not in self._seconds:
-            graph = self.graph(round(tokens * share), context, tokens - round(tokens * share))
-            self._seconds[variant, key] = self._variant(variant, key, graph)
+            self._seconds[variant, key] = self._variant(variant, key)
         return self._seconds[variant, key]
 
-    def _variant(self, variant: str, key: Corner, graph: tg.Graph) -> float:
+    def prepare(self, runs: Iterable[Sequence[StepShape]], budget_s: float) -> None:
+        """Plan what the steps of some runs need, `budget_s` seconds of search in all, each corner by its part of them.
+
+        Runs count alike, however long. The corners that stand for most steps come first: others take slices from them.
+        """
+        shares = [visited(shapes) for shapes in runs]
+        part, most = defaultdict[Corner, float](float), defaultdict[Corner, float](float)
+        for corner, share in itertools.chain.from_iterable(each.items() for each in shares):
+            part[corner] += share / len(shares)
+            most[corner] = max(most[corner], share)
+        for corner in sorted(part, key=lambda c: -part[c]):
+            if corner not in self.planned:
+                self._plan(corner, budget_s * part[corner], most[corner])
+
+    def _variant(self, variant: str, key: Corner) -> float:
         if variant == "sequential":
-            return self._in_turn(graph)
+            return self._in_turn(self._graph_of(key))
         if key not in self.planned:
-            candidates = self._candidates(key[0], graph)
-            self.planned[key] = min(candidates, key=lambda pair: pair[1].makespan_s)
+            self._plan(key, self._budget_s * min(key[0] / 1024, 1.0), 1.0)  # a small step has little to overlap
         sliced, plan = self.planned[key]
         return plan.makespan_s if variant == "taskgraph" else self._in_turn(sliced)
 
-    def _candidates(self, tokens: int, graph: tg.Graph) -> Iterator[tuple[tg.Graph, tg.Plan]]:
-        """Plans, with the graphs whose ops they run: one whose slices are searched for too, and, for large steps, some
-        in two given slices, for which a short search finds more."""
+    def _plan(self, key: Corner, budget_s: float, share: float) -> None:
+        """Keep the best plan of a corner, and the graph whose ops it runs."""
+        split, graph, plan = min(self._candidates(key, budget_s, share), key=lambda found: found[2].makespan_s)
+        self.planned[key], self._split[key] = (graph, plan), split
 
-        def search(given: tg.Graph, share: float, slices: bool) -> tg.Plan:
-            budget_s = share * self._budget_s * min(tokens / 1024, 1.0) + 0.05  # a small step has little to overlap
+    def _candidates(self, key: Corner, budget_s: float, share: float) -> Iterator[tuple[Split, tg.Graph, tg.Plan]]:
+        """Slices, the graphs that they make, and plans of those: for the slices to try, and, of a corner that is met
+        OFTEN, for some that the search finds."""
+        graph, given = self._graph_of(key), self._slices(key)
+        searched = share >= OFTEN or not given
+
+        def make(sliced: tg.Graph, nano_batches: bool) -> tg.Plan:
+            seconds = max(budget_s / (len(given) + searched), LEAST_S)
             return tg.plan(
-                given, self.device, "search", budget_s=budget_s, seed=self._seed, nano_batches=slices, costs=self._costs
-            )
+                sliced, self.device, "list" if share < SELDOM else "search", budget_s=seconds, seed=self._seed,
+                nano_batches=nano_batches, costs=self._costs,
+            )  # fmt: skip
 
-        plan = search(graph, 1.0, True)
-        yield apply(graph, plan.split or UNSPLIT), plan
-        for eighths in FIRST_SLICES if tokens >= 1024 else ():
-            first = tokens * eighths // 8
-            halved = apply(graph, Split.of((first, tokens - first)))
-            yield halved, search(halved, 0.5, False)
+        for split in given:
+            sliced = apply(graph, split)
+            yield split, sliced, make(sliced, False)
+        if searched:
+            plan = make(graph, True)
+            split = plan.split or UNSPLIT
+            yield split, apply(graph, split), plan
+
+    def _slices(self, key: Corner) -> list[Split]:
+        """Slices to try for a large step: NanoFlow's, and those of the planned corner that is nearest."""
+        tokens, share, context = key
+        if tokens < 1024:
+            return []
+        first = tokens * FIRST_EIGHTHS // 8
+        near = min(
+            (c for c in self.planned if c[0] == tokens),
+            key=lambda c: abs(c[1] - share) + abs(c[2] - context) / CONTEXT[4],
+            default=None,
+        )
+        common = () if near is None else self._split[near].parts[:1]  # single ops' slices may not fit another share
+        splits = [Split.of((first, tokens - first)), *([Split(common)] if common else [])]
+        return list(dict.fromkeys(splits))
+
+    def _graph_of(self, key: Corner) -> tg.Graph:
+        tokens, share, context = key
+        decode = round(tokens * share)
+        return self.graph(decode, context, tokens - decode)
 
     def _in_turn(self, graph: tg.Graph) -> float:
         return tg.plan(graph, self.device, "sequential", costs=self._costs).makespan_s
@@ -121,19 +167,30 @@ class GridSeconds:
     variant: str
 
     def __call__(self, shape: StepShape) -> float:
-        tokens = shape.decode + shape.prefill
-        if not tokens:
-            return 0.0
+        return sum(weight * self.grid.corner(self.variant, *corner) for corner, weight in corners(shape))
+
+
+def corners(shape: StepShape) -> Iterator[tuple[Corner, float]]:
+    """The corners around a step with their weights, where those are not 0."""
+    tokens = shape.decode + shape.prefill
+    if tokens:
         cells = (
             between(TOKENS, tokens),
             between(DECODE, shape.decode / tokens),
             between(CONTEXT, max(shape.decode_context, 1)),
         )
-        total = 0.0
         for (rows, a), (share, b), (context, c) in itertools.product(*cells):
             if a * b * c:
-                total += a * b * c * self.grid.corner(self.variant, int(rows), share, int(context))
-        return total
+                yield (int(rows), share, int(context) if share else 0), a * b * c
+
+
+def visited(shapes: Sequence[StepShape]) -> dict[Corner, float]:
+    """The share of the steps that each corner stands for."""
+    found = defaultdict[Corner, float](float)
+    for shape, times in Counter(shapes).items():
+        for corner, weight in corners(shape):
+            found[corner] += weight * times / len(shapes)
+    return found
 
 
 def between(points: Sequence[float], x: float) -> tuple[tuple[float, float], tuple[float, float]]:

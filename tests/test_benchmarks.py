@@ -6,9 +6,12 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import taskgraph as tg
 from benchmarks import interleaved, nanoflow_table, overhead, schedule, serve, spread, tune
+from benchmarks.peers import Slot, next_rows
 
 
 def run(capsys: pytest.CaptureFixture[str], main: Callable[[Sequence[str]], int], *argv: str) -> dict[str, Any]:
@@ -169,6 +172,30 @@ def test_declared_attention_costs_its_longest_block_alone() -> None:
     assert more == pytest.approx(512 * 2 * nanoflow_table.ALONE_KEY_S)
     with pytest.raises(tg.ProfileError, match="109"):
         nanoflow_table.attention_seconds(109, 512, device)
+
+
+@given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 9)), min_size=1, max_size=8), st.integers(8, 30))
+def test_llama_cpp_is_given_every_token_once_and_in_order(lengths: list[tuple[int, int]], room: int) -> None:
+    running = {i: Slot(list(range(100, 100 + p)), o, []) for i, (p, o) in enumerate(lengths)}
+    given_rows: dict[int, list[tuple[int, int]]] = {slot: [] for slot in running}
+    expected = dict(running)
+    while running:
+        rows = next_rows(running, room)
+        assert 0 < len(rows) <= room
+        for token, position, slot, last in rows:
+            given_rows[slot].append((token, position))
+            if last:
+                running[slot].answer.append(len(running[slot].answer))
+                if len(running[slot].answer) == running[slot].most:
+                    del running[slot]
+    for slot, each in expected.items():
+        tokens = [*each.prompt, *each.answer[:-1]]
+        assert given_rows[slot] == list(zip(tokens, range(len(tokens)), strict=True))
+
+
+def test_spread_of_two_rounds_is_half_their_range() -> None:
+    assert spread([1.0, 3.0]) == pytest.approx(0.5)
+    assert spread([2.0]) == 0.0
 
 
 @pytest.mark.model

@@ -17,9 +17,10 @@ from taskgraph import cli
 from taskgraph.errors import RequestError
 from taskgraph.models.config import load_config
 from taskgraph.models.parallel import mixed_step
+from taskgraph.models.requests import Request
 from taskgraph.models.scheduler import Limits
-from taskgraph.models.simulate import StepShape, simulated_engine
-from taskgraph.models.stepgrid import CONTEXT, DECODE, TOKENS, VARIANTS, StepGrid, between
+from taskgraph.models.simulate import SimRunner, StepShape, simulated_engine
+from taskgraph.models.stepgrid import CONTEXT, DECODE, TOKENS, VARIANTS, StepGrid, between, visited
 from taskgraph.models.traces import COLUMNS, DATASETS, Arrival, Lengths, poisson, read_trace, replay
 
 ROWS = [(0.5, 7, 3), (0.0, 11, 1), (2.25, 5, 9)]
@@ -162,7 +163,7 @@ class Formula(StepGrid):
     """A grid whose corners are a formula that is linear in each coordinate."""
 
     def corner(self, variant: str, tokens: int, share: float, context: int) -> float:
-        assert (tokens in TOKENS, share in DECODE, context in CONTEXT) == (True, True, True)
+        assert (tokens in TOKENS, share in DECODE, context in (0, *CONTEXT)) == (True, True, True)
         return float(VARIANTS.index(variant) + 1) * (1 + tokens + 0.01 * tokens * share * context)
 
 
@@ -194,7 +195,54 @@ def test_a_corner_is_the_plan_of_its_step() -> None:
         grid.of("magic")
 
 
+@given(st.lists(st.tuples(st.integers(0, 900), st.integers(0, 3000), st.integers(0, 3000)), min_size=1, max_size=20))
+def test_corners_share_the_steps_among_them(drawn: list[tuple[int, int, int]]) -> None:
+    shapes = [StepShape(d, context if d else 0, p + 1, 1, 100) for d, context, p in drawn]
+    shares = visited(shapes)
+    assert sum(shares.values()) == pytest.approx(1)
+    tokens = sum(weight * corner[0] for corner, weight in shares.items())
+    assert tokens == pytest.approx(np.mean([s.decode + s.prefill for s in shapes]))
+
+
+def test_prepare_plans_what_the_steps_need_and_no_more() -> None:
+    grid = StepGrid(load_config("llama-3.2-1b"), "a100_sxm", prompt_tokens=100)
+    often, seldom = StepShape(1024, 512, 1024, 8, 128), StepShape(32, 256, 32, 1, 128)
+    runs = [[often] * 300 + [seldom], [often] * 5]
+    grid.prepare(runs, budget_s=0.2)
+    assert set(grid.planned) == {corner for run in runs for corner in visited(run)}
+    at = (2048, 0.5, 512)
+    assert "search" in grid.planned[at][1].made_by
+    assert grid.corner("taskgraph", *at) <= grid.corner("sequential", *at)
+    before = dict(grid.planned)
+    grid.of("taskgraph")(often)
+    assert grid.planned == before, "nothing is planned twice"
+
+
 # ------------------------------------------------------------------------- benchmark, command line
+
+
+def test_batches_of_a_trace_do_not_depend_on_the_seconds_of_its_steps() -> None:
+    """Which is why serve_sim replays a trace once for all variants."""
+    config, found = load_config("llama-2-70b"), []
+    requests = [Request(np.ones(p, np.int32), o) for p, o in DATASETS["lmsys"].draw(150, 1024, seed=3)]
+    for seconds in (lambda shape: 1.0, lambda shape: 1e-3 * (shape.prefill + 2 * shape.decode)):
+        with simulated_engine(
+            config, seconds, pages=400, host_pages=400, limits=Limits(63, 64, 8, 1024), expected_output=20.0
+        ) as engine:
+            engine.run(requests)
+            assert engine.scheduler.preemptions > 0
+            assert isinstance(engine.runner, SimRunner)
+            found.append([(shape, copies) for shape, copies in engine.runner.launched])
+    assert found[0] == found[1]
+
+
+def test_serve_sim_rates_are_tokens_over_seconds() -> None:
+    grid = Formula(load_config("llama-2-70b"), "a100_sxm")
+    steps = [(StepShape(64, 256, 0, 0, 0), 0.0), (StepShape(128, 256, 128, 1, 128), 1e6)]
+    found = serve_sim.figures_of(steps, grid.of("sequential"))
+    first = 1 + 64 + 0.01 * 64 * 256
+    assert found.tokens_per_s * serve_sim.RANKS == pytest.approx((64 + 256) / (first + 1e6)), "copies may take longer"
+    assert first <= found.p50_s <= found.p99_s <= 1e6
 
 
 def test_serve_sim_prints_its_keys(capsys: pytest.CaptureFixture[str]) -> None:
