@@ -224,6 +224,24 @@ def argmax(x: Any, out: Any, threads: Any = 1) -> None:
 # -- attention ----------------------------------------------------------------------------------------------------
 
 
+@numba.njit(forceinline=True, fastmath=FAST, error_model="numpy")
+def _turned(head: Any, norm: Any, eps: Any, cos: Any, sin: Any, place: Any, turned: Any) -> None:
+    """turned = head, normalised unless norm is empty, rotated to its place; head is overwritten. Inlined, so that nobody counts
+    references."""
+    half = len(head) // 2
+    if len(norm) > 0:
+        total = np.float32(0.0)
+        for j in range(len(head)):
+            total += head[j] * head[j]
+        scale = np.float32(1.0) / np.sqrt(total / np.float32(len(head)) + np.float32(eps))
+        for j in range(len(head)):
+            head[j] = head[j] * scale * norm[j]
+    for j in range(half):
+        low, high, turn_cos, turn_sin = head[j], head[j + half], cos[place, j], sin[place, j]
+        turned[j] = narrow(low * turn_cos - high * turn_sin, turned)
+        turned[j + half] = narrow(high * turn_cos + low * turn_sin, turned)
+
+
 @kernel
 def _rope_kv(
     qkv: Any,
@@ -239,33 +257,24 @@ def _rope_kv(
     part: Any,
     parts: Any,
 ) -> None:
+    """No array is sliced within the loop: threads would wait for each other to count its references."""
     tokens, heads, dim = out.shape
     batch, kv_heads, _, _ = keys.shape
-    each, half = tokens // batch, dim // 2
-    head = np.empty(dim, np.float32)
+    each = tokens // batch
+    head, turned = np.empty(dim, np.float32), np.empty(dim, out.dtype)
     for token in range(tokens * part // parts, tokens * (part + 1) // parts):
         b = token // each
         at = positions[b] + token % each
-        turn_cos, turn_sin = cos[at], sin[at]
         for h in range(heads + kv_heads):
-            norm = q_norm if h < heads else k_norm
-            source = qkv[token, h * dim : (h + 1) * dim]
             for j in range(dim):
-                head[j] = widen(source[j])
-            if len(norm) > 0:
-                total = np.float32(0.0)
-                for j in range(dim):
-                    total += head[j] * head[j]
-                scale = np.float32(1.0) / np.sqrt(total / np.float32(dim) + np.float32(eps))
-                for j in range(dim):
-                    head[j] = head[j] * scale * norm[j]
-            target = out[token, h] if h < heads else keys[b, h - heads, at]
-            low, high = target[:half], target[half:]
-            for j in range(half):
-                low[j] = narrow(head[j] * turn_cos[j] - head[j + half] * turn_sin[j], out)
-                high[j] = narrow(head[j + half] * turn_cos[j] + head[j] * turn_sin[j], out)
-        for h in range(kv_heads):
-            values[b, h, at] = qkv[token, (heads + kv_heads + h) * dim : (heads + kv_heads + h + 1) * dim]
+                head[j] = widen(qkv[token, h * dim + j])
+            _turned(head, q_norm if h < heads else k_norm, eps, cos, sin, at, turned)
+            for j in range(dim):
+                if h < heads:
+                    out[token, h, j] = turned[j]
+                else:
+                    keys[b, h - heads, at, j] = turned[j]
+                    values[b, h - heads, at, j] = qkv[token, (h + kv_heads) * dim + j]
 
 
 @kernel

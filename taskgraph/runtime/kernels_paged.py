@@ -10,21 +10,25 @@ from typing import Any
 
 import numpy as np
 
-from taskgraph.runtime.kernels import _softmax
+from taskgraph.runtime.kernels import _softmax, _turned
 from taskgraph.runtime.tile import COLUMNS, ROWS, fork, kernel, narrow, tile, widen
 
 
 @kernel
-def _append(page_k: Any, page_v: Any, at: Any, k: Any, v: Any, pack: Any) -> None:
-    """Write the key and the value of one head into place `at` of a page; both pages (page size, dim) in panels."""
-    size, dim = page_k.shape
-    keys, values = page_k.reshape(size * dim), page_v.reshape(size * dim)
-    first = at // COLUMNS * (dim * COLUMNS) + at % COLUMNS * pack
-    for j in range(len(k)):
-        keys[first + j // pack * (COLUMNS * pack) + j % pack] = k[j]
-    first = at // pack * (COLUMNS * pack) + at % pack
-    for j in range(len(v)):
-        values[first + j // COLUMNS * (size * COLUMNS) + j % COLUMNS * pack] = v[j]
+def _append(
+    keys: Any, values: Any, page: Any, size: Any, wide: Any, at: Any, k: Any, qkv: Any, token: Any, v: Any
+) -> None:
+    """Write a key and a value (`qkv[token]` from number `v` on) of one head into place `at` of a page, `wide` by `size`
+    in panels, whose first element is number `page` of the flat keys and of the flat values."""
+    pack, dim = 4 // keys.itemsize, len(k)
+    first = page + at // COLUMNS * (wide * COLUMNS) + at % COLUMNS * pack
+    for word in range(dim // pack):  # two loops: a division an element would last longer than all the rest
+        for j in range(pack):
+            keys[first + word * (COLUMNS * pack) + j] = k[word * pack + j]
+    first = page + at // pack * (COLUMNS * pack) + at % pack
+    for begin in range(0, dim, COLUMNS):
+        for j in range(min(COLUMNS, dim - begin)):
+            values[first + begin * size + j * pack] = qkv[token, v + begin + j]
 
 
 @kernel
@@ -32,35 +36,25 @@ def _paged_rope(
     qkv: Any, positions: Any, slots: Any, keys: Any, values: Any, cos: Any, sin: Any, q_norm: Any, k_norm: Any,
     eps: Any, out: Any, part: Any, parts: Any,
 ) -> None:  # fmt: skip
+    """No array is sliced within the loop: threads would wait for each other to count its references."""
     tokens, heads, dim = out.shape
-    kv_heads, size = keys.shape[1], keys.shape[2]
-    half, pack = dim // 2, 4 // qkv.itemsize
+    _, kv_heads, size, wide = keys.shape
+    flat_k, flat_v = keys.reshape(keys.size), values.reshape(values.size)
     head, turned = np.empty(dim, np.float32), np.empty(dim, out.dtype)
     for token in range(tokens * part // parts, tokens * (part + 1) // parts):
-        turn_cos, turn_sin, slot = cos[positions[token]], sin[positions[token]], slots[token]
+        place, slot = positions[token], slots[token]
         for h in range(heads + kv_heads):
             if h >= heads and slot < 0:
                 break
-            norm = q_norm if h < heads else k_norm
-            source = qkv[token, h * dim : (h + 1) * dim]
             for j in range(dim):
-                head[j] = widen(source[j])
-            if len(norm) > 0:
-                total = np.float32(0.0)
+                head[j] = widen(qkv[token, h * dim + j])
+            _turned(head, q_norm if h < heads else k_norm, eps, cos, sin, place, turned)
+            if h < heads:
                 for j in range(dim):
-                    total += head[j] * head[j]
-                scale = np.float32(1.0) / np.sqrt(total / np.float32(dim) + np.float32(eps))
-                for j in range(dim):
-                    head[j] = head[j] * scale * norm[j]
-            target = out[token, h] if h < heads else turned
-            low, high = target[:half], target[half:]
-            for j in range(half):
-                low[j] = narrow(head[j] * turn_cos[j] - head[j + half] * turn_sin[j], out)
-                high[j] = narrow(head[j + half] * turn_cos[j] + head[j] * turn_sin[j], out)
-            if h >= heads:
-                g, first = h - heads, (heads + kv_heads + h - heads) * dim
-                value = qkv[token, first : first + dim]
-                _append(keys[slot // size, g], values[slot // size, g], slot % size, turned, value, pack)
+                    out[token, h, j] = turned[j]
+            else:
+                page = (slot // size * np.int64(kv_heads) + h - heads) * size * wide
+                _append(flat_k, flat_v, page, size, wide, slot % size, turned, qkv, token, (h + kv_heads) * dim)
 
 
 @kernel
