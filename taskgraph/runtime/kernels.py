@@ -226,8 +226,8 @@ def argmax(x: Any, out: Any, threads: Any = 1) -> None:
 
 @numba.njit(forceinline=True, fastmath=FAST, error_model="numpy")
 def _turned(head: Any, norm: Any, eps: Any, cos: Any, sin: Any, place: Any, turned: Any) -> None:
-    """turned = head, normalised unless norm is empty, rotated to its place; head is overwritten. Inlined, so that nobody counts
-    references."""
+    """turned = head, normalised unless norm is empty, rotated to its place; head is overwritten. It is inlined, so
+    that nobody counts references."""
     half = len(head) // 2
     if len(norm) > 0:
         total = np.float32(0.0)
