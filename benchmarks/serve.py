@@ -219,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--model", default="smollm2", help="smollm2, or a checkpoint of the Llama family")
     parser.add_argument("--requests", type=int, default=64, help="how many (default 64)")
-    parser.add_argument("--sequences", type=int, default=32, help="sequences that the engine runs at once (default 32)")
+    parser.add_argument("--sequences", type=int, default=48, help="sequences that the engine runs at once (default 48)")
     parser.add_argument(
         "--batches",
         type=int,

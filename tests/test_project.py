@@ -110,6 +110,13 @@ def test_bounds_hold_and_solvers_reach_the_least_makespan(project: Project) -> N
     assert found.makespan == pytest.approx(least, rel=1e-6)
 
 
+@given(projects(most=12, modes=2))
+@settings(max_examples=25, deadline=None)
+def test_a_clock_that_has_run_out_leaves_a_schedule(project: Project) -> None:
+    for solver in (solve_list, solve):
+        check(project, solver(project, 1e-9))
+
+
 @given(projects(most=25, modes=3), st.integers(0, 9))
 @settings(max_examples=25, deadline=None)
 def test_equal_seeds_give_equal_results(project: Project, seed: int) -> None:

@@ -225,7 +225,7 @@ def solve(project: Project, budget_s: float, seed: int = 0, workers: int = 2, ta
 
     The budget buys a fixed number of schedules, so equal seeds, budgets and workers give equal results; on the machine
     that the rates were measured on they take about 70 % of it. The clock is only a guard: a machine that is much
-    slower stops early.
+    slower stops early. At least one schedule is made.
     """
     if budget_s <= 0 or workers < 1:
         raise PlanError(f"A budget of {budget_s} s and {workers} workers plan nothing; give more than 0 of both.")
@@ -238,7 +238,8 @@ def solve(project: Project, budget_s: float, seed: int = 0, workers: int = 2, ta
     size = int(min(max(LEAST, 0.75 * each**0.5), MOST))
     islands = [_island(project.n, size, seed, k) for k in range(workers)]
     scratches = [make_scratch(tables) for _ in islands]
-    _evolve(tables, keys, extremes, islands[0], 0, stop, scratches[0])  # compiled before the clock starts
+    _evolve(tables, keys, extremes, islands[0], 1, stop, scratches[0])  # before the clock starts: it compiles, and
+    # there is a schedule then, however late the threads come to run
     begin = time.perf_counter()
 
     def run(island: Island, scratch: Scratch, until: int) -> None:
