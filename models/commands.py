@@ -1,8 +1,10 @@
 """The commands `taskgraph serve` and `taskgraph bench-serve`."""
 
 import dataclasses
+import inspect
 import json
 import math
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -21,8 +23,14 @@ _status = Console(stderr=True, highlight=False)
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
-    app.command()(serve)
-    app.command("bench-serve")(bench_serve)
+    app.command(help=_unwrapped(serve))(serve)
+    app.command("bench-serve", help=_unwrapped(bench_serve))(bench_serve)
+
+
+def _unwrapped(command: Callable[..., None]) -> str:
+    """The docstring with a line a paragraph, for the terminal to wrap; those that begin with \\b stay as they are."""
+    paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
+    return "\n\n".join(p if p.startswith("\b") else " ".join(p.split("\n")) for p in paragraphs)
 
 
 # -------------------------------------------------------------------------------------------- serve
@@ -54,6 +62,7 @@ def serve(
     taskgraph serve smollm2 --name smollm2
     curl localhost:8000/v1/completions -d '{"model": "smollm2", "prompt": "Hi"}'
     taskgraph serve mixtral-folder --tensor-parallel 2 --expert-parallel
+    taskgraph serve llama-folder --device gpu --sequences 256 --step-tokens 2048
 
     Requests are batched continuously over a paged KV cache; those that find it full wait. GET /v1/models names the
     model, GET /health says whether requests are taken. SIGINT or SIGTERM ends what runs, or cancels it after --drain.
@@ -90,7 +99,8 @@ def serve(
 def bench_serve(
     model: Annotated[str, typer.Argument(help="a checkpoint as for `serve`; with --device a size as for `plan`")],
     trace: Annotated[
-        Path | None, typer.Option(help="CSV with a header, or JSON lines: arrival_s, input_tokens, output_tokens")
+        Path | None,
+        typer.Option(help="CSV: arrival_s,input_tokens,output_tokens, then lines like 0.5,120,64; or JSON lines"),
     ] = None,
     dataset: Annotated[str, typer.Option(help=f"or lengths drawn like those of {', '.join(DATASETS)}")] = "",
     requests: Annotated[int, typer.Option(min=1, help="how many to draw")] = 1000,
@@ -98,14 +108,16 @@ def bench_serve(
     device: Annotated[str, typer.Option(help="cpu runs the model (measured); others, see `devices`, simulate")] = "cpu",
     ranks: Annotated[int, typer.Option(min=1, help="tensor-parallel devices, or on the cpu processes")] = 1,
     context: Annotated[int, typer.Option(min=1, help="most tokens of a request")] = 4096,
-    sequences: Annotated[int, typer.Option(min=0, help="most sequences in a step (cpu 32, else 1024)")] = 0,
-    step_tokens: Annotated[int, typer.Option(min=0, help="most tokens in a step (cpu 256, else 2048)")] = 0,
+    sequences: Annotated[int, typer.Option(min=0, help="most sequences in a step; 0 chooses: cpu 32, else 1024")] = 0,
+    step_tokens: Annotated[int, typer.Option(min=0, help="most tokens in a step; 0 chooses: cpu 256, else 2048")] = 0,
     variant: Annotated[str, typer.Option(help="simulated: taskgraph, sequential or nanobatch_only")] = "taskgraph",
     plan_seconds: Annotated[float, typer.Option(help="simulated: search for the plan of a step")] = 0.5,
     seed: Annotated[int, typer.Option(help="of prompts, drawn lengths and arrivals")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
 ) -> None:
     """Replay a trace of requests offline and report throughput, TTFT, TPOT and latency.
+
+    Give --trace or --dataset. TTFT is the time to a request's first token, TPOT the time of each one after it.
 
     \b
     taskgraph bench-serve smollm2 --trace trace.csv
