@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from weakref import WeakValueDictionary
 
 import numpy.typing as npt
 import torch
@@ -63,28 +62,3 @@ def rope_table(op: Op, length: int, dim: int) -> tuple[npt.NDArray[Any], npt.NDA
     inverse = torch.from_numpy(rotary.inverse_frequencies(op, dim))
     angle = torch.outer(torch.arange(length, dtype=torch.float32), inverse)
     return (angle.cos() * rotary.size(op)).numpy(), (angle.sin() * rotary.size(op)).numpy()
-
-
-@dataclass(frozen=True, slots=True, weakref_slot=True)
-class Packed:
-    """A weight in the layout of a product, and the weight itself, so that its address stays its own."""
-
-    weight: torch.Tensor
-    panels: Any
-
-
-_PACKED: WeakValueDictionary[tuple[Any, ...], Packed] = WeakValueDictionary()
-
-
-def packed(w: torch.Tensor, pack: Callable[[torch.Tensor], Any]) -> Packed:
-    """`w` packed, shared by all executables that are bound to it: a graph bank would hold a copy a bucket.
-
-    torch counts changes in place, but not for inference tensors, which are packed anew every time.
-    """
-    if w.is_inference():
-        return Packed(w, pack(w))
-    key = (pack, w.data_ptr(), tuple(w.shape), w.dtype, w._version)
-    found = _PACKED.get(key)
-    if found is None:
-        found = _PACKED[key] = Packed(w, pack(w))
-    return found

@@ -5,8 +5,10 @@ replay calls. All choices (dtype, packing, shapes) are made in the binder; the e
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +26,7 @@ from taskgraph.runtime import (  # noqa: F401 - they register their kinds
     kernels,
     rotary,
 )
-from taskgraph.runtime.binders import BINDERS, TORCH_DTYPE, Binder, Entry, Site, Tensors, binder, packed, rope_table
+from taskgraph.runtime.binders import BINDERS, TORCH_DTYPE, Binder, Entry, Site, Tensors, binder, rope_table
 from taskgraph.runtime.binders import bits as _bits
 
 __all__ = ["BINDERS", "TORCH_DTYPE", "Binder", "Entry", "Site", "bind", "binder", "rope_table"]
@@ -99,10 +101,21 @@ def _skinny_gemm(
     none = np.empty((0, 0), _bits(x).dtype)
     first = none[0:0, 0:0].reshape(0) if bias is None else _bits(bias)
     second = none if residual is None else _bits(residual)
-    ready = packed(w, _panels)
-    entry = partial(kernels.gemm, _bits(x), ready.panels, first, second, _bits(out), threads)
-    entry.__dict__["packed"] = ready  # as long as someone runs on it, others may share it
+    packed = _packed(w, _panels)
+    entry = partial(kernels.gemm, _bits(x), packed.panels, first, second, _bits(out), threads)
+    entry.__dict__["packed"] = packed  # as long as someone runs on it, others may share it
     return entry
+
+
+@dataclass(frozen=True, slots=True, weakref_slot=True)
+class _Packed:
+    """A weight in the layout of a product, and the weight itself, so that its address stays its own."""
+
+    weight: torch.Tensor
+    panels: Any
+
+
+_PACKED: WeakValueDictionary[tuple[Any, ...], _Packed] = WeakValueDictionary()
 
 
 def _panels(w: torch.Tensor) -> npt.NDArray[Any]:
@@ -113,6 +126,20 @@ def _blocked(w: torch.Tensor) -> torch.Tensor:
     """oneDNN's layout for 256 rows serves other numbers of rows as well (measured, 96 to 512)."""
     made: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(w, 256)
     return made
+
+
+def _packed(w: torch.Tensor, pack: Callable[[torch.Tensor], Any]) -> _Packed:
+    """`w` packed, shared by all executables that are bound to it: a graph bank would hold a copy a bucket.
+
+    torch counts changes in place, but not for inference tensors, which are packed anew every time.
+    """
+    if w.is_inference():
+        return _Packed(w, pack(w))
+    key = (pack, w.data_ptr(), tuple(w.shape), w.dtype, w._version)
+    found = _PACKED.get(key)
+    if found is None:
+        found = _PACKED[key] = _Packed(w, pack(w))
+    return found
 
 
 def _gemm_bias_residual(
@@ -126,13 +153,13 @@ def _packed_gemm(
     x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, out: torch.Tensor
 ) -> Entry:
     """oneDNN product with the weight (n, k) reordered once into the blocked layout of many rows."""
-    ready = packed(w, _blocked)
+    packed = _packed(w, _blocked)
     copy = out.copy_
     if residual is None:
         linear = torch.ops.mkldnn._linear_pointwise.default
-        return lambda: copy(linear(x, ready.panels, bias, "none", [], ""))
+        return lambda: copy(linear(x, packed.panels, bias, "none", [], ""))
     binary = torch.ops.mkldnn._linear_pointwise.binary
-    return lambda: copy(binary(x, residual, ready.panels, bias, "add"))
+    return lambda: copy(binary(x, residual, packed.panels, bias, "add"))
 
 
 @binder("rmsnorm")
