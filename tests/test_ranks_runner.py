@@ -72,7 +72,9 @@ def stop_of(engine: Engine) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("case", "whole_experts"), [("mixtral", False), ("qwen2_moe sparse", True)])
+@pytest.mark.parametrize(
+    ("case", "whole_experts"), [("mixtral", False), ("qwen2_moe sparse", True), ("deepseek plain", False)]
+)
 def test_two_ranks_give_what_one_gives(case: str, whole_experts: bool, tmp_path: Path) -> None:
     saved(case, tmp_path)
     with over_one(tmp_path, LIMITS, pages=64) as one:
