@@ -8,7 +8,7 @@ and block tables are those of `taskgraph.ops.paged`.
 import math
 
 from taskgraph.graph.graph import Value
-from taskgraph.graph.op import ITEMSIZE, Work
+from taskgraph.graph.op import ITEMSIZE, Attr, Work
 from taskgraph.ops.paged import need_chunk_tables, need_decode_tables, need_int32
 from taskgraph.ops.rules import (
     IN_TURN,
@@ -185,9 +185,15 @@ def latent_rope(
     `interleaved` channels are rotated in pairs (0, 1), (2, 3), ... and leave as two halves, as DeepSeek's do. `yarn`
     is as for `rope_kv`.
     """
-    attrs: Attrs = {"heads": heads, "rotary": rotary, "theta": theta, "eps": eps, "interleaved": interleaved}
-    attrs |= {f"yarn_{key}": float(v) for key, v in zip(YARN, yarn, strict=False)}
+    attrs = _rope_attrs(heads, rotary, theta, eps, yarn, interleaved)
     return apply("latent_rope", [q, kv, norm, positions, latents], attrs, name=name, writes=[latents])
+
+
+def _rope_attrs(
+    heads: int, rotary: int, theta: float, eps: float, yarn: tuple[float, ...], interleaved: bool
+) -> dict[str, Attr]:
+    attrs: dict[str, Attr] = {"heads": heads, "rotary": rotary, "theta": theta, "eps": eps, "interleaved": interleaved}
+    return attrs | {f"yarn_{key}": float(v) for key, v in zip(YARN, yarn, strict=False)}
 
 
 def paged_latent_rope(
@@ -210,8 +216,7 @@ def paged_latent_rope(
     """`latent_rope` on pages (pages, page size, rank + rotary): token i stands at positions[i], and its latent and
     rotated key go to slot slots[i], which is page * page size + offset, or -1 for nowhere. `context` is the number of
     positions there are."""
-    attrs: Attrs = {"heads": heads, "rotary": rotary, "theta": theta, "eps": eps, "interleaved": interleaved}
-    attrs |= {"context": context, **{f"yarn_{key}": float(v) for key, v in zip(YARN, yarn, strict=False)}}
+    attrs = {"context": context, **_rope_attrs(heads, rotary, theta, eps, yarn, interleaved)}
     return apply("paged_latent_rope", [q, kv, norm, positions, slots, latents], attrs, name=name, writes=[latents])
 
 
