@@ -119,6 +119,10 @@ class Tokenizer:
         """Number of ids, special ones included."""
         return int(self._raw.get_vocab_size(with_added_tokens=True))
 
+    def to_json(self) -> str:
+        """The tokenizer as the text of a `tokenizer.json`."""
+        return str(self._raw.to_str())
+
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; special tokens written in it become their ids, and a needed BOS comes first once."""
         ids: list[int] = self._raw.encode(text, add_special_tokens=False).ids
