@@ -2,8 +2,6 @@
 
 import gc
 import json
-import os
-import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,6 +10,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any, TypeVar
 
+from taskgraph.cache import write_atomically
 from taskgraph.errors import DeviceError, PlanError
 from taskgraph.graph.device import Device, Geometry, Partition
 from taskgraph.graph.graph import Graph
@@ -251,16 +250,3 @@ def _plan_from_json(body: dict[str, Any]) -> Plan:
         split=Split.from_json(body["split"]["parts"]),
         period=Period(**body["period"]) if body["period"] else None,
     )
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by `text`: readers see the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
