@@ -170,7 +170,7 @@ def one_plan(graph: Graph, group: Group | None, made: Callable[[], Plan]) -> Pla
     if group is None:
         return made()
     plan = Plan.from_json(_from_first(group, lambda: made().to_json()))
-    return replace(plan, graph=graph.fingerprint, graph_name=graph.name)
+    return replace(plan, graph=graph.fingerprint, graph_name=graph.name).sealed()
 
 
 def _from_first(group: Group, text: Callable[[], str]) -> str:

@@ -14,12 +14,13 @@ from taskgraph.graph.graph import Graph
 from taskgraph.graph.op import RESOURCES
 from taskgraph.jit import njit
 from taskgraph.ops import COLLECTIVES, check_op
+from taskgraph.record import rows
 from taskgraph.schedule import lists, proof, rules
 from taskgraph.schedule.arena import assign
 from taskgraph.schedule.bounds import lower_bounds
 from taskgraph.schedule.evaluate import Assignment, Evaluation, Layout, evaluate
 from taskgraph.schedule.explore import Candidate, explore, legal_sizes
-from taskgraph.schedule.plan import Lane, Period, Plan, Span, Step, Timeline, Verdict, rows, uncollected
+from taskgraph.schedule.plan import Lane, Period, Plan, Span, Step, Timeline, Verdict, uncollected
 from taskgraph.schedule.problem import Costs, Problem, make_problem
 
 SCHEDULERS = ("auto", "sequential", "list", "search", "exact")
@@ -245,7 +246,7 @@ def _plan_of(graph: Graph, device: Device, chosen: Candidate, verdict: Verdict, 
         made_by=made_by,
         split=chosen.split,
         period=_period(chosen.graph, times),
-    )
+    ).sealed()
 
 
 def _period(graph: Graph, times: Evaluation) -> Period | None:
