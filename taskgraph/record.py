@@ -275,6 +275,18 @@ class _Record(Type):
         return made
 
 
+class _Kept(Type):
+    """An instance of a class that is no record: taken as it is, from Python alone."""
+
+    def __init__(self, kind: type[Any]) -> None:
+        self.kind = kind
+
+    def one(self, value: Any) -> Any:
+        if not isinstance(value, self.kind):
+            raise Bad(0, f"is {shown(value)}; it must be a {self.kind.__name__}")
+        return value
+
+
 _REFUSED = "is refused: "
 _NONE = object()
 Schema = Mapping[str, tuple[Type, Any]]
@@ -306,7 +318,7 @@ def _type_of(hint: Any) -> Type:
         return _Many(_type_of(inner[0])) if inner[-1] is Ellipsis else _Fixed([_type_of(each) for each in inner])
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return _Table(_type_of(inner[1]))
-    raise TypeError(f"no record has a field of type {hint}")
+    return _Kept(hint)
 
 
 def typed(value: Any, error: Error) -> None:
@@ -355,7 +367,8 @@ def convert(kind: type[T], body: object, error: Error, what: str, way_out: str) 
         made: T = _Record(kind).one(body)
     except Bad as bad:
         where = f"{bad.path.lstrip('.')} {bad.text}" if bad.path else bad.text.removeprefix(_REFUSED)
-        raise error(f"not a {what}: {where}. {way_out}") from None
+        shown_where = " ".join(where.encode(errors="backslashreplace").decode().split())
+        raise error(f"not a {what}: {shown_where}. {way_out}") from None
     return made
 
 

@@ -1,6 +1,5 @@
 """Devices: published specs with a source for every number, hypothetical ones, and this machine's CPU."""
 
-import json
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from taskgraph.errors import DeviceError
-from taskgraph.record import convert, integer, shown, text, typed
+from taskgraph.record import convert, decode, integer, shown, text, typed
 
 KINDS = ("gpu", "cpu")
 LEAST_SHARE = 1e-6
@@ -161,6 +160,11 @@ class Device:
         return asdict(self)
 
     @staticmethod
+    def from_json(text: str) -> "Device":
+        """The device in the JSON of what `to_dict` gave; DeviceError, with the place in the document, if it is none."""
+        return decode(Device, text, DeviceError, "device file", "Write Device.to_dict() as JSON.")
+
+    @staticmethod
     def from_dict(body: Mapping[str, Any]) -> "Device":
         """The device that `to_dict` wrote; DeviceError when a field is missing (other than those that came later) or
         unknown."""
@@ -298,13 +302,16 @@ def get(device: "str | Device") -> Device:
 
 
 def make(base: str | Device, name: str | None = None, **changes: Any) -> Device:
-    """A hypothetical device: `make("h100_sxm", sm_count=144, hbm_bytes_per_s=4e12)`; the rest is as in `base`."""
+    """A hypothetical device: `make("h100_sxm", sm_count=144, hbm_bytes_per_s=4e12)`; the rest is as in `base`.
+
+    Rates by dtype may be a dict. DeviceError for a field that a device has not, or a value that it cannot have."""
     origin = get(base)
     if name is not None:
         text("the name of a device", name, DeviceError)
     unknown = set(changes) - {f.name for f in fields(Device)}
     if unknown:
         raise DeviceError(f"a device has no {', '.join(sorted(unknown))}.")
+    changes = {key: tuple(value.items()) if isinstance(value, dict) else value for key, value in changes.items()}
     given = dict(origin.sources) | dict.fromkeys(sorted(changes), f"hypothetical, from {origin.name}")
     sources = tuple(given.items())
     return replace(origin, name=name or f"{origin.name}*", **{"sources": sources, "compute_scaling": (), **changes})
@@ -323,4 +330,4 @@ def _this_machine() -> Device:
     if done.returncode != 0:
         tail = done.stderr.strip().splitlines()[-1:] or ["no message"]
         raise DeviceError(f"probing this machine failed: {tail[0]}. Run `{' '.join(command)}` to see why.")
-    return Device.from_dict(json.loads(done.stdout.strip().splitlines()[-1]))
+    return Device.from_json(done.stdout.strip().splitlines()[-1])

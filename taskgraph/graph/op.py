@@ -21,6 +21,7 @@ ITEMSIZE: Final[Mapping[str, int]] = {
 
 MOST_TENSOR_BYTES: Final = 1 << 48
 """No tensor is larger, so that the bytes of all tensors of a graph are an integer of 64 bits."""
+_MOST_WORKSPACE: Final = 1 << 56
 LEAST_RATE: Final = 1e-3
 MOST_WORK: Final = 1e30
 """No part of a Work is larger, and no rate smaller, so that sums and times of all ops are finite."""
@@ -85,9 +86,9 @@ class Demand:
                 raise DemandError(
                     f"demand.{rate} must be positive and finite, from {LEAST_RATE:g} to {MOST_WORK:g}; got {value}."
                 )
-        if not 0 <= self.workspace_bytes <= MOST_TENSOR_BYTES or self.cluster_sms < 1:
+        if not 0 <= self.workspace_bytes <= _MOST_WORKSPACE or self.cluster_sms < 1:
             raise DemandError(
-                f"demand.workspace_bytes must be from 0 to {MOST_TENSOR_BYTES} and demand.cluster_sms >= 1; got "
+                f"demand.workspace_bytes must be from 0 to {_MOST_WORKSPACE} and demand.cluster_sms >= 1; got "
                 f"{self.workspace_bytes} and {self.cluster_sms}."
             )
 
