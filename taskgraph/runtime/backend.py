@@ -13,6 +13,7 @@ from taskgraph.schedule.verify import verify
 
 if TYPE_CHECKING:
     from taskgraph.runtime.distributed import Group
+    from taskgraph.runtime.ways import Ways
 
 BACKENDS = {
     "cpu": "taskgraph.runtime.cpu:CpuExecutable",
@@ -70,12 +71,14 @@ def compile(
     functions: Mapping[str, Callable[..., Any]] | None = None,
     device: str | None = None,
     group: "Group | None" = None,
+    ways: "Ways | None" = None,
 ) -> Executable:
     """An Executable of `plan` on `backend` ("cpu", "cuda" or "sim"), after the plan has passed `verify`.
 
     `functions` gives Python functions for custom ops whose function cannot be imported by name. `device` is for the
     cuda backend: "virtual:h100_sxm" runs on the virtual driver, whose times are simulated. `group` are the ranks that
-    collectives are between (see runtime.distributed); all of them must compile and replay alike.
+    collectives are between (see runtime.distributed); all of them must compile and replay alike. `ways` forces how
+    the cpu backend multiplies, which the probe of this machine chooses otherwise.
     PlanError when plan and graph do not fit; BackendUnavailable for a backend that is not here.
     """
     verify(plan, graph)
@@ -90,6 +93,9 @@ def compile(
     module, _, name = BACKENDS[backend].partition(":")
     if group is not None and backend not in _WITH_RANKS:
         raise BackendUnavailable(f"the {backend} backend has no collectives between ranks; leave group= out.")
-    extra = {key: value for key, value in (("device", device), ("group", group)) if value is not None}
+    if ways is not None and backend != "cpu":
+        raise BackendUnavailable(f"ways= is for the cpu backend; the {backend} backend has one way to multiply.")
+    given = (("device", device), ("group", group), ("ways", ways))
+    extra = {key: value for key, value in given if value is not None}
     made: Executable = getattr(import_module(module), name)(plan.sliced(graph), plan, functions or {}, **extra)
     return made
