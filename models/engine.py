@@ -77,18 +77,23 @@ class Engine:
         self.runner, self.cache, self.limits = runner, cache, limits
         self.scheduler = Scheduler(limits, cache, prefix_sharing=prefix_sharing, expected_output=expected_output)
         self.stats = Stats()
-        self._vocabulary, self._most_waiting = vocabulary, most_waiting
+        self.vocabulary, self._most_waiting = vocabulary, most_waiting
         self._numbers = itertools.count()
         self._arrived: deque[Waiting] = deque()
         self._cancelled: deque[int] = deque()
         self._running: Batch | None = None
         self._first_s = np.full(limits.sequences, np.nan)
 
+    @property
+    def most_tokens(self) -> int:
+        """The most tokens of a prompt and its answer that can be served: the context's, or all of a smaller cache."""
+        return min(self.limits.context, self.cache.device.pages * self.cache.page_size)
+
     # -- for clients, from any thread ----------------------------------------------------------------
 
     def submit(self, request: Request, arrival_s: float | None = None) -> int:
         """Queue a request; returns its number. RequestError when it can never be served, or too many wait."""
-        request = checked(request, self.limits.context, self._vocabulary)
+        request = checked(request, self.limits.context, self.vocabulary)
         prompt = np.asarray(request.prompt)
         need = -(-(len(prompt) + request.max_tokens) // self.cache.page_size)
         if need > self.cache.device.pages:
@@ -138,7 +143,7 @@ class Engine:
         if batch is not None:
             if samples is not None:
                 # a sequence that got none has ended, as will be noticed when this batch runs
-                batch.tokens[batch.fed] = np.clip(samples[batch.source], 0, self._vocabulary - 1)
+                batch.tokens[batch.fed] = np.clip(samples[batch.source], 0, self.vocabulary - 1)
             batch = self.scheduler.steer(batch)
             self.runner.launch(batch)
             self.stats.steps += 1
@@ -212,7 +217,7 @@ class Engine:
 
     def _take(self, batch: Batch, samples: Ints, chances: Chances | None) -> StepOutput:
         scheduler = self.scheduler
-        taken = scheduler.take(batch, samples, self._vocabulary)
+        taken = scheduler.take(batch, samples, self.vocabulary)
         numbers = scheduler.number[taken.rows]
         now = self.runner.now()
         fresh = taken.rows[np.isnan(self._first_s[taken.rows])]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from taskgraph import ops as ops
+    from taskgraph.cache import CacheWarning
     from taskgraph.cost.profiles import ProfileDB
     from taskgraph.errors import (
         BackendUnavailable,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from taskgraph.observe.tuned import explain_tuned
     from taskgraph.runtime.backend import Executable, compile
     from taskgraph.runtime.tune import Tuned, autotune
+    from taskgraph.schedule.audit import audit
     from taskgraph.schedule.plan import Bounds, Lane, Period, Plan, Span, Step, Timeline, Verdict
     from taskgraph.schedule.planner import plan
     from taskgraph.schedule.verify import verify
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "taskgraph.cache": "CacheWarning",
     "taskgraph.cost.profiles": "ProfileDB",
     "taskgraph.errors": (
         "BackendUnavailable CalibrationError CaptureMismatch ConfigError CudaError DemandError "
@@ -52,6 +55,7 @@ _HOME = {
     "taskgraph.graph.device": "Device Geometry Partition",
     "taskgraph.graph.graph": "Graph GraphBuilder Value",
     "taskgraph.graph.op": "Demand Op Tensor Work demand spec",
+    "taskgraph.schedule.audit": "audit",
     "taskgraph.schedule.plan": "Bounds Lane Period Plan Span Step Timeline Verdict",
     "taskgraph.schedule.planner": "plan",
     "taskgraph.schedule.verify": "verify",

@@ -10,10 +10,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from taskgraph import ops
+from taskgraph import cache, ops
 from taskgraph.cost.model import op_table
-from taskgraph.cost.profiles import Costs, Place, Profile, ProfileDB, measured_costs, shape_key
-from taskgraph.errors import PlanError
+from taskgraph.cost.profiles import Costs, Place, Profile, ProfileDB, measured_costs, points_of, shape_key
+from taskgraph.errors import PlanError, ProfileError
 from taskgraph.graph.device import Device, get
 from taskgraph.graph.graph import Graph, GraphBuilder
 from taskgraph.runtime import probe
@@ -21,10 +21,10 @@ from taskgraph.runtime.measure import LEAST_ROUNDS, Bench, Budget, Session
 from taskgraph.runtime.virtual import is_virtual
 from taskgraph.schedule.bounds import lower_bounds
 from taskgraph.schedule.exact import available
-from taskgraph.schedule.plan import Lane, Plan, Verdict, write_atomically
+from taskgraph.schedule.plan import Lane, Plan, Verdict
 from taskgraph.schedule.planner import AUTO_OP_S, plan, replay_times
 from taskgraph.schedule.problem import make_problem
-from taskgraph.schedule.verify import verify
+from taskgraph.schedule.verify import TUNED, verify
 from taskgraph.units import format_seconds
 
 MOST = 4
@@ -129,7 +129,8 @@ def autotune(
     profiles = None if backend == "sim" or run_on is not None else (store, place)
     tuned = _Tuner(graph, target, bench, budget, seed, profiles, progress).run(fresh)
     if any(trial.measured_s is not None for trial in tuned.trials):
-        write_atomically(winner, _to_json(tuned))
+        with cache.keeping("the winner", winner):
+            cache.write_atomically(winner, _to_json(tuned))
     return tuned
 
 
@@ -187,14 +188,19 @@ def _isolated(shared: Plan, graph: Graph, costs: Costs) -> Iterator[Plan]:
         if fits:
             apart = replace(shared, geometries=(split,), lanes=lanes)
             label = f"{shared.made_by}, each in its own of {' + '.join(map(str, split.sizes))} SMs"
-            yield replace(apart, timeline=replay_times(graph, apart, costs), made_by=label)
+            timeline = replay_times(graph, apart, costs)
+            verdict = replace(apart.verdict, packed_s=timeline.makespan_s)
+            yield replace(apart, timeline=timeline, verdict=verdict, made_by=label).sealed()
 
 
 def _predicted(plan: Plan, graph: Graph, costs: Costs) -> Plan:
     """`plan` as it stands, with the timeline and the bounds that `costs` give it."""
     sizes = {*_sizes(plan.device), *(plan.sms(i) for i in range(len(plan.steps)))}
     problem = make_problem(plan.sliced(graph).flat(), plan.device, sorted(sizes), costs)
-    return replace(plan, timeline=replay_times(graph, plan, costs), bounds=lower_bounds(problem))
+    timeline = replay_times(graph, plan, costs)
+    v, took_s = plan.verdict, timeline.makespan_s
+    verdict = replace(v, packed_s=took_s) if v.choice == "packed" else replace(v, sequential_s=took_s)
+    return replace(plan, timeline=timeline, bounds=lower_bounds(problem), verdict=verdict).sealed()
 
 
 def costs_known(backend: str, device: Device, database: ProfileDB | str | Path | None = None) -> Costs:
@@ -284,8 +290,12 @@ class _Tuner:
         self.say("measuring ops")
         sizes = _sizes(self.device)[::-1]
         times = self.bench.op_times(self.known[self.first], sizes, self.budget.part(0.5))
-        self.recorded = store.record(place, times)
-        self.profile = Profile(store.table(place))
+        try:
+            self.recorded = store.record(place, times)
+            self.profile = Profile(store.table(place))
+        except ProfileError as error:  # a disk that is full by now: this run goes on with what it measured
+            cache.warn(f"op times are not kept: {error}")
+            self.profile = Profile({**self.profile.times, **points_of(times)})
 
     def settle(self) -> None:
         """A measured win must repeat itself; where nothing competed, the sequential plan runs against itself.
@@ -308,8 +318,8 @@ class _Tuner:
         chosen = replace(
             chosen,
             verdict=verdict or replace(chosen.verdict, choice="sequential"),
-            made_by=f"autotune: {chosen.made_by}",
-        )
+            made_by=f"{TUNED}{chosen.made_by}",
+        ).sealed()
         kind = chosen.verdict.kind
         origin = self.bench.origin if verdict else chosen.timeline.origin
         return Tuned(chosen, tuple(self.trials), reason, kind, origin, self.recorded, self.budget.spent_s)
@@ -406,7 +416,7 @@ def here(backend: str, device: Device) -> Place:
 
 def _winner_path(store: ProfileDB, graph: Graph, device: Device, place: Place) -> Path:
     text = repr((_STORE_SCHEMA, graph.fingerprint, device, place))
-    return store.path.parent / "plans" / f"{hashlib.blake2b(text.encode(), digest_size=12).hexdigest()}.json"
+    return store.beside("plans", f"{hashlib.blake2b(text.encode(), digest_size=12).hexdigest()}.json")
 
 
 def _to_json(tuned: Tuned) -> str:
