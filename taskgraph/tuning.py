@@ -69,7 +69,9 @@ def graph_of(model: str, size: StepSize) -> tg.Graph:
 def advice(model: str, size: StepSize, least: int) -> str:
     """ " --ranks N would share it out.", with the fewest ranks from `least` on that can share the model; or nothing."""
     config = None if Path(model).suffix == ".json" and '"ops"' in Path(model).read_text() else config_of(model)
-    for ranks in range(max(least, size.ranks + 1), 65) if config is not None else ():
+    if config is None:
+        return ""
+    for ranks in range(max(least, size.ranks + 1), 65):
         try:
             config.share(ranks, 0 if size.whole_experts else None)
         except tg.TaskgraphError:

@@ -23,7 +23,7 @@ from taskgraph.runtime.virtual import is_virtual
 from taskgraph.schedule.bounds import lower_bounds
 from taskgraph.schedule.exact import available
 from taskgraph.schedule.plan import Lane, Plan, Verdict
-from taskgraph.schedule.planner import AUTO_OP_S, plan, replay_times
+from taskgraph.schedule.planner import AUTO_OP_S, plan, priced_anew
 from taskgraph.schedule.problem import make_problem
 from taskgraph.schedule.verify import TUNED, verify
 from taskgraph.units import format_seconds
@@ -205,19 +205,19 @@ def _isolated(shared: Plan, graph: Graph, costs: Costs) -> Iterator[Plan]:
         if fits:
             apart = replace(shared, geometries=(split,), lanes=lanes)
             label = f"{shared.made_by}, each in its own of {' + '.join(map(str, split.sizes))} SMs"
-            timeline = replay_times(graph, apart, costs)
-            verdict = replace(apart.verdict, packed_s=timeline.makespan_s)
-            yield replace(apart, timeline=timeline, verdict=verdict, made_by=label).sealed()
+            apart = priced_anew(graph, apart, costs)
+            verdict = replace(apart.verdict, packed_s=apart.makespan_s)
+            yield replace(apart, verdict=verdict, made_by=label).sealed()
 
 
 def _predicted(plan: Plan, graph: Graph, costs: Costs) -> Plan:
     """`plan` as it stands, with the timeline and the bounds that `costs` give it."""
     sizes = {*_sizes(plan.device), *(plan.sms(i) for i in range(len(plan.steps)))}
     problem = make_problem(plan.sliced(graph).flat(), plan.device, sorted(sizes), costs)
-    timeline = replay_times(graph, plan, costs)
-    v, took_s = plan.verdict, timeline.makespan_s
+    plan = priced_anew(graph, plan, costs)
+    v, took_s = plan.verdict, plan.makespan_s
     verdict = replace(v, packed_s=took_s) if v.choice == "packed" else replace(v, sequential_s=took_s)
-    return replace(plan, timeline=timeline, bounds=lower_bounds(problem), verdict=verdict).sealed()
+    return replace(plan, bounds=lower_bounds(problem), verdict=verdict).sealed()
 
 
 def costs_known(backend: str, device: Device, database: ProfileDB | str | Path | None = None) -> Costs:

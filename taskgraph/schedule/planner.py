@@ -168,6 +168,14 @@ def replay_times(graph: Graph, plan: Plan, costs: Costs = op_table) -> Timeline:
     return _timeline(graph.flat(), plan.device, problem, chosen.order, [s.lane for s in plan.steps], times)
 
 
+def priced_anew(graph: Graph, plan: Plan, costs: Costs = op_table) -> Plan:
+    """`plan` as it stands, with the timeline and the period that `costs` give it; verdict and seal are the caller's."""
+    graph = plan.sliced(graph)
+    problem, chosen, times = _replayed(graph, plan, costs, record=False)
+    timeline = _timeline(graph.flat(), plan.device, problem, chosen.order, [s.lane for s in plan.steps], times)
+    return replace(plan, timeline=timeline, period=_period(graph, times) if plan.period else None)
+
+
 def utilisation(graph: Graph, plan: Plan, costs: Costs = op_table) -> dict[str, list[tuple[float, float]]]:
     """For each resource of the device the steps (time in seconds, used share of its capacity) of a simulated replay."""
     _, _, times = _replayed(plan.sliced(graph), plan, costs, record=True)
