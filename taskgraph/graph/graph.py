@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from taskgraph.errors import GraphError
 from taskgraph.graph.edges import predecessors, toposorted
-from taskgraph.graph.functions import register_function
+from taskgraph.graph.functions import check_arity, register_function
 from taskgraph.graph.op import PLAIN, ROWS, Attr, Demand, Op, Rows, Tensor, TensorSpec, Work, check_work, rows_attr
 
 if TYPE_CHECKING:
@@ -453,7 +453,8 @@ class GraphBuilder:
                 raise GraphError(f"split_axes has an axis or None for each of {len(inputs)} inputs; got {split_axes}.")
             attrs["split_axes"] = tuple(-1 if axis is None else axis for axis in split_axes)
             attrs["split_multiple"] = split_multiple
-        name = name or self._free_name(key.rsplit(":", 1)[-1].rsplit(".", 1)[-1].strip("<>"))
+        name = name or self._free_name(key.rsplit(":", 1)[-1].partition("#")[0].rsplit(".", 1)[-1].strip("<>"))
+        check_arity(name, function, len(inputs) + len(outputs))
         made = self.op("call", inputs, outputs, work, name, demand, after, writes, attrs)
         return made[0] if len(made) == 1 else made
 

@@ -61,6 +61,29 @@ def need(condition: bool, kind: str, inputs: Shapes, text: str) -> None:
         raise GraphError(f"{kind}({shapes}): {text}.")
 
 
+FLOATS = ("f64", "f32", "f16", "bf16", "f8")
+INTEGERS = ("i32", "i64")
+
+
+def need_floats(kind: str, inputs: Shapes, *operands: Tensor) -> None:
+    """GraphError unless all `operands` are of one float dtype."""
+    kinds = {t.dtype for t in operands}
+    need(len(kinds) == 1 and kinds <= set(FLOATS), kind, inputs, "these must be floats of one dtype")
+
+
+def need_integers(kind: str, inputs: Shapes, places: Tensor, axes: int = 1) -> None:
+    """GraphError unless `places` are i32 or i64, with so many axes."""
+    fits = places.dtype in INTEGERS and len(places.shape) == axes
+    need(fits, kind, inputs, f"{places.name!r} must be i32 or i64 with {axes} axis" + ("es" if axes > 1 else ""))
+
+
+def made_dtype(kind: str, inputs: Shapes, attrs: Attrs, default: str) -> str:
+    """The dtype of the output: `out_dtype` where the op has one; GraphError unless it is a float."""
+    made = str(attrs.get("out_dtype", default))
+    need(made in FLOATS, kind, inputs, f"out_dtype is one of {', '.join(FLOATS)}; got {made!r}")
+    return made
+
+
 def moved(tensors: Shapes) -> float:
     """Bytes of all `tensors`, each moved once."""
     return float(sum(t.nbytes for t in tensors))
@@ -69,6 +92,12 @@ def moved(tensors: Shapes) -> float:
 def integer(attrs: Attrs, key: str) -> int:
     """The attribute `key`, which a rule needs as a number of something."""
     return int(attrs[key])  # type: ignore[arg-type]
+
+
+def exactly(kind: str, inputs: Shapes, fewest: int, most: int | None = None) -> None:
+    """GraphError unless there are as many inputs as the kind takes."""
+    top = fewest if most is None else most
+    need(fewest <= len(inputs) <= top, kind, inputs, f"it takes {fewest}{f' to {top}' if top > fewest else ''} inputs")
 
 
 def batch_axes(op: Op, inputs: Shapes) -> tuple[int | None, ...] | None:
@@ -109,23 +138,28 @@ def apply(
     builder = inputs[0].builder
     ins = [v.tensor for v in inputs]
     stem = name or builder._free_name(kind)
-    try:
-        ((shape, dtype),) = SHAPE_RULES[kind](ins, attrs)
-    except GraphError:
-        raise
-    except (ValueError, KeyError) as error:
-        raise GraphError(f"{kind} does not take {len(ins)} inputs with attributes {sorted(attrs)}: {error}.") from error
+    ((shape, dtype),) = derived(kind, ins, attrs)
     out = TensorSpec(f"{stem}.out", shape, dtype)
     work = WORK_RULES[kind](ins, [Tensor(out.name, shape, dtype)], attrs)
     return builder.op(kind, inputs, [out], work, stem, demand, after, writes, attrs)[0]
 
 
+def derived(kind: str, inputs: Shapes, attrs: Attrs) -> Outputs:
+    """What the shape rule of a standard kind gives; GraphError for inputs or attributes of any other form too."""
+    try:
+        return SHAPE_RULES[kind](inputs, attrs)
+    except GraphError:
+        raise
+    except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
+        shapes = ", ".join(f"{t.dtype}{list(t.shape)}" for t in inputs)
+        raise GraphError(f"{kind} does not take ({shapes}) with attributes {attrs}: {error}.") from error
+
+
 def check_op(op: Op, tensors: dict[str, Tensor]) -> None:
     """GraphError unless the outputs of a standard op are what its shape rule says (for graphs read from files)."""
-    rule = SHAPE_RULES.get(op.kind)
-    if rule is None:
+    if op.kind not in SHAPE_RULES:
         return
     made = [(tensors[name].shape, tensors[name].dtype) for name in op.outputs]
-    wanted = rule(seen_inputs(op, tensors), dict(op.attrs))
+    wanted = derived(op.kind, seen_inputs(op, tensors), dict(op.attrs))
     if made != wanted:
         raise GraphError(f"op {op.name!r} of kind {op.kind!r} makes {made}, but its inputs give {wanted}.")
