@@ -6,7 +6,7 @@ import json
 import signal
 import socket
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -18,24 +18,13 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from taskgraph.errors import BackendUnavailable, ExecutionError, RequestError, WeightsError
-from taskgraph.models import requests as ask
-from taskgraph.models.protocol import (
-    ApiError,
-    Body,
-    ChatBody,
-    CompletionBody,
-    Shape,
-    TextStream,
-    parsed,
-    requests_of,
-)
-from taskgraph.models.requests import Completion
-from taskgraph.models.service import Service, Stream, TooManyRequests
+from taskgraph.errors import BackendUnavailable, ExecutionError
+from taskgraph.models.answers import Answer, all_or_none
+from taskgraph.models.protocol import ApiError, Body, ChatBody, CompletionBody, parsed
+from taskgraph.models.service import Service
 from taskgraph.models.tokenizer import Tokenizer
 
 T = TypeVar("T")
-_REASONS = {ask.LENGTH: "length", ask.STOP: "stop"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,44 +115,14 @@ async def _answer(request: Request, served: Served, kind: type[Body]) -> Respons
     _check_model(body.model, served)
     if not served.service.ready:
         raise ApiError(503, "the server is shutting down or has failed; try another.")
-    try:
-        prompts = await asyncio.to_thread(body.prompts, served.tokenizer)
-    except WeightsError as error:
-        raise ApiError(400, str(error)) from error
-    stop = frozenset(served.tokenizer.eos_ids[: ask.MOST_STOPS])
-    if len(prompts) * body.n > served.service.most_open:
-        raise ApiError(
-            400, f"{len(prompts) * body.n} answers are asked for; at most {served.service.most_open} can be."
-        )
-    choices = _open(served, body, requests_of(body, prompts, served.context, stop))
-    shape, prompt_tokens = Shape.of(body), sum(map(len, prompts))
+    answer = await Answer.begin(body, served.service, served.tokenizer)
     if body.stream:
-        usage = body.stream_options is not None and body.stream_options.include_usage
-        return EventStream(_events(choices, shape, prompt_tokens, usage), lambda: _close(choices))
+        return EventStream(answer.events(), answer.close)
     try:
-        answer = await _unless_gone(request.receive, _whole(choices, shape, prompt_tokens))
+        whole = await _unless_gone(request.receive, answer.whole())
     finally:
-        _close(choices)
-    return await _left(request, ClientDisconnect()) if answer is None else JSONResponse(answer)
-
-
-def _open(served: Served, body: Body, wanted: Sequence[ask.Request]) -> "list[Choice]":
-    """All choices, or none."""
-    choices: list[Choice] = []
-    try:
-        with _as_api_errors():
-            choices.extend(
-                Choice(served.service.submit(each), TextStream(served.tokenizer, body.stops)) for each in wanted
-            )
-    except ApiError:
-        _close(choices)
-        raise
-    return choices
-
-
-def _close(choices: "Sequence[Choice]") -> None:
-    for choice in choices:
-        choice.close()
+        answer.close()
+    return await _left(request, ClientDisconnect()) if whole is None else JSONResponse(whole)
 
 
 async def _read(request: Request, most: int) -> bytes:
@@ -184,119 +143,13 @@ def _check_model(name: str, served: Served) -> None:
         )
 
 
-@contextlib.contextmanager
-def _as_api_errors() -> Any:
-    """What the engine refuses is the client's to correct; what it cannot do now, to try again."""
-    try:
-        yield
-    except TooManyRequests as error:
-        raise ApiError(429, str(error), code="rate_limit_exceeded") from error
-    except RequestError as error:
-        code = "context_length_exceeded" if "context" in str(error) else None
-        raise ApiError(400, str(error), code=code) from error
-    except BackendUnavailable as error:
-        raise ApiError(503, str(error)) from error
-
-
-class Choice:
-    """One of a request's answers: its text as it comes, then why it ended and how many tokens it has."""
-
-    def __init__(self, stream: Stream, text: TextStream) -> None:
-        self._stream, self._text = stream, text
-        self.tokens, self.reason = 0, ""
-        self.close = stream.close
-
-    async def pieces(self) -> AsyncIterator[str]:
-        """Pieces of text; ApiError when the engine stops before the end."""
-        with _as_api_errors():
-            async for event in self._stream:
-                if isinstance(event, Completion):
-                    self._ended(event)
-                    break
-                self.tokens += 1
-                if piece := self._text.push(event):
-                    yield piece
-                if self._text.stopped:
-                    break
-        if piece := self._text.flush():
-            yield piece
-        if self._text.stopped:
-            self.reason = "stop"
-        self.close()
-
-    def _ended(self, completion: Completion) -> None:
-        if completion.reason not in _REASONS:
-            raise ApiError(503, "the server is shutting down; the answer is not whole.")
-        self.reason = _REASONS[completion.reason]
-
-
-def _usage(choices: Sequence[Choice], prompt_tokens: int) -> dict[str, int]:
-    generated = sum(choice.tokens for choice in choices)
-    return {
-        "prompt_tokens": prompt_tokens, "completion_tokens": generated, "total_tokens": prompt_tokens + generated,
-    }  # fmt: skip
-
-
-async def _whole(choices: Sequence[Choice], shape: Shape, prompt_tokens: int) -> dict[str, Any]:
-    """The answer when all its choices have ended."""
-
-    async def text(choice: Choice) -> str:
-        return "".join([piece async for piece in choice.pieces()])
-
-    async with _all_or_none([asyncio.ensure_future(text(choice)) for choice in choices]) as tasks:
-        texts = await asyncio.gather(*tasks)
-    ended = [(text, choice.reason) for text, choice in zip(texts, choices, strict=True)]
-    return shape.whole(ended, _usage(choices, prompt_tokens))
-
-
-async def _events(
-    choices: Sequence[Choice], shape: Shape, prompt_tokens: int, usage: bool
-) -> AsyncGenerator[Any, None]:
-    """The JSON objects of a streamed answer, of all choices as they come."""
-    queue: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
-
-    async def feed(index: int, choice: Choice) -> None:
-        try:
-            async for piece in choice.pieces():
-                queue.put_nowait(shape.piece(index, piece))
-            queue.put_nowait(shape.piece(index, "", choice.reason))
-        except ApiError as error:
-            queue.put_nowait(error.body())
-        finally:
-            queue.put_nowait(None)
-
-    for index in range(len(choices)):
-        if (first := shape.begin(index)) is not None:
-            yield first
-    async with _all_or_none([asyncio.ensure_future(feed(i, c)) for i, c in enumerate(choices)]) as tasks:
-        left = len(tasks)
-        while left:
-            event = await queue.get()
-            left -= event is None
-            if event is not None:
-                yield event
-    if usage:
-        yield shape.usage(_usage(choices, prompt_tokens))
-
-
-@contextlib.asynccontextmanager
-async def _all_or_none(tasks: "list[asyncio.Future[Any]]") -> "AsyncIterator[list[asyncio.Future[Any]]]":
-    """When the body ends early, so do the tasks, to their last line."""
-    try:
-        yield tasks
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
 # ------------------------------------------------------------------------------ clients that leave
 
 
 async def _unless_gone(receive: Receive, work: Awaitable[T]) -> T | None:
     """The result of `work`, or None, with `work` cancelled, when the client disconnects first."""
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
-    async with _all_or_none([task, gone]):
+    async with all_or_none([task, gone]):
         await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
         return task.result() if task.done() else None
 
@@ -384,7 +237,7 @@ async def _until_stopped(server: _Server, service: Service, listener: socket.soc
                     await asyncio.sleep(0.05)
         await asyncio.to_thread(service.close)
 
-    async with _all_or_none([asyncio.ensure_future(drain())]):
+    async with all_or_none([asyncio.ensure_future(drain())]):
         await server.serve(sockets=[listener])
 
 

@@ -96,6 +96,8 @@ def run(
     plan_out: Annotated[Path | None, typer.Option(help="write the decode plan as JSON here")] = None,
 ) -> None:
     """Generate text through captured plans, then say how the plans did against the sequential graph."""
+    from taskgraph.observe.explain import remark
+
     if backend not in ("cpu", "cuda"):
         raise BackendUnavailable(f"run works on the cpu and cuda backends; {backend!r} cannot generate text.")
     where = "this machine"
@@ -134,10 +136,12 @@ def run(
             _screen.print(stream.push(token), end="", markup=False, soft_wrap=True)
         seconds = time.perf_counter() - begin
         _screen.print("\n")
-        rows = _summary(session, ids, count, seconds)
+        rows, (prefill_s, decode_s) = _summary(session, ids, count, seconds)
         _print_summary(rows, f"{config.name}, {dtype}, on {where}")
-        decode = session.step(1)
-        _screen.print(tg.explain(decode.plan), markup=False)
+        decode, real = session.step(1), session.step(1).kind == "measured"
+        if real and (said := remark(session.step(len(ids)).plan, prefill_s)):
+            _screen.print(f"note on prefill: {said}", markup=False, soft_wrap=True)
+        _screen.print(tg.explain(decode.plan, measured_s=decode_s if real else None), markup=False)
         if plan_out is not None:
             with _writing(plan_out):
                 decode.plan.save(plan_out)
@@ -147,8 +151,11 @@ def run(
 _UNITS = {"cpu": "cores", "cuda": "SMs"}
 
 
-def _summary(session: "Session", ids: list[int], count: int, seconds: float) -> list[tuple[str, str, str]]:
-    """Rows (what, prefill, decode): sizes, predicted (simulated) and measured times, and the verdicts."""
+def _summary(
+    session: "Session", ids: list[int], count: int, seconds: float
+) -> tuple[list[tuple[str, str, str]], tuple[float, float]]:
+    """Rows (what, prefill, decode): sizes, predicted (simulated) and measured times, and the verdicts; and the seconds
+    of a prefill and of a decode step."""
     from taskgraph.models.session import step_seconds
 
     prefill, decode = session.step(len(ids)), session.step(1)
@@ -166,7 +173,7 @@ def _summary(session: "Session", ids: list[int], count: int, seconds: float) -> 
         return (what, first, second)
 
     work, clocked = (len(ids), 1), f" in {seconds:.2f} s, {count / seconds:.1f} tokens/s"
-    return [
+    rows = [
         row("tokens a step", (str(n) for n in work)),
         row("nodes", (str(len(p.steps)) for p in plans)),
         row("lanes", (str(len(p.lanes)) for p in plans)),
@@ -183,6 +190,7 @@ def _summary(session: "Session", ids: list[int], count: int, seconds: float) -> 
         row("verdict (simulated)", (f"{p.verdict.choice}, {p.verdict.gain:.2f}x" for p in plans)),
         ("tokens generated", "", f"{count}{clocked if kind == 'measured' else ''}"),
     ]
+    return rows, (measured[0][0], measured[1][0])
 
 
 def _print_summary(rows: list[tuple[str, str, str]], title: str) -> None:
@@ -301,9 +309,9 @@ def doctor(
     """What this machine can run, and what its CPU measured."""
     from importlib import metadata
 
-    if probe:
-        from taskgraph.runtime.probe import cache_path
+    from taskgraph.runtime.probe import cache_path, disturbance, probed_when
 
+    if probe:
         cache_path().unlink(missing_ok=True)
 
     table = Table(title="taskgraph doctor", title_justify="left", show_header=False)
@@ -318,6 +326,7 @@ def doctor(
         table.add_row("  read, all cores (measured)", format_quantity(cpu.hbm_bytes_per_s, "B/s"))
         table.add_row("  read, one core (measured)", format_quantity(cpu.sm_hbm_bytes_per_s, "B/s"))
         table.add_row("  dispatch of an op (measured)", format_seconds(cpu.launch_seconds))
+        table.add_row("  probe", disturbance(cpu) or probed_when())
     except DeviceError as error:
         table.add_row("cpu backend", str(error))
     table.add_row("sim backend", "ready, any device spec (simulated)")

@@ -1,7 +1,10 @@
 """Devices: sources for every number, legal partitions, hypothetical devices, the probed CPU and its cache."""
 
 import json
+import os
 import subprocess
+import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ from strategies import devices
 from taskgraph.errors import DeviceError
 from taskgraph.graph import device as specs
 from taskgraph.graph.device import Device, Geometry
-from taskgraph.runtime import probe
+from taskgraph.runtime import load, probe
 
 SPECS = list(specs.iter_specs())
 NUMERIC = {f.name for f in fields(Device)} - {"name", "kind", "compute_scaling", "sources", "calibration"}
@@ -144,7 +147,49 @@ def test_this_machine() -> None:
     assert cpu.compute_share(cpu.sm_count) == 1.0
     check_partitions(cpu)
     assert specs.get("cpu") is cpu
-    assert Device.from_dict(json.loads(probe.cache_path().read_text())) == cpu
+    if not probe.disturbance(cpu):
+        assert Device.from_dict(json.loads(probe.cache_path().read_text())) == cpu
+
+
+def test_a_probe_under_load_serves_its_process_and_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "probe", lambda: SPECS[0])
+    monkeypatch.setattr(probe, "cache_path", lambda: tmp_path / "cpu.json")
+    monkeypatch.setattr(load, "others_share", lambda begin, end: 0.43)
+    found = probe.cached_probe()
+    assert found.hbm_bytes_per_s == SPECS[0].hbm_bytes_per_s and not probe.cache_path().exists()
+    assert "43%" in probe.disturbance(found) and "doctor --probe" in probe.disturbance(found)
+    monkeypatch.setattr(load, "others_share", lambda begin, end: 0.02)
+    assert probe.cached_probe() == SPECS[0] and probe.cache_path().exists()
+    assert probe.disturbance(probe.cached_probe()) == ""
+
+
+def test_what_others_had_of_the_cores_is_what_was_not_ours() -> None:
+    cores = len(os.sched_getaffinity(0))
+    begin = load.Moment(10.0, 100.0, 5.0)
+    assert load.others_share(begin, load.Moment(12.0, 100.0 + cores, 5.0)) == 0.5
+    assert load.others_share(begin, load.Moment(12.0, 100.0 + cores, 5.0 + cores)) == 0.0
+    assert load.others_share(begin, load.Moment(12.0, 0.0, 9.0)) == 0.0, "where nobody tells, nothing is claimed"
+    assert load.others_share(load.now(), load.now()) <= 1.0
+
+
+def test_another_process_that_computes_is_noticed() -> None:
+    """One core of the machine's is busy for as long as the other process says so, and this one sleeps."""
+    if not load.now().busy_s:
+        pytest.skip("this system does not count what its cores do")
+    spin = "import time; print(flush=True)\nwhile True: pass"
+    with subprocess.Popen([sys.executable, "-c", spin], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        begin = load.now()
+        before = Path(f"/proc/{other.pid}/stat").read_text().split()
+        while True:  # until the other one has had half a second, however busy the machine is
+            time.sleep(0.1)
+            after = Path(f"/proc/{other.pid}/stat").read_text().split()
+            if int(after[13]) - int(before[13]) >= 50:
+                break
+        end = load.now()
+        other.kill()
+    assert load.others_share(begin, end) > 0.4 / (len(os.sched_getaffinity(0)) * (end.clock_s - begin.clock_s))
 
 
 def test_a_second_probe_reads_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,6 +200,7 @@ def test_a_second_probe_reads_the_cache(tmp_path: Path, monkeypatch: pytest.Monk
         return SPECS[0]
 
     monkeypatch.setattr(probe, "probe", measure)
+    monkeypatch.setattr(load, "others_share", lambda begin, end: 0.0)
     monkeypatch.setattr(probe, "cache_path", lambda: tmp_path / "deep" / "cpu.json")
     assert probe.cached_probe() == probe.cached_probe() == SPECS[0]
     assert len(measured) == 1

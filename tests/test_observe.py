@@ -10,7 +10,7 @@ import pytest
 
 from taskgraph.graph import device
 from taskgraph.graph.device import Geometry
-from taskgraph.observe.explain import critical_path, explain, group_name, path_shares, stem
+from taskgraph.observe.explain import critical_path, explain, group_name, path_shares, remark, stem
 from taskgraph.observe.report import write_report
 from taskgraph.observe.trace import write_trace
 from taskgraph.schedule.plan import Bounds, Lane, Plan, Span, Step, Timeline, Verdict
@@ -104,6 +104,31 @@ def test_critical_path_reports_idle_time(plan: Plan) -> None:
     idle = replace(plan, timeline=replace(plan.timeline, spans=spans))
     assert ("(nothing runs)", 1) in [(name, count) for name, count, _ in path_shares(idle)]
     assert sum(seconds for *_, seconds in path_shares(idle)) == pytest.approx(idle.makespan_s)
+
+
+def test_a_measured_time_beyond_the_band_is_remarked_everywhere(
+    plan: Plan, timelines: dict[str, Timeline], tmp_path: Path
+) -> None:
+    """Predicted 10 us within 10 %: 14 times that is no time of this machine at rest."""
+    assert remark(plan, 10.9e-6) == remark(plan, 9.2e-6) == remark(plan, 0.0) == ""
+    cpu = replace(plan, device=device.make("h100_sxm", name="cpu", kind="cpu"))
+    said = remark(cpu, 140e-6)
+    for part in ("140 us", "14.00x", "10 us", "±10 %", "busy", "stale", "taskgraph doctor --probe"):
+        assert part in said, part
+    assert "doctor" not in remark(plan, 140e-6) and "14.00x" in remark(plan, 140e-6), "a GPU is not probed by doctor"
+    assert "faster" in remark(cpu, 2e-6)
+    noisy = ("probe", "not kept: others had 43% of the cores while it was measured")
+    assert "43%" in remark(replace(cpu, device=replace(cpu.device, sources=(noisy,))), 140e-6)
+    whole = " ".join(explain(cpu, measured_s=140e-6).split())
+    assert said in whole and "note:" not in explain(cpu)
+    tuned = replace(cpu, verdict=Verdict("packed", 140e-6, 150e-6, 0.01, "measured"))
+    assert "14.00x the prediction" in " ".join(explain(tuned).split())
+    late = tuple(replace(s, start_s=14 * s.start_s, end_s=14 * s.end_s) for s in plan.timeline.spans)
+    slow = timelines | {"measured": Timeline("measured", "this machine", late)}
+    write_report(tmp_path / "busy.html", cpu, slow)
+    assert said in Page((tmp_path / "busy.html").read_text()).text
+    write_report(tmp_path / "calm.html", cpu, {"predicted": plan.timeline})
+    assert "note:" not in Page((tmp_path / "calm.html").read_text()).text
 
 
 def test_explain_says_path_bound_and_verdict(plan: Plan) -> None:

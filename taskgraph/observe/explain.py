@@ -12,7 +12,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from taskgraph.cost.fitted import UNFITTED_BAND
 from taskgraph.graph.op import RESOURCES
+from taskgraph.runtime.probe import PROBE_AGAIN, disturbance
 from taskgraph.schedule.plan import Plan, Span
 from taskgraph.units import format_quantity, format_seconds
 
@@ -117,6 +119,35 @@ def verdict_sentence(plan: Plan) -> str:
     return f"packed: {how} than the sequential graph, {v.kind}, {band}; {word} the band"
 
 
+def remark(plan: Plan, measured_s: float) -> str:
+    """What to say of a measured time of the plan that its prediction does not fit; empty where it lies in the band.
+
+    The one home of this: `run`, `explain`, `explain_tuned` and the report print it wherever both times are known.
+    """
+    v = plan.verdict
+    band = v.error_band if v.kind == "simulated" else UNFITTED_BAND  # that of a measured verdict is noise
+    predicted_s = plan.makespan_s
+    if not (predicted_s > 0 and measured_s > 0) or 1 / (1 + band) <= measured_s / predicted_s <= 1 + band:
+        return ""
+    ratio = measured_s / predicted_s
+    how = f"{_times(ratio)} the prediction" if ratio > 1 else f"{1 / ratio:.2f}x faster than the prediction"
+    if plan.device.kind != "cpu":
+        why = "the device is busy or runs at other clocks, or its kernels are not those of the coefficients"
+    elif ratio > 1:
+        why = f"the machine is busy, or its probe stale; {PROBE_AGAIN}"
+    else:
+        why = f"the machine was busy when it was probed; {PROBE_AGAIN}"
+    text = f"measured {format_seconds(measured_s)} is {how} of {format_seconds(predicted_s)} (simulated)"
+    seen = disturbance(plan.device)
+    return f"{text}, beyond its error band of ±{100 * band:.3g} %: {why}{f' (probe {seen})' if seen else ''}."
+
+
+def measured_seconds(plan: Plan) -> float | None:
+    """The time of the plan as its own verdict measured it; None where the verdict is no measurement."""
+    v = plan.verdict
+    return None if v.kind != "measured" else v.packed_s if v.choice == "packed" else v.sequential_s
+
+
 def _times(ratio: float) -> str:
     return f"{ratio:.2f}x" if abs(ratio - 1) >= 0.01 else f"{ratio:.3f}x"
 
@@ -135,8 +166,10 @@ def text_console(width: int, color: bool) -> tuple[Console, Callable[[], str]]:
     return console, lambda: "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
 
 
-def explain(plan: Plan, color: bool = False) -> str:
-    """What the plan does and how good it is, as text for a terminal of 100 columns."""
+def explain(plan: Plan, color: bool = False, measured_s: float | None = None) -> str:
+    """What the plan does and how good it is, as text for a terminal of 100 columns.
+
+    `measured_s` is the time that it took, if it was run; one that the prediction does not fit gets a `remark`."""
     console, text = text_console(_WIDTH, color)
     console.print(_header(plan))
     for title, body in (
@@ -149,6 +182,9 @@ def explain(plan: Plan, color: bool = False) -> str:
     console.print(Text("\nVerdict", style="bold"))
     style = "green" if plan.verdict.choice == "packed" else "yellow"
     console.print(Padding(Text(verdict_sentence(plan), style=style), (0, 0, 0, 2)))
+    took_s = measured_s if measured_s is not None else measured_seconds(plan)
+    if took_s is not None and (said := remark(plan, took_s)):
+        console.print(Padding(Text(f"note: {said}", style="yellow"), (0, 0, 0, 2)))
     return text()
 
 

@@ -17,6 +17,7 @@ from taskgraph.observe.explain import (
     gap_text,
     lane_place,
     path_shares,
+    remark,
     stem,
     unit_of,
     verdict_sentence,
@@ -107,9 +108,11 @@ def _header(plan: Plan, timelines: Mapping[str, Timeline], facts: Mapping[str, s
     small = "".join(f"<div><dt>{_e(k)}</dt><dd>{_e(x)}</dd></div>" for k, x in (counts(plan) | dict(facts)).items())
     choice = "packed" if v.choice == "packed" else "sequential"
     head, _, tail = verdict_sentence(plan).partition(":")
+    notes = [remark(plan, t.makespan_s) for t in timelines.values() if t.kind == "measured"]
+    noted = "".join(f'<p class="note">note: {_e(text)}</p>' for text in dict.fromkeys(notes) if text)
     return (
         f'<header><p class="over">taskgraph plan</p><h1>{_e(plan.graph_name)} <span>on {_e(plan.device.name)}</span>'
-        f'</h1><p class="verdict {choice}"><strong>{_e(head)}</strong>{_e(tail)}</p>'
+        f'</h1><p class="verdict {choice}"><strong>{_e(head)}</strong>{_e(tail)}</p>{noted}'
         f'<div class="cards">{big}</div><dl>{small}</dl>{_geometries(plan)}</header>\n'
     )
 
@@ -318,7 +321,7 @@ main{max-width:1440px;margin:0 auto;padding:36px 32px 24px}h1{font-size:32px;lin
 letter-spacing:-.02em;overflow-wrap:anywhere}h1 span{color:var(--soft);font-weight:400}p.over{margin:0;font-size:12px;
 letter-spacing:.08em;text-transform:uppercase;color:var(--soft)}.verdict{font-size:17px;margin:0 0 22px}
 .verdict strong{padding:2px 10px;border-radius:99px;margin-right:8px;font-size:14px;color:var(--card);
-background:var(--warn)}.verdict.packed strong{background:var(--good)}
+background:var(--warn)}.verdict.packed strong{background:var(--good)}.note{color:var(--warn);margin:-12px 0 22px}
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(210px,1fr));gap:12px}
 .card,section{background:var(--card);border:1px solid var(--line);border-radius:12px}.card{padding:14px 18px}
 .card b{display:block;font-size:28px;line-height:1.25;letter-spacing:-.02em;font-weight:650}

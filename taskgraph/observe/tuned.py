@@ -4,7 +4,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from taskgraph.observe.explain import text_console
+from taskgraph.observe.explain import measured_seconds, remark, text_console
 from taskgraph.runtime.tune import Trial, Tuned
 from taskgraph.units import format_seconds
 
@@ -19,6 +19,9 @@ def explain_tuned(tuned: Tuned, color: bool = False) -> str:
     console.print(_table(tuned))
     style = "green" if tuned.verdict.choice == "packed" else "yellow"
     console.print(Text(tuned.reason, style=style))
+    took_s = measured_seconds(tuned.plan)
+    if took_s is not None and (said := remark(tuned.plan, took_s)):
+        console.print(Text(f"note: {said}", style="yellow"))
     console.print(Text(_ending(tuned), style="dim"))
     return text()
 

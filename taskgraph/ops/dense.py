@@ -5,21 +5,10 @@ from collections.abc import Callable, Sequence
 
 from taskgraph.graph.graph import Value
 from taskgraph.graph.op import ITEMSIZE, Demand, Work
-from taskgraph.ops.rules import (
-    SPLIT_RULES,
-    YARN,
-    Attrs,
-    Shapes,
-    apply,
-    exactly,
-    made_dtype,
-    need_floats,
-    need_integers,
-    shape_rule,
-    work_rule,
-)
+from taskgraph.ops.rules import SPLIT_RULES, apply, axis_of, numbered, shape_rule, work_rule
 from taskgraph.ops.rules import moved as _moved
-from taskgraph.ops.rules import need as _need
+from taskgraph.ops.signatures import SCALING, YARN, Attrs, Shapes, made_dtype, need_floats, need_integers
+from taskgraph.ops.signatures import need as _need
 
 SPLIT_RULES |= {
     "embedding": (0, None),
@@ -62,7 +51,6 @@ def _(ins: Shapes, attrs: Attrs) -> list[tuple[tuple[int, ...], str]]:
     k, n = reversed(w.shape) if attrs["transpose_w"] else w.shape
     _need(x.shape[1] == k, "gemm", ins, f"x has {x.shape[1]} columns but w takes {k}")
     added = [(key, shape) for key, shape in (("bias", (n,)), ("residual", (x.shape[0], n))) if attrs[key]]
-    exactly("gemm", ins, 2 + len(added))
     made = made_dtype("gemm", ins, attrs, x.dtype)
     for t, (key, shape) in zip(extra, added, strict=True):
         _need(t.shape == shape, "gemm", ins, f"the {key} must be {shape}")
@@ -93,7 +81,6 @@ def _(ins: Shapes, attrs: Attrs) -> list[tuple[tuple[int, ...], str]]:
 @shape_rule("rope_kv")
 def _(ins: Shapes, attrs: Attrs) -> list[tuple[tuple[int, ...], str]]:
     qkv, positions, keys, values, *norms = ins
-    exactly("rope_kv", ins, 4, 6)
     need_floats("rope_kv", ins, qkv, keys, values, *norms)
     need_integers("rope_kv", ins, positions)
     _need(len(norms) != 1, "rope_kv", ins, "q and k are normalised both or neither")
@@ -295,7 +282,7 @@ _collective_work("reduce_scatter", 1, True)
 
 def embedding(tokens: Value, table: Value, *, out_dtype: str | None = None, name: str | None = None) -> Value:
     """Rows of `table` (vocabulary, hidden) at `tokens` (n,) -> (n, hidden)."""
-    return apply("embedding", [tokens, table], {"out_dtype": out_dtype} if out_dtype else None, name=name)
+    return apply("embedding", [tokens, table], {"out_dtype": out_dtype} if out_dtype is not None else None, name=name)
 
 
 def gemm(
@@ -313,7 +300,7 @@ def gemm(
     """x (m, k) times w (k, n), or (n, k) with `transpose_w`; plus bias (n,) and residual (m, n)."""
     inputs = [x, w, *(v for v in (bias, residual) if v is not None)]
     attrs: Attrs = {"transpose_w": transpose_w, "bias": bias is not None, "residual": residual is not None}
-    attrs |= {"out_dtype": out_dtype} if out_dtype else {}
+    attrs |= {"out_dtype": out_dtype} if out_dtype is not None else {}
     return apply("gemm", inputs, attrs, name=name, demand=demand, after=after)
 
 
@@ -351,9 +338,7 @@ def rope_kv(
     """
     norms = [v for v in (q_norm, k_norm) if v is not None]
     attrs: Attrs = {"heads": heads, "theta": theta, "eps": eps}
-    for key, number in zip(("factor", "low_freq", "high_freq", "original_context"), scaling, strict=False):
-        attrs[f"scaling_{key}"] = number
-    attrs |= {f"yarn_{key}": number for key, number in zip(YARN, yarn, strict=False)}
+    attrs |= numbered("rope_kv", "scaling", SCALING, scaling) | numbered("rope_kv", "yarn", YARN, yarn)
     return apply("rope_kv", [qkv, positions, keys, values, *norms], attrs, name=name, writes=[keys, values])
 
 
@@ -365,7 +350,8 @@ def attention(
     Token j of sequence b stands at positions[b] + j. `context` is the length that the cost counts (the whole cache
     unless given).
     """
-    return apply("attention", [q, positions, keys, values], {"context": context or keys.shape[2]}, name=name)
+    length = axis_of("attention", "keys", keys, 2) if context is None else context
+    return apply("attention", [q, positions, keys, values], {"context": length}, name=name)
 
 
 def decode_attention(q: Value, kv: Value, *, name: str | None = None) -> Value:
@@ -425,7 +411,7 @@ def reduce_scatter(
 
 
 def _collective(kind: str, x: Value, ranks: int, axis: int, name: str | None, demand: Demand | None) -> Value:
-    wanted = demand or (NCCL_SMS if ranks > 1 else None)
+    wanted = demand if demand is not None else NCCL_SMS if ranks != 1 else None
     return apply(kind, [x], {"ranks": ranks, "axis": axis}, name=name, demand=wanted)
 
 

@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 
 from taskgraph.errors import GraphError
 from taskgraph.graph.graph import Value
-from taskgraph.graph.op import Attr, Demand, Op, Tensor, TensorSpec, Work, seen_inputs
+from taskgraph.graph.op import Demand, Op, Tensor, TensorSpec, Work, seen_inputs
+from taskgraph.ops.signatures import COLLECTIVES, Attrs, Shapes, check_signature
+from taskgraph.record import instance, number, sequence, shown, text
 
-Shapes = Sequence[Tensor]
-Attrs = dict[str, Attr]
 Outputs = list[tuple[tuple[int, ...], str]]
 Rule = Callable[[Shapes, Attrs], Outputs]
 WorkRule = Callable[[Shapes, Shapes, Attrs], Work]
@@ -27,11 +27,6 @@ Every output carries the batch on its first axis. `batch_axes` reads the table.
 IN_TURN: set[str] = set()
 """Kinds whose places in states are data: a row writes where no other row does, and reads what its own row and rows
 before it wrote, so that slices of the batch need not wait for those behind them (`Op.turn`)."""
-
-COLLECTIVES = ("all_gather", "all_reduce", "reduce_scatter")
-
-YARN = ("factor", "low", "high", "attention")
-"""The attributes of a YaRN scaling, each after "yarn_": see `rope_kv`."""
 
 
 def shape_rule(kind: str) -> Callable[[Rule], Rule]:
@@ -54,36 +49,6 @@ def work_rule(kind: str) -> Callable[[WorkRule], WorkRule]:
     return register
 
 
-def need(condition: bool, kind: str, inputs: Shapes, text: str) -> None:
-    """GraphError with the shapes of `inputs` and `text` unless `condition`."""
-    if not condition:
-        shapes = ", ".join(f"{t.name}: {t.dtype}{list(t.shape)}" for t in inputs)
-        raise GraphError(f"{kind}({shapes}): {text}.")
-
-
-FLOATS = ("f64", "f32", "f16", "bf16", "f8")
-INTEGERS = ("i32", "i64")
-
-
-def need_floats(kind: str, inputs: Shapes, *operands: Tensor) -> None:
-    """GraphError unless all `operands` are of one float dtype."""
-    kinds = {t.dtype for t in operands}
-    need(len(kinds) == 1 and kinds <= set(FLOATS), kind, inputs, "these must be floats of one dtype")
-
-
-def need_integers(kind: str, inputs: Shapes, places: Tensor, axes: int = 1) -> None:
-    """GraphError unless `places` are i32 or i64, with so many axes."""
-    fits = places.dtype in INTEGERS and len(places.shape) == axes
-    need(fits, kind, inputs, f"{places.name!r} must be i32 or i64 with {axes} axis" + ("es" if axes > 1 else ""))
-
-
-def made_dtype(kind: str, inputs: Shapes, attrs: Attrs, default: str) -> str:
-    """The dtype of the output: `out_dtype` where the op has one; GraphError unless it is a float."""
-    made = str(attrs.get("out_dtype", default))
-    need(made in FLOATS, kind, inputs, f"out_dtype is one of {', '.join(FLOATS)}; got {made!r}")
-    return made
-
-
 def moved(tensors: Shapes) -> float:
     """Bytes of all `tensors`, each moved once."""
     return float(sum(t.nbytes for t in tensors))
@@ -92,12 +57,6 @@ def moved(tensors: Shapes) -> float:
 def integer(attrs: Attrs, key: str) -> int:
     """The attribute `key`, which a rule needs as a number of something."""
     return int(attrs[key])  # type: ignore[arg-type]
-
-
-def exactly(kind: str, inputs: Shapes, fewest: int, most: int | None = None) -> None:
-    """GraphError unless there are as many inputs as the kind takes."""
-    top = fewest if most is None else most
-    need(fewest <= len(inputs) <= top, kind, inputs, f"it takes {fewest}{f' to {top}' if top > fewest else ''} inputs")
 
 
 def batch_axes(op: Op, inputs: Shapes) -> tuple[int | None, ...] | None:
@@ -119,6 +78,38 @@ def batch_axes(op: Op, inputs: Shapes) -> tuple[int | None, ...] | None:
     return axes if all(a is None or a < len(t.shape) for a, t in zip(axes, inputs, strict=True)) else None
 
 
+def shapes_of(kind: str, ins: Shapes, attrs: Attrs) -> Outputs:
+    """The (shape, dtype) of each output of a standard kind; GraphError when inputs or attributes do not fit."""
+    check_signature(kind, ins, attrs)
+    return SHAPE_RULES[kind](ins, attrs)
+
+
+def typed_attrs(name: str, kind: str, attrs: Attrs) -> Attrs:
+    """The attributes as an Op keeps them; GraphError for what cannot be one."""
+    return dict(Op(name, kind, (), (), Work(), attrs=tuple(attrs.items())).attrs)
+
+
+def is_value(kind: str, name: str, value: object) -> Value:
+    """`value` if it is one that a GraphBuilder gave; GraphError names the op's kind and the argument."""
+    return instance(f"{name} of {kind}", value, Value, GraphError, "Take what GraphBuilder.input or an op returned.")
+
+
+def axis_of(kind: str, name: str, value: object, axis: int) -> int:
+    """The length of `value` along `axis`; GraphError when it is no value or has no such axis."""
+    shape = is_value(kind, name, value).shape
+    if not -len(shape) <= axis < len(shape):
+        raise GraphError(f"{name} of {kind} has shape {list(shape)}, without axis {axis}.")
+    return shape[axis]
+
+
+def numbered(kind: str, prefix: str, names: Sequence[str], given: Sequence[float]) -> Attrs:
+    """The attributes prefix + name of numbers that are given all or not at all; GraphError for some of them."""
+    if len(sequence(f"{prefix} of {kind}", given, GraphError)) not in (0, len(names)):
+        raise GraphError(f"{prefix} of {kind} has {len(given)} numbers; it is empty or ({', '.join(names)}).")
+    made = zip(names, given, strict=False)
+    return {f"{prefix}_{name}": number(f"{prefix} of {kind}, {name},", value, GraphError) for name, value in made}
+
+
 def apply(
     kind: str,
     inputs: Sequence[Value],
@@ -130,29 +121,21 @@ def apply(
     writes: Sequence[Value] = (),
 ) -> Value:
     """Append an op of a standard kind with derived output and work; GraphError when the inputs do not fit."""
-    if kind not in SHAPE_RULES:
-        raise GraphError(f"unknown op kind {kind!r}; use one of {', '.join(SHAPE_RULES)}, or GraphBuilder.call.")
-    attrs = attrs or {}
-    if not inputs:
+    if not isinstance(kind, str) or kind not in SHAPE_RULES:
+        raise GraphError(f"unknown op kind {shown(kind)}; use one of {', '.join(SHAPE_RULES)}, or GraphBuilder.call.")
+    if not sequence(f"the inputs of {kind}", inputs, GraphError):
         raise GraphError(f"{kind} needs at least one input.")
+    for i, value in enumerate(inputs):
+        is_value(kind, f"input {i}", value)
+    given = instance(f"the attributes of {kind}", attrs or {}, dict, GraphError)
     builder = inputs[0].builder
     ins = [v.tensor for v in inputs]
-    stem = name or builder._free_name(kind)
-    ((shape, dtype),) = derived(kind, ins, attrs)
+    stem = text(f"the name of a {kind}", name, GraphError) if name else builder._free_name(kind)
+    attrs = typed_attrs(stem, kind, given)
+    ((shape, dtype),) = shapes_of(kind, ins, attrs)
     out = TensorSpec(f"{stem}.out", shape, dtype)
     work = WORK_RULES[kind](ins, [Tensor(out.name, shape, dtype)], attrs)
     return builder.op(kind, inputs, [out], work, stem, demand, after, writes, attrs)[0]
-
-
-def derived(kind: str, inputs: Shapes, attrs: Attrs) -> Outputs:
-    """What the shape rule of a standard kind gives; GraphError for inputs or attributes of any other form too."""
-    try:
-        return SHAPE_RULES[kind](inputs, attrs)
-    except GraphError:
-        raise
-    except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
-        shapes = ", ".join(f"{t.dtype}{list(t.shape)}" for t in inputs)
-        raise GraphError(f"{kind} does not take ({shapes}) with attributes {attrs}: {error}.") from error
 
 
 def check_op(op: Op, tensors: dict[str, Tensor]) -> None:
@@ -160,6 +143,6 @@ def check_op(op: Op, tensors: dict[str, Tensor]) -> None:
     if op.kind not in SHAPE_RULES:
         return
     made = [(tensors[name].shape, tensors[name].dtype) for name in op.outputs]
-    wanted = derived(op.kind, seen_inputs(op, tensors), dict(op.attrs))
+    wanted = shapes_of(op.kind, seen_inputs(op, tensors), dict(op.attrs))
     if made != wanted:
         raise GraphError(f"op {op.name!r} of kind {op.kind!r} makes {made}, but its inputs give {wanted}.")

@@ -68,11 +68,23 @@ class DeviceArray:
         """A copy of those rows on the host; of few, of a large tensor, it moves no more than them."""
         self.check_open()
         host = torch.empty((len(which), *self.shape[1:]), dtype=TORCH_DTYPE[self.dtype])
-        size = self.buffer.nbytes // self.shape[0]
-        for i, row in enumerate(which):
-            if not 0 <= int(row) < self.shape[0]:
-                raise GraphError(f"row {int(row)} of a tensor of {self.shape[0]} rows does not exist.")
-            driver.download(host.data_ptr() + i * size, self.buffer.address + int(row) * size, size)
+        size, rows = self.buffer.nbytes // self.shape[0], np.asarray(which, np.int64)
+        _within(rows, self.shape[0], "row")
+        runs = np.flatnonzero(np.diff(rows, prepend=-2) != 1)  # rows one after another come together
+        for first, last in zip(runs.tolist(), [*runs[1:].tolist(), len(rows)], strict=True):
+            source = self.buffer.address + int(rows[first]) * size
+            driver.download(host.data_ptr() + first * size, source, (last - first) * size)
+        return host
+
+    def entries(self, rows: npt.NDArray[np.int64], columns: npt.NDArray[np.int64]) -> torch.Tensor:
+        """A copy of entry columns[i] of each row rows[i] of a matrix on the host."""
+        self.check_open()
+        _within(rows, self.shape[0], "row")
+        _within(columns, self.shape[1], "column")
+        host = torch.empty(len(rows), dtype=TORCH_DTYPE[self.dtype])
+        size, width = ITEMSIZE[self.dtype], self.shape[1]
+        for i, at in enumerate((rows * width + columns).tolist()):
+            driver.download(host.data_ptr() + i * size, self.buffer.address + at * size, size)
         return host
 
     def copy_(self, source: torch.Tensor) -> None:
@@ -96,6 +108,13 @@ class DeviceArray:
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return (2, 0)  # kDLCUDA, the device of this process
+
+
+def _within(places: npt.NDArray[np.int64], count: int, what: str) -> None:
+    """GraphError unless all `places` are from 0 to `count`."""
+    if len(places) and not (places.min() >= 0 and places.max() < count):
+        odd = places.min() if places.min() < 0 else places.max()
+        raise GraphError(f"{what} {odd} of a device tensor with {count} of them does not exist.")
 
 
 @dataclass(frozen=True, slots=True)

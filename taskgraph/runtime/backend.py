@@ -5,13 +5,15 @@ from importlib import import_module
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from taskgraph.errors import BackendUnavailable
+from taskgraph.errors import BackendUnavailable, PlanError
 from taskgraph.graph.graph import Graph
+from taskgraph.record import instance, shown
 from taskgraph.schedule.plan import Plan, Timeline
 from taskgraph.schedule.verify import verify
 
 if TYPE_CHECKING:
     from taskgraph.runtime.distributed import Group
+    from taskgraph.runtime.ways import Ways
 
 BACKENDS = {
     "cpu": "taskgraph.runtime.cpu:CpuExecutable",
@@ -69,22 +71,31 @@ def compile(
     functions: Mapping[str, Callable[..., Any]] | None = None,
     device: str | None = None,
     group: "Group | None" = None,
+    ways: "Ways | None" = None,
 ) -> Executable:
     """An Executable of `plan` on `backend` ("cpu", "cuda" or "sim"), after the plan has passed `verify`.
 
     `functions` gives Python functions for custom ops whose function cannot be imported by name. `device` is for the
     cuda backend: "virtual:h100_sxm" runs on the virtual driver, whose times are simulated. `group` are the ranks that
-    collectives are between (see runtime.distributed); all of them must compile and replay alike.
+    collectives are between (see runtime.distributed); all of them must compile and replay alike. `ways` forces how
+    the cpu backend multiplies, which the probe of this machine chooses otherwise.
     PlanError when plan and graph do not fit; BackendUnavailable for a backend that is not here.
     """
     verify(plan, graph)
-    if backend not in BACKENDS:
-        raise BackendUnavailable(f"no backend {backend!r}; use one of {', '.join(BACKENDS)}.")
-    if device is not None and backend != "cuda":
-        raise BackendUnavailable(f"device={device!r} is for the cuda backend; the {backend} backend takes the plan's.")
+    if not isinstance(backend, str) or backend not in BACKENDS:
+        raise BackendUnavailable(f"no backend {shown(backend)}; use one of {', '.join(BACKENDS)}.")
+    if functions is not None:
+        instance("functions", functions, Mapping, PlanError, "It holds functions by their names in the graph.")
+    if device is not None and (backend != "cuda" or not isinstance(device, str)):
+        raise BackendUnavailable(
+            f"device={shown(device)} is for the cuda backend; the {backend} backend takes the plan's."
+        )
     module, _, name = BACKENDS[backend].partition(":")
     if group is not None and backend not in _WITH_RANKS:
         raise BackendUnavailable(f"the {backend} backend has no collectives between ranks; leave group= out.")
-    extra = {key: value for key, value in (("device", device), ("group", group)) if value is not None}
+    if ways is not None and backend != "cpu":
+        raise BackendUnavailable(f"ways= is for the cpu backend; the {backend} backend has one way to multiply.")
+    given = (("device", device), ("group", group), ("ways", ways))
+    extra = {key: value for key, value in given if value is not None}
     made: Executable = getattr(import_module(module), name)(plan.sliced(graph), plan, functions or {}, **extra)
     return made

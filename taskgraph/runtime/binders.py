@@ -9,6 +9,7 @@ import torch
 
 from taskgraph.graph.op import Op
 from taskgraph.runtime import rotary
+from taskgraph.runtime.ways import PLAIN, Ways
 
 if TYPE_CHECKING:
     from taskgraph.runtime.distributed import Group
@@ -20,12 +21,13 @@ Tensors = Sequence[torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Where an op runs: the threads of its lane, the names of the tensors that never change between replays, and the
-    group whose ranks its collectives are between."""
+    """Where an op runs: the threads of its lane, the names of the tensors that never change between replays, the
+    group whose ranks its collectives are between, and the ways that products run."""
 
     threads: int
     constants: frozenset[str]
     group: "Group | None" = None
+    ways: Ways = PLAIN
 
     def threads_for(self, rows: int) -> int:
         """One thread for a handful of rows: the work is less than a fork of the lane's threads (about 1 us)."""

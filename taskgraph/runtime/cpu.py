@@ -17,11 +17,13 @@ import torch
 from taskgraph.errors import BackendUnavailable, ExecutionError, GraphError, RankLost
 from taskgraph.graph.graph import Graph
 from taskgraph.graph.op import Tensor
+from taskgraph.runtime import products
 from taskgraph.runtime.buffers import Region, changed_names, check_apart, host_tensor, written_names
 from taskgraph.runtime.distributed import Group, check_collectives
 from taskgraph.runtime.impls import TORCH_DTYPE, Entry, Site, bind
 from taskgraph.runtime.lanes import Lane, alone, replay
 from taskgraph.runtime.turns import Turns, in_op
+from taskgraph.runtime.ways import Ways
 from taskgraph.schedule.plan import Plan, Span, Step, Timeline
 
 _ALIGNMENT = 64
@@ -36,9 +38,15 @@ class CpuExecutable:
     """
 
     def __init__(
-        self, graph: Graph, plan: Plan, functions: Mapping[str, Callable[..., Any]], group: Group | None = None
+        self,
+        graph: Graph,
+        plan: Plan,
+        functions: Mapping[str, Callable[..., Any]],
+        group: Group | None = None,
+        ways: Ways | None = None,
     ) -> None:
         self._graph, self._plan, self._functions, self._group = graph.flat(), plan, dict(functions), group
+        self._ways = products.by_capability() if ways is None else ways
         check_collectives(self._graph, plan, group)
         self._turns = Turns(self._graph.name)
         self._ops = {op.name: op for op in self._graph.ops}
@@ -155,7 +163,7 @@ class CpuExecutable:
 
     def _entry(self, step: Step) -> Entry:
         op = self._ops[step.op]
-        site = Site(self._plan.partition(step.lane).sm_count, self._constants, self._group)
+        site = Site(self._plan.partition(step.lane).sm_count, self._constants, self._group, self._ways)
         return bind(op, [*map(self._tensor, op.inputs)], [*map(self._tensor, op.outputs)], site, self._functions)
 
     def _assemble(self, entries: list[Entry]) -> None:

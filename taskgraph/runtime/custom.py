@@ -19,7 +19,7 @@ from taskgraph.errors import ExecutionError
 from taskgraph.graph.functions import check_arity, find_function
 from taskgraph.graph.op import Op
 
-_USES: Callable[[int], int] = torch._C._storage_Use_Count  # type: ignore[attr-defined]
+_USES: Callable[[int], int] = torch._C._storage_Use_Count
 """How many tensors share a storage, which its address names."""
 Function = Callable[..., Any]
 Tensors = Sequence[torch.Tensor]

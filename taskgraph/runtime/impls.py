@@ -5,13 +5,10 @@ replay calls. All choices (dtype, packing, shapes) are made in the binder; the e
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from weakref import WeakValueDictionary
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 
@@ -24,6 +21,7 @@ from taskgraph.runtime import (  # noqa: F401 - they register their kinds
     impls_latent,
     impls_paged,
     kernels,
+    products,
     rotary,
 )
 from taskgraph.runtime.binders import BINDERS, TORCH_DTYPE, Binder, Entry, Site, Tensors, binder, rope_table
@@ -54,111 +52,14 @@ def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
     return partial(torch.index_select, table, 0, tokens, out=outs[0])
 
 
-_SKINNY = 64
-"""Up to this many rows a product is bound by reading its weight, and the packed kernel reads it fastest (measured,
-Zen 5, 2 cores: 1 row at 47 GB/s against 15 GB/s of oneDNN out of cold caches); above, oneDNN multiplies faster."""
-
-
 @binder("gemm")
 def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
     x, w, *extra = ins
     bias = extra[0] if op.attr("bias") else None
     residual = extra[-1] if op.attr("residual") else None
-    if op.inputs[1] in site.constants and _fits_kernel(x, w) and outs[0].dtype == x.dtype:
-        weight = w if op.attr("transpose_w") else w.t().contiguous()
-        if x.shape[0] <= _SKINNY:
-            return _skinny_gemm(x, weight, bias, residual, outs[0], site.threads)
-        if x.dtype == torch.bfloat16 and torch._C._has_mkldnn:
-            return _packed_gemm(x, weight, bias, residual, outs[0])
-    right = w.t() if op.attr("transpose_w") else w
-    if x.dtype == w.dtype and outs[0].dtype == torch.float32 != x.dtype and not extra:
-        wide = right.float() if op.inputs[1] in site.constants else None
-        return lambda: torch.mm(x.float(), right.float() if wide is None else wide, out=outs[0])
-    if not x.dtype == w.dtype == outs[0].dtype:
-        raise BackendUnavailable(f"op {op.name!r}: the cpu backend multiplies and stores one dtype; convert first.")
-    if bias is not None and residual is not None:
-        return partial(_gemm_bias_residual, x, right, bias, residual, outs[0])
-    added = bias if residual is None else residual
-    if added is None:
-        return partial(torch.mm, x, right, out=outs[0])
-    return partial(torch.addmm, added, x, right, out=outs[0])
-
-
-def _fits_kernel(x: torch.Tensor, w: torch.Tensor) -> bool:
-    return x.dtype == w.dtype and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and x.shape[1] % 2 == 0))
-
-
-def _skinny_gemm(
-    x: torch.Tensor,
-    w: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    out: torch.Tensor,
-    threads: int,
-) -> Entry:
-    """Few rows: the kernel that streams the weight (n, k), packed once, past a register tile."""
-    none = np.empty((0, 0), _bits(x).dtype)
-    first = none[0:0, 0:0].reshape(0) if bias is None else _bits(bias)
-    second = none if residual is None else _bits(residual)
-    packed = _packed(w, _panels)
-    entry = partial(kernels.gemm, _bits(x), packed.panels, first, second, _bits(out), threads)
-    entry.__dict__["packed"] = packed  # as long as someone runs on it, others may share it
-    return entry
-
-
-@dataclass(frozen=True, slots=True, weakref_slot=True)
-class _Packed:
-    """A weight in the layout of a product, and the weight itself, so that its address stays its own."""
-
-    weight: torch.Tensor
-    panels: Any
-
-
-_PACKED: WeakValueDictionary[tuple[Any, ...], _Packed] = WeakValueDictionary()
-
-
-def _panels(w: torch.Tensor) -> npt.NDArray[Any]:
-    return kernels.pack_weight(_bits(w))
-
-
-def _blocked(w: torch.Tensor) -> torch.Tensor:
-    """oneDNN's layout for 256 rows serves other numbers of rows as well (measured, 96 to 512)."""
-    made: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(w, 256)
-    return made
-
-
-def _packed(w: torch.Tensor, pack: Callable[[torch.Tensor], Any]) -> _Packed:
-    """`w` packed, shared by all executables that are bound to it: a graph bank would hold a copy a bucket.
-
-    torch counts changes in place, but not for inference tensors, which are packed anew every time.
-    """
-    if w.is_inference():
-        return _Packed(w, pack(w))
-    key = (pack, w.data_ptr(), tuple(w.shape), w.dtype, w._version)
-    found = _PACKED.get(key)
-    if found is None:
-        found = _PACKED[key] = _Packed(w, pack(w))
-    return found
-
-
-def _gemm_bias_residual(
-    x: torch.Tensor, right: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor, out: torch.Tensor
-) -> None:
-    torch.addmm(bias, x, right, out=out)
-    out.add_(residual)
-
-
-def _packed_gemm(
-    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, out: torch.Tensor
-) -> Entry:
-    """oneDNN product with the weight (n, k) reordered once into the blocked layout of many rows."""
-    packed = _packed(w, _blocked)
-    copy = out.copy_
-    if residual is None:
-        linear = torch.ops.mkldnn._linear_pointwise.default
-        return lambda: copy(linear(x, packed.panels, bias, "none", [], ""))
-    binary = torch.ops.mkldnn._linear_pointwise.binary
-    return lambda: copy(binary(x, residual, packed.panels, bias, "add"))
+    weight = w if op.attr("transpose_w") else w.t()
+    product = products.Product(x, weight, bias, residual, outs[0], op.inputs[1] in site.constants, site.threads)
+    return products.entry(op.name, product, site.ways)
 
 
 @binder("rmsnorm")

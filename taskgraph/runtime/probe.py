@@ -1,7 +1,8 @@
 """What this machine's CPU can do, measured once in a process of its own and cached.
 
 `python -m taskgraph.runtime.probe` prints the Device as JSON.
-The cache is keyed by what identifies the machine, so a change of machine probes again.
+The cache is keyed by what identifies the machine, so a change of machine probes again. What was measured while others
+used the cores serves this process alone: it is not kept, and says so among its sources.
 """
 
 import hashlib
@@ -11,6 +12,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +21,7 @@ import platformdirs
 
 from taskgraph.errors import DeviceError
 from taskgraph.graph.device import Device
+from taskgraph.runtime import load
 from taskgraph.schedule.plan import write_atomically
 
 _GEMM = (512, 1024, 1024)
@@ -133,15 +136,46 @@ def _best_seconds(run: Callable[[], object], budget_s: float = 0.3) -> float:
     return best
 
 
+PROBE_AGAIN = "`taskgraph doctor --probe` measures it again"
+"""What to do about a probe that is wrong."""
+
+
 def cached_probe() -> Device:
-    """The cached Device of this machine, probed if there is none; a damaged cache file is measured anew."""
+    """The cached Device of this machine, probed if there is none; a damaged cache file is measured anew.
+
+    A probe during which others had more than load.QUIET of the cores is not kept, and `disturbance` tells."""
     path = cache_path()
     try:
-        return Device.from_dict(json.loads(path.read_text()))
+        return Device.from_json(path.read_text())
     except (OSError, ValueError, TypeError, DeviceError):
+        begin = load.now()
         device = probe()
+        share = load.others_share(begin, load.now())
+        if share > load.QUIET:
+            text = (
+                f"not kept: others had {share:.0%} of the cores while it was measured; {PROBE_AGAIN} when it is quiet"
+            )
+            return replace(device, sources=(*device.sources, (_DISTURBED, text)))
         write_atomically(path, json.dumps(device.to_dict(), sort_keys=True))
         return device
+
+
+_DISTURBED = "probe"
+
+
+def disturbance(device: Device) -> str:
+    """What disturbed the probe that measured `device`, for people; empty if nothing did."""
+    return dict(device.sources).get(_DISTURBED, "")
+
+
+def probed_when() -> str:
+    """How long ago the probe that is kept was measured, for people."""
+    try:
+        hours = (time.time() - cache_path().stat().st_mtime) / 3600
+    except OSError:
+        return "not kept"
+    ago = f"{hours / 24:.0f} days" if hours >= 48 else f"{hours:.0f} hours" if hours >= 2 else "less than two hours"
+    return f"kept, measured {ago} ago; {PROBE_AGAIN}"
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ COLUMNS = 32
 
 FAST = {"reassoc", "contract", "arcp", "nsz"}
 _HOST = llvm.get_host_cpu_features()
-_DOT_BF16 = bool(_HOST.get("avx512bf16"))
+DOT = bool(_HOST.get("avx512bf16"))
 ROWS = 12 if _HOST.get("avx512f") else 2
 _AHEAD = 16384  # bytes from the words in use to those being fetched; measured best of 0 to 36864 on Zen 5
 ROW_BLOCK = 8 * ROWS  # rows of x that stay in the second-level cache while the panels pass by
@@ -116,7 +116,7 @@ def _step(builder: Any, x: list[Any], w: list[Any], sums: list[list[Any]], pairs
     def declare(name: str, *kinds: Any) -> Any:
         return cgutils.get_or_insert_function(builder.module, ir.FunctionType(_VF, list(kinds)), name)
 
-    if pairs and _DOT_BF16:
+    if pairs and DOT:
         dot = declare("llvm.x86.avx512bf16.dpbf16ps.512", _VF, _VI, _VI)
         spread = [_splat(builder, word) for word in x]
         return [[builder.call(dot, [s, v, p]) for s, p in zip(row, w, strict=True)]
