@@ -3,10 +3,11 @@
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
@@ -15,7 +16,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import taskgraph as tg
-from taskgraph import tuning
+from taskgraph import compiling, tuning
 from taskgraph.errors import BackendUnavailable, DeviceError, TaskgraphError
 from taskgraph.models import commands
 from taskgraph.units import format_quantity, format_seconds
@@ -33,12 +34,39 @@ _status = Console(stderr=True, highlight=False)
 
 
 def main() -> None:
-    """Entry point: a TaskgraphError becomes one line on stderr and exit code 2."""
+    """Entry point: a TaskgraphError becomes one line on stderr and exit code 2; a warning about the cache one line."""
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning(warnings.showwarning)
+        before = compiling.listen(_first_compilation)
+        try:
+            _command()
+        finally:
+            compiling.listen(before)
+
+
+def _command() -> None:
     try:
         app()
     except TaskgraphError as error:
         _status.print(f"taskgraph: {' '.join(str(error).split())}", style="red", markup=False, soft_wrap=True)
         sys.exit(2)
+
+
+def _show_warning(others: Callable[..., None]) -> Callable[..., None]:
+    """What shows a warning about the cache in one line, and leaves `others` as they are."""
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, tg.CacheWarning):
+            _say(f"taskgraph: warning: {message}")
+        else:
+            others(message, category, *where, **more)
+
+    return show
+
+
+def _first_compilation(name: str, before: int) -> None:
+    if not before:
+        _say("compiling functions for this processor, once: about a minute in all")
 
 
 def _check_outputs(*paths: Path | None) -> None:
@@ -81,8 +109,18 @@ class _Stages:
         task = self._tasks[name]
         self._progress.update(task, visible=True)
         self._progress.start_task(task)
-        yield
-        self._progress.update(task, completed=1)
+
+        def compiled(function: str, before: int) -> None:
+            if others is not None:
+                others(function, before)
+            self._progress.update(task, description=f"{name} (compiling function {before + 1}: {function})")
+
+        others = compiling.listen(compiled)
+        try:
+            yield
+        finally:
+            compiling.listen(others)
+        self._progress.update(task, completed=1, description=name)
 
 
 # ---------------------------------------------------------------------------------------------- run
