@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 
+from taskgraph.cache import write_atomically
 from taskgraph.errors import PlanError
 from taskgraph.observe.explain import (
     MEANING,
@@ -28,7 +29,7 @@ from taskgraph.observe.trace import check_timelines
 from taskgraph.record import instance, sequence, shown
 from taskgraph.record import number as number_of
 from taskgraph.record import text as text_of
-from taskgraph.schedule.plan import Plan, Span, Timeline, write_atomically, writing
+from taskgraph.schedule.plan import Plan, Span, Timeline, writing
 from taskgraph.units import format_seconds
 
 Points = Sequence[tuple[float, float]]

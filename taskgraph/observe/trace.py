@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from taskgraph.cache import write_atomically
 from taskgraph.errors import PlanError
 from taskgraph.observe.explain import group_name, lane_place, stem
 from taskgraph.record import instance, text
-from taskgraph.schedule.plan import Plan, Span, Timeline, write_atomically, writing
+from taskgraph.schedule.plan import Plan, Span, Timeline, writing
 from taskgraph.schedule.verify import check_readable, check_timeline
 
 
