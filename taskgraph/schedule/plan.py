@@ -228,7 +228,7 @@ class Plan:
     @staticmethod
     def from_json(text: str) -> "Plan":
         """The plan that `to_json` wrote; PlanError if it is not one or has another schema version."""
-        return decode(Plan, text, PlanError, "plan file", "Write it with Plan.save().", SCHEMA)
+        return decode(Plan, text, PlanError, "plan file", "Plan again.", SCHEMA)
 
     def digest(self) -> str:
         """A digest of all that the plan says, but for the seal."""
