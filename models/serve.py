@@ -26,6 +26,7 @@ from taskgraph.models.answers import Answer, all_or_none
 from taskgraph.models.metrics import CONTENT_TYPE, Metrics
 from taskgraph.models.protocol import ApiError, Body, ChatBody, CompletionBody, parsed
 from taskgraph.models.service import Service
+from taskgraph.models.status import PlanBook, status_body
 from taskgraph.models.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -69,6 +70,8 @@ def create_app(served: Served, access: Access | None = None) -> FastAPI:
         "max_model_len": served.context,
     }
 
+    book = PlanBook(served.service)
+
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         return await _answer(request, served, CompletionBody)
@@ -85,6 +88,10 @@ def create_app(served: Served, access: Access | None = None) -> FastAPI:
     async def model(name: str) -> dict[str, Any]:
         _check_model(name, served)
         return card
+
+    @app.get("/v1/status")
+    def status(plan: str = "") -> JSONResponse:
+        return JSONResponse(status_body(served.service, book, served.name, plan), headers={"Cache-Control": "no-store"})
 
     @app.get("/health")
     async def health() -> JSONResponse:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from types import TracebackType
 from typing import Self
@@ -55,6 +56,7 @@ class Service:
         self.engine, self.most_open = engine, most_open
         self.failure: BaseException | None = None
         self.stopped = threading.Event()
+        self._began_s = time.monotonic()
         self.watchers: list[Callable[[Completion], None]] = []
         self._streams: dict[int, Stream] = {}
         self._change = threading.Condition()
@@ -68,6 +70,11 @@ class Service:
     def open(self) -> int:
         """Requests that run or wait."""
         return len(self._streams)
+
+    @property
+    def uptime_s(self) -> float:
+        """Seconds since it began."""
+        return time.monotonic() - self._began_s
 
     @property
     def ready(self) -> bool:
