@@ -15,6 +15,8 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from taskgraph.jit import compiled
+
 COLUMNS = 32
 """Columns of a weight panel: two 512-bit registers of float32."""
 
@@ -44,7 +46,7 @@ OPENMP = _link_openmp()
 
 def kernel(function: Any) -> Any:
     """Compiled at first call for each dtype, cached on disk; releases the GIL."""
-    return numba.njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")(function)
+    return compiled(function, fastmath=FAST, error_model="numpy")
 
 
 # -- bits, threads and the register tile, as LLVM IR --------------------------------------------------------------
