@@ -24,6 +24,7 @@ from taskgraph.errors import BackendUnavailable, ExecutionError
 from taskgraph.models.access import Access, Gate, access_of
 from taskgraph.models.answers import Answer, all_or_none
 from taskgraph.models.metrics import CONTENT_TYPE, Metrics
+from taskgraph.models.page import page_headers, page_text
 from taskgraph.models.protocol import ApiError, Body, ChatBody, CompletionBody, parsed
 from taskgraph.models.service import Service
 from taskgraph.models.status import PlanBook, status_body
@@ -70,7 +71,7 @@ def create_app(served: Served, access: Access | None = None) -> FastAPI:
         "max_model_len": served.context,
     }
 
-    book = PlanBook(served.service)
+    book, page = PlanBook(served.service), page_text()
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
@@ -88,6 +89,10 @@ def create_app(served: Served, access: Access | None = None) -> FastAPI:
     async def model(name: str) -> dict[str, Any]:
         _check_model(name, served)
         return card
+
+    @app.api_route("/", methods=["GET", "HEAD"])
+    async def front() -> Response:
+        return Response(page, media_type="text/html", headers=page_headers(page))
 
     @app.get("/v1/status")
     def status(plan: str = "") -> JSONResponse:
