@@ -243,7 +243,8 @@ class CpuExecutable:
             raise RankLost(f"op {op!r} failed: {error}") from error
         if isinstance(error, ExecutionError) and error.op == op:
             raise error
-        raise ExecutionError(f"op {op!r} failed: {type(error).__name__}: {error}", op=op) from error
+        text = " ".join(" ".join(map(str, error.args)).split())
+        raise ExecutionError(f"op {op!r} failed: {type(error).__name__}: {text}", op=op) from error
 
     def __call__(self, tensors: Mapping[str, Any] | None = None, **named: Any) -> dict[str, torch.Tensor]:
         """Copy the given inputs into their buffers, bind weights and states, replay, return copies of the outputs."""

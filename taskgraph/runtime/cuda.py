@@ -27,7 +27,7 @@ from taskgraph.runtime.driver import Gpu, Memory
 from taskgraph.runtime.launches import Buffer, CopyLaunch, Launch, Launches, launches, seen
 from taskgraph.runtime.on_stream import bound_call, named_error
 from taskgraph.runtime.readback import compare
-from taskgraph.runtime.sites import LaneSite
+from taskgraph.runtime.sites import Faults, LaneSite
 from taskgraph.runtime.turns import Turns, in_op
 from taskgraph.schedule.plan import Plan, Span, Timeline
 from taskgraph.schedule.planner import replay_times
@@ -89,6 +89,7 @@ class CudaExecutable:
         try:
             self._open_lanes()
             self._buffers = self._allocate()
+            self._faults = Faults([step.op for step in plan.steps], self._own(8 * len(plan.steps), pinned=True))
         except BaseException:
             self.close()
             raise
@@ -251,7 +252,7 @@ class CudaExecutable:
             sides = [[DeviceArray(b, self) for b in side] for side in (ins, outs)]
             return torch_ops.bound(op, sides[0], sides[1], self._plan.sms(i), self._streams[self._plan.steps[i].lane])
         scratch = self._scratch[self._plan.steps[i].lane]
-        site = self._sites.setdefault(i, LaneSite(self._plan.sms(i), self._own, scratch))
+        site = self._sites.setdefault(i, LaneSite(self._plan.sms(i), self._own, scratch, self._faults.address(i)))
         made = launches(op, ins, outs, site.again())
         for launch in made:
             if not isinstance(launch, CopyLaunch):
@@ -383,7 +384,10 @@ class CudaExecutable:
 
     def launch(self, stream: object = None) -> None:
         """Replay once in the order of `stream` (anything with `__cuda_stream__`) and return at once; without one,
-        replay on a stream of our own and wait for it."""
+        replay on a stream of our own and wait for it.
+
+        ExecutionError names an op that was given a token, position, slot or page that does not exist; after a replay on
+        `stream`, the next launch says so. Nothing outside its buffers was touched, but its outputs mean nothing."""
         with self._turns.next():
             self._begin()
             self._launch(stream)
@@ -414,6 +418,7 @@ class CudaExecutable:
                 for launch in entry:
                     self._send(launch, stream)
             stream.sync()
+            self._faults.check()
         except Exception as error:
             raise named_error(op, error, None) from error
 
@@ -422,11 +427,13 @@ class CudaExecutable:
             self._check(None)
             return
         self._capture()
+        self._faults.check()  # of replays on streams of others, which nobody has waited for here
         what = f"replay {self._graph.name!r}"
         if stream is None:
             with driver.driver_errors(what):
                 self._exec.launch(self.origin)
                 self.origin.sync()
+            self._faults.check()
             return
         given = stream if isinstance(stream, self._stream_type) else self._gpu.foreign(stream)
         try:
@@ -490,6 +497,7 @@ class CudaExecutable:
                 self.origin.record(begin)
                 executable.launch(self.origin)
                 self.origin.sync()
+            self._faults.check()
             spans = [
                 Span(s.op, s.lane, driver.seconds_between(begin, a), driver.seconds_between(begin, b))
                 for s, (a, b) in zip(steps, marks, strict=True)
