@@ -9,6 +9,7 @@ import torch
 
 from taskgraph.graph.op import Op
 from taskgraph.runtime import rotary
+from taskgraph.runtime.tile import DOT
 from taskgraph.runtime.ways import PLAIN, Ways
 
 if TYPE_CHECKING:
@@ -28,6 +29,11 @@ class Site:
     constants: frozenset[str]
     group: "Group | None" = None
     ways: Ways = PLAIN
+
+    @property
+    def dots(self) -> bool:
+        """Whether attention multiplies bf16 by the processor's dot products, as products of few rows do."""
+        return DOT and self.ways.product("bf16", 1, fixed=True) == "dot"
 
     def threads_for(self, rows: int) -> int:
         """One thread for a handful of rows: the work is less than a fork of the lane's threads (about 1 us)."""

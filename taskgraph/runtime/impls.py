@@ -110,7 +110,7 @@ def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
     if each == 1:
         return partial(kernels.decode_attention, *buffers, np.empty(length * site.threads, np.float32), site.threads)
     scratch = np.empty(kernels.prefill_scratch_size(length, dim, site.threads), np.float32)
-    return partial(kernels.prefill_attention, *buffers, scratch, site.threads)
+    return partial(kernels.prefill_attention, *buffers, scratch, site.dots, site.threads)
 
 
 @binder("decode_attention")

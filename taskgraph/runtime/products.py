@@ -160,7 +160,7 @@ def _tile(p: Product, dot: bool) -> Entry:
     first = none[0:0, 0:0].reshape(0) if p.bias is None else bits(p.bias)
     second = none if p.residual is None else bits(p.residual)
     packed = _packed(p.w, _panels)
-    made = partial(kernels.gemm, bits(p.x), packed.panels, first, second, bits(p.out), p.threads)
+    made = partial(kernels.gemm, bits(p.x), packed.panels, first, second, bits(p.out), dot, p.threads)
     made.__dict__["packed"] = packed  # as long as someone runs on it, others may share it
     return made
 
