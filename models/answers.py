@@ -2,61 +2,95 @@
 
 import asyncio
 import contextlib
+import logging
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 from taskgraph.errors import BackendUnavailable, RequestError, WeightsError
 from taskgraph.models import requests as ask
-from taskgraph.models.protocol import ApiError, Body, Shape, TextStream, requests_of
-from taskgraph.models.requests import Completion
+from taskgraph.models.chances import Told
+from taskgraph.models.guides import Guide, guides_of
+from taskgraph.models.protocol import ApiError, Body, Piece, Shape, requests_of
+from taskgraph.models.requests import Chance, Completion
 from taskgraph.models.service import Service, Stream, TooManyRequests
+from taskgraph.models.textstream import TextStream
 from taskgraph.models.tokenizer import Tokenizer
 
+log = logging.getLogger("taskgraph.serve")
 _REASONS = {ask.LENGTH: "length", ask.STOP: "stop"}
 
 
 @contextlib.contextmanager
 def as_api_errors() -> Iterator[None]:
-    """What the engine refuses is the client's to correct; what it cannot do now, to try again."""
+    """What the engine refuses is the client's to correct; what it cannot do now, to try again; anything else ends this
+    request and is no matter of the others."""
     try:
         yield
+    except ApiError:
+        raise
     except TooManyRequests as error:
         raise ApiError(429, str(error), code="rate_limit_exceeded") from error
     except RequestError as error:
         code = "context_length_exceeded" if "context" in str(error) else None
-        raise ApiError(400, str(error), code=code) from error
+        raise ApiError(400, str(error), param=error.field or None, code=code) from error
+    except WeightsError as error:
+        raise ApiError(400, str(error)) from error
     except BackendUnavailable as error:
         raise ApiError(503, str(error)) from error
+    except Exception as error:  # a bug, of which the client hears
+        log.exception("a request failed")
+        raise ApiError(500, f"this request failed in the server ({type(error).__name__}); others go on.") from error
 
 
 class Choice:
     """One of a request's answers: its text as it comes, then why it ended and how many tokens it has."""
 
-    def __init__(self, stream: Stream, text: TextStream) -> None:
-        self._stream, self._text = stream, text
+    def __init__(self, stream: Stream, text: TextStream, echo: str = "") -> None:
+        self._stream, self._text, self._echo = stream, text, echo
+        self._told: deque[Told] = deque()
         self.tokens, self.reason = 0, ""
         self.close = stream.close
 
-    async def pieces(self) -> AsyncIterator[str]:
-        """Pieces of text; ApiError when the engine stops before the end."""
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """Pieces of text; ApiError when the engine stops before the end, or the request fails."""
         with as_api_errors():
+            if self._echo:
+                yield Piece(self._echo)
             async for event in self._stream:
                 if isinstance(event, Completion):
                     self._ended(event)
                     break
                 self.tokens += 1
-                if piece := self._text.push(event):
+                if piece := self._push(event):
                     yield piece
                 if self._text.stopped:
                     break
-        if piece := self._text.flush():
-            yield piece
+            text = self._text.flush()
+            if piece := self._piece(text, final=True):
+                yield piece
         if self._text.stopped:
             self.reason = "stop"
         self.close()
 
+    def _push(self, event: int | Chance) -> Piece | None:
+        before = self._text.decoded
+        text = self._text.push(event.token if isinstance(event, Chance) else event)
+        if isinstance(event, Chance) and not (self._text.stopped and not self._text.cut):
+            self._told.append(Told(event, before))
+        return self._piece(text, final=False)
+
+    def _piece(self, text: str, *, final: bool) -> Piece | None:
+        """The text with the tokens that it begins; at the end of an answer that no stop text cut, all of them."""
+        whole, told = final and not self._text.cut, []
+        while self._told and (whole or self._told[0].offset < self._text.released):
+            told.append(self._told.popleft())
+        return Piece(text, told) if text or told else None
+
     def _ended(self, completion: Completion) -> None:
+        if completion.reason == ask.FAILED:
+            raise ApiError(500, completion.error)
         if completion.reason not in _REASONS:
             raise ApiError(503, "the server is shutting down; the answer is not whole.")
         self.reason = _REASONS[completion.reason]
@@ -74,26 +108,32 @@ class Answer:
     @classmethod
     async def begin(cls, body: Body, service: Service, tokenizer: Tokenizer) -> Self:
         """Open all choices, or none: ApiError for what cannot be served."""
-        try:
-            prompts = await asyncio.to_thread(body.prompts, tokenizer)
-        except WeightsError as error:
-            raise ApiError(400, str(error)) from error
-        stop = frozenset(tokenizer.eos_ids[: ask.MOST_STOPS])
-        asked = len(prompts) * body.n
+        asked = body.count * body.n
         if asked > service.most_open:
             raise ApiError(400, f"{asked} answers are asked for; at most {service.most_open} can be.")
+        engine = service.engine
         choices: list[Choice] = []
         try:
             with as_api_errors():
+                prompts, guide = await asyncio.to_thread(_prepared, body, tokenizer, engine.vocabulary)
+                ends = frozenset(tokenizer.eos_ids)
+                marks = {tokenizer.special_texts[text] for text in body.stop if text in tokenizer.special_texts}
+                known = [token for token in (*marks, *tokenizer.eos_ids) if token < engine.vocabulary]
+                stops = frozenset(known[: ask.MOST_STOPS])
+                wanted = requests_of(
+                    body, prompts, engine.most_tokens, stops - marks, marks=stops & marks, guide=guide
+                )  # fmt: skip
+                shown_ends = frozenset(marks) if body.ignore_eos else ends | marks
+                echoes = [echo for echo in body.echoes(tokenizer) for _ in range(body.n)]
                 choices.extend(
-                    Choice(service.submit(request), TextStream(tokenizer, body.stops))
-                    for request in requests_of(body, prompts, service.engine.limits.context, stop)
+                    Choice(service.submit(request), TextStream(tokenizer, body.stop, shown_ends, ends), echo)
+                    for request, echo in zip(wanted, echoes, strict=True)
                 )
-        except ApiError:
+        except BaseException:
             _close(choices)
             raise
         usage = body.stream_options is not None and body.stream_options.include_usage
-        return cls(choices, Shape.of(body), sum(map(len, prompts)), usage)
+        return cls(choices, Shape.of(body, tokenizer), sum(map(len, prompts)), usage)
 
     def close(self) -> None:
         """End what has not ended."""
@@ -110,12 +150,13 @@ class Answer:
     async def whole(self) -> dict[str, Any]:
         """The answer when all its choices have ended."""
 
-        async def text(choice: Choice) -> str:
-            return "".join([piece async for piece in choice.pieces()])
+        async def said(choice: Choice) -> Piece:
+            pieces = [piece async for piece in choice.pieces()]
+            return Piece("".join(piece.text for piece in pieces), [told for piece in pieces for told in piece.told])
 
-        async with all_or_none([asyncio.ensure_future(text(choice)) for choice in self.choices]) as tasks:
-            texts = await asyncio.gather(*tasks)
-        ended = [(text, choice.reason) for text, choice in zip(texts, self.choices, strict=True)]
+        async with all_or_none([asyncio.ensure_future(said(choice)) for choice in self.choices]) as tasks:
+            pieces = await asyncio.gather(*tasks)
+        ended = [(piece, choice.reason) for piece, choice in zip(pieces, self.choices, strict=True)]
         return self.shape.whole(ended, self.usage())
 
     async def events(self) -> AsyncGenerator[dict[str, Any], None]:
@@ -126,7 +167,7 @@ class Answer:
             try:
                 async for piece in choice.pieces():
                     queue.put_nowait(self.shape.piece(index, piece))
-                queue.put_nowait(self.shape.piece(index, "", choice.reason))
+                queue.put_nowait(self.shape.piece(index, Piece(""), choice.reason))
             except ApiError as error:
                 queue.put_nowait(error.body())
             finally:
@@ -144,6 +185,18 @@ class Answer:
                     yield event
         if self.tells_usage:
             yield self.shape.usage(self.usage())
+
+
+def _prepared(body: Body, tokenizer: Tokenizer, vocabulary: int) -> tuple[list[list[int]], Guide | None]:
+    """The tokens of the prompts, and the grammar: what takes its time, so not for the event loop."""
+    prompts, wanted = body.prompts(tokenizer), body.guided
+    if wanted is None:
+        return prompts, None
+    try:
+        guides = guides_of(tokenizer, vocabulary)
+    except BackendUnavailable as error:
+        raise RequestError(f"response_format is not supported by this server: {error}", "response_format") from error
+    return prompts, wanted.guide(guides)
 
 
 def _close(choices: Sequence[Choice]) -> None:

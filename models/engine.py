@@ -8,7 +8,7 @@ stop token is noticed one step late, which costs one token.
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Required, Self, TypedDict, Unpack
@@ -16,19 +16,34 @@ from typing import TYPE_CHECKING, Required, Self, TypedDict, Unpack
 import numpy as np
 
 import taskgraph as tg
-from taskgraph.errors import RequestError
+from taskgraph.errors import ExecutionError, RequestError
 from taskgraph.models.config import ModelConfig
 from taskgraph.models.disk import DiskTier
 from taskgraph.models.kv_cache import PagedCache, block_keys
 from taskgraph.models.paged import COLUMNS, PageShape
-from taskgraph.models.requests import CANCELLED, FAILED, LENGTH, STOP, Completion, Request, StepOutput, checked_prompt
+from taskgraph.models.requests import (
+    CANCELLED,
+    FAILED,
+    LENGTH,
+    STOP,
+    Chance,
+    Completion,
+    Request,
+    StepOutput,
+    checked,
+    number,
+    whole,
+)
 from taskgraph.models.runner import CpuRunner, PagedRunner, Runner
-from taskgraph.models.scheduler import FREE, Batch, Ints, Limits, Scheduler, Waiting
+from taskgraph.models.sampling import Chances
+from taskgraph.models.scheduler import FREE, Batch, Ints, Limits, Scheduler, Taken, Waiting
+from taskgraph.models.steering import Steer
 
 if TYPE_CHECKING:
     import torch
 
 _NOTHING = StepOutput(np.empty(0, np.int64), np.empty(0, np.int64))
+_STEP_RAISED = "a step raised; the engine dropped what it had."
 
 
 @dataclass(slots=True)
@@ -62,35 +77,45 @@ class Engine:
         self.runner, self.cache, self.limits = runner, cache, limits
         self.scheduler = Scheduler(limits, cache, prefix_sharing=prefix_sharing, expected_output=expected_output)
         self.stats = Stats()
-        self._vocabulary, self._most_waiting = vocabulary, most_waiting
+        self.vocabulary, self._most_waiting = vocabulary, most_waiting
         self._numbers = itertools.count()
         self._arrived: deque[Waiting] = deque()
         self._cancelled: deque[int] = deque()
         self._running: Batch | None = None
         self._first_s = np.full(limits.sequences, np.nan)
 
+    @property
+    def most_tokens(self) -> int:
+        """The most tokens of a prompt and its answer that can be served: the context's, or all of a smaller cache."""
+        return min(self.limits.context, self.cache.device.pages * self.cache.page_size)
+
     # -- for clients, from any thread ----------------------------------------------------------------
 
     def submit(self, request: Request, arrival_s: float | None = None) -> int:
         """Queue a request; returns its number. RequestError when it can never be served, or too many wait."""
-        prompt = checked_prompt(request, self.limits.context, self._vocabulary)
+        request = checked(request, self.limits.context, self.vocabulary)
+        prompt = np.asarray(request.prompt)
         need = -(-(len(prompt) + request.max_tokens) // self.cache.page_size)
         if need > self.cache.device.pages:
             raise RequestError(
                 f"{len(prompt)} prompt tokens and max_tokens {request.max_tokens} need {need} pages; the cache has "
-                f"{self.cache.device.pages}. Lower max_tokens or give the engine more pages."
+                f"{self.cache.device.pages}. Lower max_tokens or give the engine more pages.",
+                "max_tokens",
             )
+        if request.logprobs is not None and not hasattr(self.runner, "chances"):
+            kind = type(self.runner).__name__
+            raise RequestError(f"logprobs is not supported by this engine: a {kind} has no logits.", "logprobs")
         if len(self._arrived) + len(self.scheduler.waiting) >= self._most_waiting:
             raise RequestError(f"{self._most_waiting} requests wait already; try again later.")
         keys = block_keys(prompt, self.cache.page_size) if self.scheduler.prefix_sharing else []
-        arrival = self.runner.now() if arrival_s is None else arrival_s
-        waiting = Waiting(next(self._numbers), request, prompt, arrival, keys)
+        arrival = self.runner.now() if arrival_s is None else number("arrival_s", arrival_s, -1e18, 1e18, "seconds")
+        waiting = Waiting(next(self._numbers), request, prompt, arrival, keys, steer=Steer.of(request))
         self._arrived.append(waiting)
         return waiting.number
 
     def cancel(self, number: int) -> None:
         """End a request in the next step; nothing happens if it has ended."""
-        self._cancelled.append(number)
+        self._cancelled.append(whole("the number of a request", number))
 
     # -- the loop ------------------------------------------------------------------------------------
 
@@ -98,7 +123,8 @@ class Engine:
     def busy(self) -> bool:
         """Whether a step has something to do."""
         scheduler = self.scheduler
-        return bool(self._arrived or scheduler.waiting or self._running or (scheduler.state != FREE).any())
+        waits = self._arrived or scheduler.waiting or scheduler.refused
+        return bool(waits or self._running or (scheduler.state != FREE).any())
 
     def step(self) -> StepOutput:
         """Launch the next batch, and hand out what the one before gave."""
@@ -106,35 +132,44 @@ class Engine:
         ended = self._admit()
         batch = self.scheduler.form()
         formed = self.runner.now()
-        before, samples = self._running, None
+        before, samples, chances = self._running, None, None
         if before is not None:
             self._running = None  # also when it failed
             samples, ended_s = self.runner.wait()
+            chances = getattr(self.runner, "chances", None)
             self.cache.landed(before.moves)
             self.stats.hidden_s += max(min(formed, ended_s) - begin, 0.0)
         launched = self.runner.now()
         if batch is not None:
             if samples is not None:
-                batch.tokens[batch.fed] = samples[batch.source]
+                # a sequence that got none has ended, as will be noticed when this batch runs
+                batch.tokens[batch.fed] = np.clip(samples[batch.source], 0, self.vocabulary - 1)
+            batch = self.scheduler.steer(batch)
             self.runner.launch(batch)
             self.stats.steps += 1
         elif before is None:
             self.cache.settle()  # nothing runs: all that waits, waits for the disk
         self._running = batch
-        output = _NOTHING if before is None or samples is None else self._take(before, samples)
+        output = _NOTHING if before is None or samples is None else self._take(before, samples, chances)
         done = self.runner.now()
         self.stats.host_s += formed - begin + done - launched
         self.stats.hidden_s += done - launched if batch is not None else 0.0
-        return StepOutput(output.requests, output.tokens, (*ended, *output.finished)) if ended else output
+        return replace(output, finished=(*ended, *output.finished)) if ended else output
 
     def run(self, requests: Iterable[Request] = ()) -> list[Completion]:
-        """Serve `requests`, and all that was submitted before, to the end; completions by request number."""
+        """Serve `requests`, and all that was submitted before, to the end; completions by request number.
+
+        One that fails has the reason "failed" and says why in `error`; ExecutionError, with the first of these, when
+        not one request came to its end."""
         for request in requests:
             self.submit(request)
         finished: list[Completion] = []
         while self.busy:
             finished += self.step().finished
-        return sorted(finished, key=lambda c: c.request)
+        finished.sort(key=lambda c: c.request)
+        if finished and all(c.reason == FAILED for c in finished):
+            raise ExecutionError(f"all of {len(finished)} requests failed; the first: {finished[0].error}")
+        return finished
 
     def replay(self, trace: Sequence[tuple[float, Request]]) -> list[Completion]:
         """Serve (arrival, request) pairs in the order of arrival, each submitted when the clock reaches it."""
@@ -154,12 +189,12 @@ class Engine:
         """End every request with what it has and the reason "failed"; what clears up after a step that raised."""
         self._running = None
         rows = np.flatnonzero(self.scheduler.state != FREE)
-        ended = [self._end(row, FAILED) for row in rows.tolist()]
+        ended = [self._end(row, FAILED, _STEP_RAISED) for row in rows.tolist()]
         self.cache.forget()
         waiting, now = [*self.scheduler.waiting, *self._arrived], self.runner.now()
         self.scheduler.waiting.clear()
         self._arrived.clear()
-        return ended + [Completion(w.number, (), FAILED, w.arrival_s, now, now) for w in waiting]
+        return ended + [Completion(w.number, (), FAILED, w.arrival_s, now, now, _STEP_RAISED) for w in waiting]
 
     # -- parts of a step -------------------------------------------------------------------------------
 
@@ -167,7 +202,9 @@ class Engine:
         """Take in what clients did since the last step; returns the requests that they cancelled."""
         while self._arrived:
             self.scheduler.waiting.append(self._arrived.popleft())
-        ended = []
+        now = self.runner.now()
+        ended = [Completion(w.number, (), FAILED, w.arrival_s, now, now, error) for w, error in self.scheduler.refused]
+        self.scheduler.refused.clear()
         while self._cancelled:
             number = self._cancelled.popleft()
             rows = np.flatnonzero((self.scheduler.state != FREE) & (self.scheduler.number == number))
@@ -175,32 +212,55 @@ class Engine:
                 ended.append(self._end(int(rows[0]), CANCELLED))
             for waiting in [w for w in self.scheduler.waiting if w.number == number]:
                 self.scheduler.waiting.remove(waiting)
-                now = self.runner.now()
                 ended.append(Completion(number, (), CANCELLED, waiting.arrival_s, now, now))
         return ended
 
-    def _take(self, batch: Batch, samples: Ints) -> StepOutput:
+    def _take(self, batch: Batch, samples: Ints, chances: Chances | None) -> StepOutput:
         scheduler = self.scheduler
-        rows, tokens, full, stopped = scheduler.take(batch, samples)
-        numbers = scheduler.number[rows]
+        taken = scheduler.take(batch, samples, self.vocabulary)
+        numbers = scheduler.number[taken.rows]
         now = self.runner.now()
-        fresh = rows[np.isnan(self._first_s[rows])]
+        fresh = taken.rows[np.isnan(self._first_s[taken.rows])]
         self._first_s[fresh] = now
-        self.stats.tokens += len(rows)
+        self.stats.tokens += len(taken.rows)
         self.stats.prompt_tokens += batch.prefill
-        ended = [self._end(row, LENGTH) for row in full] + [self._end(row, STOP) for row in stopped]
-        return StepOutput(numbers, tokens, tuple(ended))
+        told = {} if chances is None else self._told(taken, chances)
+        ended = [self._end(row, LENGTH) for row in taken.full] + [self._end(row, STOP) for row in taken.stopped]
+        ended += [self._end(row, FAILED, error) for row, error in taken.failed.items()]
+        return StepOutput(numbers, taken.tokens, tuple(ended), told)
 
-    def _end(self, row: int, reason: str) -> Completion:
-        """Free a row, with the tokens that are known."""
+    def _told(self, taken: Taken, chances: Chances) -> dict[int, Chance]:
+        """The chances of the rows of a step's output; their sequences keep them too."""
+        place = {sample: i for i, sample in enumerate(taken.samples.tolist())}
+        told = {}
+        for i, sample in enumerate(chances.samples.tolist()):
+            at = place.get(sample)
+            steer = None if at is None else self.scheduler.steers[int(taken.rows[at])]
+            if at is None or steer is None or steer.logprobs < 0:
+                continue  # its sequence has ended
+            top = zip(
+                chances.top_tokens[i, : steer.logprobs].tolist(),
+                chances.top_logprobs[i, : steer.logprobs].tolist(),
+                strict=True,
+            )
+            told[at] = Chance(int(taken.tokens[at]), float(chances.logprobs[i]), tuple(top))
+            steer.chances.append(told[at])
+        return told
+
+    def _end(self, row: int, reason: str, error: str = "") -> Completion:
+        """Free a row, with the tokens that are known. The pages of one that failed are no other's to find."""
         scheduler, length = self.scheduler, int(self.scheduler.given[row])
         tokens = tuple(scheduler.tokens[row, scheduler.prompt[row] : length].tolist())
         now, first_s = self.runner.now(), float(self._first_s[row])
         self._first_s[row] = np.nan
-        waiting = scheduler.retire(row, length)
+        steer = scheduler.steers[row]
+        waiting = scheduler.retire(row, length, tainted=reason == FAILED)
         if reason in (LENGTH, STOP):
             scheduler.learn(len(tokens))
-        return Completion(waiting.number, tokens, reason, waiting.arrival_s, now if np.isnan(first_s) else first_s, now)
+        return Completion(
+            waiting.number, tokens, reason, waiting.arrival_s, now if np.isnan(first_s) else first_s, now, error,
+            tuple(steer.chances) if steer is not None else (),
+        )  # fmt: skip
 
     # -- life ------------------------------------------------------------------------------------------
 

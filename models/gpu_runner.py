@@ -67,6 +67,10 @@ class GpuRunner(CpuRunner):
         found: torch.Tensor = executable.outputs[name].rows(rows)
         return found
 
+    def _entries(self, executable: Any, name: str, rows: Ints, columns: Ints) -> torch.Tensor:
+        found: torch.Tensor = executable.outputs[name].entries(rows, columns)
+        return found
+
     def _on_host(self, name: str) -> torch.Tensor:
         assert isinstance(self._bound, DeviceTensors)
         return self._bound.on_host(name)

@@ -19,6 +19,7 @@ from taskgraph.models.engine import Engine, Options, paged_engine
 from taskgraph.models.paged import Bucket, PageShape
 from taskgraph.models.ranks import Ranks
 from taskgraph.models.runner import CpuRunner
+from taskgraph.models.sampling import Chances
 from taskgraph.models.scheduler import Batch, Ints, Limits
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class RanksRunner:
         self.ranks = ranks
         self._thread = ThreadPoolExecutor(1, "taskgraph-ranks")
         self._running: Future[list[Any]] | None = None
+        self.chances: Chances | None = None
 
     @property
     def planned(self) -> int:
@@ -57,7 +59,7 @@ class RanksRunner:
 
     def wait(self) -> tuple[Ints, float]:
         assert self._running is not None
-        samples: Ints = self._running.result()[0]
+        samples, self.chances = self._running.result()[0]
         return samples, self.now()
 
     def sleep_until(self, at_s: float) -> None:
@@ -93,10 +95,10 @@ class RankActor:
     def __init__(self, runner: CpuRunner, group: "Group") -> None:
         self._runner, self._group = runner, group
 
-    def run(self, batch: bytes) -> Ints | None:
-        """Execute a batch; the samples are those of rank 0."""
+    def run(self, batch: bytes) -> tuple[Ints, Chances | None] | None:
+        """Execute a batch; the samples and their chances are those of rank 0."""
         samples, _ = self._runner.run(pickle.loads(batch))
-        return samples if self._group.rank == 0 else None
+        return (samples, self._runner.chances) if self._group.rank == 0 else None
 
     def planned(self) -> int:
         return self._runner.planned

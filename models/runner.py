@@ -12,6 +12,7 @@ import taskgraph as tg
 from taskgraph.models import llama, paged, sampling
 from taskgraph.models.config import ModelConfig
 from taskgraph.models.paged import Bucket, PageShape
+from taskgraph.models.sampling import Chances
 from taskgraph.models.scheduler import Batch, Ints, Limits
 from taskgraph.runtime.bank import GraphBank
 
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
 
 
 class Runner(Protocol):
-    """Executes one batch at a time, in the order of `launch`."""
+    """Executes one batch at a time, in the order of `launch`.
+
+    One that has logits also has `chances`, the `sampling.Chances` of the batch that was waited for last, or None."""
 
     @property
     def planned(self) -> int:
@@ -46,7 +49,7 @@ class Runner(Protocol):
         ...
 
     def wait(self) -> tuple[Ints, float]:
-        """The samples of the batch launched last, and when it ended."""
+        """The samples of the batch launched last, and when it ended; -1 for a row whose logits have no likeliest."""
         ...
 
     def sleep_until(self, at_s: float) -> None:
@@ -113,6 +116,7 @@ class CpuRunner:
         self._prefill = (*(n for n in (16 << i for i in range(16)) if n < limits.tokens), limits.tokens)
         self._thread = ThreadPoolExecutor(1, "taskgraph-runner")
         self._running: Future[tuple[Ints, float]] | None = None
+        self.chances: Chances | None = None
 
     # -- captured steps ----------------------------------------------------------------------------
 
@@ -202,10 +206,12 @@ class CpuRunner:
         executable.launch()
         rows = np.concatenate([np.arange(batch.decode), bucket.decode + np.arange(batch.chunks)])
         samples: Ints = self._rows(executable, llama.NEXT, rows).numpy()
-        if batch.draws is not None and (self._group is None or self._group.rank == 0):
-            d = batch.draws
-            logits = self._rows(executable, llama.LOGITS, rows[d.samples])
-            samples[d.samples] = sampling.draw(logits, d.temperature, d.top_k, d.top_p, d.uniform)
+        self.chances = None
+        if self._group is None or self._group.rank == 0:
+            samples = sampling.likeliest(samples, self._entries(executable, llama.LOGITS, rows, samples))
+            if batch.draws is not None:
+                logits = self._rows(executable, llama.LOGITS, rows[batch.draws.samples])
+                samples[batch.draws.samples], self.chances = sampling.sample(logits, batch.draws)
         return samples, self.now()
 
     def _give(self, executable: Any, write: "Callable[[Mapping[str, torch.Tensor]], None]") -> None:
@@ -215,6 +221,11 @@ class CpuRunner:
     def _rows(self, executable: Any, name: str, rows: Ints) -> "torch.Tensor":
         """Those rows of an output of the step launched last."""
         found: torch.Tensor = executable.outputs[name][rows]
+        return found
+
+    def _entries(self, executable: Any, name: str, rows: Ints, columns: Ints) -> "torch.Tensor":
+        """One entry of each of those rows of an output of the step launched last."""
+        found: torch.Tensor = executable.outputs[name][rows, columns]
         return found
 
     def read_page(self, page: int) -> bytes:

@@ -1,5 +1,10 @@
-"""Tokens from logits, all rows at once: softmax at a temperature, cut to top-k and top-p, one uniform number a row."""
+"""Tokens from logits, all rows at once: biases, penalties and a grammar's mask, softmax at a temperature, cut to top-k
+and top-p, one uniform number a row; and what the model's own probabilities were.
 
+A row whose largest logit is no finite number (a NaN is larger than all others) has no token: it is given -1.
+"""
+
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -8,34 +13,132 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     import torch
 
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+GREEDY_BELOW = 1e-5
+"""Temperatures below this are 0: they would divide by less than the logits' own precision."""
+NO_TOKEN = -1
 _FEW = 256
 """Likeliest tokens that are sorted at first; rows whose cut lies beyond them are sorted whole."""
 
 
-def uniforms(seeds: npt.NDArray[np.uint64], places: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+@dataclass(frozen=True, slots=True, eq=False)
+class Edits:
+    """What is changed in the logits of drawn rows: `values` are added to the `tokens` of `rows`, and of the rows
+    `masked` only the tokens stay whose bits are set in `allowed` (a row of 32-bit words each)."""
+
+    rows: Ints
+    tokens: Ints
+    values: npt.NDArray[np.float32]
+    masked: Ints
+    allowed: npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Draws:
+    """The samples of a batch that are not just the likeliest token, and how they are drawn: see `draw`. `logprobs`
+    says how many likeliest tokens each wants to know the chances of; -1 is not even its own."""
+
+    samples: Ints
+    temperature: Floats
+    top_k: Ints
+    top_p: Floats
+    uniform: Floats
+    logprobs: Ints
+    edits: Edits | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Chances:
+    """Log-probabilities by the model's own logits: of the token of each of `samples`, and of its likeliest tokens."""
+
+    samples: Ints
+    logprobs: Floats
+    top_tokens: Ints
+    top_logprobs: Floats
+
+
+def uniforms(seeds: npt.NDArray[np.uint64], places: Ints) -> Floats:
     """One number in [0, 1) for each (seed, place), the same whatever the batch: SplitMix64 (Steele et al. 2014)."""
     with np.errstate(over="ignore"):
         x = seeds * np.uint64(0x9E3779B97F4A7C15) + places.astype(np.uint64) * np.uint64(0xD1B54A32D192ED03)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         x ^= x >> np.uint64(31)
-    result: npt.NDArray[np.float64] = (x >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    result: Floats = (x >> np.uint64(11)).astype(np.float64) * 2.0**-53
     return result
+
+
+def likeliest(tokens: Ints, logits: "torch.Tensor") -> Ints:
+    """The argmax of rows, `tokens`, where the logit there is a finite number, else NO_TOKEN."""
+    return np.where(np.isfinite(logits.float().numpy()), tokens, NO_TOKEN)
+
+
+def sample(logits: "torch.Tensor", draws: Draws) -> tuple[Ints, Chances | None]:
+    """A token for every row of logits (rows, vocabulary), and the chances that were asked for."""
+    raw = logits.float()
+    edited, edits = raw, draws.edits
+    if edits is not None:
+        edited = _edited(raw, edits)
+    tokens = draw(edited, draws.temperature, draws.top_k, draws.top_p, draws.uniform)
+    tokens[~np.isfinite(raw.amax(1).numpy())] = NO_TOKEN
+    asked = np.flatnonzero((draws.logprobs >= 0) & (tokens >= 0))
+    return tokens, _chances(raw, draws, tokens, asked) if len(asked) else None
+
+
+def _edited(raw: "torch.Tensor", edits: Edits) -> "torch.Tensor":
+    import torch
+
+    logits = raw.clone()
+    where = (torch.from_numpy(edits.rows), torch.from_numpy(edits.tokens))
+    logits.index_put_(where, torch.from_numpy(edits.values), accumulate=True)
+    if len(edits.masked):
+        bits = np.unpackbits(edits.allowed.view(np.uint8), axis=1, count=logits.shape[1], bitorder="little")
+        rows = torch.from_numpy(edits.masked)
+        logits[rows] = logits[rows].masked_fill_(torch.from_numpy(bits) == 0, float("-inf"))
+    return logits
+
+
+def _chances(raw: "torch.Tensor", draws: Draws, tokens: Ints, asked: Ints) -> Chances:
+    import torch
+
+    logs = torch.log_softmax(raw[asked].double(), dim=1)
+    own = logs[torch.arange(len(asked)), torch.from_numpy(tokens[asked])]
+    best = torch.topk(logs, int(draws.logprobs[asked].max()))
+    return Chances(draws.samples[asked], own.numpy(), best.indices.numpy(), best.values.numpy())
 
 
 def draw(
     logits: "torch.Tensor",
-    temperature: npt.NDArray[np.float32],
-    top_k: npt.NDArray[np.int64],
-    top_p: npt.NDArray[np.float32],
-    uniform: npt.NDArray[np.float64],
-) -> npt.NDArray[np.int64]:
-    """A token for every row of logits (rows, vocabulary), each with its own parameters; temperatures above 0."""
+    temperature: npt.NDArray[np.floating],
+    top_k: Ints,
+    top_p: npt.NDArray[np.floating],
+    uniform: Floats,
+) -> Ints:
+    """A token for every row of logits (rows, vocabulary), each with its own parameters."""
     import torch
 
-    scaled = logits.float() / torch.from_numpy(temperature)[:, None]
+    values = logits.float()
+    peak = values.amax(1, keepdim=True)
+    finite = np.isfinite(peak[:, 0].numpy())
+    result = np.full(len(temperature), NO_TOKEN, np.int64)
+    greedy = np.flatnonzero(finite & (temperature < GREEDY_BELOW))
+    if len(greedy):
+        result[greedy] = values[greedy].argmax(1).numpy()
+    drawn = np.flatnonzero(finite & (temperature >= GREEDY_BELOW))
+    if not len(drawn):
+        return result
+    scaled = (values[drawn] - peak[drawn]) / torch.from_numpy(temperature[drawn].astype(np.float32))[:, None]
     chances = torch.softmax(scaled, dim=1)
-    result = np.empty(len(temperature), np.int64)
+    result[drawn] = _drawn(chances, top_k[drawn], top_p[drawn], uniform[drawn])
+    return result
+
+
+def _drawn(chances: "torch.Tensor", top_k: Ints, top_p: npt.NDArray[np.floating], uniform: Floats) -> Ints:
+    import torch
+
+    result = np.empty(len(top_k), np.int64)
     cut = (top_k > 0) | (top_p < 1.0)
     free = np.flatnonzero(~cut)
     if len(free):
@@ -53,9 +156,7 @@ def draw(
     return result
 
 
-def _kept(
-    sorted_chances: "torch.Tensor", top_k: npt.NDArray[np.int64], top_p: npt.NDArray[np.float32]
-) -> "torch.Tensor":
+def _kept(sorted_chances: "torch.Tensor", top_k: Ints, top_p: npt.NDArray[np.floating]) -> "torch.Tensor":
     """1 for the tokens that both cuts leave: the first top_k, and those before which less than top_p has been."""
     import torch
 
@@ -65,11 +166,11 @@ def _kept(
     return (within_k & (before < torch.from_numpy(top_p)[:, None].double())).int()
 
 
-def _inverse(cumulative: "torch.Tensor", uniform: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+def _inverse(cumulative: "torch.Tensor", uniform: Floats) -> Ints:
     """The first entry of each row whose cumulative weight exceeds uniform times the whole."""
     import torch
 
     target = torch.from_numpy(uniform)[:, None] * cumulative[:, -1:]
     found = torch.searchsorted(cumulative, target, right=True).squeeze(1)
-    result: npt.NDArray[np.int64] = found.clamp(max=cumulative.shape[1] - 1).numpy()
+    result: Ints = found.clamp(max=cumulative.shape[1] - 1).numpy()
     return result

@@ -7,19 +7,26 @@ sequence is taken to go on, so one that ends by a stop token has a token too man
 
 import logging
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from taskgraph.errors import RequestError
+from taskgraph.models import sampling
 from taskgraph.models.kv_cache import Key, Moves, PagedCache, block_keys
 from taskgraph.models.parking import GONE, Parked
 from taskgraph.models.requests import MOST_STOPS, Request
-from taskgraph.models.sampling import uniforms
+from taskgraph.models.sampling import GREEDY_BELOW, Draws, uniforms
+from taskgraph.models.steering import Steer, edits_of
 
 log = logging.getLogger("taskgraph.serve")
-Ints = npt.NDArray[np.int64]
+Ints = sampling.Ints
+_NO_TOKEN = (
+    "its logits at token {} of its answer are no finite numbers (NaN or infinity), or its grammar leaves none that is; "
+    "check the weights, or compute in f32."
+)
 FREE, RUNNING, SWAPPED, DROPPED = range(4)
 """States of a row: no sequence, one on the device, one whose pages are parked, one that must be recomputed."""
 
@@ -48,17 +55,7 @@ class Waiting:
     arrival_s: float
     keys: list[Key] = field(default_factory=list)
     recalled: bool = False
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Draws:
-    """The samples of a batch that are drawn and not the likeliest token, and how: see `sampling.draw`."""
-
-    samples: Ints
-    temperature: npt.NDArray[np.float32]
-    top_k: Ints
-    top_p: npt.NDArray[np.float32]
-    uniform: npt.NDArray[np.float64]
+    steer: Steer | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,6 +92,18 @@ class Batch:
         return len(self.tokens) - self.decode
 
 
+class Taken(NamedTuple):
+    """What a batch's samples meant: `rows` got `tokens` (sample `samples` of the batch), and rows end by length, by a
+    stop token or the end of their grammar, and by an error, which `failed` says. `retire` those."""
+
+    rows: Ints
+    tokens: Ints
+    samples: Ints
+    full: list[int]
+    stopped: list[int]
+    failed: dict[int, str]
+
+
 class Scheduler:
     """The sequences that wait and that run, and the batches that they make."""
 
@@ -112,8 +121,11 @@ class Scheduler:
         self.given, self.epoch, self.number, self.order = np.zeros((4, rows), np.int64)
         self.pending = np.full(rows, -1, np.int64)
         self.stops = np.full((rows, MOST_STOPS), -1, np.int64)
-        self.temperature, self.top_p = np.zeros((2, rows), np.float32)
+        self.temperature, self.top_p = np.zeros((2, rows))
         self.top_k, self.seed = np.zeros(rows, np.int64), np.zeros(rows, np.uint64)
+        self.steers: list[Steer | None] = [None] * rows
+        self.steered, self.logprobs = np.zeros(rows, bool), np.full(rows, -1, np.int64)
+        self.refused: list[tuple[Waiting, str]] = []
         self.keys: list[list[Key]] = [[] for _ in range(rows)]
         self.parked: list[Parked | None] = [None] * rows
         self.requests: list[Waiting | None] = [None] * rows
@@ -218,12 +230,28 @@ class Scheduler:
         )
 
     def _draws(self, owner: Ints, place: Ints) -> Draws | None:
-        which = np.flatnonzero((owner >= 0) & (self.temperature[owner] > 0))
+        which = np.flatnonzero((owner >= 0) & ((self.temperature[owner] >= GREEDY_BELOW) | self.steered[owner]))
         if not len(which):
             return None
         rows = owner[which]
         chance = uniforms(self.seed[rows], place[which])
-        return Draws(which, self.temperature[rows], self.top_k[rows], self.top_p[rows], chance)
+        return Draws(which, self.temperature[rows], self.top_k[rows], self.top_p[rows], chance, self.logprobs[rows])
+
+    def steer(self, batch: Batch) -> Batch:
+        """The batch, now that the tokens that it is fed are known, with the edits that its answers so far ask for."""
+        if batch.draws is None or not self.steered.any():
+            return batch
+        last = np.concatenate([np.arange(batch.decode), batch.decode + batch.starts[1:] - 1]).astype(np.int64)
+        steered = []
+        for i, sample in enumerate(batch.draws.samples.tolist()):
+            row = int(batch.owner[sample])
+            steer = self.steers[row]
+            if steer is not None:
+                answer = self.tokens[row, self.prompt[row] : batch.place[sample]].copy()
+                if len(answer):
+                    answer[-1] = batch.tokens[last[sample]]
+                steered.append((i, steer, answer))
+        return replace(batch, draws=replace(batch.draws, edits=edits_of(steered))) if steered else batch
 
     # -- admission and pre-emption -----------------------------------------------------------------
 
@@ -239,7 +267,15 @@ class Scheduler:
         if not first.recalled:
             first.recalled = True
             self.cache.recall(first.keys)
-        return None if self.cache.recalling(first.keys) else self._start(self.waiting.popleft())
+        if self.cache.recalling(first.keys):
+            return None
+        self.waiting.popleft()
+        try:
+            return self._start(first)
+        except Exception as error:  # what only this request can have caused: it ends, and the others go on
+            log.exception("request %d cannot begin", first.number)
+            self.refused.append((first, f"request {first.number} cannot begin: {type(error).__name__}: {error}"))
+            return None
 
     def _fits(self, candidate: Waiting) -> bool:
         """Whether the device holds the predicted peak with the candidate let in (as in LightLLM's past-future
@@ -265,18 +301,21 @@ class Scheduler:
         prompt, request = candidate.prompt, candidate.request
         length = len(prompt)
         self.tokens[row, :length] = prompt
-        self.state[row], self.known[row], self.prompt[row], self.given[row] = RUNNING, length, length, length
+        self.known[row], self.prompt[row], self.given[row] = length, length, length
         self.limit[row], self.number[row] = length + request.max_tokens, candidate.number
         self.stops[row] = -1
         self.stops[row, : len(request.stop)] = sorted(request.stop)
         how = request.sampling
-        self.temperature[row], self.top_k[row], self.top_p[row] = how.temperature, how.top_k, how.top_p
-        self.seed[row] = how.seed % 2**64
+        self.temperature[row], self.top_p[row], self.seed[row] = how.temperature, how.top_p, how.seed
+        self.top_k[row] = min(how.top_k, 2**31)  # more than any vocabulary
+        self.steers[row], self.steered[row] = candidate.steer, candidate.steer is not None
+        self.logprobs[row] = -1 if candidate.steer is None else candidate.steer.logprobs
         self.order[row], self._admitted = self._admitted, self._admitted + 1
         self.requests[row], self.keys[row] = candidate, candidate.keys
         shared = self.cache.match(candidate.keys[: (length - 1) // self.cache.page_size])
         self.blocks[row, : len(shared)] = shared
         self.held[row], self.computed[row] = len(shared), len(shared) * self.cache.page_size
+        self.state[row] = RUNNING
         return row
 
     def _resume(self, row: int) -> int | None:
@@ -323,18 +362,35 @@ class Scheduler:
 
     # -- what a step gave --------------------------------------------------------------------------
 
-    def take(self, batch: Batch, samples: Ints) -> tuple[Ints, Ints, list[int], list[int]]:
-        """Give every sequence its sample; returns the rows that got one, their tokens, and the rows that end by
-        length and by a stop token. `retire` those."""
+    def take(self, batch: Batch, samples: Ints, vocabulary: int) -> Taken:
+        """Give every sequence its sample. One that is no token of the vocabulary ends its sequence with an error."""
         mine = np.flatnonzero((batch.owner >= 0) & (self.epoch[batch.owner] == batch.epoch))
+        good = (samples[mine] >= 0) & (samples[mine] < vocabulary)
+        failed = {row: self._no_token(row) for row in batch.owner[mine[~good]].tolist()}
+        mine = mine[good]
         rows, tokens, place = batch.owner[mine], samples[mine], batch.place[mine]
         self.tokens[rows, place], self.given[rows] = tokens, place + 1
-        stopped = (self.stops[rows] == tokens[:, None]).any(axis=1)
-        full = (place + 1 >= self.limit[rows]) & ~stopped
-        return rows, tokens, rows[full].tolist(), rows[stopped].tolist()
+        stops = (self.stops[rows] == tokens[:, None]).any(axis=1)
+        for i in np.flatnonzero(self.steered[rows]).tolist():
+            row = int(rows[i])
+            steer = self.steers[row]
+            assert steer is not None
+            steer.follow(self.tokens[row, self.prompt[row] : place[i] + 1])
+            stops[i] |= steer.ended
+            if steer.error and not stops[i]:
+                failed[row] = f"request {self.number[row]}: {steer.error}"
+        over = np.isin(rows, list(failed)) if failed else np.zeros(len(rows), bool)
+        full = (place + 1 >= self.limit[rows]) & ~stops & ~over
+        return Taken(rows, tokens, mine, rows[full].tolist(), rows[stops].tolist(), failed)
 
-    def retire(self, row: int, length: int) -> Waiting:
-        """Free a row and its pages at once; the pages of its first `length` tokens stay findable."""
+    def _no_token(self, row: int) -> str:
+        steer, place = self.steers[row], int(self.given[row] - self.prompt[row])
+        why = steer.error if steer is not None else ""
+        return f"request {self.number[row]}: " + (why or _NO_TOKEN.format(place))
+
+    def retire(self, row: int, length: int, *, tainted: bool = False) -> Waiting:
+        """Free a row and its pages at once; the pages of its first `length` tokens stay findable, or with `tainted`
+        none of its pages."""
         waiting = self.requests[row]
         assert waiting is not None
         parked = self.parked[row]
@@ -342,7 +398,11 @@ class Scheduler:
             self.cache.parking.drop(parked)
         elif self.held[row]:
             pages = self.blocks[row, : self.held[row]].copy()
-            if self.prefix_sharing:
+            if tainted:
+                for page in pages.tolist():
+                    if self.cache.device.key_of(page) is not None:
+                        self.cache.device.drop(page)
+            elif self.prefix_sharing:
                 done = min(length, int(self.computed[row]))
                 keys = block_keys(
                     self.tokens[row, :done], self.cache.page_size, self.keys[row][: done // self.cache.page_size]
@@ -351,6 +411,7 @@ class Scheduler:
                     self.cache.device.publish(page, key)
             self.cache.release(pages)
         self.parked[row], self.requests[row], self.keys[row] = None, None, []
+        self.steers[row], self.steered[row], self.logprobs[row] = None, False, -1
         self.state[row], self.held[row], self.computed[row], self.known[row] = FREE, 0, 0, 0
         self.epoch[row] += 1
         self.pending[row] = -1

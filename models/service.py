@@ -1,6 +1,7 @@
 """The engine in a thread of its own, and what asyncio code sees of it: streams of tokens."""
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import AsyncIterator
 from types import TracebackType
@@ -8,13 +9,13 @@ from typing import Self
 
 from taskgraph.errors import BackendUnavailable, RequestError
 from taskgraph.models.engine import Engine
-from taskgraph.models.requests import Completion, Request, StepOutput
+from taskgraph.models.requests import Chance, Completion, Request, StepOutput
 
 _CHECK_S = 1.0
 """How often an idle engine's runner is looked after."""
 
-Event = int | Completion | Exception
-"""A token, the end of a request, or why it cannot go on."""
+Event = int | Chance | Completion | Exception
+"""A token, or its chance where that was asked for, the end of a request, or why it cannot go on."""
 
 
 class TooManyRequests(RequestError):  # noqa: N818 - the name says what it means
@@ -30,7 +31,7 @@ class Stream:
         self._service, self.loop, self.number = service, loop, -1
         self.events: asyncio.Queue[Event] = asyncio.Queue()
 
-    async def __aiter__(self) -> AsyncIterator[int | Completion]:
+    async def __aiter__(self) -> AsyncIterator[int | Chance | Completion]:
         event: Event = -1
         while not isinstance(event, Completion):
             event = await self.events.get()
@@ -125,9 +126,10 @@ class Service:
         calls: dict[asyncio.AbstractEventLoop, list[tuple[Stream, Event]]] = {}
         with self._change:
             streams = self._streams
-            for number, token in zip(output.requests.tolist(), output.tokens.tolist(), strict=True):
+            for i, (number, token) in enumerate(zip(output.requests.tolist(), output.tokens.tolist(), strict=True)):
                 if number in streams:
-                    calls.setdefault(streams[number].loop, []).append((streams[number], token))
+                    event = output.chances.get(i, token)
+                    calls.setdefault(streams[number].loop, []).append((streams[number], event))
             for completion in output.finished:
                 stream = streams.pop(completion.request, None)
                 if stream is not None:
@@ -171,5 +173,5 @@ def _put(loop: asyncio.AbstractEventLoop, events: list[tuple[Stream, Event]]) ->
         for stream, event in events:
             stream.events.put_nowait(event)
 
-    if not loop.is_closed():
+    with contextlib.suppress(RuntimeError):  # the loop has been closed
         loop.call_soon_threadsafe(add)

@@ -1,5 +1,6 @@
 """Generation on the runtime: one captured plan for each step shape, a static KV cache, greedy tokens."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -108,15 +109,27 @@ class Session:
         step.executable.inputs["positions"].copy_(torch.tensor(start))
 
     def generate(self, prompt: Sequence[int], max_new_tokens: int, stop: frozenset[int] = frozenset()) -> Iterator[int]:
-        """Greedy tokens after `prompt` (one sequence), until `max_new_tokens` or a token of `stop`."""
+        """Greedy tokens after `prompt` (one sequence), until `max_new_tokens` or a token of `stop`.
+
+        ExecutionError when logits are NaN or infinite."""
         if self.batch != 1 or not prompt:
             raise tg.PlanError("generate() takes one sequence with at least one token; use run() for batches.")
-        token = int(self.run(prompt, [0])[llama.NEXT][0])
+        token = self._likeliest(self.run(prompt, [0]))
         for place in range(len(prompt), len(prompt) + max_new_tokens):
             yield token
             if token in stop or place + 1 == len(prompt) + max_new_tokens:
                 return
-            token = int(self.run([token], [place])[llama.NEXT][0])
+            token = self._likeliest(self.run([token], [place]))
+
+    def _likeliest(self, made: Mapping[str, "torch.Tensor"]) -> int:
+        """The next token of the only sequence; ExecutionError where its logit is no finite number."""
+        token = int(made[llama.NEXT][0])
+        if not math.isfinite(float(made[llama.LOGITS].reshape(-1)[token])):
+            raise tg.ExecutionError(
+                f"the logits of {self.config.name} are no finite numbers (NaN or infinity), so that there is no "
+                "likeliest token. Check the weights, or compute in f32."
+            )
+        return token
 
     def close(self) -> None:
         """Close every captured step."""

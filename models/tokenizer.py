@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from tokenizers import Tokenizer as RawTokenizer
 from taskgraph.errors import WeightsError
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_LONGEST_START = 3  # bytes of a UTF-8 character that is not whole
 _CONTROL, _USER_DEFINED = 3, 4  # token types of GGUF
 # Patterns of the tokenizer.json published with the models; the names are llama.cpp's (llama-vocab.cpp).
 _LLAMA3 = (
@@ -27,16 +29,22 @@ _GPT2 = ("gpt-2", "gpt2")
 
 
 class StreamDecoder:
-    """Turns ids that come one by one into text; a piece never ends inside a UTF-8 character."""
+    """Turns ids that come one by one into text; a piece never ends inside a UTF-8 character.
+
+    Bytes that are no UTF-8 come as U+FFFD, three tokens late at most: no more can be the beginning of a character. So
+    an id costs the same whatever came before it."""
 
     def __init__(self, tokenizer: Tokenizer, *, specials: bool = False) -> None:
         self._tokenizer = tokenizer
         self._specials = specials
-        self._ids: list[int] = []  # from the last emitted piece on
+        self._ids: list[int] = []  # from the piece before the last emitted one on
         self._shown = 0  # how many of them are already emitted
+        self._before = ""  # and as which text
 
     def push(self, token_id: int) -> str:
         """The text that `token_id` completes; empty while a character is unfinished."""
+        if self._tokenizer.silent(token_id, specials=self._specials):
+            return ""
         self._ids.append(token_id)
         return self._advance(final=False)
 
@@ -45,13 +53,22 @@ class StreamDecoder:
         return self._advance(final=True)
 
     def _advance(self, *, final: bool) -> str:
-        before = self._tokenizer.decode(self._ids[: self._shown], specials=self._specials)
-        now = self._tokenizer.decode(self._ids, specials=self._specials)
+        end, now = len(self._ids), self._decode(self._ids)
         if now.endswith(_REPLACEMENT) and not final:
-            return ""
+            end -= _LONGEST_START
+            if end <= self._shown:
+                return ""
+            now = self._decode(self._ids[:end])
+        # a decoder may show earlier ids in another way beside those that came now; what was emitted stays
+        same = now.startswith(self._before)
+        piece = now[len(self._before) :] if same else self._decode(self._ids[self._shown : end])
         self._ids = self._ids[self._shown :]
-        self._shown = len(self._ids)
-        return now[len(before) :]
+        self._shown = end - self._shown
+        self._before = self._decode(self._ids[: self._shown])
+        return piece
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, specials=self._specials) if ids else ""
 
 
 class Tokenizer:
@@ -73,6 +90,10 @@ class Tokenizer:
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(eos_ids))
         self.bos_id = bos_id
         self.chat_template = chat_template
+        added = raw.get_added_tokens_decoder()
+        self._special = {index: token.content for index, token in added.items() if token.special}
+        self._special_ids = {text: index for index, text in self._special.items()}
+        self._added = {index: token.content for index, token in added.items()}
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any], source: str = "the GGUF file") -> Tokenizer:
@@ -119,6 +140,10 @@ class Tokenizer:
         """Number of ids, special ones included."""
         return int(self._raw.get_vocab_size(with_added_tokens=True))
 
+    def to_json(self) -> str:
+        """The tokenizer as the text of a `tokenizer.json`."""
+        return str(self._raw.to_str())
+
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; special tokens written in it become their ids, and a needed BOS comes first once."""
         ids: list[int] = self._raw.encode(text, add_special_tokens=False).ids
@@ -127,6 +152,28 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, specials: bool = False) -> str:
         """Text of the ids, without special tokens unless `specials`."""
         return str(self._raw.decode(list(ids), skip_special_tokens=not specials))
+
+    def silent(self, token_id: int, *, specials: bool = False) -> bool:
+        """Whether `decode` shows nothing of an id: a special token, or none of this vocabulary."""
+        return (token_id in self._special and not specials) or self._raw.id_to_token(token_id) is None
+
+    @property
+    def special_texts(self) -> Mapping[str, int]:
+        """The special tokens, which `decode` leaves out, by their text."""
+        return self._special_ids
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for; of a special one its text."""
+        text = self._raw.id_to_token(token_id)
+        if text is None or token_id in self._added:
+            return (text or "").encode()
+        kind = repr(self._raw.decoder)
+        if "ByteLevel" in kind:
+            known = _byte_of_letter()
+            return bytes(known[letter] for letter in text) if all(c in known for c in text) else text.encode()
+        if "ByteFallback" in kind and len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
+            return bytes.fromhex(text[3:5])
+        return text.replace("\u2581", " ").encode()
 
     def stream_decoder(self, *, specials: bool = False) -> StreamDecoder:
         """A fresh incremental decoder."""
@@ -161,6 +208,14 @@ class Tokenizer:
 
     def _text(self, token_id: int | None) -> str:
         return "" if token_id is None else str(self._raw.id_to_token(token_id) or "")
+
+
+@functools.cache
+def _byte_of_letter() -> Mapping[str, int]:
+    """The byte of each letter that byte-level BPE writes bytes as (Radford et al. 2019)."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    moved = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(moved)}
 
 
 def _byte_level_bpe(metadata: Mapping[str, Any], source: str) -> RawTokenizer:

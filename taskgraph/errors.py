@@ -41,7 +41,12 @@ class ConfigError(WeightsError):
 
 
 class RequestError(TaskgraphError, ValueError):
-    """A request that the serving engine refuses: too long, malformed, or more than it has room for."""
+    """A request that the serving engine refuses: too long, malformed, or more than it has room for; `field` names the
+    part that is wrong, where one is."""
+
+    def __init__(self, message: str, field: str = "") -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class BackendUnavailable(TaskgraphError, RuntimeError):  # noqa: N818 - the name says what it means

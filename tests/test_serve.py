@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from serve_cases import CONTEXT, PAGE, byte_tokenizer, make_served, said
 
-from taskgraph.models.protocol import TextStream
 from taskgraph.models.serve import Served, create_app
+from taskgraph.models.textstream import TextStream
 
 Serve = Callable[..., Served]
 
@@ -215,9 +215,10 @@ def test_models_and_health(serve: Serve) -> None:
         (body(top_p=0), 400, "top_p"),
         (body(n=0), 400, "n"),
         (body(n=1000), 400, "n"),
-        (body(logit_bias={"1": 5}), 400, "logit_bias"),
-        (body(echo=True), 400, "echo"),
-        (body(frequency_penalty=1.0), 400, "frequency_penalty"),
+        (body(logit_bias={"x": 5}), 400, "logit_bias"),
+        (body(logit_bias={"258": 5}), 400, "logit_bias"),
+        (body(suffix="x"), 400, "'suffix' is not supported"),
+        (body(frequency_penalty=2.5), 400, "frequency_penalty"),
         (body("a" * 5000), 413, "4096"),
     ],
     ids=lambda value: str(value)[:60],

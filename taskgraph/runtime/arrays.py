@@ -59,9 +59,19 @@ class DeviceArray:
     def rows(self, which: Sequence[int] | npt.NDArray[np.int64]) -> torch.Tensor:
         """A copy of those rows on the host; of few, of a large tensor, it moves no more than them."""
         host = torch.empty((len(which), *self.shape[1:]), dtype=TORCH_DTYPE[self.dtype])
-        size = self.buffer.nbytes // self.shape[0]
-        for i, row in enumerate(which):
-            driver.download(host.data_ptr() + i * size, self.buffer.address + int(row) * size, size)
+        size, rows = self.buffer.nbytes // self.shape[0], np.asarray(which, np.int64)
+        runs = np.flatnonzero(np.diff(rows, prepend=-2) != 1)  # rows one after another come together
+        for first, last in zip(runs.tolist(), [*runs[1:].tolist(), len(rows)], strict=True):
+            source = self.buffer.address + int(rows[first]) * size
+            driver.download(host.data_ptr() + first * size, source, (last - first) * size)
+        return host
+
+    def entries(self, rows: npt.NDArray[np.int64], columns: npt.NDArray[np.int64]) -> torch.Tensor:
+        """A copy of entry columns[i] of each row rows[i] of a matrix on the host."""
+        host = torch.empty(len(rows), dtype=TORCH_DTYPE[self.dtype])
+        size, width = ITEMSIZE[self.dtype], self.shape[1]
+        for i, at in enumerate((rows * width + columns).tolist()):
+            driver.download(host.data_ptr() + i * size, self.buffer.address + at * size, size)
         return host
 
     def copy_(self, source: torch.Tensor) -> None:
