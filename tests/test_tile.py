@@ -58,4 +58,4 @@ def test_the_tile_lowers_to_every_processor(
 def test_this_process_compiles_for_what_the_tile_is_made_for() -> None:
     triple, _, features = tile._compiled_for()
     assert tile.target_of(triple, features) == tile.TARGET
-    assert tile.ROWS == tile.TARGET.rows and tile.DOT == tile.TARGET.dot
+    assert (tile.TARGET.rows, tile.TARGET.dot) == (tile.ROWS, tile.DOT)

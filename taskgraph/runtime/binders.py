@@ -60,9 +60,13 @@ def binder(kind: str) -> Callable[[Binder], Binder]:
     return register
 
 
+_BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
+
+
 def bits(tensor: torch.Tensor) -> npt.NDArray[Any]:
-    """A numpy view of a tensor for the kernels: bf16 as uint16 bits."""
-    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+    """A numpy view of a tensor for the kernels: bf16 as uint16 bits, f16 as int16 bits."""
+    raw = _BITS.get(tensor.dtype)
+    return (tensor if raw is None else tensor.view(raw)).numpy()
 
 
 def rope_table(op: Op, length: int, dim: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:

@@ -18,7 +18,7 @@ import torch
 from taskgraph.errors import BackendUnavailable, ExecutionError, GraphError, RankLost
 from taskgraph.graph.graph import Graph
 from taskgraph.graph.op import Tensor
-from taskgraph.runtime import kernels, products
+from taskgraph.runtime import choose, kernels
 from taskgraph.runtime.distributed import Group, check_collectives
 from taskgraph.runtime.impls import TORCH_DTYPE, Entry, Site, bind
 from taskgraph.runtime.ways import Ways
@@ -124,7 +124,7 @@ class CpuExecutable:
         ways: Ways | None = None,
     ) -> None:
         self._graph, self._plan, self._functions, self._group = graph.flat(), plan, dict(functions), group
-        self._ways = products.by_capability() if ways is None else ways
+        self._ways = choose.here() if ways is None else ways
         check_collectives(self._graph, plan, group)
         self._ops = {op.name: op for op in self._graph.ops}
         self._constants = frozenset(t.name for t in self._graph.with_role("weight"))

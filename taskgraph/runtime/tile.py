@@ -79,8 +79,10 @@ _I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
 
 
 def _link_openmp() -> ctypes.CDLL:
-    """Let compiled code call the OpenMP runtime that torch has loaded, GNU's or one with its entry points; LLVM resolves
-    the names when it loads a kernel. BackendUnavailable when torch has none."""
+    """Let compiled code call the OpenMP runtime that torch has loaded, GNU's or one with its entry points.
+
+    LLVM resolves the names when it loads a kernel. BackendUnavailable when torch has none.
+    """
     mapped = Path("/proc/self/maps").read_text().splitlines()
     paths = {line.split(maxsplit=5)[-1] for line in mapped if any(name in line for name in _OPENMP_NAMES)}
     if not paths:
@@ -326,21 +328,23 @@ def unpack(typingctx: Any, words: Any, count: Any, wide: Any) -> Any:
 
 @intrinsic
 def widen(typingctx: Any, x: Any) -> Any:
-    """float32 of a stored element."""
+    """float32 of a stored element: uint16 are the bits of a bf16, int16 those of an f16."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        if x != types.uint16:
-            return args[0]
-        return builder.bitcast(builder.shl(builder.zext(args[0], _I32), ir.Constant(_I32, 16)), _F32)
+        if x == types.uint16:
+            return builder.bitcast(builder.shl(builder.zext(args[0], _I32), ir.Constant(_I32, 16)), _F32)
+        return _from_half(builder, args[0]) if x == types.int16 else args[0]
 
     return types.float32(x), codegen
 
 
 @intrinsic
 def narrow(typingctx: Any, x: Any, like: Any) -> Any:
-    """A float32 as an element of the array `like`; bf16 is rounded to nearest even."""
+    """A float32 as an element of the array `like`; bf16 and f16 are rounded to nearest even."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if like.dtype == types.int16:
+            return _to_half(builder, args[0])
         if like.dtype != types.uint16:
             return args[0]
         bits = builder.bitcast(args[0], _I32)
@@ -349,6 +353,40 @@ def narrow(typingctx: Any, x: Any, like: Any) -> Any:
         return builder.trunc(builder.lshr(rounded, ir.Constant(_I32, 16)), ir.IntType(16))
 
     return like.dtype(types.float32, like), codegen
+
+
+def _from_half(builder: Any, half: Any) -> Any:
+    """By integers and a product, since not every processor converts: 2^112 moves the exponent, subnormals' too."""
+    word = builder.zext(half, _I32)
+    shifted = builder.shl(builder.and_(word, ir.Constant(_I32, 0x7FFF)), ir.Constant(_I32, 13))
+    scaled = builder.fmul(builder.bitcast(shifted, _F32), ir.Constant(_F32, 2.0**112))
+    endless = builder.icmp_unsigned(">=", shifted, ir.Constant(_I32, 0x7C00 << 13))
+    infinite = builder.or_(builder.bitcast(scaled, _I32), ir.Constant(_I32, 0x7F800000))
+    size = builder.select(endless, infinite, builder.bitcast(scaled, _I32))
+    sign = builder.shl(builder.and_(word, ir.Constant(_I32, 0x8000)), ir.Constant(_I32, 16))
+    return builder.bitcast(builder.or_(size, sign), _F32)
+
+
+def _to_half(builder: Any, value: Any) -> Any:
+    """By a sum with a power of two that makes the processor round at the right bit."""
+
+    def number(bits: int) -> Any:
+        return ir.Constant(_I32, bits)
+
+    word = builder.bitcast(value, _I32)
+    size = builder.and_(word, number(0x7FFFFFFF))
+    scaled = builder.fmul(builder.bitcast(size, _F32), ir.Constant(_F32, 4.0))
+    exponent = builder.and_(builder.shl(size, number(1)), number(0xFF000000))
+    least = number(0x71000000)
+    exponent = builder.select(builder.icmp_unsigned("<", exponent, least), least, exponent)
+    magic = builder.add(builder.lshr(exponent, number(1)), number(0x07800000))
+    rounded = builder.bitcast(builder.fadd(builder.bitcast(magic, _F32), scaled), _I32)
+    high = builder.and_(builder.lshr(rounded, number(13)), number(0x7C00))
+    made = builder.add(high, builder.and_(rounded, number(0x0FFF)))
+    made = builder.select(builder.icmp_unsigned(">=", size, number(0x477FF000)), number(0x7C00), made)  # 65520 and on
+    made = builder.select(builder.icmp_unsigned(">", size, number(0x7F800000)), number(0x7E00), made)
+    sign = builder.and_(builder.lshr(word, number(16)), number(0x8000))
+    return builder.trunc(builder.or_(made, sign), ir.IntType(16))
 
 
 @numba.njit(inline="always")
