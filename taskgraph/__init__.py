@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from taskgraph.observe.tuned import explain_tuned
     from taskgraph.runtime.backend import Executable, compile
     from taskgraph.runtime.tune import Tuned, autotune
+    from taskgraph.schedule.audit import audit
     from taskgraph.schedule.plan import Bounds, Lane, Period, Plan, Span, Step, Timeline, Verdict
     from taskgraph.schedule.planner import plan
     from taskgraph.schedule.verify import verify
@@ -52,6 +53,7 @@ _HOME = {
     "taskgraph.graph.device": "Device Geometry Partition",
     "taskgraph.graph.graph": "Graph GraphBuilder Value",
     "taskgraph.graph.op": "Demand Op Tensor Work demand spec",
+    "taskgraph.schedule.audit": "audit",
     "taskgraph.schedule.plan": "Bounds Lane Period Plan Span Step Timeline Verdict",
     "taskgraph.schedule.planner": "plan",
     "taskgraph.schedule.verify": "verify",

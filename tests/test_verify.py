@@ -77,6 +77,7 @@ def packed() -> Plan:
         lanes=(Lane(0, 0), Lane(0, 1)),
         steps=steps,
         timeline=replace(plan.timeline, spans=spans),
+        verdict=Verdict("packed", 4.0, 5.0, 0.1),
     )
 
 
@@ -167,6 +168,6 @@ def test_geometries_joined_by_waits_pass() -> None:
     two = replace(packed(), geometries=(Geometry.of(64), Geometry.of(132)), lanes=(Lane(0, 0), Lane(1, 0)))
     joined = with_step(two, 2, waits=(1,))
     later = with_span(with_span(joined, 2, start_s=2.0, end_s=3.0), 3, start_s=3.0, end_s=4.0)
-    verify(with_span(later, 4, start_s=4.0, end_s=5.0), diamond())
+    verify(replace(with_span(later, 4, start_s=4.0, end_s=5.0), verdict=Verdict("packed", 5.0, 5.0, 0.1)), diamond())
     with pytest.raises(PlanError, match="'right' starts at"):
         verify(joined, diamond())

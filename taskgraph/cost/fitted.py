@@ -14,6 +14,8 @@ from taskgraph.cost import families, formulas, surface
 from taskgraph.cost.families import FAMILIES, Family
 from taskgraph.errors import CalibrationError
 from taskgraph.graph.device import Device
+from taskgraph.graph.op import MOST_WORK
+from taskgraph.record import decode, read_text, shown
 
 SCHEMA = 1
 UNFITTED_BAND = 0.3
@@ -21,6 +23,8 @@ UNFITTED_BAND = 0.3
 table 2 has a roofline 13 % to 82 % short on GEMMs."""
 TRANSFER_BAND = 1.5
 """A device that borrows coefficients gets this many times the band of the device that they were fitted on."""
+_MOST_LOG = 20.0
+"""A correction's part of the log of a time, at most."""
 _INNERMOST = re.compile(r"\[[^\[\]{}]*\]")
 _FOLDER = Path(__file__).parent / "coefficients"
 
@@ -33,6 +37,10 @@ class Response:
     hbm_sharp: float
     link_reach: float
     link_sharp: float
+
+    def _check(self) -> None:
+        if not all(0.01 <= getattr(self, name) <= 100 for name in self.__slots__):
+            raise CalibrationError(f"{self} must have numbers from 0.01 to 100.")
 
     def by_resource(self) -> dict[str, tuple[float, float]]:
         """(reach, sharp) of "hbm" and "link"."""
@@ -82,20 +90,64 @@ class Calibration:
     @staticmethod
     def load(path: str | Path) -> "Calibration":
         """The calibration in a file; CalibrationError when it is not one of this version."""
+        text = read_text(path, CalibrationError, "coefficient file")
         try:
-            body = json.loads(Path(path).read_text())
-            if body["schema"] != SCHEMA:
-                raise CalibrationError(
-                    f"{path}: schema {body['schema']}; this version reads {SCHEMA}. Calibrate again."
-                )
-            fitted = {name: _fitted(name, part) for name, part in body["families"].items()}
-            response = Response(**body["response"])
-            launch = float(body["launch_seconds"])
-            return Calibration(body["device"], body["version"], launch, response, fitted, body["provenance"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, CalibrationError):
-                raise
-            raise CalibrationError(f"{path}: not a coefficient file ({error!r}).") from error
+            return Calibration.from_json(text)
+        except CalibrationError as error:
+            raise CalibrationError(f"{path}: {error}") from None
+
+    @staticmethod
+    def from_json(text: str) -> "Calibration":
+        """The calibration in the text of a coefficient file; CalibrationError, with the place in it, if it is none."""
+        file = decode(_File, text, CalibrationError, "coefficient file", "Calibrate again.", SCHEMA)
+        fitted = {name: _fitted(name, part) for name, part in file.families.items()}
+        return Calibration(file.device, file.version, file.launch_seconds, file.response, fitted, file.provenance)
+
+
+@dataclass(frozen=True, slots=True)
+class _TableFile:
+    """A table of a correction as the file has it: its axes (feature, low, step, count), and values in row order."""
+
+    axes: tuple[tuple[str, float, float, int], ...]
+    log: tuple[float, ...]
+
+    def _check(self) -> None:
+        if not all(abs(value) <= _MOST_LOG for value in self.log):
+            raise CalibrationError(f"a value of a correction is beyond {_MOST_LOG:g}, or no number.")
+
+
+@dataclass(frozen=True, slots=True)
+class _FamilyFile:
+    held_out: Mapping[str, float]
+    coefficients: Mapping[str, float]
+    correction: tuple[_TableFile, ...]
+
+    def _check(self) -> None:
+        for name, value in self.coefficients.items():
+            if not 0 < value <= MOST_WORK:
+                raise CalibrationError(f"coefficient {name!r} is {value}; it must be finite and above 0.")
+        for name, value in self.held_out.items():
+            if not 0 <= value <= MOST_WORK:
+                raise CalibrationError(f"held-out {name!r} is {value}; it must be finite and not negative.")
+        if "p90" not in self.held_out:
+            raise CalibrationError("held_out has no 'p90', which the error band is.")
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    device: str
+    version: int
+    launch_seconds: float
+    provenance: Mapping[str, str]
+    response: Response
+    families: Mapping[str, _FamilyFile]
+
+    def _check(self) -> None:
+        if not self.device or self.version < 1 or not 0 <= self.launch_seconds <= 1:
+            raise CalibrationError(
+                f"device {self.device!r}, version {self.version} and launch_seconds {self.launch_seconds} must be a "
+                "name, at least 1, and from 0 to 1."
+            )
 
 
 def _fitted_body(name: str, fit: Fitted) -> dict[str, Any]:
@@ -107,13 +159,16 @@ def _fitted_body(name: str, fit: Fitted) -> dict[str, Any]:
     return {"held_out": dict(fit.held_out), "coefficients": dict(fit.coefficients), "correction": tables}
 
 
-def _fitted(name: str, body: Mapping[str, Any]) -> Fitted:
-    family = families.BY_NAME[name]
-    tables = tuple(tuple(table["log"]) for table in body["correction"])
-    wanted = surface.sizes_of(family.terms)
-    if [len(t) for t in tables] != wanted or set(body["coefficients"]) != {n for n, _ in family.coefficients}:
-        raise CalibrationError(f"family {name!r} has other coefficients than this version. Calibrate again.")
-    return Fitted(body["coefficients"], tables, body["held_out"])
+def _fitted(name: str, part: _FamilyFile) -> Fitted:
+    family = families.BY_NAME.get(name)
+    if family is None:
+        raise CalibrationError(f"there is no family {shown(name)}; there are {', '.join(families.BY_NAME)}.")
+    axes = [tuple((a.feature, a.low, round(a.step, 6), a.count) for a in term) for term in family.terms]
+    fits = [t.axes for t in part.correction] == axes
+    sizes = [len(t.log) for t in part.correction] == surface.sizes_of(family.terms)
+    if not fits or not sizes or part.coefficients.keys() != {n for n, _ in family.coefficients}:
+        raise CalibrationError(f"family {name!r} has other coefficients or axes than this version. Calibrate again.")
+    return Fitted(part.coefficients, tuple(t.log for t in part.correction), part.held_out)
 
 
 @lru_cache(maxsize=16)

@@ -18,10 +18,11 @@ import numpy as np
 import platformdirs
 
 from taskgraph.cost.model import OpTable, op_table
-from taskgraph.errors import ProfileError
+from taskgraph.errors import ProfileError, TaskgraphError
 from taskgraph.graph.device import Device
 from taskgraph.graph.graph import Graph
 from taskgraph.graph.op import ROWS, Op, Tensor, seen_inputs
+from taskgraph.record import as_path, instance, typed
 
 Points = tuple[tuple[int, float, float], ...]
 """(SMs, median seconds, spread in seconds), SMs rising. Seconds are of the op alone, launch included."""
@@ -59,6 +60,9 @@ class Place:
     versions: str
     backend: str
 
+    def __post_init__(self) -> None:
+        typed(self, ProfileError)
+
 
 @dataclass(frozen=True, slots=True)
 class OpTime:
@@ -71,6 +75,7 @@ class OpTime:
     count: int
 
     def __post_init__(self) -> None:
+        typed(self, ProfileError)
         good = math.isfinite(self.median_s) and self.median_s > 0 and math.isfinite(self.spread_s)
         if not good or self.spread_s < 0 or self.sms < 1 or self.count < 1:
             raise ProfileError(
@@ -194,12 +199,15 @@ class ProfileDB:
 
     def __init__(self, path: str | Path | None = None) -> None:
         folder = Path(platformdirs.user_data_dir("taskgraph", appauthor=False))
-        self.path = folder / "profiles.sqlite3" if path is None else Path(path)
+        self.path = folder / "profiles.sqlite3" if path is None else as_path(path, ProfileError, "profile database")
 
     def record(self, place: Place, rows: Iterable[OpTime]) -> int:
         """Store a batch; where a time of the same op, place and SMs is there, the newer one stays. Returns its size."""
         now = time.time()
-        home = (place.device, place.machine, place.driver, place.versions, place.backend)
+        home = _home(place)
+        rows = list(rows) if isinstance(rows, Iterable) else [rows]
+        for row in rows:
+            instance("a row of record()", row, OpTime, ProfileError)
         batch = [(*home, *r.key, r.sms, r.count, r.median_s, r.spread_s, now) for r in rows]
         with self._connection() as connection:
             connection.execute("BEGIN IMMEDIATE")
@@ -210,11 +218,16 @@ class ProfileDB:
     def table(self, place: Place) -> dict[OpKey, Points]:
         """All times of a place in one read, by op; for `Profile`."""
         query = f"SELECT kind, shape, dtype, sms, median_s, spread_s FROM op_times WHERE {_PLACE} ORDER BY sms"
-        home = (place.device, place.machine, place.driver, place.versions, place.backend)
+        home = _home(place)
         found: dict[OpKey, list[tuple[int, float, float]]] = {}
         with self._connection() as connection:
-            for kind, shape, dtype, *point in connection.execute(query, home):
-                found.setdefault(OpKey(kind, shape, dtype), []).append((point[0], point[1], point[2]))
+            for kind, shape, dtype, sms, median_s, spread_s in connection.execute(query, home):
+                try:
+                    row = OpTime(OpKey(kind, shape, dtype), sms, median_s, spread_s, 1)
+                except ProfileError as error:
+                    text = f"profile database {str(self.path)!r} is damaged: {error}"
+                    raise ProfileError(f"{text} Move it away; times will be measured anew.") from None
+                found.setdefault(row.key, []).append((row.sms, row.median_s, row.spread_s))
         return {key: tuple(points) for key, points in found.items()}
 
     def lookup(self, place: Place, key: OpKey) -> Points:
@@ -248,9 +261,12 @@ class ProfileDB:
             raise ProfileError(
                 f"profile database {str(self.path)!r} is damaged: {error}. Move it away; times will be measured anew."
             ) from error
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a path with a NUL
+            if isinstance(error, TaskgraphError):
+                raise
+            why = getattr(error, "strerror", None) or error
             raise ProfileError(
-                f"profile database {str(self.path)!r} cannot be opened: {error.strerror}. Give another path."
+                f"profile database {str(self.path)!r} cannot be opened: {why}. Give another path."
             ) from error
 
     def _bring_up_to_date(self, connection: sqlite3.Connection) -> None:
@@ -270,6 +286,11 @@ class ProfileDB:
         connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
         connection.execute(f"PRAGMA user_version = {len(_MIGRATIONS)}")
         connection.execute("COMMIT")
+
+
+def _home(place: Place) -> tuple[str, str, str, str, str]:
+    instance("the place", place, Place, ProfileError)
+    return (place.device, place.machine, place.driver, place.versions, place.backend)
 
 
 def _schema(connection: sqlite3.Connection) -> int:

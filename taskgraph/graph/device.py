@@ -1,16 +1,22 @@
 """Devices: published specs with a source for every number, hypothetical ones, and this machine's CPU."""
 
-import json
-import math
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from taskgraph.errors import DeviceError
+from taskgraph.record import convert, decode, integer, shown, text, typed
+
+KINDS = ("gpu", "cpu")
+LEAST_SHARE = 1e-6
+MOST_SMS = 1 << 16
+"""SMs or cores of a device, at most."""
+LEAST_RATE, MOST_RATE, MOST_SECONDS = 1e-3, 1e30, 1e6
+"""Rates and sizes, and the longest launch, so that times and their sums are finite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +25,9 @@ class Partition:
 
     first_sm: int
     sm_count: int
+
+    def __post_init__(self) -> None:
+        typed(self, DeviceError)
 
     @property
     def end_sm(self) -> int:
@@ -31,9 +40,13 @@ class Geometry:
 
     partitions: tuple[Partition, ...]
 
+    def __post_init__(self) -> None:
+        typed(self, DeviceError)
+
     @staticmethod
     def of(*sizes: int) -> "Geometry":
-        """Partitions of the given sizes, laid side by side."""
+        """Partitions of the given sizes, laid side by side; DeviceError for a size below 1."""
+        sizes = tuple(integer("the size of a partition", size, DeviceError, 1, MOST_SMS) for size in sizes)
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         return Geometry(tuple(Partition(start, size) for start, size in zip(starts, sizes, strict=True)))
 
@@ -53,7 +66,8 @@ class Device:
     in a replayed graph, `switch_seconds` of a change of geometry within a plan. `compute_scaling[k-1]`
     is the measured share of the full compute rate on k SMs; empty means linear. `calibration` names the
     fitted coefficients that the cost model uses, those of the device or of its nearest relation; empty is
-    a plain roofline. `l2_bytes` is the last-level cache, 0 if unknown.
+    a plain roofline. `l2_bytes` is the last-level cache, 0 if unknown. DeviceError, naming the field, for what is no
+    such number, contradicts another one, or lies beyond every device (MOST_SMS, MOST_RATE).
     """
 
     name: str
@@ -75,19 +89,43 @@ class Device:
     l2_bytes: int = 0
     calibration: str = ""
 
+    _LATER: ClassVar[frozenset[str]] = frozenset({"l2_bytes", "calibration"})
+
     def __post_init__(self) -> None:
-        if not 1 <= self.sm_min <= self.sm_count or self.sm_granularity < 1:
-            raise DeviceError(f"device {self.name!r}: needs 1 <= sm_min <= sm_count and sm_granularity >= 1.")
-        positive = [self.hbm_bytes_per_s, self.sm_hbm_bytes_per_s, self.memory_bytes, *dict(self.flops_per_s).values()]
-        rates = [self.h2d_bytes_per_s, self.d2h_bytes_per_s, self.link_bytes_per_s, self.launch_seconds]
-        if not all(math.isfinite(x) and x > 0 for x in positive) or "f32" not in dict(self.flops_per_s):
+        typed(self, DeviceError)
+        self._check()
+
+    def _check(self) -> None:
+        if not self.name or self.kind not in KINDS:
             raise DeviceError(
-                f"device {self.name!r}: compute rates (f32 among them), bandwidths and memory must be > 0."
+                f"device {self.name!r}: needs a name and a kind, {' or '.join(KINDS)}; got {self.kind!r}."
             )
-        if not all(math.isfinite(x) and x >= 0 for x in rates):
-            raise DeviceError(f"device {self.name!r}: copy and link rates and launch_seconds must be finite and >= 0.")
+        if not 1 <= self.sm_min <= self.sm_count <= MOST_SMS or not 1 <= self.sm_granularity <= MOST_SMS:
+            raise DeviceError(
+                f"device {self.name!r}: needs 1 <= sm_min <= sm_count <= {MOST_SMS} and sm_granularity >= 1; got "
+                f"{self.sm_min}, {self.sm_count} and {self.sm_granularity}."
+            )
+        flops = dict(self.flops_per_s)
+        if len(flops) < len(self.flops_per_s) or len(dict(self.sources)) < len(self.sources):
+            raise DeviceError(f"device {self.name!r}: a dtype of flops_per_s or a name of sources stands twice.")
+        positive = [self.hbm_bytes_per_s, self.sm_hbm_bytes_per_s, self.memory_bytes, *flops.values()]
+        if not all(LEAST_RATE <= x <= MOST_RATE for x in positive) or "f32" not in flops:
+            raise DeviceError(
+                f"device {self.name!r}: compute rates (f32 among them), bandwidths and memory must be > 0, from "
+                f"{LEAST_RATE:g} to {MOST_RATE:g}."
+            )
+        for name in ("h2d_bytes_per_s", "d2h_bytes_per_s", "link_bytes_per_s", "l2_bytes"):
+            if not (getattr(self, name) == 0 or LEAST_RATE <= getattr(self, name) <= MOST_RATE):
+                raise DeviceError(f"device {self.name!r}: {name} is {getattr(self, name)}; it must be finite and >= 0.")
+        for name in ("launch_seconds", "switch_seconds"):
+            if not 0 <= getattr(self, name) <= MOST_SECONDS:
+                raise DeviceError(
+                    f"device {self.name!r}: {name} is {getattr(self, name)}; it must be from 0 to {MOST_SECONDS:g}."
+                )
         if self.compute_scaling and len(self.compute_scaling) != self.sm_count:
             raise DeviceError(f"device {self.name!r}: compute_scaling needs one entry an SM, {self.sm_count} in all.")
+        if not all(LEAST_SHARE <= share <= 1 for share in self.compute_scaling):
+            raise DeviceError(f"device {self.name!r}: compute_scaling holds shares from {LEAST_SHARE:g} to 1.")
 
     def rate(self, dtype: str) -> float:
         """Dense FLOP/s of the whole device for `dtype`, or for f32 where the device lists none for it."""
@@ -122,14 +160,15 @@ class Device:
         return asdict(self)
 
     @staticmethod
+    def from_json(text: str) -> "Device":
+        """The device in the JSON of what `to_dict` gave; DeviceError, with the place in the document, if it is none."""
+        return decode(Device, text, DeviceError, "device file", "Write Device.to_dict() as JSON.")
+
+    @staticmethod
     def from_dict(body: Mapping[str, Any]) -> "Device":
         """The device that `to_dict` wrote; DeviceError when a field is missing (other than those that came later) or
         unknown."""
-        known, later = {f.name for f in fields(Device)}, {"l2_bytes", "calibration"}
-        if wrong := (set(body) ^ known) - (later - set(body)):
-            raise DeviceError(f"not a device: fields {sorted(wrong)} are missing or unknown.")
-        pairs = {key: tuple((a, b) for a, b in body[key]) for key in ("flops_per_s", "sources")}
-        return Device(**{**body, **pairs, "compute_scaling": tuple(body["compute_scaling"])})
+        return convert(Device, body, DeviceError, "device", "Write it with Device.to_dict().")
 
 
 # -------------------------------------------------------------------------------- published devices
@@ -250,23 +289,31 @@ def get(device: "str | Device") -> Device:
     "virtual:NAME", on which the cuda backend can run, is the spec of NAME."""
     if isinstance(device, Device):
         return device
+    if not isinstance(device, str):
+        raise DeviceError(f"a device is a name or a Device; got {shown(device)}. Names are {', '.join(names())}.")
     device = device.removeprefix("virtual:")
     if device == "cpu":
         return _this_machine()
     if device not in _SPECS:
         raise DeviceError(
-            f"unknown device {device!r}; choose one of {', '.join(names())} or make one with devices.make()."
+            f"unknown device {shown(device)}; choose one of {', '.join(names())} or make one with devices.make()."
         )
     return _SPECS[device]
 
 
 def make(base: str | Device, name: str | None = None, **changes: Any) -> Device:
-    """A hypothetical device: `make("h100_sxm", sm_count=144, hbm_bytes_per_s=4e12)`; the rest is as in `base`."""
+    """A hypothetical device: `make("h100_sxm", sm_count=144, hbm_bytes_per_s=4e12)`; the rest is as in `base`.
+
+    Rates by dtype may be a dict. DeviceError for a field that a device has not, or a value that it cannot have."""
     origin = get(base)
+    if name is not None:
+        text("the name of a device", name, DeviceError)
     unknown = set(changes) - {f.name for f in fields(Device)}
     if unknown:
         raise DeviceError(f"a device has no {', '.join(sorted(unknown))}.")
-    sources = (*origin.sources, *((key, f"hypothetical, from {origin.name}") for key in sorted(changes)))
+    changes = {key: tuple(value.items()) if isinstance(value, dict) else value for key, value in changes.items()}
+    given = dict(origin.sources) | dict.fromkeys(sorted(changes), f"hypothetical, from {origin.name}")
+    sources = tuple(given.items())
     return replace(origin, name=name or f"{origin.name}*", **{"sources": sources, "compute_scaling": (), **changes})
 
 
@@ -283,4 +330,4 @@ def _this_machine() -> Device:
     if done.returncode != 0:
         tail = done.stderr.strip().splitlines()[-1:] or ["no message"]
         raise DeviceError(f"probing this machine failed: {tail[0]}. Run `{' '.join(command)}` to see why.")
-    return Device.from_dict(json.loads(done.stdout.strip().splitlines()[-1]))
+    return Device.from_json(done.stdout.strip().splitlines()[-1])

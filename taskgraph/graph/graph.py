@@ -14,11 +14,15 @@ from taskgraph.errors import GraphError
 from taskgraph.graph.edges import predecessors, toposorted
 from taskgraph.graph.functions import register_function
 from taskgraph.graph.op import PLAIN, ROWS, Attr, Demand, Op, Rows, Tensor, TensorSpec, Work, check_work, rows_attr
+from taskgraph.record import decode, instance, integer, rows, sequence, shown, text, typed
+from taskgraph.record import function as callable_of
 
 if TYPE_CHECKING:
     import networkx
 
 SCHEMA = 1
+MOST_OPS = 10_000_000
+"""Ops of a graph with its repeat written out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +35,9 @@ class Carry:
     next: str
     result: str
 
+    def __post_init__(self) -> None:
+        typed(self, GraphError)
+
 
 @dataclass(frozen=True, slots=True)
 class Repeat:
@@ -41,6 +48,9 @@ class Repeat:
     first: int
     last: int
     carries: tuple[Carry, ...]
+
+    def __post_init__(self) -> None:
+        typed(self, GraphError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +68,7 @@ class Graph:
     _memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        typed(self, GraphError)
         _check(self)
 
     def __hash__(self) -> int:
@@ -128,44 +139,8 @@ class Graph:
 
     @staticmethod
     def from_json(text: str) -> "Graph":
-        """The graph that `to_json` wrote; GraphError if the text is not one."""
-        try:
-            body = json.loads(text)
-            if body.get("schema") != SCHEMA:
-                raise GraphError(f"graph file has schema {body.get('schema')!r}; this version reads {SCHEMA}.")
-            return Graph(
-                name=body["name"],
-                tensors=tuple(Tensor(t["name"], tuple(t["shape"]), t["dtype"], t["role"]) for t in body["tensors"]),
-                ops=tuple(_op_from_json(op) for op in body["ops"]),
-                outputs=tuple(body["outputs"]),
-                repeat=_repeat_from_json(body["repeat"]),
-            )
-        except GraphError:
-            raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise GraphError(f"not a graph file: {error!r}. Write it with Graph.to_json().") from error
-
-
-def _op_from_json(body: dict[str, Any]) -> Op:
-    pinned = dict(body["demand"])
-    pinned["sm"] = None if pinned["sm"] is None else tuple(pinned["sm"])
-    return Op(
-        name=body["name"],
-        kind=body["kind"],
-        inputs=tuple(body["inputs"]),
-        outputs=tuple(body["outputs"]),
-        work=Work(**body["work"]),
-        demand=Demand(**pinned),
-        after=tuple(body["after"]),
-        writes=tuple(body["writes"]),
-        attrs=tuple((key, tuple(v) if isinstance(v, list) else v) for key, v in body["attrs"]),
-    )
-
-
-def _repeat_from_json(body: dict[str, Any] | None) -> Repeat | None:
-    if body is None:
-        return None
-    return Repeat(**{**body, "carries": tuple(Carry(**c) for c in body["carries"])})
+        """The graph that `to_json` wrote; GraphError, with the place in the document, if the text is not one."""
+        return decode(Graph, text, GraphError, "graph file", "Write it with Graph.to_json().", SCHEMA)
 
 
 # ------------------------------------------------------------------------------------------- checks
@@ -192,6 +167,8 @@ def _check(graph: Graph) -> None:
     for name in graph.outputs:
         if name not in known:
             raise GraphError(f"output {name!r} is no tensor of graph {graph.name!r}.")
+        if name not in made:
+            raise GraphError(f"output {name!r} is an activation that no op makes.")
     missing = next((t for op in graph.ops for t in op.inputs if t not in made), None)
     if missing is not None:
         raise GraphError(f"tensor {missing!r} is an activation that no op makes; declare it with input() or weight().")
@@ -222,18 +199,28 @@ def _check_edges(op: Op, known: set[str], role: Mapping[str, str]) -> None:
 
 
 def _check_views(op: Op, tensors: Mapping[str, Tensor]) -> None:
-    for i, rows in op.views.items():
+    for i, part in op.views.items():
         if i >= len(op.inputs):
             raise GraphError(f"op {op.name!r} takes rows of input {i}, but it has {len(op.inputs)} inputs.")
         try:
-            rows.of(tensors[op.inputs[i]])
+            part.of(tensors[op.inputs[i]])
         except GraphError as error:
             raise GraphError(f"op {op.name!r}: {error}") from error
+
+
+def _check_carry(graph: Graph, prefix: str, carry: Carry) -> None:
+    for name in (carry.init, carry.inside, carry.next, carry.result):
+        if name not in graph.tensor:
+            raise GraphError(f"carry {carry.inside!r} names the unknown tensor {name!r}.")
+    if not carry.inside.startswith(prefix) or carry.init.startswith(prefix) or carry.result.startswith(prefix):
+        raise GraphError(f"carry {carry.inside!r} must begin with {prefix!r}, and what enters and leaves must not.")
 
 
 def _check_repeat(graph: Graph, repeat: Repeat) -> None:
     if repeat.count < 1 or not 0 <= repeat.first < repeat.last <= len(graph.ops):
         raise GraphError(f"repeat {repeat.name!r} has count {repeat.count} over ops [{repeat.first}, {repeat.last}).")
+    if (written := repeat.count * (repeat.last - repeat.first)) > MOST_OPS:
+        raise GraphError(f"repeat {repeat.name!r} has {written} ops written out; a graph has {MOST_OPS} at most.")
     prefix = repeat.name + "/"
     for index, op in enumerate(graph.ops):
         inside = repeat.first <= index < repeat.last
@@ -243,7 +230,10 @@ def _check_repeat(graph: Graph, repeat: Repeat) -> None:
             raise GraphError(f"op {op.name!r} reaches into repeat {repeat.name!r}; carry the tensor out with next().")
     if inner := [name for name in graph.outputs if name.startswith(prefix)]:
         raise GraphError(f"output {inner[0]!r} is inside repeat {repeat.name!r}; carry the tensor out with next().")
+    _unique("carry", (carry.inside for carry in repeat.carries))
+    _unique("carry", (carry.result for carry in repeat.carries))
     for carry in repeat.carries:
+        _check_carry(graph, prefix, carry)
         shapes = {(graph.tensor[n].shape, graph.tensor[n].dtype) for n in (carry.init, carry.inside, carry.next)}
         if len(shapes) != 1:
             raise GraphError(f"carry {carry.inside!r} changes shape or dtype between iterations: {sorted(shapes)}.")
@@ -268,24 +258,28 @@ def _unroll(graph: Graph, repeat: Repeat) -> Graph:
         def rename(name: str, stem: str = stem, value: Mapping[str, str] = value) -> str:
             return value.get(name) or (stem + name[len(prefix) :] if name.startswith(prefix) else name)
 
-        tensors += [replace(t, name=rename(t.name)) for t in inside]
-        ops += [_renamed(op, rename) for op in graph.ops[repeat.first : repeat.last]]
+        names = [rename(t.name) for t in inside]
+        tensors += rows(Tensor, len(inside), names, *(map(attrgetter(c), inside) for c in ("shape", "dtype", "role")))
+        ops += _renamed(graph.ops[repeat.first : repeat.last], rename)
         value = {c.inside: rename(c.next) for c in repeat.carries}
     last = {c.result: value[c.inside] for c in repeat.carries}
-    ops += [_renamed(op, lambda name: last.get(name, name)) for op in graph.ops[repeat.last :]]
+    ops += _renamed(graph.ops[repeat.last :], lambda name: last.get(name, name))
     outputs = tuple(last.get(name, name) for name in graph.outputs)
     return Graph(graph.name, tuple(tensors), tuple(ops), outputs)
 
 
-def _renamed(op: Op, rename: Callable[[str], str]) -> Op:
-    return replace(
-        op,
-        name=rename(op.name),
-        inputs=tuple(map(rename, op.inputs)),
-        outputs=tuple(map(rename, op.outputs)),
-        after=tuple(map(rename, op.after)),
-        writes=tuple(map(rename, op.writes)),
-    )
+def _renamed(ops: Sequence[Op], rename: Callable[[str], str]) -> tuple[Op, ...]:
+    """Checked ops under other names: made a column at a time, for a graph written out may have millions."""
+
+    def names(column: str) -> list[tuple[str, ...]]:
+        return [tuple(map(rename, getattr(op, column))) for op in ops]
+
+    def same(column: str) -> Iterable[Any]:
+        return map(attrgetter(column), ops)
+
+    name, edges = [rename(op.name) for op in ops], (names("inputs"), names("outputs"))
+    hints = (same("work"), same("demand"), names("after"), names("writes"), same("attrs"))
+    return rows(Op, len(ops), name, same("kind"), *edges, *hints)
 
 
 # ------------------------------------------------------------------------------------------ builder
@@ -313,6 +307,7 @@ class Value:
 
     def rows(self, start: int, stop: int) -> "Value":
         """Rows start to stop along the first axis, in place: an op that takes them reads that part of the tensor."""
+        start, stop = integer("rows' start", start, GraphError), integer("rows' stop", stop, GraphError)
         narrow = Rows(0, start, stop).of(self.tensor)
         first = start if self.view is None else self.view.start + start
         return Value(self.builder, narrow, Rows(0, first, first + stop - start))
@@ -334,7 +329,9 @@ class Loop:
 
     def carry(self, init: Value, name: str | None = None) -> Value:
         """The tensor that iteration 0 takes from `init` and the others from `next`."""
-        init.whole("carried")
+        self._builder._own(init, "carry()").whole("carried")
+        if name is not None:
+            text("the name of a carry", name, GraphError)
         inside = self._builder._tensor(
             name or f"{init.name.rsplit('/', 1)[-1]}_in", init.shape, init.dtype, "activation"
         )
@@ -343,7 +340,8 @@ class Loop:
 
     def next(self, inside: Value, value: Value) -> Value:
         """Feed `value` into the following iteration; returns the tensor that leaves the last one."""
-        value.whole("carried")
+        self._builder._own(value, "next()").whole("carried")
+        self._builder._own(inside, "next()")
         if inside.name not in self._carries:
             raise GraphError(f"{inside.name!r} was not made by carry() of repeat {self.name!r}.")
         result = Tensor(f"{self.name}:{value.name.rsplit('/', 1)[-1]}", value.shape, value.dtype)
@@ -364,7 +362,7 @@ class GraphBuilder:
     """Collects tensors and ops; `build()` checks them once and returns the frozen Graph."""
 
     def __init__(self, name: str) -> None:
-        self.name = name
+        self.name = text("the name of a graph", name, GraphError)
         self._tensors: dict[str, Tensor] = {}
         self._ops: list[Op] = []
         self._names: set[str] = set()
@@ -399,16 +397,24 @@ class GraphBuilder:
         attrs: Mapping[str, Attr] | None = None,
     ) -> tuple[Value, ...]:
         """Append a node of any kind; the functions of `taskgraph.ops` derive outputs and work for you."""
-        name = self._prefix + (name or self._free_name(kind))
+        text("the kind of an op", kind, GraphError)
+        name = self._prefix + (text("the name of an op", name, GraphError) if name else self._free_name(kind))
         if name in self._names:
             raise GraphError(f"duplicate op name {name!r}; names are unique within a graph.")
-        check_work(name, work)
-        for value in inputs:
-            if value.builder is not self:
-                raise GraphError(f"op {name!r} takes {value.name!r}, which belongs to another builder.")
+        check_work(name, instance(f"the work of op {name!r}", work, Work, GraphError))
+        if demand is not None:
+            instance(f"the demand of op {name!r}", demand, Demand, GraphError, "Make one with taskgraph.demand(...).")
+        for value in (*sequence(f"inputs of op {name!r}", inputs, GraphError), *sequence("writes", writes, GraphError)):
+            self._own(value, f"op {name!r}")
+        for each in sequence(f"outputs of op {name!r}", outputs, GraphError):
+            instance(f"an output of op {name!r}", each, TensorSpec, GraphError, "Make one with taskgraph.spec(...).")
+        for each in sequence(f"after= of op {name!r}", after, GraphError):
+            text(f"after= of op {name!r}", each, GraphError)
+        for key in instance(f"the attributes of op {name!r}", attrs or {}, Mapping, GraphError):
+            text(f"an attribute of op {name!r}", key, GraphError)
         made = tuple(self._tensor(o.name, o.shape, o.dtype, "activation") for o in outputs)
         views = {i: v.view for i, v in enumerate(inputs) if v.view is not None}
-        rows: dict[str, Attr] = {ROWS: rows_attr(views)} if views else {}
+        parts: dict[str, Attr] = {ROWS: rows_attr(views)} if views else {}
         self._ops.append(
             Op(
                 name=name,
@@ -419,7 +425,7 @@ class GraphBuilder:
                 demand=demand or PLAIN,
                 after=tuple(self._known_op(a) for a in after),
                 writes=tuple(v.name for v in writes),
-                attrs=tuple(sorted({**(attrs or {}), **rows}.items())),
+                attrs=tuple(sorted({**(attrs or {}), **parts}.items())),
             )
         )
         self._names.add(name)
@@ -446,12 +452,15 @@ class GraphBuilder:
         batch, or None where a slice needs the whole; every output carries it on its first axis. `split_multiple` is
         what slices must be multiples of.
         """
-        key = register_function(function)
+        key = register_function(callable_of("the function of a custom op", function, GraphError))
         attrs: dict[str, Attr] = {"function": key}
         if split_axes is not None:
-            if len(split_axes) != len(inputs) or split_multiple < 1:
+            sequence("split_axes", split_axes, GraphError)
+            split_multiple = integer("split_multiple", split_multiple, GraphError, 1)
+            if len(split_axes) != len(sequence("inputs", inputs, GraphError)):
                 raise GraphError(f"split_axes has an axis or None for each of {len(inputs)} inputs; got {split_axes}.")
-            attrs["split_axes"] = tuple(-1 if axis is None else axis for axis in split_axes)
+            axes = (-1 if a is None else integer("an axis of split_axes", a, GraphError, 0) for a in split_axes)
+            attrs["split_axes"] = tuple(axes)
             attrs["split_multiple"] = split_multiple
         name = name or self._free_name(key.rsplit(":", 1)[-1].rsplit(".", 1)[-1].strip("<>"))
         made = self.op("call", inputs, outputs, work, name, demand, after, writes, attrs)
@@ -462,7 +471,8 @@ class GraphBuilder:
         """The ops made inside stand for `count` iterations; weights and states made inside exist once an iteration."""
         if self._loop is not None or self._repeat is not None:
             raise GraphError("a graph has at most one repeat, and repeats do not nest.")
-        if count < 1:
+        text("the name of a repeat", name, GraphError)
+        if integer("the count of a repeat", count, GraphError) < 1:
             raise GraphError(f"repeat {name!r} needs a count of at least 1; got {count}.")
         self._loop, self._prefix = Loop(self, name, count), name + "/"
         try:
@@ -475,8 +485,8 @@ class GraphBuilder:
         """Declare results of the graph."""
         for value in values:
             if not isinstance(value, Value):
-                raise GraphError(f"output() takes the values that ops return; got {value!r}.")
-            if value.whole("an output").name not in self._outputs:
+                raise GraphError(f"output() takes the values that ops return; got {shown(value)}.")
+            if self._own(value, "output()").whole("an output").name not in self._outputs:
                 self._outputs.append(value.name)
 
     def build(self) -> Graph:
@@ -489,9 +499,18 @@ class GraphBuilder:
     # -- helpers ---------------------------------------------------------------------------------
 
     def _tensor(self, name: str, shape: Sequence[int], dtype: str, role: str) -> Value:
-        tensor = Tensor(self._prefix + name, tuple(shape), dtype, role)
+        called = self._prefix + text(f"the name of a tensor ({role})", name, GraphError)
+        tensor = Tensor(called, shape, dtype, role)  # type: ignore[arg-type]  # a list becomes a tuple there
         self._add_tensor(tensor)
         return Value(self, tensor)
+
+    def _own(self, value: Value, taker: str) -> Value:
+        """`value` if it is one of this builder; GraphError names who would take it."""
+        if not isinstance(value, Value):
+            raise GraphError(f"{taker} takes the values that ops return; got {shown(value)}.")
+        if value.builder is not self:
+            raise GraphError(f"{taker} takes {value.name!r}, which belongs to another builder.")
+        return value
 
     def _add_tensor(self, tensor: Tensor) -> None:
         if tensor.name in self._tensors:

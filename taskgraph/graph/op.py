@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Final
 
 from taskgraph.errors import DemandError, GraphError
+from taskgraph.record import integer, shown, typed
 from taskgraph.units import parse_bytes, parse_rate
 
 RESOURCES: Final = ("sm", "hbm", "h2d", "d2h", "link")
@@ -18,18 +19,31 @@ ITEMSIZE: Final[Mapping[str, int]] = {
     "i64": 8, "i32": 4, "i8": 1, "u8": 1, "bool": 1,
 }  # fmt: skip
 
+MOST_TENSOR_BYTES: Final = 1 << 48
+"""No tensor is larger, so that the bytes of all tensors of a graph are an integer of 64 bits."""
+_MOST_WORKSPACE: Final = 1 << 56
+LEAST_RATE: Final = 1e-3
+MOST_WORK: Final = 1e30
+"""No part of a Work is larger, and no rate smaller, so that sums and times of all ops are finite."""
+
 Attr = str | int | float | bool | tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a whole op does to the hardware, whoever runs it; works add up."""
+    """What a whole op does to the hardware, whoever runs it; works add up.
+
+    Numbers, kept as floats; GraphError for anything else. A graph takes what is finite, from 0 to MOST_WORK, and not
+    all zero."""
 
     flops: float = 0.0
     hbm_bytes: float = 0.0
     h2d_bytes: float = 0.0
     d2h_bytes: float = 0.0
     link_bytes: float = 0.0
+
+    def __post_init__(self) -> None:
+        typed(self, GraphError)
 
     def __add__(self, other: "Work") -> "Work":
         return Work(*(a + b for a, b in zip(self.vector, other.vector, strict=True)))
@@ -48,7 +62,8 @@ class Demand:
     """What the user pins about an op's use of the device; what is absent is derived from its Work.
 
     `sm` is the (min, max) number of SMs the op may be given; the rates cap what it draws from a
-    soft resource, in bytes/s; `cluster_sms` is the size of its thread-block clusters in SMs.
+    soft resource, in bytes/s; `cluster_sms` is the size of its thread-block clusters in SMs. DemandError for what is no
+    such number.
     """
 
     sm: tuple[int, int] | None = None
@@ -59,16 +74,23 @@ class Demand:
     cluster_sms: int = 1
 
     def __post_init__(self) -> None:
+        typed(self, DemandError)
+        self._check()
+
+    def _check(self) -> None:
         if self.sm is not None and not 1 <= self.sm[0] <= self.sm[1]:
             raise DemandError(f"demand.sm is (min, max) with 1 <= min <= max; got {self.sm}.")
         for rate in ("hbm_bytes_per_s", "pcie_bytes_per_s", "link_bytes_per_s"):
             value = getattr(self, rate)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise DemandError(f"demand.{rate} must be positive and finite; got {value}.")
-            if value is not None:
-                object.__setattr__(self, rate, float(value))
-        if self.workspace_bytes < 0 or self.cluster_sms < 1:
-            raise DemandError("demand.workspace_bytes must be >= 0 and demand.cluster_sms >= 1.")
+            if value is not None and not LEAST_RATE <= value <= MOST_WORK:
+                raise DemandError(
+                    f"demand.{rate} must be positive and finite, from {LEAST_RATE:g} to {MOST_WORK:g}; got {value}."
+                )
+        if not 0 <= self.workspace_bytes <= _MOST_WORKSPACE or self.cluster_sms < 1:
+            raise DemandError(
+                f"demand.workspace_bytes must be from 0 to {_MOST_WORKSPACE} and demand.cluster_sms >= 1; got "
+                f"{self.workspace_bytes} and {self.cluster_sms}."
+            )
 
 
 PLAIN: Final = Demand()
@@ -83,9 +105,11 @@ def demand(
     workspace: str | float = 0,
     cluster_sms: int = 1,
 ) -> Demand:
-    """A Demand from friendly units: `demand(sm=(2, 8), pcie="20GB/s", workspace="32MiB")`."""
+    """A Demand from friendly units: `demand(sm=(2, 8), pcie="20GB/s", workspace="32MiB")`.
+
+    DemandError for what is no such unit or number."""
     return Demand(
-        sm=(sm, sm) if isinstance(sm, int) else sm,
+        sm=sm if sm is None or isinstance(sm, (tuple, list)) else (integer("demand.sm", sm, DemandError),) * 2,
         hbm_bytes_per_s=None if hbm is None else parse_rate(hbm),
         pcie_bytes_per_s=None if pcie is None else parse_rate(pcie),
         link_bytes_per_s=None if link is None else parse_rate(link),
@@ -104,7 +128,8 @@ class TensorSpec:
 
 
 def spec(name: str, shape: tuple[int, ...], dtype: str) -> TensorSpec:
-    """Declare an output of a custom op: `spec("pages", (64, 1 << 20), "u8")`."""
+    """Declare an output of a custom op: `spec("pages", (64, 1 << 20), "u8")`. GraphError if that is no tensor."""
+    Tensor(name, shape, dtype)
     return TensorSpec(name, tuple(shape), dtype)
 
 
@@ -118,6 +143,10 @@ class Tensor:
     role: str = "activation"
 
     def __post_init__(self) -> None:
+        typed(self, GraphError)
+        self._check()
+
+    def _check(self) -> None:
         if not self.name:
             raise GraphError("a tensor needs a name.")
         if self.dtype not in ITEMSIZE:
@@ -126,8 +155,10 @@ class Tensor:
             )
         if self.role not in ROLES:
             raise GraphError(f"tensor {self.name!r} has unknown role {self.role!r}; use one of {', '.join(ROLES)}.")
-        if any(not isinstance(n, int) or n <= 0 for n in self.shape):
+        if any(n <= 0 for n in self.shape):
             raise GraphError(f"tensor {self.name!r} has shape {self.shape}; every dimension must be a positive int.")
+        if self.nbytes > MOST_TENSOR_BYTES:
+            raise GraphError(f"tensor {self.name!r} has {self.nbytes} bytes; a tensor has {MOST_TENSOR_BYTES} at most.")
 
     @property
     def nbytes(self) -> int:
@@ -196,6 +227,28 @@ class Op:
     writes: tuple[str, ...] = ()
     attrs: tuple[tuple[str, Attr], ...] = ()
 
+    def __post_init__(self) -> None:
+        typed(self, GraphError)
+        self._check()
+
+    def _check(self) -> None:
+        if not self.name or not self.kind:
+            raise GraphError(f"an op needs a name and a kind; got {self.name!r} and {self.kind!r}.")
+        keys = [key for key, _ in self.attrs]
+        if len({*keys}) < len(keys):
+            raise GraphError(f"op {self.name!r} has two attributes of one name among {', '.join(keys)}.")
+        for key, value in self.attrs:
+            if isinstance(value, float) and not math.isfinite(value):
+                raise GraphError(f"attribute {key!r} of op {self.name!r} is {value}; it must be finite.")
+            if key == ROWS and not (isinstance(value, tuple) and len(value) % 4 == 0 and min(value, default=0) >= 0):
+                raise GraphError(
+                    f"attribute {ROWS!r} of op {self.name!r} is {shown(value)}; it has four numbers a view."
+                )
+            if key == TURN and not (isinstance(value, tuple) and len(value) == 2 and 0 <= value[0] <= value[1]):
+                raise GraphError(
+                    f"attribute {TURN!r} of op {self.name!r} is {shown(value)}; it has a start and an end."
+                )
+
     def attr(self, key: str, default: Attr | None = None) -> Attr:
         """The static parameter `key`; GraphError if the op has none and no default is given."""
         for name, value in self.attrs:
@@ -228,22 +281,24 @@ class Op:
     def integer(self, key: str, default: int | None = None) -> int:
         """The static parameter `key` as an int."""
         value = self.attr(key, default)
-        if not isinstance(value, int):
+        if not isinstance(value, int) or isinstance(value, bool):
             raise GraphError(f"attribute {key!r} of op {self.name!r} must be an int; got {value!r}.")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         """The static parameter `key` as a float."""
         value = self.attr(key, default)
-        if not isinstance(value, (int, float)):
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
             raise GraphError(f"attribute {key!r} of op {self.name!r} must be a number; got {value!r}.")
         return float(value)
 
 
 def check_work(name: str, work: Work) -> None:
-    """GraphError unless `work` is finite, not negative and not all zero."""
+    """GraphError unless `work` is from 0 to MOST_WORK and not all zero."""
     for field, value in zip(fields(work), work.vector, strict=True):
-        if not math.isfinite(value) or value < 0:
-            raise GraphError(f"op {name!r} has work.{field.name} = {value}; it must be finite and not negative.")
+        if not 0 <= value <= MOST_WORK:
+            raise GraphError(
+                f"op {name!r} has work.{field.name} = {value}; it must be finite, not negative, {MOST_WORK:g} at most."
+            )
     if not any(work.vector):
         raise GraphError(f"op {name!r} has no work at all; give it flops or bytes, or leave it out of the graph.")

@@ -35,7 +35,6 @@ from taskgraph.ops.latent import (
 )
 from taskgraph.ops.paged import copy_pages, paged_decode, paged_prefill, paged_rope
 from taskgraph.ops.rules import (
-    COLLECTIVES,
     IN_TURN,
     SHAPE_RULES,
     SPLIT_RULES,
@@ -46,6 +45,7 @@ from taskgraph.ops.rules import (
     shape_rule,
     work_rule,
 )
+from taskgraph.ops.signatures import COLLECTIVES, SIGNATURES
 
 __all__ = [
     "COLLECTIVES",
@@ -53,6 +53,7 @@ __all__ = [
     "NCCL_CHANNELS",
     "NCCL_SMS",
     "SHAPE_RULES",
+    "SIGNATURES",
     "SPLIT_RULES",
     "WORK_RULES",
     "active_experts",

@@ -5,9 +5,10 @@ from collections.abc import Callable, Sequence
 
 from taskgraph.graph.graph import Value
 from taskgraph.graph.op import ITEMSIZE, Demand, Work
-from taskgraph.ops.rules import SPLIT_RULES, YARN, Attrs, Shapes, apply, shape_rule, work_rule
+from taskgraph.ops.rules import SPLIT_RULES, apply, axis_of, numbered, shape_rule, work_rule
 from taskgraph.ops.rules import moved as _moved
-from taskgraph.ops.rules import need as _need
+from taskgraph.ops.signatures import SCALING, YARN, Attrs, Shapes
+from taskgraph.ops.signatures import need as _need
 
 SPLIT_RULES |= {
     "embedding": (0, None),
@@ -261,7 +262,7 @@ _collective_work("reduce_scatter", 1, True)
 
 def embedding(tokens: Value, table: Value, *, out_dtype: str | None = None, name: str | None = None) -> Value:
     """Rows of `table` (vocabulary, hidden) at `tokens` (n,) -> (n, hidden)."""
-    return apply("embedding", [tokens, table], {"out_dtype": out_dtype} if out_dtype else None, name=name)
+    return apply("embedding", [tokens, table], {"out_dtype": out_dtype} if out_dtype is not None else None, name=name)
 
 
 def gemm(
@@ -277,9 +278,9 @@ def gemm(
     after: Sequence[str] = (),
 ) -> Value:
     """x (m, k) times w (k, n), or (n, k) with `transpose_w`; plus bias (n,) and residual (m, n)."""
-    inputs = [x, w, *([bias] if bias else []), *([residual] if residual else [])]
+    inputs = [x, w, *(v for v in (bias, residual) if v is not None)]
     attrs: Attrs = {"transpose_w": transpose_w, "bias": bias is not None, "residual": residual is not None}
-    attrs |= {"out_dtype": out_dtype} if out_dtype else {}
+    attrs |= {"out_dtype": out_dtype} if out_dtype is not None else {}
     return apply("gemm", inputs, attrs, name=name, demand=demand, after=after)
 
 
@@ -317,9 +318,7 @@ def rope_kv(
     """
     norms = [v for v in (q_norm, k_norm) if v is not None]
     attrs: Attrs = {"heads": heads, "theta": theta, "eps": eps}
-    for key, number in zip(("factor", "low_freq", "high_freq", "original_context"), scaling, strict=False):
-        attrs[f"scaling_{key}"] = number
-    attrs |= {f"yarn_{key}": number for key, number in zip(YARN, yarn, strict=False)}
+    attrs |= numbered("rope_kv", "scaling", SCALING, scaling) | numbered("rope_kv", "yarn", YARN, yarn)
     return apply("rope_kv", [qkv, positions, keys, values, *norms], attrs, name=name, writes=[keys, values])
 
 
@@ -331,7 +330,8 @@ def attention(
     Token j of sequence b stands at positions[b] + j. `context` is the length that the cost counts (the whole cache
     unless given).
     """
-    return apply("attention", [q, positions, keys, values], {"context": context or keys.shape[2]}, name=name)
+    length = axis_of("attention", "keys", keys, 2) if context is None else context
+    return apply("attention", [q, positions, keys, values], {"context": length}, name=name)
 
 
 def decode_attention(q: Value, kv: Value, *, name: str | None = None) -> Value:
@@ -388,7 +388,7 @@ def reduce_scatter(
 
 
 def _collective(kind: str, x: Value, ranks: int, axis: int, name: str | None, demand: Demand | None) -> Value:
-    wanted = demand or (NCCL_SMS if ranks > 1 else None)
+    wanted = demand if demand is not None else NCCL_SMS if ranks != 1 else None
     return apply(kind, [x], {"ranks": ranks, "axis": axis}, name=name, demand=wanted)
 
 

@@ -6,20 +6,13 @@ takes their columns, and slices of the batch take rows.
 
 import math
 
+from taskgraph.errors import GraphError
 from taskgraph.graph.graph import Value
 from taskgraph.graph.op import ITEMSIZE, Work
-from taskgraph.ops.rules import (
-    SPLIT_RULES,
-    Attrs,
-    Outputs,
-    Shapes,
-    apply,
-    integer,
-    moved,
-    need,
-    shape_rule,
-    work_rule,
-)
+from taskgraph.ops.rules import SPLIT_RULES, Outputs, apply, axis_of, integer, moved, shape_rule, work_rule
+from taskgraph.ops.signatures import Attrs, Shapes, need
+from taskgraph.record import integer as integer_of
+from taskgraph.record import number
 
 SCORINGS = ("softmax", "sigmoid")
 
@@ -122,8 +115,10 @@ def route(
     A rank that holds some of the experts keeps the columns of those, `held` from `first` on. A token whose entry of
     `slots` (tokens,) i32 is below 0 stands for nothing and goes nowhere.
     """
-    attrs: Attrs = {"top_k": top_k, "scoring": scoring, "normalize": normalize, "scale": float(scale)}
-    attrs |= {"groups": groups, "top_groups": top_groups, "first": first, "held": held or logits.shape[-1] - first}
+    rest = axis_of("route", "logits", logits, -1) - integer_of("first of route", first, GraphError, 0)
+    attrs: Attrs = {"top_k": top_k, "scoring": scoring, "normalize": normalize}
+    attrs |= {"scale": number("scale", scale, GraphError), "groups": groups, "top_groups": top_groups}
+    attrs |= {"first": first, "held": rest if held is None else held}
     return apply("route", [logits, *(v for v in (correction, slots) if v is not None)], attrs, name=name)
 
 
@@ -145,7 +140,7 @@ def experts(
     at most `top_k` entries that are not zero, and so many the cost counts, or the share of one rank where the experts
     of all `ranks` are as many times as many.
     """
-    inputs = [x, routing, gate_up, down, *([residual] if residual else [])]
+    inputs = [x, routing, gate_up, down, *([residual] if residual is not None else [])]
     return apply("experts", inputs, {"top_k": top_k, "ranks": ranks}, name=name)
 
 

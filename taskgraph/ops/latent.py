@@ -13,17 +13,16 @@ from taskgraph.ops.paged import need_chunk_tables, need_decode_tables, need_int3
 from taskgraph.ops.rules import (
     IN_TURN,
     SPLIT_RULES,
-    YARN,
-    Attrs,
     Outputs,
-    Shapes,
     apply,
+    axis_of,
     integer,
     moved,
-    need,
+    numbered,
     shape_rule,
     work_rule,
 )
+from taskgraph.ops.signatures import YARN, Attrs, Shapes, need
 
 SPLIT_RULES |= {
     "latent_rope": (0, 0, None, 0, 0),
@@ -193,7 +192,7 @@ def _rope_attrs(
     heads: int, rotary: int, theta: float, eps: float, yarn: tuple[float, ...], interleaved: bool
 ) -> dict[str, Attr]:
     attrs: dict[str, Attr] = {"heads": heads, "rotary": rotary, "theta": theta, "eps": eps, "interleaved": interleaved}
-    return attrs | {f"yarn_{key}": float(v) for key, v in zip(YARN, yarn, strict=False)}
+    return attrs | numbered("latent_rope", "yarn", YARN, yarn)
 
 
 def paged_latent_rope(
@@ -237,7 +236,8 @@ def latent_attention(
     Token j of sequence b stands at positions[b] + j; scores are multiplied by `scale`. `context` is the length that
     the cost counts (the whole cache unless given).
     """
-    attrs: Attrs = {"rotary": rotary, "scale": scale, "context": context or latents.shape[1]}
+    length = axis_of("latent_attention", "latents", latents, 1) if context is None else context
+    attrs: Attrs = {"rotary": rotary, "scale": scale, "context": length}
     return apply("latent_attention", [q, positions, latents, up], attrs, name=name)
 
 

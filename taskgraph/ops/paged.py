@@ -10,22 +10,23 @@ nothing of rows behind it. Nano-batches rely on that: a slice waits for the slic
 
 from collections.abc import Sequence
 
+from taskgraph.errors import GraphError
 from taskgraph.graph.graph import Value
 from taskgraph.graph.op import ITEMSIZE, Work
 from taskgraph.ops.rules import (
     IN_TURN,
     SPLIT_RULES,
-    YARN,
-    Attrs,
     Outputs,
-    Shapes,
     apply,
+    axis_of,
     integer,
     moved,
-    need,
+    numbered,
     shape_rule,
     work_rule,
 )
+from taskgraph.ops.signatures import SCALING, YARN, Attrs, Shapes, need
+from taskgraph.record import number
 
 SPLIT_RULES |= {
     "paged_rope": (0, 0, 0, None, None, None, None),
@@ -184,9 +185,7 @@ def paged_rope(
     page * page size + offset, or -1 for nowhere. `context` is the number of positions there are."""
     norms = [v for v in (q_norm, k_norm) if v is not None]
     attrs: Attrs = {"heads": heads, "theta": theta, "eps": eps, "context": context}
-    for key, number in zip(("factor", "low_freq", "high_freq", "original_context"), scaling, strict=False):
-        attrs[f"scaling_{key}"] = number
-    attrs |= {f"yarn_{key}": number for key, number in zip(YARN, yarn, strict=False)}
+    attrs |= numbered("paged_rope", "scaling", SCALING, scaling) | numbered("paged_rope", "yarn", YARN, yarn)
     inputs = [qkv, positions, slots, keys, values, *norms]
     return apply("paged_rope", inputs, attrs, name=name, writes=[keys, values])
 
@@ -234,6 +233,6 @@ def copy_pages(
     `direction` is "d2h", "h2d" or "d2d"; the state on the host's side is pinned host memory. The cost counts
     `expected_pages`, a mean over steps, or as many as there are pairs.
     """
-    expected = float(pairs.shape[0] if expected_pages is None else expected_pages)
-    attrs: Attrs = {"direction": direction, "expected_pages": expected}
+    expected = axis_of("copy_pages", "pairs", pairs, 0) if expected_pages is None else expected_pages
+    attrs: Attrs = {"direction": direction, "expected_pages": number("expected_pages", expected, GraphError, 0)}
     return apply("copy_pages", [source, target, pairs], attrs, name=name, writes=[target])

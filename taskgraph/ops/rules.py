@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 
 from taskgraph.errors import GraphError
 from taskgraph.graph.graph import Value
-from taskgraph.graph.op import Attr, Demand, Op, Tensor, TensorSpec, Work, seen_inputs
+from taskgraph.graph.op import Demand, Op, Tensor, TensorSpec, Work, seen_inputs
+from taskgraph.ops.signatures import COLLECTIVES, Attrs, Shapes, check_signature
+from taskgraph.record import instance, number, sequence, shown, text
 
-Shapes = Sequence[Tensor]
-Attrs = dict[str, Attr]
 Outputs = list[tuple[tuple[int, ...], str]]
 Rule = Callable[[Shapes, Attrs], Outputs]
 WorkRule = Callable[[Shapes, Shapes, Attrs], Work]
@@ -28,11 +28,6 @@ IN_TURN: set[str] = set()
 """Kinds whose places in states are data: a row writes where no other row does, and reads what its own row and rows
 before it wrote, so that slices of the batch need not wait for those behind them (`Op.turn`)."""
 
-COLLECTIVES = ("all_gather", "all_reduce", "reduce_scatter")
-
-YARN = ("factor", "low", "high", "attention")
-"""The attributes of a YaRN scaling, each after "yarn_": see `rope_kv`."""
-
 
 def shape_rule(kind: str) -> Callable[[Rule], Rule]:
     """Register the shape rule of `kind`."""
@@ -52,13 +47,6 @@ def work_rule(kind: str) -> Callable[[WorkRule], WorkRule]:
         return rule
 
     return register
-
-
-def need(condition: bool, kind: str, inputs: Shapes, text: str) -> None:
-    """GraphError with the shapes of `inputs` and `text` unless `condition`."""
-    if not condition:
-        shapes = ", ".join(f"{t.name}: {t.dtype}{list(t.shape)}" for t in inputs)
-        raise GraphError(f"{kind}({shapes}): {text}.")
 
 
 def moved(tensors: Shapes) -> float:
@@ -90,6 +78,38 @@ def batch_axes(op: Op, inputs: Shapes) -> tuple[int | None, ...] | None:
     return axes if all(a is None or a < len(t.shape) for a, t in zip(axes, inputs, strict=True)) else None
 
 
+def shapes_of(kind: str, ins: Shapes, attrs: Attrs) -> Outputs:
+    """The (shape, dtype) of each output of a standard kind; GraphError when inputs or attributes do not fit."""
+    check_signature(kind, ins, attrs)
+    return SHAPE_RULES[kind](ins, attrs)
+
+
+def typed_attrs(name: str, kind: str, attrs: Attrs) -> Attrs:
+    """The attributes as an Op keeps them; GraphError for what cannot be one."""
+    return dict(Op(name, kind, (), (), Work(), attrs=tuple(attrs.items())).attrs)
+
+
+def is_value(kind: str, name: str, value: object) -> Value:
+    """`value` if it is one that a GraphBuilder gave; GraphError names the op's kind and the argument."""
+    return instance(f"{name} of {kind}", value, Value, GraphError, "Take what GraphBuilder.input or an op returned.")
+
+
+def axis_of(kind: str, name: str, value: object, axis: int) -> int:
+    """The length of `value` along `axis`; GraphError when it is no value or has no such axis."""
+    shape = is_value(kind, name, value).shape
+    if not -len(shape) <= axis < len(shape):
+        raise GraphError(f"{name} of {kind} has shape {list(shape)}, without axis {axis}.")
+    return shape[axis]
+
+
+def numbered(kind: str, prefix: str, names: Sequence[str], given: Sequence[float]) -> Attrs:
+    """The attributes prefix + name of numbers that are given all or not at all; GraphError for some of them."""
+    if len(sequence(f"{prefix} of {kind}", given, GraphError)) not in (0, len(names)):
+        raise GraphError(f"{prefix} of {kind} has {len(given)} numbers; it is empty or ({', '.join(names)}).")
+    made = zip(names, given, strict=False)
+    return {f"{prefix}_{name}": number(f"{prefix} of {kind}, {name},", value, GraphError) for name, value in made}
+
+
 def apply(
     kind: str,
     inputs: Sequence[Value],
@@ -101,20 +121,18 @@ def apply(
     writes: Sequence[Value] = (),
 ) -> Value:
     """Append an op of a standard kind with derived output and work; GraphError when the inputs do not fit."""
-    if kind not in SHAPE_RULES:
-        raise GraphError(f"unknown op kind {kind!r}; use one of {', '.join(SHAPE_RULES)}, or GraphBuilder.call.")
-    attrs = attrs or {}
-    if not inputs:
+    if not isinstance(kind, str) or kind not in SHAPE_RULES:
+        raise GraphError(f"unknown op kind {shown(kind)}; use one of {', '.join(SHAPE_RULES)}, or GraphBuilder.call.")
+    if not sequence(f"the inputs of {kind}", inputs, GraphError):
         raise GraphError(f"{kind} needs at least one input.")
+    for i, value in enumerate(inputs):
+        is_value(kind, f"input {i}", value)
+    given = instance(f"the attributes of {kind}", attrs or {}, dict, GraphError)
     builder = inputs[0].builder
     ins = [v.tensor for v in inputs]
-    stem = name or builder._free_name(kind)
-    try:
-        ((shape, dtype),) = SHAPE_RULES[kind](ins, attrs)
-    except GraphError:
-        raise
-    except (ValueError, KeyError) as error:
-        raise GraphError(f"{kind} does not take {len(ins)} inputs with attributes {sorted(attrs)}: {error}.") from error
+    stem = text(f"the name of a {kind}", name, GraphError) if name else builder._free_name(kind)
+    attrs = typed_attrs(stem, kind, given)
+    ((shape, dtype),) = shapes_of(kind, ins, attrs)
     out = TensorSpec(f"{stem}.out", shape, dtype)
     work = WORK_RULES[kind](ins, [Tensor(out.name, shape, dtype)], attrs)
     return builder.op(kind, inputs, [out], work, stem, demand, after, writes, attrs)[0]
@@ -126,6 +144,6 @@ def check_op(op: Op, tensors: dict[str, Tensor]) -> None:
     if rule is None:
         return
     made = [(tensors[name].shape, tensors[name].dtype) for name in op.outputs]
-    wanted = rule(seen_inputs(op, tensors), dict(op.attrs))
+    wanted = shapes_of(op.kind, seen_inputs(op, tensors), dict(op.attrs))
     if made != wanted:
         raise GraphError(f"op {op.name!r} of kind {op.kind!r} makes {made}, but its inputs give {wanted}.")

@@ -5,8 +5,9 @@ from importlib import import_module
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from taskgraph.errors import BackendUnavailable
+from taskgraph.errors import BackendUnavailable, PlanError
 from taskgraph.graph.graph import Graph
+from taskgraph.record import instance, shown
 from taskgraph.schedule.plan import Plan, Timeline
 from taskgraph.schedule.verify import verify
 
@@ -81,10 +82,14 @@ def compile(
     PlanError when plan and graph do not fit; BackendUnavailable for a backend that is not here.
     """
     verify(plan, graph)
-    if backend not in BACKENDS:
-        raise BackendUnavailable(f"no backend {backend!r}; use one of {', '.join(BACKENDS)}.")
-    if device is not None and backend != "cuda":
-        raise BackendUnavailable(f"device={device!r} is for the cuda backend; the {backend} backend takes the plan's.")
+    if not isinstance(backend, str) or backend not in BACKENDS:
+        raise BackendUnavailable(f"no backend {shown(backend)}; use one of {', '.join(BACKENDS)}.")
+    if functions is not None:
+        instance("functions", functions, Mapping, PlanError, "It holds functions by their names in the graph.")
+    if device is not None and (backend != "cuda" or not isinstance(device, str)):
+        raise BackendUnavailable(
+            f"device={shown(device)} is for the cuda backend; the {backend} backend takes the plan's."
+        )
     module, _, name = BACKENDS[backend].partition(":")
     if group is not None and backend not in _WITH_RANKS:
         raise BackendUnavailable(f"the {backend} backend has no collectives between ranks; leave group= out.")

@@ -156,7 +156,7 @@ def rank_device(group: Group) -> Device:
         device = make(get("cpu"), f"cpu of {group.size} ranks", link_bytes_per_s=sent / min(seconds))
         return json.dumps(device.to_dict())
 
-    return Device.from_dict(json.loads(_from_first(group, text)))
+    return Device.from_json(_from_first(group, text))
 
 
 _PROBE_BYTES, _PROBES = 1 << 20, 4
@@ -170,7 +170,7 @@ def one_plan(graph: Graph, group: Group | None, made: Callable[[], Plan]) -> Pla
     if group is None:
         return made()
     plan = Plan.from_json(_from_first(group, lambda: made().to_json()))
-    return replace(plan, graph=graph.fingerprint, graph_name=graph.name)
+    return replace(plan, graph=graph.fingerprint, graph_name=graph.name).sealed()
 
 
 def _from_first(group: Group, text: Callable[[], str]) -> str:

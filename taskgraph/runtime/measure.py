@@ -211,4 +211,4 @@ def on_partition(sequential: Plan, graph: Graph, sms: int) -> Plan:
     geometries = (Geometry.of(sms), *sequential.geometries)[: 1 + max(lane)]
     lanes = tuple(Lane(i, 0) for i in range(len(geometries)))
     timeline = replace(sequential.timeline, spans=spans)
-    return replace(sequential, geometries=geometries, lanes=lanes, steps=steps, timeline=timeline)
+    return replace(sequential, geometries=geometries, lanes=lanes, steps=steps, timeline=timeline).sealed()

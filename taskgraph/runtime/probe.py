@@ -172,7 +172,7 @@ def cached_probe() -> Device:
     A probe during which others had more than load.QUIET of the cores is not kept, and `disturbance` tells."""
     path = cache_path()
     try:
-        return Device.from_dict(json.loads(path.read_text()))
+        return Device.from_json(path.read_text())
     except (OSError, ValueError, TypeError, DeviceError):
         begin = load.now()
         device = probe()

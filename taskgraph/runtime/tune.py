@@ -24,7 +24,7 @@ from taskgraph.schedule.exact import available
 from taskgraph.schedule.plan import Lane, Plan, Verdict, write_atomically
 from taskgraph.schedule.planner import AUTO_OP_S, plan, replay_times
 from taskgraph.schedule.problem import make_problem
-from taskgraph.schedule.verify import verify
+from taskgraph.schedule.verify import TUNED, verify
 from taskgraph.units import format_seconds
 
 MOST = 4
@@ -187,14 +187,19 @@ def _isolated(shared: Plan, graph: Graph, costs: Costs) -> Iterator[Plan]:
         if fits:
             apart = replace(shared, geometries=(split,), lanes=lanes)
             label = f"{shared.made_by}, each in its own of {' + '.join(map(str, split.sizes))} SMs"
-            yield replace(apart, timeline=replay_times(graph, apart, costs), made_by=label)
+            timeline = replay_times(graph, apart, costs)
+            verdict = replace(apart.verdict, packed_s=timeline.makespan_s)
+            yield replace(apart, timeline=timeline, verdict=verdict, made_by=label).sealed()
 
 
 def _predicted(plan: Plan, graph: Graph, costs: Costs) -> Plan:
     """`plan` as it stands, with the timeline and the bounds that `costs` give it."""
     sizes = {*_sizes(plan.device), *(plan.sms(i) for i in range(len(plan.steps)))}
     problem = make_problem(plan.sliced(graph).flat(), plan.device, sorted(sizes), costs)
-    return replace(plan, timeline=replay_times(graph, plan, costs), bounds=lower_bounds(problem))
+    timeline = replay_times(graph, plan, costs)
+    v, took_s = plan.verdict, timeline.makespan_s
+    verdict = replace(v, packed_s=took_s) if v.choice == "packed" else replace(v, sequential_s=took_s)
+    return replace(plan, timeline=timeline, bounds=lower_bounds(problem), verdict=verdict).sealed()
 
 
 def costs_known(backend: str, device: Device, database: ProfileDB | str | Path | None = None) -> Costs:
@@ -308,8 +313,8 @@ class _Tuner:
         chosen = replace(
             chosen,
             verdict=verdict or replace(chosen.verdict, choice="sequential"),
-            made_by=f"autotune: {chosen.made_by}",
-        )
+            made_by=f"{TUNED}{chosen.made_by}",
+        ).sealed()
         kind = chosen.verdict.kind
         origin = self.bench.origin if verdict else chosen.timeline.origin
         return Tuned(chosen, tuple(self.trials), reason, kind, origin, self.recorded, self.budget.spent_s)

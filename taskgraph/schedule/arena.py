@@ -11,7 +11,8 @@ import numpy as np
 
 from taskgraph.graph.graph import Graph
 from taskgraph.jit import njit
-from taskgraph.schedule.plan import Slot, rows
+from taskgraph.record import rows
+from taskgraph.schedule.plan import Slot
 
 ALIGNMENT = 64
 _PAIRS = 1 << 22

@@ -9,12 +9,12 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
-from typing import Any
 
 from taskgraph.errors import GraphError
 from taskgraph.graph.graph import Carry, Graph, Repeat
 from taskgraph.graph.op import ROWS, TURN, Attr, Op, Rows, Tensor, Work, rows_attr, seen_inputs
 from taskgraph.ops import IN_TURN, SHAPE_RULES, WORK_RULES
+from taskgraph.record import typed
 from taskgraph.schedule.batch import OpBatch, batches, moves_rows
 
 Sizes = Sequence[int]
@@ -38,6 +38,9 @@ class Split:
 
     parts: tuple[tuple[tuple[str, ...], tuple[int, ...]], ...] = ()
 
+    def __post_init__(self) -> None:
+        typed(self, GraphError)
+
     @staticmethod
     def of(sizes: Sizes | Mapping[str, Sizes], ops: Iterable[str] | None = None) -> "Split":
         """The Split that `split_batch` makes of the same arguments."""
@@ -47,11 +50,6 @@ class Split:
                 by_sizes.setdefault(tuple(each), []).append(name)
             return Split(tuple((tuple(names), each) for each, names in by_sizes.items()))
         return Split((((() if ops is None else tuple(ops)), tuple(sizes)),))
-
-    @staticmethod
-    def from_json(parts: Any) -> "Split":
-        """The Split whose `parts` went through JSON."""
-        return Split(tuple((tuple(names), tuple(sizes)) for names, sizes in parts))
 
 
 UNSPLIT = Split()

@@ -1,24 +1,28 @@
 """Plan, Timeline, Bounds, Verdict: the values that the plan stage hands on. They carry no callables."""
 
 import gc
+import hashlib
 import json
 import os
 import tempfile
-from collections import deque
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
-from itertools import repeat
+from dataclasses import asdict, dataclass, replace
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import ClassVar
 
-from taskgraph.errors import DeviceError, PlanError
+from taskgraph.errors import PlanError
 from taskgraph.graph.device import Device, Geometry, Partition
 from taskgraph.graph.graph import Graph
+from taskgraph.record import as_path, decode, read_text, typed
 from taskgraph.schedule.nanobatch import UNSPLIT, Split, apply
 
 SCHEMA = 3
-R = TypeVar("R")
+KINDS = ("simulated", "measured", "published")
+"""Where times come from."""
+CHOICES = ("packed", "sequential")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +31,9 @@ class Lane:
 
     geometry: int
     partition: int
+
+    def __post_init__(self) -> None:
+        typed(self, PlanError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +49,9 @@ class Step:
     waits: tuple[int, ...] = ()
     sms: int = 0
 
+    def __post_init__(self) -> None:
+        typed(self, PlanError)
+
 
 @dataclass(frozen=True, slots=True)
 class Span:
@@ -52,6 +62,9 @@ class Span:
     start_s: float
     end_s: float
 
+    def __post_init__(self) -> None:
+        typed(self, PlanError)
+
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
@@ -61,6 +74,9 @@ class Timeline:
     kind: str
     origin: str
     spans: tuple[Span, ...]
+
+    def __post_init__(self) -> None:
+        typed(self, PlanError)
 
     @property
     def makespan_s(self) -> float:
@@ -80,6 +96,11 @@ class Bounds:
     d2h_s: float
     link_s: float
     proved_s: float = 0.0
+
+    _LATER: ClassVar[frozenset[str]] = frozenset({"proved_s"})
+
+    def __post_init__(self) -> None:
+        typed(self, PlanError)
 
     @property
     def best_s(self) -> float:
@@ -107,6 +128,9 @@ class Period:
     epilogue_s: float
     overlap: float
 
+    def __post_init__(self) -> None:
+        typed(self, PlanError)
+
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
@@ -117,6 +141,9 @@ class Verdict:
     sequential_s: float
     error_band: float
     kind: str = "simulated"
+
+    def __post_init__(self) -> None:
+        typed(self, PlanError)
 
     @property
     def gain(self) -> float:
@@ -132,12 +159,16 @@ class Slot:
     offset: int
     nbytes: int
 
+    def __post_init__(self) -> None:
+        typed(self, PlanError)
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """A schedule of one graph on one device. `graph` is the fingerprint of the graph it was made for;
     steps name the ops of that graph, split by `split`, written out (`Graph.flat()`), in an order that respects every
-    wait. `period` is there when the graph repeats a body."""
+    wait. `period` is there when the graph repeats a body. `seal` is what `sealed` puts there; a plan that is made by
+    hand may do without."""
 
     graph: str
     graph_name: str
@@ -154,6 +185,12 @@ class Plan:
     split: Split = UNSPLIT
     period: Period | None = None
     schema: int = SCHEMA
+    seal: str = ""
+
+    _LATER: ClassVar[frozenset[str]] = frozenset({"schema", "seal"})
+
+    def __post_init__(self) -> None:
+        typed(self, PlanError)
 
     @property
     def makespan_s(self) -> float:
@@ -161,8 +198,8 @@ class Plan:
 
     @property
     def gap(self) -> float:
-        """Makespan over the best lower bound; 1.0 is proven optimal."""
-        return self.makespan_s / self.bounds.best_s
+        """Makespan over the best lower bound; 1.0 is proven optimal, and what a plan without bounds has."""
+        return self.makespan_s / self.bounds.best_s if self.bounds.best_s else 1.0
 
     def sliced(self, graph: Graph) -> Graph:
         """The graph whose ops the steps name, from the one that the plan was made for."""
@@ -184,31 +221,64 @@ class Plan:
     @staticmethod
     def from_json(text: str) -> "Plan":
         """The plan that `to_json` wrote; PlanError if it is not one or has another schema version."""
-        try:
-            body = json.loads(text)
-            if body.get("schema") != SCHEMA:
-                raise PlanError(
-                    f"plan file has schema {body.get('schema')!r}; this version reads {SCHEMA}. Plan again."
-                )
-            return _plan_from_json(body)
-        except PlanError:
-            raise
-        except (ValueError, KeyError, TypeError, AttributeError, DeviceError) as error:
-            raise PlanError(f"not a plan file: {error!r}. Write it with Plan.save().") from error
+        return decode(Plan, text, PlanError, "plan file", "Write it with Plan.save().", SCHEMA)
+
+    def digest(self) -> str:
+        """A digest of all that the plan says, but for the seal."""
+        made = hashlib.blake2b(digest_size=12)
+        spans = self.timeline.spans
+        for part in (
+            (self.graph, self.graph_name, self.device, self.geometries, self.lanes, self.arena_bytes, self.schema),
+            (
+                self.timeline.kind,
+                self.timeline.origin,
+                self.bounds,
+                self.verdict,
+                self.made_by,
+                self.split,
+                self.period,
+            ),
+            *(list(map(attrgetter(column), self.steps)) for column in ("op", "lane", "waits", "sms")),
+            *(list(map(attrgetter(column), self.arena)) for column in ("tensor", "offset", "nbytes")),
+            *(list(map(attrgetter(column), spans)) for column in ("op", "lane")),
+        ):
+            made.update(repr(part).encode())
+        for column in ("start_s", "end_s"):
+            made.update(array("d", map(attrgetter(column), spans)).tobytes())
+        return made.hexdigest()
+
+    def sealed(self) -> "Plan":
+        """The plan with a seal, its digest: whoever makes a plan, or changes one on purpose, seals it, and `verify`
+        refuses a plan that changed since."""
+        return replace(self, seal=self.digest())
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON, whole or not at all."""
-        write_atomically(Path(path), self.to_json())
+        """Write the plan as JSON, whole or not at all; PlanError when it cannot be written."""
+        with writing(path) as place:
+            write_atomically(place, self.to_json())
 
     @staticmethod
     def load(path: str | Path) -> "Plan":
         """Read a plan that `save` wrote; PlanError names the file when it cannot be read."""
+        text = read_text(path, PlanError, "plan file")
         try:
-            return Plan.from_json(Path(path).read_text())
-        except OSError as error:
-            raise PlanError(f"cannot read plan file {str(path)!r}: {error.strerror}.") from error
+            return Plan.from_json(text)
         except PlanError as error:
             raise PlanError(f"{path}: {error}") from error
+
+
+@contextmanager
+def writing(path: object) -> Iterator[Path]:
+    """PlanError for what goes wrong while a file is written; what stood there before is still there."""
+    place = as_path(path, PlanError, "file to write")
+    try:
+        yield place
+    except OSError as error:
+        raise PlanError(f"cannot write {str(place)!r}: {error.strerror}. Choose another place.") from error
+    except ValueError as error:  # a path with a NUL
+        if isinstance(error, PlanError):
+            raise
+        raise PlanError(f"cannot write {str(place)!r}: {error}. Choose another place.") from error
 
 
 @contextmanager
@@ -222,35 +292,6 @@ def uncollected() -> Iterator[None]:
     finally:
         if running:
             gc.enable()
-
-
-def rows(kind: type[R], count: int, *columns: Iterable[Any]) -> tuple[R, ...]:
-    """`count` values of a frozen slotted dataclass from its columns: what a million calls of it make, ten times faster,
-    because slots are filled a column at a time and no line of Python runs for a row."""
-    made = tuple(map(kind.__new__, repeat(kind, count)))
-    for field, column in zip(fields(kind), columns, strict=True):  # type: ignore[arg-type]
-        deque(map(getattr(kind, field.name).__set__, made, column), maxlen=0)
-    return made
-
-
-def _plan_from_json(body: dict[str, Any]) -> Plan:
-    timeline = body["timeline"]
-    return Plan(
-        graph=body["graph"],
-        graph_name=body["graph_name"],
-        device=Device.from_dict(body["device"]),
-        geometries=tuple(Geometry(tuple(Partition(**p) for p in g["partitions"])) for g in body["geometries"]),
-        lanes=tuple(Lane(**lane) for lane in body["lanes"]),
-        steps=tuple(Step(s["op"], s["lane"], tuple(s["waits"]), s["sms"]) for s in body["steps"]),
-        arena=tuple(Slot(**slot) for slot in body["arena"]),
-        arena_bytes=body["arena_bytes"],
-        timeline=Timeline(timeline["kind"], timeline["origin"], tuple(Span(**s) for s in timeline["spans"])),
-        bounds=Bounds(**body["bounds"]),
-        verdict=Verdict(**body["verdict"]),
-        made_by=body["made_by"],
-        split=Split.from_json(body["split"]["parts"]),
-        period=Period(**body["period"]) if body["period"] else None,
-    )
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -8,18 +8,20 @@ from itertools import pairwise
 import numpy as np
 
 from taskgraph.cost.model import op_table
-from taskgraph.errors import PlanError
+from taskgraph.errors import GraphError, PlanError
 from taskgraph.graph.device import Device, get
 from taskgraph.graph.graph import Graph
 from taskgraph.graph.op import RESOURCES
 from taskgraph.jit import njit
 from taskgraph.ops import COLLECTIVES, check_op
+from taskgraph.record import function as called
+from taskgraph.record import instance, integer, number, rows, shown
 from taskgraph.schedule import lists, proof, rules
 from taskgraph.schedule.arena import assign
 from taskgraph.schedule.bounds import lower_bounds
 from taskgraph.schedule.evaluate import Assignment, Evaluation, Layout, evaluate
 from taskgraph.schedule.explore import Candidate, explore, legal_sizes
-from taskgraph.schedule.plan import Lane, Period, Plan, Span, Step, Timeline, Verdict, rows, uncollected
+from taskgraph.schedule.plan import Lane, Period, Plan, Span, Step, Timeline, Verdict, uncollected
 from taskgraph.schedule.problem import Costs, Problem, make_problem
 
 SCHEDULERS = ("auto", "sequential", "list", "search", "exact")
@@ -53,10 +55,15 @@ def plan(
     `Plan.split` says how, and everything that takes the plan with its graph splits the graph alike.
     DemandError if an op asks for more than the device has; PlanError for an unknown scheduler or a budget of 0.
     """
+    instance("the graph", graph, Graph, GraphError, "Take what GraphBuilder.build returned.")
     if scheduler not in SCHEDULERS:
-        raise PlanError(f"unknown scheduler {scheduler!r}; this version has {', '.join(SCHEDULERS)}.")
+        raise PlanError(f"unknown scheduler {shown(scheduler)}; this version has {', '.join(SCHEDULERS)}.")
+    budget_s = number("budget_s", budget_s, PlanError)
     if not budget_s > 0:
         raise PlanError(f"budget_s is {budget_s}; give the search some seconds, or use scheduler='list'.")
+    seed = integer("seed", seed, PlanError, 0)
+    instance("nano_batches", nano_batches, bool, PlanError)
+    called("costs", costs, PlanError)
     target = get(device)
     with uncollected():
         flat = graph.flat()
@@ -90,7 +97,7 @@ def plan(
         choice="sequential" if chosen.assignment is in_turn else "packed",
         packed_s=packed.evaluation.makespan_s,
         sequential_s=baseline.evaluation.makespan_s,
-        error_band=_error_band(chosen.problem),
+        error_band=error_band(chosen.problem),
     )
     with uncollected():
         return _plan_of(graph, target, chosen, verdict, f"{scheduler}: {chosen.label}")
@@ -145,7 +152,7 @@ def _in_one_order(found: Candidate) -> Candidate:
     return replace(found, assignment=held, evaluation=evaluate(found.problem, held))
 
 
-def _error_band(problem: Problem) -> float:
+def error_band(problem: Problem) -> float:
     """The bands of the ops, weighted by their times: errors of one model lean the same way, so they do not cancel."""
     weight = problem.best_seconds()
     return float(np.average(problem.band, weights=weight))
@@ -212,7 +219,7 @@ def plan_from(graph: Graph, device: Device, problem: Problem, chosen: Assignment
     held = replace(chosen, holds=np.concatenate([chosen.holds, turns]))
     found = _in_one_order(Candidate(made_by, graph, problem, held, evaluate(problem, held)))
     in_turn = evaluate(problem, lists.sequential(problem))
-    verdict = Verdict("packed", found.evaluation.makespan_s, in_turn.makespan_s, _error_band(problem))
+    verdict = Verdict("packed", found.evaluation.makespan_s, in_turn.makespan_s, error_band(problem))
     return _plan_of(graph, device, found, verdict, made_by)
 
 
@@ -245,7 +252,7 @@ def _plan_of(graph: Graph, device: Device, chosen: Candidate, verdict: Verdict, 
         made_by=made_by,
         split=chosen.split,
         period=_period(chosen.graph, times),
-    )
+    ).sealed()
 
 
 def _period(graph: Graph, times: Evaluation) -> Period | None:

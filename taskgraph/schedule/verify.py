@@ -1,34 +1,116 @@
 """verify(): the independent checker. It imports no solver; what it knows about plans, it knows alone."""
 
+import math
 from collections.abc import Callable
+from dataclasses import astuple
 from itertools import pairwise
 
 import numpy as np
 
-from taskgraph.errors import PlanError
+from taskgraph.errors import GraphError, PlanError
 from taskgraph.graph.graph import Graph
 from taskgraph.ops import COLLECTIVES
-from taskgraph.schedule.plan import SCHEMA, Plan
+from taskgraph.record import instance
+from taskgraph.schedule.plan import CHOICES, KINDS, SCHEMA, Plan, Timeline
 
-MAX_GEOMETRIES = 4
+MAX_GEOMETRIES, MAX_LANES = 4, 1024
+MOST_SECONDS = 1e40
+"""Times are below this: what the largest Work takes at the least rate."""
+TUNED = "autotune: "
+"""How `made_by` begins where the verdict compares runs, and not the plan's own timeline."""
 _SLACK = 1e-9
 
 
 def verify(plan: Plan, graph: Graph, memory: bool = True) -> None:
     """Raise PlanError at the first broken rule, naming the op or tensor.
 
-    `memory=False` leaves out the rule that weights, states and arena fit the device: for studies of one device of
-    several that will share the model.
+    What the plan does is checked against the graph: every op once, edges, partitions, demands, arena, memory. Of what
+    it says of itself is checked what needs no prices: all numbers are finite and none negative, spans follow order and
+    waits, no bound is above the makespan, a simulated verdict agrees with the timeline, and what a planner sealed is
+    unchanged. Whether the times are those of the cost model is for `audit`. `memory=False` leaves out the rule that
+    weights, states and arena fit the device: for studies of one device of several that will share the model.
     """
+    instance("the plan", plan, Plan, PlanError, "Take what taskgraph.plan returned.")
+    instance("the graph", graph, Graph, PlanError, "Take what GraphBuilder.build returned.")
     if plan.schema != SCHEMA:
         raise PlanError(f"the plan has schema {plan.schema}; this version knows {SCHEMA}. Plan again.")
     if plan.graph != graph.fingerprint:
         raise PlanError(f"the plan was made for graph {plan.graph_name!r}, not for this {graph.name!r}. Plan again.")
-    flat = plan.sliced(graph).flat()
+    try:
+        flat = plan.sliced(graph).flat()
+    except GraphError as error:
+        raise PlanError(f"the plan's split does not fit the graph: {error}") from error
+    check_readable(plan)
     for rule in _RULES:
         rule(plan, flat)
+    _names_and_period(plan, graph)
     if memory:
         _fits_memory(plan, flat)
+    if plan.seal and plan.seal != plan.digest():
+        raise PlanError(
+            f"the plan of {plan.graph_name!r} changed after it was made: it breaks no rule, but its times, bounds, "
+            "verdict or origin may not be its own. Plan again, or seal it with Plan.sealed() if the change is meant."
+        )
+
+
+def check_readable(plan: Plan) -> None:
+    """PlanError unless indices name what is there, and all numbers are finite and none is negative: what can be asked
+    of a plan without its graph, before it is shown to people."""
+    instance("the plan", plan, Plan, PlanError, "Take what taskgraph.plan returned.")
+    _indices_valid(plan)
+    check_timeline(plan.timeline)
+    v, b = plan.verdict, plan.bounds
+    if v.kind not in KINDS or v.choice not in CHOICES:
+        raise PlanError(f"the verdict is {v.choice!r}, {v.kind!r}; it is one of {CHOICES} and one of {KINDS}.")
+    period = astuple(plan.period) if plan.period is not None else ()
+    for what, numbers in (
+        ("bounds", astuple(b)),
+        ("verdict", (v.packed_s, v.sequential_s, v.error_band)),
+        ("period", period),
+    ):
+        if not all(0 <= x < MOST_SECONDS for x in numbers):
+            raise PlanError(f"the {what} {numbers} of the plan must be finite and not negative.")
+    if plan.arena_bytes < 0:
+        raise PlanError(f"the arena has {plan.arena_bytes} bytes; it must not be negative.")
+
+
+def check_timeline(timeline: Timeline) -> None:
+    """PlanError unless the kind is known, and spans are finite, not negative, and end no earlier than they start."""
+    instance("a timeline", timeline, Timeline, PlanError)
+    if timeline.kind not in KINDS:
+        raise PlanError(f"a timeline is of kind {timeline.kind!r}; it is one of {', '.join(KINDS)}.")
+    for span in timeline.spans:
+        if not 0 <= span.start_s <= span.end_s < MOST_SECONDS:
+            raise PlanError(
+                f"the span of op {span.op!r} is from {span.start_s} to {span.end_s} s; it must be finite, not "
+                "negative, and end no earlier than it starts."
+            )
+
+
+def _names_and_period(plan: Plan, graph: Graph) -> None:
+    if plan.graph_name != graph.name:
+        raise PlanError(f"the plan calls its graph {plan.graph_name!r}; it is {graph.name!r}.")
+    period, repeat = plan.period, graph.repeat
+    if period is None:
+        return
+    if repeat is None or repeat.count != period.count:
+        held = f"{repeat.count} iterations" if repeat is not None else "no repeat"
+        raise PlanError(f"the plan has a period of {period.count} iterations; the graph has {held}.")
+    whole_s = period.prologue_s + (period.count - 1) * period.seconds + period.epilogue_s
+    if not math.isclose(whole_s, plan.makespan_s, rel_tol=1e-6):
+        raise PlanError(f"the period's parts sum to {whole_s} s; the makespan is {plan.makespan_s} s.")
+
+
+def _verdict_agrees(plan: Plan, graph: Graph) -> None:
+    """The chosen time of a simulated verdict is the makespan. What autotune compared are runs: its seal holds those."""
+    v = plan.verdict
+    if v.kind != "simulated" or plan.timeline.kind != "simulated" or (plan.made_by.startswith(TUNED) and plan.seal):
+        return
+    chosen_s = v.packed_s if v.choice == "packed" else v.sequential_s
+    if not math.isclose(chosen_s, plan.makespan_s, rel_tol=1e-6, abs_tol=1e-15):
+        raise PlanError(
+            f"the verdict says {v.choice} in {chosen_s} s; the timeline says {plan.makespan_s} s. Plan again."
+        )
 
 
 def _partitions_legal(plan: Plan, graph: Graph) -> None:
@@ -51,7 +133,9 @@ def _partitions_legal(plan: Plan, graph: Graph) -> None:
                 )
 
 
-def _indices_valid(plan: Plan, graph: Graph) -> None:
+def _indices_valid(plan: Plan) -> None:
+    if len(plan.lanes) > MAX_LANES:
+        raise PlanError(f"the plan has {len(plan.lanes)} lanes; at most {MAX_LANES} are allowed.")
     for i, lane in enumerate(plan.lanes):
         geometries = plan.geometries
         if not (
@@ -149,13 +233,13 @@ def _timeline_possible(plan: Plan, graph: Graph) -> None:
     slack = _SLACK * max(plan.makespan_s, 1e-12)
     free: dict[int, float] = {}
     for step, span in zip(plan.steps, spans, strict=True):
-        if (span.op, span.lane) != (step.op, step.lane) or span.end_s < span.start_s:
+        if (span.op, span.lane) != (step.op, step.lane) or not span.end_s >= span.start_s:
             raise PlanError(f"the span of op {step.op!r} does not match its step.")
         ready = max([free.get(step.lane, 0.0), *(spans[w].end_s for w in step.waits)])
-        if span.start_s < ready - slack:
+        if not span.start_s >= ready - slack:
             raise PlanError(f"op {step.op!r} starts at {span.start_s} s, before what it waits for ends at {ready} s.")
         free[step.lane] = span.end_s
-    if plan.makespan_s < plan.bounds.best_s * (1 - _SLACK) - slack:
+    if not plan.makespan_s >= plan.bounds.best_s * (1 - _SLACK) - slack:
         raise PlanError(
             f"makespan {plan.makespan_s} s is below the {plan.bounds.binding} bound {plan.bounds.best_s} s."
         )
@@ -255,11 +339,11 @@ def resident_bytes(plan: Plan, graph: Graph) -> int:
 
 _RULES: tuple[Callable[[Plan, Graph], None], ...] = (
     _partitions_legal,
-    _indices_valid,
     _every_op_once,
     _demands_met,
     _waits_cover_edges,
     _geometries_take_turns,
     _timeline_possible,
+    _verdict_agrees,
     _no_alias_in_arena,
 )
