@@ -21,8 +21,8 @@ taskgraph tune step.json --backend sim --device h100_sxm --out best.json
 """
 
 
-def graph_of(model: str, batch: int, context: int, tokens: int) -> tg.Graph:
-    """The graph in a file that `Graph.to_json` wrote, or one step of a model."""
+def graph_of(model: str, batch: int, context: int, tokens: int, pick: Callable[[], str] = lambda: "bf16") -> tg.Graph:
+    """The graph in a file that `Graph.to_json` wrote, or one step of a model in the dtype that `pick` gives."""
     from taskgraph.models.config import load_config
     from taskgraph.models.llama import step_graph
 
@@ -31,7 +31,7 @@ def graph_of(model: str, batch: int, context: int, tokens: int) -> tg.Graph:
         return tg.Graph.from_json(text)
     if context < tokens:
         raise tg.PlanError(f"context is {context}; it counts the {tokens} new tokens too, so make it larger.")
-    return step_graph(load_config(model), batch=batch, tokens=tokens, cache=context)
+    return step_graph(load_config(model), batch=batch, tokens=tokens, cache=context, dtype=pick())
 
 
 def summary(tuned: tg.Tuned) -> dict[str, Any]:
@@ -67,6 +67,7 @@ def add_to(app: typer.Typer, show: Callable[[str], None], say: Callable[[str], N
         batch: Annotated[int, typer.Option(min=1, help="sequences in the step")] = 1,
         context: Annotated[int, typer.Option(min=1, help="tokens that each sequence has in its cache")] = 256,
         tokens: Annotated[int, typer.Option(min=1, help="new tokens a sequence: 1 is decode, more is prefill")] = 1,
+        dtype: Annotated[str, typer.Option(help="of a model: auto (the faster one here), bf16 or f32")] = "auto",
         budget: Annotated[float, typer.Option(help="seconds for all of it")] = 60.0,
         seed: Annotated[int, typer.Option(help="of the search and of the tensors' values")] = 0,
         fresh: Annotated[bool, typer.Option("--fresh", help="measure anew whatever is remembered")] = False,
@@ -75,11 +76,19 @@ def add_to(app: typer.Typer, show: Callable[[str], None], say: Callable[[str], N
         as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON on the last line")] = False,
     ) -> None:
         """Find the plan that is fastest on this machine by running the best candidates, and say why it won."""
+        from taskgraph.models.dtypes import pick
 
         def progress(what: str, share: float) -> None:
             say(f"{100 * share:3.0f} %  {what}")
 
-        graph = graph_of(model, batch, context, tokens)
+        def picked() -> str:
+            if backend == "sim":
+                return "bf16" if dtype == "auto" else pick(dtype).dtype
+            found = pick(dtype, backend, device or None)
+            say(f"dtype {found.dtype} ({found.why})")
+            return found.dtype
+
+        graph = graph_of(model, batch, context, tokens, picked)
         tuned = tg.autotune(
             graph, backend, budget, device=device or None, seed=seed, database=database, fresh=fresh, progress=progress
         )

@@ -120,7 +120,8 @@ def by_capability() -> Ways:
     many = "packed" if "packed" in here and torch.cpu._is_amx_tile_supported() else tile
     changing = "plain" if "packed" in here else "f32"
     choices = [
-        Choice("bf16", True, 1, tile), Choice("bf16", True, 65, many), Choice("bf16", False, 1, changing),
+        Choice("bf16", True, 1, tile), *([] if many == tile else [Choice("bf16", True, 65, many)]),
+        Choice("bf16", False, 1, changing),
         Choice("f32", True, 1, "tile"), Choice("f32", False, 1, "plain"),
         Choice("f16", True, 1, "tile"), Choice("f16", False, 1, "f32"),
     ]  # fmt: skip
