@@ -1,32 +1,44 @@
-# Everything happens in .venv; `make run` and `make test` set it up when it is missing or stale.
+# Everything happens in .venv; each target installs what it needs when that is missing or stale, and says so.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
 PROMPT ?= Explain in two sentences why the sky is blue.
+# An index that has PyTorch built for CPUs, where yours has it with CUDA only: https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+TO_RUN := $(VENV)/.installed-to-run
+TO_TEST := $(VENV)/.installed-to-test
 
-.PHONY: setup run test lint fast clean
-setup: $(STAMP)
+.PHONY: setup develop run test lint fast clean
+setup: $(TO_RUN)
+develop: $(TO_TEST)
 
-$(STAMP): pyproject.toml constraints.txt
+$(TO_RUN): pyproject.toml constraints.txt
+	@echo "== install what running and serving need into $(VENV) (about a minute, 1.3 GB, most of it PyTorch; once)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,hub]'
-	touch $(STAMP)
+	$(INSTALL) -e '.[hub,serve]'
+	@touch $@
+
+$(TO_TEST): $(TO_RUN)
+	@echo "== install what the tests need besides (a few minutes, 1.1 GB; once)"
+	$(INSTALL) -e '.[hub,serve,test]'
+	@touch $@
 
 run: setup
+	@echo "== taskgraph run smollm2 (the first run compiles its functions and probes this machine)"
 	$(BIN)/taskgraph run smollm2 --prompt "$(PROMPT)"
 
-lint: setup
+lint: develop
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-fast: setup
+fast: develop
 	$(BIN)/python -m pytest -m "not slow and not model"
 
-test: setup lint
+test: develop lint
 	$(BIN)/python -m pytest
 
 clean:

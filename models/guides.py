@@ -94,7 +94,13 @@ class Guides:
 
     def json(self, schema: Mapping[str, Any] | bool | None = None) -> Guide:
         """A JSON object, or JSON of a schema; RequestError that says what is wrong with the schema."""
-        text = json.dumps({"$schema-less": True} if schema is None else schema, sort_keys=True)
+        wanted = _ANY_OBJECT if schema is None else schema
+        try:
+            if not isinstance(wanted, Mapping | bool):
+                raise TypeError(f"it is a {type(wanted).__name__}, not an object")
+            text = json.dumps(wanted, sort_keys=True, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise RequestError(f"the schema cannot be used: {error}.", "response_format") from error
         if len(text) > MOST_SCHEMA_BYTES:
             raise RequestError(
                 f"the schema has {len(text)} bytes; give at most {MOST_SCHEMA_BYTES}.", "response_format"
@@ -103,22 +109,22 @@ class Guides:
             if text in self._made:
                 self._made.move_to_end(text)
                 return self._made[text]
-        guide = self._compiled(_ANY_OBJECT if schema is None else schema, text)
+        guide = self._compiled(text)
         with self._guard:
             self._made[text] = guide
             while len(self._made) > _KEPT:
                 self._made.popitem(last=False)
         return guide
 
-    def _compiled(self, schema: Mapping[str, Any] | bool, source: str) -> Guide:
+    def _compiled(self, schema: str) -> Guide:
         from llguidance import LLMatcher
 
         try:
             options: JsonCompileOptions = {"whitespace_flexible": True, "whitespace_pattern": _SPACES}
-            grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options)
+            grammar = LLMatcher.grammar_from_json_schema(schema, overrides=options)
             matcher = LLMatcher(self._tokens, grammar, log_level=0)
             wrong = matcher.get_error() if matcher.is_error() else ""
-            guide = Guide(self.vocabulary, source, matcher)
+            guide = Guide(self.vocabulary, schema, matcher)
             if not wrong:  # the first mask is the dearest: pay for it here
                 first = Course(matcher, -(-self.vocabulary // 32)).allowed()
                 wrong = first if isinstance(first, str) else "" if first.any() else "it allows nothing"

@@ -14,8 +14,7 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
-import platformdirs
-
+from taskgraph import cache
 from taskgraph.errors import WeightsError
 
 Progress = Callable[[int, int], None]
@@ -34,7 +33,7 @@ def smollm2_path(progress: Progress | None = None) -> Path:
 
     A file whose SHA-256 is not the recorded one is fetched again. Raises WeightsError when that fails.
     """
-    target = platformdirs.user_cache_path("taskgraph") / "models" / _SMOLLM2_FILE
+    target = cache.place("models", _SMOLLM2_FILE)
     if target.is_file() and sha256(target) == SMOLLM2_SHA256:
         return target
     try:

@@ -1,7 +1,8 @@
 """Tokens from logits, all rows at once: biases, penalties and a grammar's mask, softmax at a temperature, cut to top-k
 and top-p, one uniform number a row; and what the model's own probabilities were.
 
-A row whose largest logit is no finite number (a NaN is larger than all others) has no token: it is given -1.
+A row whose largest logit is no finite number (a NaN is larger than all others) has no token: it is given NO_TOKEN, or
+NONE_LEFT when that is so only with its biases and its grammar.
 """
 
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ Floats = npt.NDArray[np.float64]
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this are 0: they would divide by less than the logits' own precision."""
-NO_TOKEN = -1
+NO_TOKEN, NONE_LEFT = -1, -2
 _FEW = 256
 """Likeliest tokens that are sorted at first; rows whose cut lies beyond them are sorted whole."""
 
@@ -82,7 +83,8 @@ def sample(logits: "torch.Tensor", draws: Draws) -> tuple[Ints, Chances | None]:
     if edits is not None:
         edited = _edited(raw, edits)
     tokens = draw(edited, draws.temperature, draws.top_k, draws.top_p, draws.uniform)
-    tokens[~np.isfinite(raw.amax(1).numpy())] = NO_TOKEN
+    if edits is not None:
+        tokens = np.where(np.isfinite(raw.amax(1).numpy()), np.where(tokens < 0, NONE_LEFT, tokens), NO_TOKEN)
     asked = np.flatnonzero((draws.logprobs >= 0) & (tokens >= 0))
     return tokens, _chances(raw, draws, tokens, asked) if len(asked) else None
 

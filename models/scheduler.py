@@ -23,10 +23,10 @@ from taskgraph.models.steering import Steer, edits_of
 
 log = logging.getLogger("taskgraph.serve")
 Ints = sampling.Ints
-_NO_TOKEN = (
-    "its logits at token {} of its answer are no finite numbers (NaN or infinity), or its grammar leaves none that is; "
-    "check the weights, or compute in f32."
-)
+_WHY = {
+    sampling.NO_TOKEN: "its logits are no finite numbers (NaN or infinity); check the weights, or compute in f32",
+    sampling.NONE_LEFT: "its grammar and its biases leave no token that the model gives a chance",
+}
 FREE, RUNNING, SWAPPED, DROPPED = range(4)
 """States of a row: no sequence, one on the device, one whose pages are parked, one that must be recomputed."""
 
@@ -366,7 +366,7 @@ class Scheduler:
         """Give every sequence its sample. One that is no token of the vocabulary ends its sequence with an error."""
         mine = np.flatnonzero((batch.owner >= 0) & (self.epoch[batch.owner] == batch.epoch))
         good = (samples[mine] >= 0) & (samples[mine] < vocabulary)
-        failed = {row: self._no_token(row) for row in batch.owner[mine[~good]].tolist()}
+        failed = {int(batch.owner[i]): self._no_token(int(batch.owner[i]), int(samples[i])) for i in mine[~good]}
         mine = mine[good]
         rows, tokens, place = batch.owner[mine], samples[mine], batch.place[mine]
         self.tokens[rows, place], self.given[rows] = tokens, place + 1
@@ -383,10 +383,11 @@ class Scheduler:
         full = (place + 1 >= self.limit[rows]) & ~stops & ~over
         return Taken(rows, tokens, mine, rows[full].tolist(), rows[stops].tolist(), failed)
 
-    def _no_token(self, row: int) -> str:
+    def _no_token(self, row: int, sample: int) -> str:
         steer, place = self.steers[row], int(self.given[row] - self.prompt[row])
         why = steer.error if steer is not None else ""
-        return f"request {self.number[row]}: " + (why or _NO_TOKEN.format(place))
+        said = _WHY.get(sample, f"the model gave {sample}, which is no token of its vocabulary")
+        return f"request {self.number[row]}: {why or said} (token {place} of its answer)."
 
     def retire(self, row: int, length: int, *, tainted: bool = False) -> Waiting:
         """Free a row and its pages at once; the pages of its first `length` tokens stay findable, or with `tainted`

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from taskgraph import ops as ops
+    from taskgraph.cache import CacheWarning
     from taskgraph.cost.profiles import ProfileDB
     from taskgraph.errors import (
         BackendUnavailable,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "taskgraph.cache": "CacheWarning",
     "taskgraph.cost.profiles": "ProfileDB",
     "taskgraph.errors": (
         "BackendUnavailable CalibrationError CaptureMismatch ConfigError CudaError DemandError "

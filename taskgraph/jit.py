@@ -1,15 +1,227 @@
-"""One typed door to numba: functions are compiled on first call and cached on disk."""
+"""One typed door to numba: functions are compiled on first call, and what was compiled is kept between processes.
 
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+numba's own cache needs a writable folder beside the source or in the home, believes damaged files, keeps code whose
+callees in other files have changed, and mixes up signatures that two processes store at once. Here each compiled
+signature is one file in the cache folder, named by all that it was made from and checked when it is read.
+"""
 
+import hashlib
+import os
+import pickle
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import cache as memo
+from pathlib import Path
+from types import CodeType, FunctionType, ModuleType
+from typing import Any, ParamSpec, TypeVar
+
+import llvmlite
 import numba
+import numpy as np
+from numba.core.caching import NullCache
+from numba.core.compiler import CompileResult
+from numba.core.dispatcher import Dispatcher
+from numba.core.serialize import dumps
+
+from taskgraph import cache
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
+Listener = Callable[[str, int], None]
+"""Told the function that is about to be compiled, and how many were before it in this process."""
+
+_DIGEST = 32
+_UNUSED_S = 60 * 86400.0
+_TOUCH_S = 86400.0
+_CONSTANTS = (bool, int, float, complex, str, bytes, tuple, frozenset, type(None), np.generic, np.dtype)
+
 
 def njit(function: Callable[P, R]) -> Callable[P, R]:
-    """numba.njit without the interpreter, releasing the GIL, cached on disk; keeps the signature for type checkers."""
-    compiled: Callable[P, R] = numba.njit(cache=True, nogil=True)(function)
-    return compiled
+    """numba.njit without the interpreter, releasing the GIL, kept on disk; keeps the signature for type checkers."""
+    return compiled(function)
+
+
+def compiled(function: Callable[P, R], **options: Any) -> Callable[P, R]:
+    """`njit` with more of numba's options."""
+    made: Any = numba.njit(nogil=True, **options)(function)
+    if isinstance(made, Dispatcher):
+        setattr(made, "_cache", _Kept(made.py_func))  # noqa: B010 - no public way in
+    result: Callable[P, R] = made
+    return result
+
+
+class _Progress:
+    """Who is told of compilations, and how many there were."""
+
+    def __init__(self) -> None:
+        self.listener: Listener | None = None
+        self.count = 0
+
+    def begin(self, name: str) -> None:
+        if self.listener is not None:
+            self.listener(name, self.count)
+        self.count += 1
+
+
+_progress = _Progress()
+
+
+def on_compile(listener: Listener | None) -> Listener | None:
+    """Tell `listener` of every function that this process compiles from now on; returns who was told until now."""
+    before, _progress.listener = _progress.listener, listener
+    return before
+
+
+class _Kept(NullCache):  # type: ignore[misc]
+    """numba's protocol of a cache, for one function; one file a signature."""
+
+    def __init__(self, function: Any) -> None:
+        self._function, self._on = function, True
+
+    @property
+    def cache_path(self) -> str:
+        return str(_folder() or cache.user_folder() / "compiled")
+
+    def enable(self) -> None:
+        self._on = True
+
+    def disable(self) -> None:
+        self._on = False
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """The compiled signature, None where it is not kept, or its file is damaged."""
+        target_context.refresh()
+        if self._on:
+            key = self._key(sig, target_context.codegen())
+            payload = _read(self._place(key), key)
+            if payload is not None:
+                return CompileResult._rebuild(target_context, *payload)
+        _progress.begin(self._function.__qualname__)
+        return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        """Keep a compiled signature, unless it holds addresses of this process."""
+        if not self._on or data.library.has_dynamic_globals or any(not part.can_cache for part in data.lifted):
+            return
+        key = self._key(sig, data.codegen)
+        path = self._place(key)
+        body = dumps((key, data._reduce()))
+        with cache.keeping("compiled functions", path):
+            cache.write_atomically(path, hashlib.blake2b(body, digest_size=_DIGEST).digest() + body)
+            _prune(path.parent)
+
+    def _key(self, sig: Any, codegen: Any) -> tuple[Any, ...]:
+        return (sig, codegen.magic_tuple(), _made_from(self._function))
+
+    def _place(self, key: tuple[Any, ...]) -> Path:
+        sig, target, sources = key
+        digest = hashlib.blake2b(repr((str(sig), target, sources)).encode(), digest_size=12).hexdigest()
+        module = self._function.__module__.rpartition(".")[2]
+        name = f"{module}.{self._function.__name__}-{digest}.bin"
+        return cache.place("compiled", name, root=_folder())
+
+
+def _folder() -> Path | None:
+    """The folder that numba's own setting asks for, if it is set."""
+    return Path(numba.config.CACHE_DIR) / "taskgraph" if numba.config.CACHE_DIR else None
+
+
+def _read(path: Path, key: tuple[Any, ...]) -> Any:
+    """What is kept in `path` for `key`; None for no file, one that cannot be read, one that is damaged or foreign."""
+    try:
+        content = path.read_bytes()
+        if time.time() - path.stat().st_mtime > _TOUCH_S:
+            os.utime(path)
+    except OSError:
+        return None
+    digest, body = content[:_DIGEST], content[_DIGEST:]
+    if hashlib.blake2b(body, digest_size=_DIGEST).digest() != digest:
+        return None
+    try:
+        found, payload = pickle.loads(body)
+    except (pickle.UnpicklingError, AttributeError, ImportError, EOFError, IndexError, TypeError, ValueError):
+        return None  # whole, but of a program that has another shape by now
+    return payload if found == key else None
+
+
+@memo
+def _prune(folder: Path) -> None:
+    """Delete what nobody has used for long; once a process."""
+    old = time.time() - _UNUSED_S
+    for path in folder.iterdir():
+        try:
+            if path.stat().st_mtime < old:
+                path.unlink(missing_ok=True)
+        except FileNotFoundError:  # another process was faster
+            continue
+
+
+# -- what a compiled function is made from ---------------------------------------------------------------------------
+
+
+def _made_from(function: Any) -> str:
+    """A digest of the versions, of the sources of `function` and all that it calls, and of the constants they read."""
+    versions = (sys.version_info[:3], numba.__version__, llvmlite.__version__, np.__version__)
+    digest = hashlib.blake2b(repr(versions).encode(), digest_size=16)
+    modules: set[str] = set()
+    constants: set[str] = set()
+    seen: set[Any] = set()
+    waiting = [function]
+    while waiting:
+        each = waiting.pop()
+        if each in seen:
+            continue
+        seen.add(each)
+        modules.add(each.__module__)
+        for name, value in _reads(each):
+            inner = getattr(value, "py_func", getattr(value, "_defn", None))  # a compiled function; an intrinsic
+            if isinstance(inner, FunctionType):
+                waiting.append(inner)
+            elif isinstance(value, np.ndarray):
+                constants.add(f"{name}={hashlib.sha256(value.tobytes()).hexdigest()}")
+            elif isinstance(value, _CONSTANTS):
+                constants.add(f"{each.__module__}.{name}={value!r}")
+            elif isinstance(value, (FunctionType, type)):
+                modules.add(value.__module__)
+    package = function.__module__.partition(".")[0]
+    for module in sorted(name for name in modules if name.partition(".")[0] == package):
+        digest.update(_source(module))
+    for text in sorted(constants):
+        digest.update(text.encode())
+    return digest.hexdigest()
+
+
+def _reads(function: FunctionType) -> Iterator[tuple[str, Any]]:
+    """The globals, the attributes of modules and the enclosed variables that a function may read, by name."""
+    names = set(_names(function.__code__))
+    for name in names:
+        value = function.__globals__.get(name)
+        if isinstance(value, ModuleType):
+            if value.__name__.partition(".")[0] == function.__module__.partition(".")[0]:
+                yield from ((each, getattr(value, each)) for each in names if hasattr(value, each))
+        elif value is not None:
+            yield name, value
+    cells = function.__closure__ or ()
+    yield from zip(function.__code__.co_freevars, (cell.cell_contents for cell in cells), strict=True)
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+
+
+@memo
+def _source(module: str) -> bytes:
+    """A digest of a module's source, wherever its loader has it: in a folder or in an archive."""
+    found = sys.modules[module]
+    file = getattr(found, "__file__", None) or ""
+    read = getattr(getattr(found, "__loader__", None), "get_data", None)
+    try:
+        content: bytes = read(file) if read is not None else Path(file).read_bytes()
+    except OSError:
+        content = repr(time.time_ns()).encode()  # no source to tell versions apart: only this process believes it
+    return hashlib.blake2b(content).digest()

@@ -5,6 +5,7 @@ dtypes); times of different places are never mixed. Planning reads a place once,
 """
 
 import math
+import os
 import sqlite3
 import time
 from bisect import bisect_left
@@ -15,8 +16,8 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
-import platformdirs
 
+from taskgraph import cache
 from taskgraph.cost.model import OpTable, op_table
 from taskgraph.errors import ProfileError, TaskgraphError
 from taskgraph.graph.device import Device
@@ -120,6 +121,14 @@ def interpolate(points: Points, sms: int) -> float | None:
     return low_s * math.pow(high_s / low_s, part)
 
 
+def points_of(times: Iterable[OpTime]) -> dict[OpKey, Points]:
+    """The times of each op as points."""
+    found: dict[OpKey, dict[int, tuple[int, float, float]]] = {}
+    for row in times:
+        found.setdefault(row.key, {})[row.sms] = (row.sms, row.median_s, row.spread_s)
+    return {key: tuple(points[sms] for sms in sorted(points)) for key, points in found.items()}
+
+
 @dataclass(frozen=True, slots=True)
 class Profile:
     """The measured times of one place, in memory. It is a `Measured`."""
@@ -186,6 +195,7 @@ _MIGRATIONS: tuple[str, ...] = (
 )
 """Statement i brings a file from schema i to i + 1; the schema is the file's user_version."""
 
+_FILE = "profiles.sqlite3"
 _PLACE = "device = ? AND machine = ? AND driver = ? AND versions = ? AND backend = ?"
 
 
@@ -198,8 +208,12 @@ class ProfileDB:
     """
 
     def __init__(self, path: str | Path | None = None) -> None:
-        folder = Path(platformdirs.user_data_dir("taskgraph", appauthor=False))
-        self.path = folder / "profiles.sqlite3" if path is None else as_path(path, ProfileError, "profile database")
+        self.path = _default_path() if path is None else as_path(path, ProfileError, "profile database")
+        self._default = path is None
+
+    def beside(self, *parts: str) -> Path:
+        """The path of another file of the same home."""
+        return cache.place(*parts, data=True) if self._default else self.path.parent.joinpath(*parts)
 
     def record(self, place: Place, rows: Iterable[OpTime]) -> int:
         """Store a batch; where a time of the same op, place and SMs is there, the newer one stays. Returns its size."""
@@ -286,6 +300,15 @@ class ProfileDB:
         connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
         connection.execute(f"PRAGMA user_version = {len(_MIGRATIONS)}")
         connection.execute("COMMIT")
+
+
+def _default_path() -> Path:
+    """The file in the user's data folder; where it cannot be written, a copy of it that can."""
+    own, path = cache.user_folder(data=True) / _FILE, cache.place(_FILE, data=True, change=True)
+    if path != own and not path.exists() and os.access(own, os.R_OK):
+        with cache.keeping("profiles", path):
+            cache.write_atomically(path, own.read_bytes())
+    return path
 
 
 def _home(place: Place) -> tuple[str, str, str, str, str]:

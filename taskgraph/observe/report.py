@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 
+from taskgraph.cache import write_atomically
 from taskgraph.observe.explain import (
     MEANING,
     bounds_of,
@@ -22,7 +23,7 @@ from taskgraph.observe.explain import (
     unit_of,
     verdict_sentence,
 )
-from taskgraph.schedule.plan import Plan, Span, Timeline, write_atomically
+from taskgraph.schedule.plan import Plan, Span, Timeline
 from taskgraph.units import format_seconds
 
 Points = Sequence[tuple[float, float]]

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from taskgraph.cache import write_atomically
 from taskgraph.observe.explain import group_name, lane_place, stem
-from taskgraph.schedule.plan import Plan, Span, Timeline, write_atomically
+from taskgraph.schedule.plan import Plan, Span, Timeline
 
 
 def write_trace(path: str | Path, timelines: Mapping[str, Timeline], plan: Plan) -> None:

@@ -9,9 +9,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import cache as memo
+from functools import partial
 from pathlib import Path
 
+from taskgraph import cache
 from taskgraph.runtime import load
 from taskgraph.runtime.ways import Choice, Rate, Ways
 
@@ -35,13 +37,12 @@ _CANDIDATES = {
 
 def kept_at() -> Path:
     """Where the ways of this machine are kept."""
-    from taskgraph.runtime.probe import cache_path
+    from taskgraph.runtime.probe import identity
 
-    path = cache_path()
-    return path.with_name(f"ways-{path.name}")
+    return cache.place("devices", f"ways-{identity()}.json")
 
 
-@cache
+@memo
 def here() -> Ways:
     """The ways of this machine: as kept, else measured now by a process of its own; those by what the processor has
     while others use its cores, since nothing can be measured then."""
@@ -77,7 +78,6 @@ def _kept() -> Ways | None:
 def measured() -> Ways:
     """The ways as kept, or measured in this process and then kept; those by capability if others disturbed that."""
     from taskgraph.runtime import products
-    from taskgraph.schedule.plan import write_atomically
 
     found = _kept()
     if found is not None:
@@ -86,7 +86,9 @@ def measured() -> Ways:
     made = measure()
     if load.others_share(begin, load.now()) > load.QUIET:
         return products.by_capability()
-    write_atomically(kept_at(), json.dumps(made.to_dict()))
+    path = kept_at()
+    with cache.keeping("the ways to multiply", path):
+        cache.write_atomically(path, json.dumps(made.to_dict()))
     return made
 
 

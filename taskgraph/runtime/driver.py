@@ -6,7 +6,6 @@ from cuda.core's green contexts only, non-blocking; a green context is never mad
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,8 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
-import platformdirs
-
+from taskgraph import cache
 from taskgraph.errors import BackendUnavailable, CaptureMismatch, CudaError, ExecutionError, PlanError
 from taskgraph.graph.device import Geometry
 from taskgraph.runtime import virtual
@@ -208,16 +206,14 @@ def compiled(source: Path, arch: str) -> bytes:
     digest = hashlib.blake2b(repr((arch, metadata.version("cuda-core"), _nvrtc_version())).encode(), digest_size=12)
     for path in (source, *headers):
         digest.update(path.read_bytes())
-    target = Path(platformdirs.user_cache_dir("taskgraph")) / "cubin" / f"{source.stem}-{digest.hexdigest()}.cubin"
+    target = cache.place("cubin", f"{source.stem}-{digest.hexdigest()}.cubin")
     if target.exists():
         return target.read_bytes()
     options = ProgramOptions(arch=arch, std="c++17", include_path=str(source.parent), name=source.name)
     with driver_errors(f"compile {source.name} for {arch}"):
         code = bytes(Program(source.read_text(), "c++", options).compile("cubin").code)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as file:
-        file.write(code)
-    Path(file.name).replace(target)
+    with cache.keeping("compiled kernels", target):
+        cache.write_atomically(target, code)
     return code
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 import taskgraph.ops as ops
+from taskgraph.cache import write_atomically
 from taskgraph.cost.profiles import ProfileDB
 from taskgraph.errors import TaskgraphError
 from taskgraph.graph.device import Device, Geometry, make
@@ -36,7 +37,7 @@ from taskgraph.runtime.measure import on_partition
 from taskgraph.runtime.tune import autotune
 from taskgraph.schedule.evaluate import Layout
 from taskgraph.schedule.lists import pack
-from taskgraph.schedule.plan import Plan, write_atomically
+from taskgraph.schedule.plan import Plan
 from taskgraph.schedule.planner import plan, plan_from
 from taskgraph.schedule.problem import make_problem
 from taskgraph.schedule.rewrite import split_batch

@@ -16,10 +16,13 @@ from taskgraph.runtime.tile import COLUMNS, PAIRS, ROWS, SINGLE, WIDE, fork, ker
 
 @kernel
 def _append(
-    keys: Any, values: Any, page: Any, size: Any, wide: Any, at: Any, k: Any, qkv: Any, token: Any, v: Any
-) -> None:
+    keys: Any, values: Any, page: Any, size: Any, wide: Any, at: Any, k: Any, qkv: Any, token: Any, v: Any, last: Any
+) -> None:  # fmt: skip
     """Write a key and a value (`qkv[token]` from number `v` on) of one head into place `at` of a page, `wide` by `size`
-    in panels, whose first element is number `page` of the flat keys and of the flat values."""
+    in panels, whose first element is number `page` of the flat keys and of the flat values.
+
+    Attention multiplies values by the word: what the word of the `last` token has of none is zeroed, for another
+    sequence may have left a NaN there."""
     pack, dim = 4 // keys.itemsize, len(k)
     first = page + at // COLUMNS * (wide * COLUMNS) + at % COLUMNS * pack
     for word in range(dim // pack):  # two loops: a division an element would last longer than all the rest
@@ -29,6 +32,9 @@ def _append(
     for begin in range(0, dim, COLUMNS):
         for j in range(min(COLUMNS, dim - begin)):
             values[first + begin * size + j * pack] = qkv[token, v + begin + j]
+        if last and at % pack < pack - 1:
+            for j in range(min(COLUMNS, dim - begin)):
+                values[first + begin * size + j * pack + 1] = 0
 
 
 @kernel
@@ -43,6 +49,7 @@ def _paged_rope(
     head, turned = np.empty(dim, np.float32), np.empty(dim, out.dtype)
     for token in range(tokens * part // parts, tokens * (part + 1) // parts):
         place, slot = positions[token], slots[token]
+        last = token + 1 == tokens or slots[token + 1] != slot + 1
         for h in range(heads + kv_heads):
             if h >= heads and slot < 0:
                 break
@@ -54,7 +61,7 @@ def _paged_rope(
                     out[token, h, j] = turned[j]
             else:
                 page = (slot // size * np.int64(kv_heads) + h - heads) * size * wide
-                _append(flat_k, flat_v, page, size, wide, slot % size, turned, qkv, token, (h + kv_heads) * dim)
+                _append(flat_k, flat_v, page, size, wide, slot % size, turned, qkv, token, (h + kv_heads) * dim, last)
 
 
 @kernel

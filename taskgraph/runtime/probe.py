@@ -16,12 +16,10 @@ from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
-import platformdirs
-
+from taskgraph import cache
 from taskgraph.errors import DeviceError
 from taskgraph.graph.device import Device
 from taskgraph.runtime import load
-from taskgraph.schedule.plan import write_atomically
 
 _GEMM = (512, 1024, 1024)
 _STREAM_BYTES = 256 << 20
@@ -80,7 +78,7 @@ def _memory_bytes() -> int:
 
 def cache_path() -> Path:
     """Where the probe of this machine is kept."""
-    return Path(platformdirs.user_cache_dir("taskgraph")) / "devices" / f"cpu-{identity()}.json"
+    return cache.place("devices", f"cpu-{identity()}.json")
 
 
 def probe() -> Device:
@@ -184,7 +182,8 @@ def cached_probe() -> Device:
                 f"not kept: others had {share:.0%} of the cores while it was measured; {PROBE_AGAIN} when it is quiet"
             )
             return replace(device, sources=(*device.sources, (_DISTURBED, text)))
-        write_atomically(path, json.dumps(device.to_dict(), sort_keys=True))
+        with cache.keeping("the probe", path):
+            cache.write_atomically(path, json.dumps(device.to_dict(), sort_keys=True))
         return device
 
 

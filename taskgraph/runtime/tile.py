@@ -19,6 +19,7 @@ from numba.core import cgutils, registry, types
 from numba.extending import intrinsic
 
 from taskgraph.errors import BackendUnavailable
+from taskgraph.jit import compiled
 
 COLUMNS = 32
 """Columns of a weight panel, on every processor: caches and packed weights lie in panels."""
@@ -98,7 +99,7 @@ OPENMP = _link_openmp()
 
 def kernel(function: Any) -> Any:
     """Compiled at first call for each dtype, cached on disk; releases the GIL."""
-    return numba.njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")(function)
+    return compiled(function, fastmath=FAST, error_model="numpy")
 
 
 # -- bits, threads and the register tile, as LLVM IR --------------------------------------------------------------

@@ -10,10 +10,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from taskgraph import ops
+from taskgraph import cache, ops
 from taskgraph.cost.model import op_table
-from taskgraph.cost.profiles import Costs, Place, Profile, ProfileDB, measured_costs, shape_key
-from taskgraph.errors import PlanError
+from taskgraph.cost.profiles import Costs, Place, Profile, ProfileDB, measured_costs, points_of, shape_key
+from taskgraph.errors import PlanError, ProfileError
 from taskgraph.graph.device import Device, get
 from taskgraph.graph.graph import Graph, GraphBuilder
 from taskgraph.runtime import probe
@@ -21,7 +21,7 @@ from taskgraph.runtime.measure import LEAST_ROUNDS, Bench, Budget, Session
 from taskgraph.runtime.virtual import is_virtual
 from taskgraph.schedule.bounds import lower_bounds
 from taskgraph.schedule.exact import available
-from taskgraph.schedule.plan import Lane, Plan, Verdict, write_atomically
+from taskgraph.schedule.plan import Lane, Plan, Verdict
 from taskgraph.schedule.planner import AUTO_OP_S, plan, replay_times
 from taskgraph.schedule.problem import make_problem
 from taskgraph.schedule.verify import TUNED, verify
@@ -129,7 +129,8 @@ def autotune(
     profiles = None if backend == "sim" or run_on is not None else (store, place)
     tuned = _Tuner(graph, target, bench, budget, seed, profiles, progress).run(fresh)
     if any(trial.measured_s is not None for trial in tuned.trials):
-        write_atomically(winner, _to_json(tuned))
+        with cache.keeping("the winner", winner):
+            cache.write_atomically(winner, _to_json(tuned))
     return tuned
 
 
@@ -289,8 +290,12 @@ class _Tuner:
         self.say("measuring ops")
         sizes = _sizes(self.device)[::-1]
         times = self.bench.op_times(self.known[self.first], sizes, self.budget.part(0.5))
-        self.recorded = store.record(place, times)
-        self.profile = Profile(store.table(place))
+        try:
+            self.recorded = store.record(place, times)
+            self.profile = Profile(store.table(place))
+        except ProfileError as error:  # a disk that is full by now: this run goes on with what it measured
+            cache.warn(f"op times are not kept: {error}")
+            self.profile = Profile({**self.profile.times, **points_of(times)})
 
     def settle(self) -> None:
         """A measured win must repeat itself; where nothing competed, the sequential plan runs against itself.
@@ -411,7 +416,7 @@ def here(backend: str, device: Device) -> Place:
 
 def _winner_path(store: ProfileDB, graph: Graph, device: Device, place: Place) -> Path:
     text = repr((_STORE_SCHEMA, graph.fingerprint, device, place))
-    return store.path.parent / "plans" / f"{hashlib.blake2b(text.encode(), digest_size=12).hexdigest()}.json"
+    return store.beside("plans", f"{hashlib.blake2b(text.encode(), digest_size=12).hexdigest()}.json")
 
 
 def _to_json(tuned: Tuned) -> str:

@@ -22,8 +22,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
+from taskgraph.cache import place as cache_place
 from taskgraph.errors import BackendUnavailable, DeviceError
 from taskgraph.graph.device import Device, get
 
@@ -86,10 +85,23 @@ def _built(
     digest = hashlib.blake2b(repr((version.stdout, flags, link)).encode(), digest_size=12)
     for path in sorted({*inputs, *extra}):
         digest.update(path.name.encode() + path.read_bytes())
-    target = Path(platformdirs.user_cache_dir("taskgraph")) / "virtual" / digest.hexdigest() / name
-    if target.exists():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
+    target = cache_place("virtual", digest.hexdigest(), name)
+    if not target.exists():
+        try:
+            _build(target, compiler, inputs, flags, link)
+        except OSError as error:
+            place = str(target.parent)
+            raise BackendUnavailable(
+                f"the virtual driver cannot be built in {place!r}: {error.strerror or error}. Free space, or set "
+                "XDG_CACHE_HOME to a folder that can be written."
+            ) from error
+    return target
+
+
+def _build(
+    target: Path, compiler: str, inputs: Sequence[Path], flags: Sequence[Sequence[str]], link: Sequence[str]
+) -> None:
+    """Compile and link `inputs` beside `target`, and move the library there in one step."""
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         objects = [Path(folder) / f"{path.name}.o" for path in inputs]
         jobs = [
@@ -97,10 +109,9 @@ def _built(
             for mine, source, made in zip(flags, inputs, objects, strict=True)
         ]
         _run_all(jobs, len(os.sched_getaffinity(0)))
-        made = Path(folder) / name
+        made = Path(folder) / target.name
         _run_all([[compiler, "-shared", "-pthread", *map(str, objects), *link, "-ldl", "-o", str(made)]], 1)
         made.replace(target)
-    return target
 
 
 def _run_all(commands: Sequence[Sequence[str]], at_once: int) -> None:

@@ -3,8 +3,6 @@
 import gc
 import hashlib
 import json
-import os
-import tempfile
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +11,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import ClassVar
 
+from taskgraph.cache import write_atomically
 from taskgraph.errors import PlanError
 from taskgraph.graph.device import Device, Geometry, Partition
 from taskgraph.graph.graph import Graph
@@ -292,16 +291,3 @@ def uncollected() -> Iterator[None]:
     finally:
         if running:
             gc.enable()
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by `text`: readers see the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

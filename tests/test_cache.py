@@ -1,0 +1,276 @@
+"""Places that cannot be written, files that are damaged: work goes on, with one warning."""
+
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import taskgraph as tg
+from taskgraph import cache, jit
+
+ROOT = Path(__file__).resolve().parent.parent
+PLAN = """
+import taskgraph as tg
+b = tg.GraphBuilder("g")
+x, w = b.input("x", (64, 128), "f32"), b.weight("w", (128, 128), "f32")
+b.output(tg.ops.gemm(x, w, name="y"))
+print("planned", len(tg.plan(b.build(), "h100_sxm", "list").steps))
+"""
+
+
+@pytest.fixture(autouse=True)
+def homes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Homes and a temporary folder of the test's own, and a process that has not warned."""
+    for name, folder in (("XDG_CACHE_HOME", "cache"), ("XDG_DATA_HOME", "data"), ("TMPDIR", "tmp")):
+        monkeypatch.setenv(name, str(tmp_path / folder))
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(cache, "_warned", False)
+    monkeypatch.setattr(cache, "_usable", {})
+    return tmp_path
+
+
+@pytest.fixture
+def heard() -> Iterator[list[warnings.WarningMessage]]:
+    """The warnings that are given."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        yield found
+
+
+def barred(homes: Path, *names: str) -> None:
+    """Put files where folders belong: nobody can write below them, not even root."""
+    for name in names:
+        (homes / name).write_text("no folder")
+
+
+def test_files_are_kept_in_the_users_folder(homes: Path) -> None:
+    path = cache.place("kind", "a.bin")
+    assert path == homes / "cache" / "taskgraph" / "kind" / "a.bin" and path.parent.is_dir()
+    cache.write_atomically(path, b"\x00\x01")
+    assert path.read_bytes() == b"\x00\x01" and [p.name for p in path.parent.iterdir()] == ["a.bin"]
+
+
+@pytest.mark.parametrize("data", [False, True])
+def test_a_folder_that_cannot_be_written_is_replaced_with_one_warning(
+    homes: Path, heard: list[warnings.WarningMessage], data: bool
+) -> None:
+    barred(homes, "cache", "data")
+    paths = [cache.place("kind", name, data=data) for name in ("a", "b")]
+    for path in paths:
+        assert path.is_relative_to(homes / "tmp" / f"taskgraph-{os.geteuid()}")
+        cache.write_atomically(path, "kept")
+        assert path.read_text() == "kept"
+    assert cache.place("kind", "a", data=data) == paths[0]
+    (warning,) = heard
+    assert warning.category is tg.CacheWarning
+    text = str(warning.message)
+    assert str(homes / ("data" if data else "cache")) in text and "\n" not in text
+    assert ("XDG_DATA_HOME" if data else "XDG_CACHE_HOME") in text
+
+
+def test_nothing_that_can_be_written_is_no_error(
+    homes: Path, heard: list[warnings.WarningMessage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    barred(homes, "cache")
+
+    def none() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", none)
+    path = cache.place("kind", "a")
+    with cache.keeping("a thing", path):
+        cache.write_atomically(path, "lost")
+    assert not path.exists() and len(heard) == 1 and "nothing is kept" in str(heard[0].message)
+
+
+def test_what_a_read_only_folder_holds_is_read(
+    homes: Path, heard: list[warnings.WarningMessage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = cache.place("kind", "a")
+    path.write_text("shipped with the image")
+    monkeypatch.setattr(cache, "_usable", {})
+    monkeypatch.setattr(cache, "_tried", lambda folder: "Read-only file system" if folder == path.parent else "")
+    monkeypatch.setattr(cache, "_readable", lambda file: file == path)
+    assert cache.place("kind", "a") == path and not heard
+    assert cache.place("kind", "a", change=True) != path and len(heard) == 1
+
+
+@pytest.mark.parametrize("home", ["~/.cache", "relative/place"])
+def test_a_home_that_is_no_absolute_path_leaves_no_folder_where_the_process_stands(
+    homes: Path, heard: list[warnings.WarningMessage], monkeypatch: pytest.MonkeyPatch, home: str
+) -> None:
+    monkeypatch.chdir(homes)
+    monkeypatch.setattr(cache.platformdirs, "user_cache_path", lambda *_, **__: Path(home))
+    path = cache.place("kind", "a")
+    assert path.is_absolute() and "no home folder" in str(heard[0].message)
+    assert {p.name for p in homes.iterdir()} == {"tmp"}
+
+
+def test_a_full_disk_is_one_warning(homes: Path, heard: list[warnings.WarningMessage]) -> None:
+    for _ in range(2):
+        with cache.keeping("the probe", cache.place("devices", "cpu.json")):
+            raise OSError(28, "No space left on device")
+    (warning,) = heard
+    assert "the probe cannot be kept" in str(warning.message) and "No space left" in str(warning.message)
+
+
+def test_a_temporary_folder_that_others_could_have_filled_is_not_believed(
+    homes: Path, heard: list[warnings.WarningMessage]
+) -> None:
+    barred(homes, "cache")
+    planted = homes / "tmp" / f"taskgraph-{os.geteuid()}"
+    planted.mkdir(mode=0o777)
+    planted.chmod(0o777)
+    (planted / "cache").mkdir()
+    path = cache.place("kind", "a")
+    assert not path.is_relative_to(planted) and path.is_relative_to(homes / "tmp")
+
+
+def test_many_writers_leave_one_whole_file(homes: Path) -> None:
+    path = cache.place("kind", "a")
+    bodies = [bytes([i]) * 200_000 for i in range(8)]
+    threads = [
+        threading.Thread(target=lambda b=body: [cache.write_atomically(path, b) for _ in range(5)]) for body in bodies
+    ]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        assert not path.exists() or path.read_bytes() in bodies
+    assert path.read_bytes() in bodies and [p.name for p in path.parent.iterdir()] == ["a"]
+
+
+def test_the_profile_database_works_where_the_data_folder_cannot_be_written(
+    homes: Path, heard: list[warnings.WarningMessage]
+) -> None:
+    from taskgraph.cost.profiles import OpKey, OpTime, Place, ProfileDB
+
+    barred(homes, "data")
+    place, row = Place("cpu", "m", "none", "v", "cpu"), OpTime(OpKey("gemm", "4x4", "f32"), 1, 1e-6, 1e-8, 9)
+    assert ProfileDB().record(place, [row]) == 1
+    assert ProfileDB().lookup(place, row.key) == ((1, 1e-6, 1e-8),)
+    assert len(heard) == 1
+    with pytest.raises(tg.ProfileError, match="another path"):
+        ProfileDB(homes / "data" / "mine.sqlite3").places()  # a path that was asked for is not replaced
+
+
+# -- compiled functions -----------------------------------------------------------------------------------------------
+
+CALLEE = "from taskgraph.jit import njit\nFACTOR = {factor}\n@njit\ndef scaled(x):\n    return x * FACTOR\n"
+CALLER = "from taskgraph.jit import njit\nfrom kept_a import scaled\n@njit\ndef answer(x):\n    return scaled(x) + 1\n"
+
+
+@pytest.fixture
+def modules(homes: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Write two modules, the second calling the first, and import them as if the process were new."""
+    source = homes / "source"
+    source.mkdir()
+    monkeypatch.syspath_prepend(str(source))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+
+    def load(factor: int = 3) -> ModuleType:
+        (source / "kept_a.py").write_text(CALLEE.format(factor=factor))
+        (source / "kept_b.py").write_text(CALLER)
+        for name in ("kept_a", "kept_b"):
+            sys.modules.pop(name, None)
+        importlib.invalidate_caches()
+        jit._source.cache_clear()
+        return importlib.import_module("kept_b")
+
+    yield load
+    for name in ("kept_a", "kept_b"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def compilations() -> Iterator[list[str]]:
+    """The functions that were compiled, not read."""
+    names: list[str] = []
+    before = jit.on_compile(lambda name, count: names.append(name))
+    yield names
+    jit.on_compile(before)
+
+
+def test_a_compiled_function_is_read_by_the_next_process(modules: Any, compilations: list[str]) -> None:
+    assert modules().answer(2) == 7 and "answer" in compilations
+    compilations.clear()
+    assert modules().answer(2) == 7 and not compilations
+
+
+def test_a_change_in_a_callee_of_another_file_compiles_again(modules: Any, compilations: list[str]) -> None:
+    assert modules(3).answer(2) == 7
+    compilations.clear()
+    assert modules(5).answer(2) == 11 and "answer" in compilations
+
+
+@pytest.mark.parametrize("damage", ["empty", "short", "flipped", "random", "folder"])
+def test_a_damaged_file_is_compiled_again(homes: Path, modules: Any, compilations: list[str], damage: str) -> None:
+    assert modules().answer(2) == 7
+    files = sorted((homes / "cache" / "taskgraph" / "compiled").glob("*.bin"))
+    assert len(files) == 2
+    for path in files:
+        body = path.read_bytes()
+        path.unlink()
+        if damage == "folder":
+            path.mkdir()
+            continue
+        middle = len(body) // 2
+        changed = body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]
+        made = {"empty": b"", "short": body[:middle], "flipped": changed, "random": os.urandom(4096)}
+        path.write_bytes(made[damage])
+    compilations.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", tg.CacheWarning)  # a folder in a file's place cannot be replaced
+        assert modules().answer(2) == 7
+    assert "answer" in compilations
+
+
+def test_compiled_functions_need_no_place(
+    homes: Path, modules: Any, heard: list[warnings.WarningMessage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    barred(homes, "cache")
+    monkeypatch.setattr(cache, "temporary_folder", lambda: None)
+    assert modules().answer(2) == 7
+    assert [w.category for w in heard] == [tg.CacheWarning]
+
+
+def test_the_driver_that_cannot_be_built_says_where(homes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from taskgraph.runtime import virtual
+
+    barred(homes, "cache")
+    monkeypatch.setattr(cache, "temporary_folder", lambda: None)
+    monkeypatch.setattr(cache, "_warned", True)
+    with pytest.raises(tg.BackendUnavailable, match="XDG_CACHE_HOME"):
+        virtual.driver_library()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("home", ["/nonexistent", "/proc/nope"])
+def test_a_user_who_can_write_neither_package_nor_home_plans_with_one_warning(home: str) -> None:
+    """A real process, of another user where this one is root; what is compiled lies in an archive of the image."""
+    other = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"] if os.geteuid() == 0 else []
+    if other and shutil.which("setpriv") is None:
+        other = []
+    folder = Path(tempfile.mkdtemp(prefix="cache-", dir="/tmp"))
+    folder.chmod(0o777)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("XDG_", "TMPDIR"))}
+    environment |= {"HOME": home, "XDG_CACHE_HOME": f"{home}/cache", "TMPDIR": str(folder), "PYTHONPATH": str(ROOT)}
+    try:
+        command = [*other, sys.executable, "-c", PLAN]
+        for _ in range(2):  # the second reads what the first compiled
+            done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/", check=False)
+            assert done.returncode == 0, done.stderr
+            assert done.stdout == "planned 1\n" and done.stderr.count("CacheWarning") == 1
+        assert any((folder / f"taskgraph-{65534 if other else os.geteuid()}").rglob("*.bin"))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
