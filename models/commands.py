@@ -1,13 +1,14 @@
-"""The commands `taskgraph serve` and `taskgraph bench-serve`."""
+"""The commands `taskgraph serve`, `taskgraph api-key` and `taskgraph bench-serve`."""
 
 import dataclasses
 import inspect
 import json
+import logging
 import math
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -17,6 +18,9 @@ from taskgraph.errors import BackendUnavailable, RequestError
 from taskgraph.models.engine import Engine
 from taskgraph.models.traces import DATASETS, Arrival, Percentiles, Report, poisson, read_trace, replay
 
+if TYPE_CHECKING:
+    from taskgraph.models.keys import KeyRing
+
 _screen = Console(highlight=False)
 _status = Console(stderr=True, highlight=False)
 
@@ -24,6 +28,7 @@ _status = Console(stderr=True, highlight=False)
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
     app.command(help=_unwrapped(serve))(serve)
+    app.command("api-key", help=_unwrapped(api_key))(api_key)
     app.command("bench-serve", help=_unwrapped(bench_serve))(bench_serve)
 
 
@@ -38,7 +43,7 @@ def _unwrapped(command: Callable[..., None]) -> str:
 
 def serve(
     model: Annotated[str, typer.Argument(help="smollm2, a .gguf or .safetensors file, a folder, or a hub id org/name")],
-    host: Annotated[str, typer.Option(help="address to listen on; 0.0.0.0 is every one")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="address to listen on; others than loopback need keys")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one and says which")] = 8000,
     name: Annotated[str, typer.Option(help="the model's name in requests (default: the checkpoint's)")] = "",
     dtype: Annotated[str, typer.Option(help="auto (the faster one here), bf16 or f32")] = "auto",
@@ -55,6 +60,11 @@ def serve(
     most_body: Annotated[int, typer.Option(min=1, help="bytes of a request's body; more gets 413")] = 1 << 20,
     warm: Annotated[bool, typer.Option(help="plan and capture every step before the first request")] = True,
     drain: Annotated[float, typer.Option(min=0, help="seconds that requests get to end at shutdown")] = 30.0,
+    api_key_file: Annotated[Path | None, typer.Option(help="take only the keys in this file (see `api-key`)")] = None,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="a site whose pages may call this server, https://chat.example; repeatable")
+    ] = None,
+    access_log: Annotated[bool, typer.Option(help="a line on stderr for every request")] = True,
 ) -> None:
     """Serve a model on this machine with the OpenAI API: completions and chat, streamed or whole.
 
@@ -65,16 +75,25 @@ def serve(
     taskgraph serve llama-folder --device gpu --sequences 256 --step-tokens 2048
 
     Requests are batched continuously over a paged KV cache; those that find it full wait. GET /v1/models names the
-    model, GET /health says whether requests are taken. SIGINT or SIGTERM ends what runs, or cancels it after --drain.
+    model, GET /health says whether requests are taken, GET /metrics is for Prometheus. SIGINT or SIGTERM waits for what
+    runs, for --drain seconds at most; a second one cancels it.
+
+    Without --api-key-file the server answers to this machine only, and not to pages of other sites in its browsers.
+
     With --tensor-parallel every rank has its own cores and its share of weights and cache; when a rank's process dies,
     all requests fail and the command ends with exit code 2, naming the rank.
     """
-    if find_spec("fastapi") is None or find_spec("uvicorn") is None:
-        raise BackendUnavailable("serving needs FastAPI and uvicorn: pip install 'taskgraph-gpu[serve]'.")
+    if any(find_spec(module) is None for module in ("fastapi", "uvicorn", "prometheus_client")):
+        raise BackendUnavailable(
+            "serving needs FastAPI, uvicorn and prometheus-client: pip install 'taskgraph-gpu[serve]'."
+        )
+    from taskgraph.models.access import access_of
     from taskgraph.models.local import open_local
     from taskgraph.models.serve import Served, run_server
     from taskgraph.models.service import Service
 
+    keys = None if api_key_file is None else _key_ring(api_key_file)
+    access = access_of(host, keys, tuple(cors_origin or ()))
     with _status.status("load weights, plan and capture steps"):
         tokens = max(step_tokens, sequences + 1)
         local = open_local(
@@ -88,10 +107,55 @@ def serve(
         def started(at: int) -> None:
             if local.processes:
                 _status.print(f"ranks: processes {', '.join(map(str, local.processes))}", soft_wrap=True)
-            _status.print(f"serving {served.name} at http://{host}:{at}/v1 (ctrl-c to stop)", soft_wrap=True)
+            where = f"[{host}]" if ":" in host else host
+            _say(f"serving {served.name} at http://{where}:{at}/v1 (ctrl-c to stop)")
 
-        run_server(served, host, port, drain_s=drain, started=started)
+        if access_log:
+            _log_access()
+        run_server(served, host, port, drain_s=drain, access=access, started=started, say=_say)
     _status.print("stopped")
+
+
+def _say(text: str) -> None:
+    _status.print(text, markup=False, soft_wrap=True)
+
+
+def _log_access() -> None:
+    log, handler = logging.getLogger("taskgraph.access"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s access %(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+
+def _key_ring(path: Path) -> "KeyRing":
+    from taskgraph.models.keys import KeyRing, readable_by_others
+
+    ring = KeyRing.load(path)
+    if readable_by_others(path):
+        _say(f"warning: others than you can read {path} (it holds hashes, not keys); chmod 600 it")
+    return ring
+
+
+def api_key(
+    name: Annotated[str, typer.Argument(help="whose key it is, as the access log will say")],
+    file: Annotated[Path, typer.Option(help="the file of keys that the server is given")],
+    role: Annotated[str, typer.Option(help="all, or metrics: may read /metrics only")] = "all",
+) -> None:
+    """Make an API key, add its hash to a file of keys, and print the key, once.
+
+    \b
+    taskgraph api-key alice --file keys.txt
+    taskgraph api-key prometheus --role metrics --file keys.txt
+    taskgraph serve smollm2 --host 0.0.0.0 --api-key-file keys.txt
+
+    The file has a line a key: name, role and a salted SHA-256. Remove a line, and start the server again, to end a key.
+    """
+    from taskgraph.models.keys import add_key
+
+    secret = add_key(file, name, role)
+    _say(f"{name}'s key, role {role}; {file} has its hash. It will not be shown again:")
+    typer.echo(secret)
 
 
 # -------------------------------------------------------------------------------------- bench-serve

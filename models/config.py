@@ -1,7 +1,6 @@
 """Model shapes: read from a Hugging Face config.json, and shipped for the well-known sizes."""
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -9,6 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from taskgraph.errors import ConfigError, GraphError, WeightsError
+from taskgraph.models.documents import json_object, shown
+from taskgraph.models.hf_keys import check_keys, check_scale
+from taskgraph.models.stretch import RopeScaling as RopeScaling
+from taskgraph.models.stretch import Stretch, rope_body, stretch_of
+from taskgraph.models.stretch import Yarn as Yarn
 
 FAMILIES = {
     "LlamaForCausalLM": "llama",
@@ -20,28 +24,6 @@ FAMILIES = {
     "DeepseekV3ForCausalLM": "deepseek_v3",
 }
 """Architecture -> family, which is also the model_type of its config.json."""
-
-
-@dataclass(frozen=True, slots=True)
-class RopeScaling:
-    """Llama 3's stretch of low rotary frequencies."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position: int
-
-
-@dataclass(frozen=True, slots=True)
-class Yarn:
-    """YaRN's stretch (Peng et al. 2023): frequency number i is divided by `factor` from `high` on, not up to `low`, and
-    in part between; `attention` multiplies cosines and sines, and `score_scale` the scores of latent attention."""
-
-    factor: float
-    low: float
-    high: float
-    attention: float
-    score_scale: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +86,7 @@ class ModelConfig:
     rope_theta: float
     max_context: int
     tie_embeddings: bool
-    rope_scaling: RopeScaling | Yarn | None = None
+    rope_scaling: Stretch = None
     experts: Experts | None = None
     latent: Latent | None = None
 
@@ -176,28 +158,34 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class _Body:
-    """The keys of a config.json; ConfigError names the one that is missing or makes no sense."""
+class Body:
+    """The keys of a config.json, or of a GGUF file; ConfigError names the one that is missing or makes no sense."""
 
     name: str
     keys: Mapping[str, Any]
+    source: str = "config.json"
+    prefix: str = ""
 
     def wrong(self, key: str, reason: str) -> ConfigError:
-        return ConfigError(f"{self.name}: {key} is {self.keys.get(key)!r}; {reason}.")
+        named = self.prefix + shown(key).strip(QUOTES)
+        return ConfigError(f"{self.name}: {named} is {shown(self.keys.get(key))}; {reason}.")
 
     def number(self, key: str, default: float | None = None) -> float:
+        """A positive number."""
         value = self.keys.get(key)
         value = default if value is None else value
         if value is None:
-            raise ConfigError(f"{self.name}: its config.json has no {key!r}.")
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+            raise ConfigError(f"{self.name}: its {self.source} has no {self.prefix + key!r}.")
+        good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < MOST
+        if not good:
             raise self.wrong(key, "it must be a positive number")
         return float(value)
 
     def count(self, key: str, default: int | None = None) -> int:
+        """A positive whole number."""
         value = self.number(key, default)
-        if value != int(value):
-            raise self.wrong(key, "it must be a whole number")
+        if value != int(value) or value > MOST_COUNT:
+            raise self.wrong(key, f"it must be a whole number of at most {MOST_COUNT}")
         return int(value)
 
     def flag(self, key: str, default: bool = False) -> bool:
@@ -211,18 +199,32 @@ class _Body:
         if not good:
             raise self.wrong(key, reason)
 
-    def part(self, key: str) -> "_Body":
+    def part(self, key: str) -> "Body":
         """The object under `key`, empty when there is none."""
-        value = self.keys.get(key) or {}
+        value = self.keys.get(key)
+        value = {} if value is None else value
         if not isinstance(value, Mapping):
             raise self.wrong(key, "it must be an object")
-        return _Body(f"{self.name}: {key}", value)
+        return Body(f"{self.name}: {key}", value, self.source, self.prefix)
+
+
+QUOTES = "'\""
+MOST, MOST_COUNT, MOST_LAYERS = 1e30, (1 << 31) - 1, 1000
+"""Larger numbers, counts and depths are damage: the deepest published model has 126 layers."""
+
+
+def layer_count(keys: Body, key: str) -> int:
+    """The number of layers, which must be one that a graph can have."""
+    layers = keys.count(key)
+    keys.need(layers <= MOST_LAYERS, key, f"at most {MOST_LAYERS} layers are supported")
+    return layers
 
 
 def from_hf(body: Mapping[str, Any], name: str) -> ModelConfig:
     """The ModelConfig of a Hugging Face config.json; ConfigError names what is missing or not supported."""
-    keys = _Body(name, body)
+    keys = Body(name, body)
     family = _family(keys)
+    check_keys(keys, family)
     _check_supported(keys, family)
     hidden, heads = keys.count("hidden_size"), keys.count("num_attention_heads")
     latent = _latent(keys) if family == "deepseek_v3" else None
@@ -232,8 +234,10 @@ def from_hf(body: Mapping[str, Any], name: str) -> ModelConfig:
         keys.need(hidden % heads == 0, "num_attention_heads", f"hidden_size {hidden} is no multiple of it")
     head_dim = latent.plain + latent.rotary if latent else keys.count("head_dim", hidden // heads)
     keys.need(head_dim % 2 == 0, "head_dim", f"the rotary embedding needs pairs of channels, and a head has {head_dim}")
-    layers, usual = keys.count("num_hidden_layers"), 1e6 if family == "mixtral" else 1e4
-    theta = _rope(keys).number("rope_theta", keys.number("rope_theta", usual))
+    layers, usual = layer_count(keys, "num_hidden_layers"), 1e6 if family == "mixtral" else 1e4
+    theta = rope_body(keys).number("rope_theta", keys.number("rope_theta", usual))
+    keys.need(theta >= 1, "rope_theta", "it must be at least 1")
+    check_scale(keys, head_dim)
     return ModelConfig(
         name=name,
         family=family,
@@ -248,42 +252,36 @@ def from_hf(body: Mapping[str, Any], name: str) -> ModelConfig:
         rope_theta=theta,
         max_context=keys.count("max_position_embeddings", 2048),
         tie_embeddings=keys.flag("tie_word_embeddings"),
-        rope_scaling=_scaling(keys, theta, latent.rotary if latent else head_dim),
+        rope_scaling=stretch_of(keys, theta, latent.rotary if latent else head_dim),
         experts=_EXPERTS[family](keys, layers) if family in _EXPERTS else None,
         latent=latent,
     )
 
 
-def _family(keys: _Body) -> str:
+def _family(keys: Body) -> str:
     """By the first architecture, or by model_type where the config lists none."""
     named = keys.keys.get("architectures")
     if named:
-        if named[0] not in FAMILIES:
+        keys.need(isinstance(named, list), "architectures", "it must be a list of names")
+        if not isinstance(named[0], str) or named[0] not in FAMILIES:
             known = ", ".join(FAMILIES)
-            raise ConfigError(f"{keys.name}: architecture {named[0]!r} is not supported; use one of {known}.")
+            raise ConfigError(f"{keys.name}: architecture {shown(named[0])} is not supported; use one of {known}.")
         return FAMILIES[named[0]]
-    known = ", ".join(FAMILIES.values())
-    keys.need(keys.keys.get("model_type") in FAMILIES.values(), "model_type", f"use one of {known}")
-    return str(keys.keys["model_type"])
+    known, kind = ", ".join(FAMILIES.values()), keys.keys.get("model_type")
+    keys.need(isinstance(kind, str) and kind in FAMILIES.values(), "model_type", f"use one of {known}")
+    return str(kind)
 
 
-def _check_supported(keys: _Body, family: str) -> None:
+def _check_supported(keys: Body, family: str) -> None:
     """ConfigError for a setting that changes the arithmetic and that the graphs do not have."""
-    keys.need(keys.keys.get("hidden_act", "silu") == "silu", "hidden_act", "only silu is supported")
-    for key in ("attention_bias", "mlp_bias"):
-        keys.need(not keys.flag(key), key, "these biases are not supported")
     if family == "qwen2_moe":
         keys.need(keys.flag("qkv_bias", True), "qkv_bias", "the qkv bias of this family cannot be left out")
     for key, only in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc"), ("moe_layer_freq", 1)):
         given = keys.keys.get(key, only)
         keys.need(family != "deepseek_v3" or given == only, key, f"this version knows {only}")
-    window = keys.keys.get("sliding_window")
-    slides = family in ("llama", "mixtral") or keys.flag("use_sliding_window")
-    if window and slides and window < keys.count("max_position_embeddings", 2048):
-        raise keys.wrong("sliding_window", "attention within a window is not supported")
 
 
-def _latent(keys: _Body) -> Latent:
+def _latent(keys: Body) -> Latent:
     made = Latent(
         q_rank=keys.count("q_lora_rank") if keys.keys.get("q_lora_rank") is not None else 0,
         rank=keys.count("kv_lora_rank"),
@@ -299,7 +297,7 @@ def _latent(keys: _Body) -> Latent:
 # --------------------------------------------------------------------------------------------- experts
 
 
-def _checked(keys: _Body, experts: Experts, layers: int) -> Experts:
+def _checked(keys: Body, experts: Experts, layers: int) -> Experts:
     keys.need(
         experts.top_k <= experts.count, "num_experts_per_tok", f"there are only {experts.count} experts to choose from"
     )
@@ -308,24 +306,24 @@ def _checked(keys: _Body, experts: Experts, layers: int) -> Experts:
     return experts
 
 
-def _count(keys: _Body) -> int:
+def _count(keys: Body) -> int:
     """The number of experts, which families name differently."""
     names = ("num_local_experts", "num_experts", "n_routed_experts")
     return keys.count(next((n for n in names if keys.keys.get(n) is not None), names[0]))
 
 
-def _mixtral_experts(keys: _Body, layers: int) -> Experts:
+def _mixtral_experts(keys: Body, layers: int) -> Experts:
     inner = keys.count("intermediate_size")
     return _checked(keys, Experts(_count(keys), keys.count("num_experts_per_tok"), inner, normalize=True), layers)
 
 
-def _qwen_experts(keys: _Body, layers: int) -> Experts:
+def _qwen_experts(keys: Body, layers: int) -> Experts:
     """A layer has experts when its number, from 1, is a multiple of decoder_sparse_step and it is not in
     mlp_only_layers."""
     step, named = keys.count("decoder_sparse_step", 1), keys.keys.get("mlp_only_layers") or []
-    good = isinstance(named, list) and all(isinstance(i, int) for i in named)
+    good = isinstance(named, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in named)
     keys.need(good, "mlp_only_layers", "it must be a list of layer numbers")
-    shared = keys.count("shared_expert_intermediate_size") if "shared_expert_intermediate_size" in keys.keys else 0
+    shared = keys.count("shared_expert_intermediate_size") if keys.keys.get("shared_expert_intermediate_size") else 0
     made = Experts(
         count=_count(keys),
         top_k=keys.count("num_experts_per_tok"),
@@ -338,11 +336,11 @@ def _qwen_experts(keys: _Body, layers: int) -> Experts:
     return _checked(keys, made, layers)
 
 
-def _deepseek_experts(keys: _Body, layers: int) -> Experts:
+def _deepseek_experts(keys: Body, layers: int) -> Experts:
     """The first layers are dense; sigmoid scores, a learnt correction of the choice, and groups of experts."""
     count, inner, groups = _count(keys), keys.count("moe_intermediate_size"), keys.count("n_group", 1)
     kept, first = keys.count("topk_group", 1), keys.keys.get("first_k_dense_replace") or 0
-    keys.need(isinstance(first, int) and 0 <= first <= layers, "first_k_dense_replace", f"there are {layers} layers")
+    keys.need(type(first) is int and 0 <= first <= layers, "first_k_dense_replace", f"there are {layers} layers")
     keys.need(count % groups == 0, "n_group", f"{count} experts do not make equal groups")
     keys.need(kept <= groups, "topk_group", f"there are only {groups} groups")
     keys.need(groups == 1 or count // groups >= 2, "n_group", "a group is scored by its two best experts")
@@ -364,54 +362,6 @@ _EXPERTS = {
 }
 
 
-# ----------------------------------------------------------------------------------------- rotary scaling
-
-
-def _rope(keys: _Body) -> _Body:
-    """The rotary settings, under their name since transformers 5 or the one before."""
-    old, new = keys.part("rope_scaling"), keys.part("rope_parameters")
-    return old if old.keys else new
-
-
-def _scaling(keys: _Body, theta: float, dim: int) -> RopeScaling | Yarn | None:
-    rope = _rope(keys)
-    kind = rope.keys.get("rope_type") or rope.keys.get("type") or "default"
-    if kind == "yarn":
-        return _yarn(rope, theta, dim)
-    if kind == "llama3":
-        return RopeScaling(
-            factor=rope.number("factor"),
-            low_freq_factor=rope.number("low_freq_factor"),
-            high_freq_factor=rope.number("high_freq_factor"),
-            original_max_position=rope.count("original_max_position_embeddings"),
-        )
-    if kind != "default":
-        raise ConfigError(f"{keys.name}: rope scaling {kind!r} is not supported; this version knows llama3 and yarn.")
-    return None
-
-
-def _yarn(rope: _Body, theta: float, dim: int) -> Yarn:
-    """The ramp over frequencies and the two factors (Peng et al. 2023, sections 3.2 and 3.4; DeepSeek's `mscale`)."""
-    factor, context = rope.number("factor"), rope.number("original_max_position_embeddings")
-
-    def turning(turns: float) -> float:
-        """The number of the frequency that turns so often over the original context."""
-        return dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta))
-
-    low, high = turning(rope.number("beta_fast", 32.0)), turning(rope.number("beta_slow", 1.0))
-    if rope.flag("truncate", True):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, dim - 1)
-
-    def size(weight: float) -> float:
-        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1.0 else 1.0
-
-    part, whole = rope.keys.get("mscale"), rope.keys.get("mscale_all_dim")
-    inferred = size(float(part)) / size(float(whole)) if part and whole else size(1.0)
-    attention = rope.number("attention_factor", inferred)
-    return Yarn(factor, low, high if high > low else low + 0.001, attention, size(float(whole)) ** 2 if whole else 1.0)
-
-
 # ------------------------------------------------------------------------------------------- known sizes
 
 
@@ -431,10 +381,4 @@ def load_config(source: str | Path) -> ModelConfig:
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
         raise WeightsError(f"no model {name!r}: not a config.json, and not one of {', '.join(known())}.")
-    try:
-        body = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is not JSON: {error}.") from error
-    if not isinstance(body, dict):
-        raise ConfigError(f"{path} holds a {type(body).__name__}; a config.json is an object.")
-    return from_hf(body, path.parent.name)
+    return from_hf(json_object(path), path.resolve().parent.name)

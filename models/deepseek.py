@@ -9,8 +9,9 @@ from functools import partial
 from typing import Any
 
 import taskgraph as tg
-from taskgraph.models.config import Latent, ModelConfig, Yarn
+from taskgraph.models.config import Latent, ModelConfig
 from taskgraph.models.layer import Layer, PagedAttention, Sources, yarn
+from taskgraph.models.stretch import Yarn
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,6 +90,16 @@ class Engine:
         """The most tokens of a prompt and its answer that can be served: the context's, or all of a smaller cache."""
         return min(self.limits.context, self.cache.device.pages * self.cache.page_size)
 
+    @property
+    def running(self) -> int:
+        """Requests that have a sequence, on the device or parked."""
+        return int((self.scheduler.state != FREE).sum())
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have none yet."""
+        return len(self._arrived) + len(self.scheduler.waiting)
+
     # -- for clients, from any thread ----------------------------------------------------------------
 
     def submit(self, request: Request, arrival_s: float | None = None) -> int:
@@ -106,7 +116,7 @@ class Engine:
         if request.logprobs is not None and not hasattr(self.runner, "chances"):
             kind = type(self.runner).__name__
             raise RequestError(f"logprobs is not supported by this engine: a {kind} has no logits.", "logprobs")
-        if len(self._arrived) + len(self.scheduler.waiting) >= self._most_waiting:
+        if self.waiting >= self._most_waiting:
             raise RequestError(f"{self._most_waiting} requests wait already; try again later.")
         keys = block_keys(prompt, self.cache.page_size) if self.scheduler.prefix_sharing else []
         arrival = self.runner.now() if arrival_s is None else number("arrival_s", arrival_s, -1e18, 1e18, "seconds")

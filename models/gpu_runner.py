@@ -15,6 +15,7 @@ from taskgraph.runtime.arrays import DeviceTensors
 from taskgraph.runtime.driver import Gpu
 from taskgraph.runtime.gpu_spec import planning_device
 from taskgraph.runtime.impls import TORCH_DTYPE
+from taskgraph.runtime.virtual import is_virtual
 
 
 class GpuRunner(CpuRunner):
@@ -63,6 +64,9 @@ class GpuRunner(CpuRunner):
         write(host)
         for name, array in inputs.items():
             array.copy_(host[name])
+
+    def _measured_s(self, begin_s: float) -> float | None:
+        return None if is_virtual(self._run_on) else super()._measured_s(begin_s)
 
     def _rows(self, executable: Any, name: str, rows: Ints) -> torch.Tensor:
         found: torch.Tensor = executable.outputs[name].rows(rows)

@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import taskgraph as tg
-from taskgraph.models.config import ModelConfig, RopeScaling, Yarn
+from taskgraph.models.config import ModelConfig
+from taskgraph.models.stretch import RopeScaling, Yarn
 
 Names = tuple[str, ...]
 Sources = dict[str, Names | tuple[Names, ...]]

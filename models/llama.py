@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import taskgraph as tg
+from taskgraph.models import weight_cache
 from taskgraph.models.config import ModelConfig
 from taskgraph.models.deepseek import LatentAttention, latent_sources
 from taskgraph.models.layer import Layer, Layout, Names, PagedAttention, Sources, layout_of, rope_scaling, yarn
@@ -190,7 +191,22 @@ def mlp(layer: Layer, x: tg.Value, residual: tg.Value) -> tg.Value:
 
 
 def load_weights(config: ModelConfig, source: TensorSource, dtype: str) -> dict[str, "torch.Tensor"]:
-    """Every weight of the step graphs by its flat name, fused and converted; about twice the largest weight extra."""
+    """Every weight of the step graphs by its flat name, fused and converted; about twice the largest weight extra.
+
+    Of a source with an `identity`, a GGUF file, they are kept in the user's cache and mapped from there the next time.
+    """
+    identity = getattr(source, "identity", None)
+    if identity is None:
+        return _converted(config, source, dtype)
+    key = weight_cache.key_of(identity, config, dtype)
+    weights = weight_cache.load(key)
+    if weights is None:
+        weights = _converted(config, source, dtype)
+        weight_cache.store(key, weights)
+    return weights
+
+
+def _converted(config: ModelConfig, source: TensorSource, dtype: str) -> dict[str, "torch.Tensor"]:
     import torch
 
     kind = _kind(dtype)

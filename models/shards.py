@@ -35,6 +35,13 @@ class Shard:
     axes: Mapping[str, int] | None = None
     tied: bool = False
 
+    @property
+    def identity(self) -> str | None:
+        """What the shard is, if the source says what it is itself."""
+        whole = getattr(self.source, "identity", None)
+        part = (self.rank, self.ranks, self.whole_experts, sorted((self.axes or {}).items()), self.tied)
+        return None if whole is None else f"{whole} {part}"
+
     def tensor(self, name: str) -> "torch.Tensor":
         """This rank's part of the tensor of that name; WeightsError if the ranks cannot share it."""
         found = self.source.tensor("model.embed_tokens.weight" if self.tied and name == "lm_head.weight" else name)

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import datetime
 import functools
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as RawTokenizer
 
 from taskgraph.errors import WeightsError
+from taskgraph.models.chat import ChatTemplate
+from taskgraph.models.documents import optional_object, shown
+from taskgraph.models.gguf_tokenizer import read_vocabulary
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _LONGEST_START = 3  # bytes of a UTF-8 character that is not whole
-_CONTROL, _USER_DEFINED = 3, 4  # token types of GGUF
-# Patterns of the tokenizer.json published with the models; the names are llama.cpp's (llama-vocab.cpp).
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-_SPLIT_REGEX = {"llama-bpe": _LLAMA3, "llama3": _LLAMA3, "llama-v3": _LLAMA3, "qwen2": _QWEN2}
-_DIGITS_THEN_GPT2 = ("smollm",)
-_GPT2 = ("gpt-2", "gpt2")
 
 
 class StreamDecoder:
@@ -41,6 +32,11 @@ class StreamDecoder:
         self._shown = 0  # how many of them are already emitted
         self._before = ""  # and as which text
 
+    @property
+    def pending(self) -> int:
+        """How many ids may be the beginning of a character."""
+        return len(self._ids) - self._shown
+
     def push(self, token_id: int) -> str:
         """The text that `token_id` completes; empty while a character is unfinished."""
         if self._tokenizer.silent(token_id, specials=self._specials):
@@ -55,9 +51,9 @@ class StreamDecoder:
     def _advance(self, *, final: bool) -> str:
         end, now = len(self._ids), self._decode(self._ids)
         if now.endswith(_REPLACEMENT) and not final:
-            end -= _LONGEST_START
-            if end <= self._shown:
+            if end - self._shown <= _LONGEST_START:
                 return ""
+            end = self._settled(now)
             now = self._decode(self._ids[:end])
         # a decoder may show earlier ids in another way beside those that came now; what was emitted stays
         same = now.startswith(self._before)
@@ -66,6 +62,14 @@ class StreamDecoder:
         self._shown = end - self._shown
         self._before = self._decode(self._ids[: self._shown])
         return piece
+
+    def _settled(self, now: str) -> int:
+        """How many ids are certain: up to the last border between characters of `now` that leaves few enough."""
+        most = len(self._ids)
+        for end in range(most - 1, most - _LONGEST_START - 1, -1):
+            if self._decode(self._ids[:end]) + self._decode(self._ids[end:]) == now:
+                return end
+        return most - _LONGEST_START
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, specials=self._specials) if ids else ""
@@ -90,6 +94,8 @@ class Tokenizer:
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(eos_ids))
         self.bos_id = bos_id
         self.chat_template = chat_template
+        self._template: ChatTemplate | None = None
+        _mark_special(raw, self.eos_ids)
         added = raw.get_added_tokens_decoder()
         self._special = {index: token.content for index, token in added.items() if token.special}
         self._special_ids = {text: index for index, text in self._special.items()}
@@ -101,15 +107,14 @@ class Tokenizer:
 
         Raises WeightsError when the vocabulary is absent or of a kind other than byte-level BPE.
         """
-        bos = metadata.get("tokenizer.ggml.bos_token_id")
-        keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
+        found = read_vocabulary(metadata, source)
         return cls(
-            _byte_level_bpe(metadata, source),
+            found.raw,
             source=source,
-            eos_ids=[metadata[key] for key in keys if key in metadata],
-            prefix_ids=[bos] if bos is not None and metadata.get("tokenizer.ggml.add_bos_token", False) else [],
-            bos_id=bos,
-            chat_template=metadata.get("tokenizer.chat_template"),
+            eos_ids=found.ends,
+            prefix_ids=found.prefix,
+            bos_id=found.bos,
+            chat_template=found.template,
         )
 
     @classmethod
@@ -118,19 +123,15 @@ class Tokenizer:
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise WeightsError(f"{path} is missing. Download it with the model, or use a GGUF file.")
-        try:
-            raw = RawTokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises bare Exception
-            raise WeightsError(f"{path} is not a tokenizer ({error}). Download it again.") from error
-        raw.no_padding()
-        raw.no_truncation()
-        settings = _optional_json(folder / "tokenizer_config.json")
-        bos = _named_id(raw, settings.get("bos_token"))
+        raw = _raw_tokenizer(path)
+        settings = {**optional_object(folder / "special_tokens_map.json"), **optional_object(folder / _SETTINGS)}
+        _check_added(raw, folder, settings)
+        bos, eos = (_named_id(raw, settings, key, folder) for key in ("bos_token", "eos_token"))
         return cls(
             raw,
             source=str(path),
-            eos_ids=_folder_eos_ids(raw, folder, settings),
-            prefix_ids=raw.encode("").ids,
+            eos_ids=_folder_eos_ids(raw, folder, eos),
+            prefix_ids=_before(raw),
             bos_id=bos,
             chat_template=_folder_template(folder, settings),
         )
@@ -191,20 +192,10 @@ class Tokenizer:
         """The messages (role, content) in the model's chat format, as `chat` does one prompt."""
         if self.chat_template is None:
             raise WeightsError(f"{self._source} has no chat template. Encode the prompt as it is, or use a chat model.")
-        return self._render(self.chat_template, messages)
-
-    def _render(self, template: str, messages: Sequence[Mapping[str, str]]) -> str:
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment  # the template comes with the weights: not trusted
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals.update(raise_exception=_raise_template_error, strftime_now=_now)
-        names = {"bos_token": self._text(self.bos_id), "eos_token": self._text(next(iter(self.eos_ids), None))}
-        try:
-            return environment.from_string(template).render(messages=messages, add_generation_prompt=True, **names)
-        except (TemplateError, TypeError) as error:
-            message = f"the chat template of {self._source} fails: {error}. Encode the prompt as it is."
-            raise WeightsError(message) from error
+        if self._template is None:
+            self._template = ChatTemplate(self.chat_template, self._source)
+        named = {"bos_token": self._text(self.bos_id), "eos_token": self._text(next(iter(self.eos_ids), None))}
+        return self._template.render(messages, {name: text for name, text in named.items() if text})
 
     def _text(self, token_id: int | None) -> str:
         return "" if token_id is None else str(self._raw.id_to_token(token_id) or "")
@@ -218,101 +209,104 @@ def _byte_of_letter() -> Mapping[str, int]:
     return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(moved)}
 
 
-def _byte_level_bpe(metadata: Mapping[str, Any], source: str) -> RawTokenizer:
-    kind = metadata.get("tokenizer.ggml.model")
-    if kind != "gpt2":
-        raise WeightsError(
-            f"{source}: tokenizer kind {kind!r} cannot be built from GGUF, only byte-level BPE ('gpt2'). "
-            "Give the Hugging Face folder of the model, with its tokenizer.json."
-        )
-    pre = str(metadata.get("tokenizer.ggml.pre", "gpt-2"))
-    tokens, merges = (_strings(metadata, f"tokenizer.ggml.{key}", source) for key in ("tokens", "merges"))
-    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
-    vocabulary = {token: index for index, token in enumerate(tokens)}
+# -------------------------------------------------------------------------------- a folder's tokenizer
+
+_SETTINGS = "tokenizer_config.json"
+
+
+def _raw_tokenizer(path: Path) -> RawTokenizer:
     try:
-        raw = RawTokenizer(models.BPE(vocabulary, pairs, ignore_merges=_SPLIT_REGEX.get(pre) == _LLAMA3))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise WeightsError(f"{source}: the merges do not fit the tokens ({error}). Download it again.") from error
-    raw.pre_tokenizer = _pre_tokenizer(pre, source)
-    raw.decoder = decoders.ByteLevel()
-    if pre == "qwen2":
-        raw.normalizer = normalizers.NFC()
-    _add_special(raw, tokens, metadata.get("tokenizer.ggml.token_type", []))
+        raw = RawTokenizer.from_file(str(path))
+        raw.no_padding()
+        raw.no_truncation()
+    except BaseException as error:  # tokenizers raises bare Exception, and its panics are BaseExceptions
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise WeightsError(f"{path} is not a tokenizer ({shown(error)}). Download it again.") from error
     return raw
 
 
-def _pre_tokenizer(pre: str, source: str) -> pre_tokenizers.PreTokenizer:
-    if pre in _GPT2:
-        return pre_tokenizers.ByteLevel(add_prefix_space=False)
-    if pre in _DIGITS_THEN_GPT2:
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    if pre in _SPLIT_REGEX:
-        split = pre_tokenizers.Split(Regex(_SPLIT_REGEX[pre]), "isolated")
-        return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    names = ", ".join([*_GPT2, *_DIGITS_THEN_GPT2, *_SPLIT_REGEX])
-    raise WeightsError(
-        f"{source}: unknown pre-tokenizer {pre!r}; known are {names}. "
-        "Give the Hugging Face folder of the model, with its tokenizer.json."
-    )
+def _before(raw: RawTokenizer) -> list[int]:
+    """The ids that the post-processor puts before a text. Those behind it, an end of sequence, are none of a prompt's,
+    which is to be continued."""
+    for text in ("a", "0", " ", "\n", "."):
+        try:
+            found = raw.encode(text)
+        except Exception:  # no token for that text; tokenizers raises bare Exception
+            continue
+        own = [number for number, sequence in enumerate(found.sequence_ids) if sequence is not None]
+        if own:
+            return list(found.ids[: own[0]])
+    return []
 
 
-def _strings(metadata: Mapping[str, Any], key: str, source: str) -> list[str]:
-    value = metadata.get(key)
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise WeightsError(f"{source}: metadata {key!r} is missing or not a list of strings. Download it again.")
-    return value
+def _mark_special(raw: RawTokenizer, ends: Sequence[int]) -> None:
+    """Added tokens that end an answer are special whatever their entry says, so that decoding leaves them out."""
+    added = raw.get_added_tokens_decoder()
+    texts = [added[number].content for number in ends if number in added and not added[number].special]
+    raw.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in texts])
 
 
-def _add_special(raw: RawTokenizer, tokens: list[str], types: Sequence[int]) -> None:
-    marked = [(token, kind) for token, kind in zip(tokens, types, strict=False) if kind in (_CONTROL, _USER_DEFINED)]
-    raw.add_special_tokens([AddedToken(token, normalized=False, special=True) for token, k in marked if k == _CONTROL])
-    raw.add_tokens([AddedToken(token, normalized=False) for token, kind in marked if kind == _USER_DEFINED])
+def _content(token: object) -> object:
+    """The text of a token that is given as a string or as an object with `content`."""
+    return token.get("content") if isinstance(token, dict) else token
 
 
-def _optional_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, empty when there is no file. Raises WeightsError that names a damaged one."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path} is not readable JSON ({error}). Download it again.") from error
-    if not isinstance(content, dict):
-        raise WeightsError(f"{path} holds a JSON {type(content).__name__}, not an object. Download it again.")
-    return content
+def _named_id(raw: RawTokenizer, settings: Mapping[str, Any], key: str, folder: Path) -> int | None:
+    """The id of a token that tokenizer_config.json names; WeightsError if the vocabulary has none such."""
+    text = _content(settings.get(key))
+    if text is None:
+        return None
+    found = raw.token_to_id(text) if isinstance(text, str) else None
+    if found is None:
+        raise WeightsError(f"{folder / _SETTINGS}: {key} is {shown(text)}, which is no token of tokenizer.json.")
+    return int(found)
 
 
-def _named_id(raw: RawTokenizer, token: object) -> int | None:
-    """The id of a token that tokenizer_config.json gives as a string or as an object with `content`."""
-    text = token.get("content") if isinstance(token, dict) else token
-    return raw.token_to_id(text) if isinstance(text, str) else None
+def _check_added(raw: RawTokenizer, folder: Path, settings: Mapping[str, Any]) -> None:
+    """WeightsError for a token that the settings add and that tokenizer.json has not, or elsewhere."""
+    added = settings.get("added_tokens_decoder") or {}
+    if not isinstance(added, dict):
+        raise WeightsError(f"{folder / _SETTINGS}: added_tokens_decoder is {shown(added)}; it must be an object.")
+    for number, token in added.items():
+        text = _content(token)
+        if not isinstance(text, str) or str(raw.token_to_id(text)) != number:
+            raise WeightsError(
+                f"{folder / _SETTINGS}: added_tokens_decoder has {shown(text)} as {shown(number)}, and tokenizer.json "
+                "has not; download both of one model."
+            )
 
 
-def _folder_eos_ids(raw: RawTokenizer, folder: Path, settings: Mapping[str, Any]) -> list[int]:
-    ids = [_named_id(raw, settings.get("eos_token"))]
+def _folder_eos_ids(raw: RawTokenizer, folder: Path, named: int | None) -> list[int]:
+    """The tokenizer's own, and those of generation_config.json, or of config.json where that names none."""
     for name in ("generation_config.json", "config.json"):
-        value = _optional_json(folder / name).get("eos_token_id")
-        ids += value if isinstance(value, list) else [value]
-    return [item for item in ids if isinstance(item, int)]
+        value = optional_object(folder / name).get("eos_token_id")
+        if value is not None:
+            break
+    else:
+        return [] if named is None else [named]
+    listed = value if isinstance(value, list) else [value]
+    for number in listed:
+        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 1 << 31:
+            raise WeightsError(
+                f"{folder / name}: eos_token_id is {shown(value)}; it must be a token's number, or several."
+            )
+        if raw.id_to_token(number) is None:
+            raise WeightsError(f"{folder / name}: eos_token_id {number} is no token of tokenizer.json.")
+    return [*([] if named is None else [named]), *listed]
 
 
 def _folder_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     """The default template: `chat_template.jinja`, or the entry of tokenizer_config.json."""
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise WeightsError(f"{file} cannot be read ({shown(error)}). Download it again.") from error
     value = settings.get("chat_template")
-    if isinstance(value, list):
-        value = {entry.get("name"): entry.get("template") for entry in value}.get("default")
-    return value if isinstance(value, str) else None
-
-
-def _raise_template_error(message: str) -> None:
-    from jinja2 import TemplateError
-
-    raise TemplateError(message)
-
-
-def _now(pattern: str) -> str:
-    return datetime.datetime.now(tz=datetime.UTC).astimezone().strftime(pattern)
+    if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+        value = next((entry.get("template") for entry in value if entry.get("name") == "default"), None)
+    if value is not None and not isinstance(value, str):
+        raise WeightsError(f"{folder / _SETTINGS}: chat_template is {shown(value)}; it must be a text, or named ones.")
+    return value

@@ -1,8 +1,9 @@
 """Checkpoints: tensors by their Hugging Face names from GGUF or safetensors, whatever the source."""
 
-import json
+import hashlib
+import math
 import re
-import struct
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -11,8 +12,14 @@ import numpy as np
 import numpy.typing as npt
 
 from taskgraph.errors import WeightsError
-from taskgraph.models.config import ModelConfig, RopeScaling, load_config
+from taskgraph.models.config import ModelConfig, load_config
+from taskgraph.models.documents import json_object, shown
+from taskgraph.models.gguf_config import DIVISORS, read_config, unused
+from taskgraph.models.gguf_config import hf_name as hf_name
+from taskgraph.models.gguf_file import MappedGguf, StoredTensor
 from taskgraph.models.hub import smollm2_path, snapshot_path
+from taskgraph.models.shapes import shape_of
+from taskgraph.models.stretch import rope_scaling_of as rope_scaling_of
 from taskgraph.models.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -80,122 +87,121 @@ class _Closing:
         self.close()
 
 
+def _strange(file: str, name: str) -> WeightsError:
+    return WeightsError(
+        f"{file}: tensor {shown(name)} is none that the model has and is not known to be harmless; this version would "
+        "leave it out. Use a checkpoint of a supported model."
+    )
+
+
+def _fitting(config: ModelConfig, name: str, shape: tuple[int, ...], file: str) -> None:
+    """WeightsError for a tensor whose shape is not the model's."""
+    wanted = shape_of(config, name)
+    if wanted is not None and shape != wanted:
+        raise WeightsError(f"{file}: tensor {shown(name)} is {shape}, and the model's is {wanted}; fetch it again.")
+
+
 # -------------------------------------------------------------------------------------------- GGUF
 
-_GGUF_LAYER = {
-    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm", "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-}  # fmt: skip
-_GGUF_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-
-
-def hf_name(name: str) -> str | None:
-    """The Hugging Face name of a GGUF tensor; None for tensors that have none (rope_freqs)."""
-    stem, _, kind = name.rpartition(".")
-    match = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
-    if match:
-        part = _GGUF_LAYER.get(match[2])
-        return f"model.layers.{match[1]}.{part}.{kind}" if part else None
-    return f"{_GGUF_TOP[stem]}.{kind}" if stem in _GGUF_TOP else None
+_CHUNK_BLOCKS = 8192
+_THREADS = 4
 
 
 class GgufCheckpoint(_Closing):
-    """A GGUF file, dequantised on demand by the gguf package."""
+    """A GGUF file, dequantised on demand by the rules of the gguf package."""
 
     def __init__(self, path: Path) -> None:
-        import gguf
-
-        if not path.is_file():
-            raise WeightsError(f"no GGUF file at {str(path)!r}; check the path.")
+        self._file = MappedGguf(path)
         try:
-            self._reader = gguf.GGUFReader(path)
-            self.metadata: dict[str, Any] = {key: f.contents() for key, f in self._reader.fields.items()}
-            self.config = self._read_config(path.stem)
-        except WeightsError:
-            raise  # already says what is wrong; it is a ValueError too
-        except (ValueError, IndexError, KeyError, ZeroDivisionError, OSError, struct.error) as error:
-            raise WeightsError(f"{path} is truncated or not a GGUF file ({error!r}); fetch it again.") from error
-        self._tensors = {n: t for t in self._reader.tensors if (n := hf_name(t.name)) is not None}
-        end = max(int(t.data_offset) + int(t.n_bytes) for t in self._reader.tensors)
-        if end > path.stat().st_size:
-            raise WeightsError(f"{path} is truncated: {path.stat().st_size} bytes of {end}; fetch it again.")
+            header = self._file.header
+            self.metadata: dict[str, Any] = header.metadata
+            self._path, tensors = path, header.tensors
+            divisors = self._values(tensors[DIVISORS]) if DIVISORS in tensors else None
+            self.config = read_config(self.metadata, path, "output.weight" not in tensors, divisors)
+            self._tensors: dict[str, StoredTensor] = {}
+            for tensor in tensors.values():
+                name = hf_name(tensor.name)
+                if name is not None and shape_of(self.config, name) is not None:
+                    _quantisation(tensor, str(path))
+                    self._tensors[name] = tensor
+                elif not unused(tensor.name):
+                    raise _strange(str(path), tensor.name)
+        except BaseException:
+            self._file.close()
+            raise
 
-    def _read_config(self, name: str) -> ModelConfig:
-        arch = self.metadata["general.architecture"]
-        if arch not in ("llama", "qwen2", "qwen3"):
-            raise WeightsError(f"{name}: GGUF architecture {arch!r} is not supported; use llama, qwen2 or qwen3.")
-        get = {k.removeprefix(f"{arch}."): v for k, v in self.metadata.items()}.get
-        heads, hidden = int(get("attention.head_count", 0)), int(get("embedding_length", 0))
-        names = {t.name for t in self._reader.tensors}
-        head_dim, theta = int(get("attention.key_length", hidden // heads)), float(get("rope.freq_base", 10000.0))
-        divisors = next((t.data for t in self._reader.tensors if t.name == "rope_freqs.weight"), None)
-        return ModelConfig(
-            name=name,
-            family=str(arch),
-            hidden_size=hidden,
-            layers=int(get("block_count", 0)),
-            heads=heads,
-            kv_heads=int(get("attention.head_count_kv", heads)),
-            head_dim=head_dim,
-            intermediate_size=int(get("feed_forward_length", 0)),
-            vocab_size=len(self.metadata["tokenizer.ggml.tokens"]),
-            norm_eps=float(get("attention.layer_norm_rms_epsilon", 1e-5)),
-            rope_theta=theta,
-            max_context=int(get("context_length", 2048)),
-            tie_embeddings="output.weight" not in names,
-            rope_scaling=None if divisors is None else rope_scaling_of(np.asarray(divisors), theta, name),
-        )
+    @property
+    def identity(self) -> str:
+        """What the file is, for weights made of it: where, since when, its size and the digest of its header."""
+        info = self._path.resolve().stat()
+        head = hashlib.sha256(self._file.head()).hexdigest()
+        return f"{info.st_dev} {info.st_ino} {info.st_size} {info.st_mtime_ns} {info.st_ctime_ns} {head}"
 
     def names(self) -> tuple[str, ...]:
         """Hugging Face names of all tensors."""
         return tuple(self._tensors)
 
     def tensor(self, name: str) -> "torch.Tensor":
-        """float32 tensor in Hugging Face layout; WeightsError if there is none of that name."""
-        import gguf
+        """float32 tensor in Hugging Face layout; WeightsError if there is none of that name and the model's shape."""
         import torch
 
         if name not in self._tensors:
-            raise WeightsError(f"the GGUF file has no tensor {name!r}; it does not hold this model.")
+            raise WeightsError(f"{self._path} has no tensor {name!r}; it does not hold this model.")
         stored = self._tensors[name]
-        shape = tuple(int(n) for n in reversed(stored.shape))
-        data = torch.from_numpy(gguf.quants.dequantize(stored.data, stored.tensor_type).copy()).reshape(shape).float()
+        _fitting(self.config, name, stored.shape, str(self._path))
+        data = torch.from_numpy(self._values(stored)).reshape(stored.shape)
         heads = {"q_proj.weight": self.config.heads, "k_proj.weight": self.config.kv_heads}
         part = next((h for suffix, h in heads.items() if name.endswith(suffix)), None)
         return data if part is None or self.config.family != "llama" else _unpermuted(data, part)
 
+    def _values(self, stored: StoredTensor) -> npt.NDArray[np.float32]:
+        """All values of a tensor in one row."""
+        return dequantised(self._file.raw(stored), stored, str(self._path))
+
     def tokenizer(self) -> Tokenizer:
         """The tokenizer in the file's metadata."""
-        return Tokenizer.from_gguf(self.metadata)
+        return Tokenizer.from_gguf(self.metadata, str(self._path))
+
+    def close(self) -> None:
+        """Unmap the file."""
+        self._file.close()
 
 
-def rope_scaling_of(divisors: npt.NDArray[np.float32], theta: float, name: str) -> RopeScaling | None:
-    """The Llama 3 scaling behind a GGUF's rope_freqs, which divide the rotary frequencies one by one.
+def _quantisation(stored: StoredTensor, file: str) -> Any:
+    """The gguf package's class for a tensor's type; WeightsError names a type that it cannot turn into numbers."""
+    import gguf
 
-    Between its two bounds the scaling is 1/divisor = (1 - s)/factor + s with s linear in a frequency's turns over the
-    original context (Llama 3.1's reference code), so a line through s gives the bounds. Only their ratios count; the
-    lower one is 1, as in the published models. WeightsError when no such line gives the divisors back.
-    """
-    given = divisors.astype(np.float64).reshape(-1)
-    factor = float(given.max())
-    if np.allclose(given, 1.0):
-        return None
-    frequency = theta ** (-np.arange(len(given)) / len(given)) / (2 * np.pi)
-    share = (1 / given - 1 / factor) / (1 - 1 / factor)
-    between = (share > 1e-4) & (share < 1 - 1e-4)
-    if between.sum() >= 2:
-        slope, zero = np.polyfit(frequency[between], share[between], 1)
-        low, high = 1.0, 1.0 - 1.0 / zero
-        context = round(float(slope * (high - low)))
-        found = ((frequency * context - low) / (high - low)).clip(0, 1)
-        if np.allclose(1 / ((1 - found) / factor + found), given, rtol=1e-3):
-            return RopeScaling(round(factor, 4), low, round(float(high), 4), context)
-    raise WeightsError(
-        f"{name}: its rope_freqs are not Llama 3's scaling of rotary frequencies, the one this version knows; "
-        "use the safetensors checkpoint."
-    )
+    kind = gguf.GGMLQuantizationType(stored.kind)
+    found = getattr(gguf.quants, kind.name, None)
+    if found is None and kind.name not in ("F32", "F16"):
+        raise WeightsError(
+            f"{file}: tensor {shown(stored.name)} is stored as {kind.name}, which is not supported; use a file of "
+            "another quantisation (Q4_K_M, Q8_0, F16, BF16)."
+        )
+    return found
+
+
+def dequantised(raw: npt.NDArray[np.uint8], stored: StoredTensor, file: str) -> npt.NDArray[np.float32]:
+    """The values of a stored tensor, in one row; chunks of its blocks are converted on several threads."""
+    found = _quantisation(stored, file)
+    if found is None:
+        return raw.view(np.float32 if stored.nbytes == 4 * math.prod(stored.shape) else np.float16).astype(np.float32)
+    found.init_grid()
+    blocks, out = raw.reshape(-1, found.type_size), np.empty(math.prod(stored.shape), np.float32)
+    each: int = found.block_size
+
+    def convert(first: int) -> None:
+        part = found.dequantize_blocks(blocks[first : first + _CHUNK_BLOCKS])
+        out[first * each : first * each + part.size] = part.reshape(-1)
+
+    with np.errstate(all="ignore"):  # strange scales give strange numbers, which are the engine's to refuse
+        starts = range(0, len(blocks), _CHUNK_BLOCKS)
+        if len(starts) == 1:
+            convert(0)
+        else:
+            with ThreadPoolExecutor(_THREADS) as pool:
+                list(pool.map(convert, starts))
+    return out
 
 
 def _unpermuted(weight: "torch.Tensor", heads: int) -> "torch.Tensor":
@@ -206,6 +212,10 @@ def _unpermuted(weight: "torch.Tensor", heads: int) -> "torch.Tensor":
 
 # ------------------------------------------------------------------------------------- safetensors
 
+_HARMLESS = re.compile(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)")
+"""Tables of rotary frequencies, which the config gives."""
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
 
 class SafetensorsCheckpoint(_Closing):
     """A folder with config.json and one or more safetensors files."""
@@ -215,12 +225,10 @@ class SafetensorsCheckpoint(_Closing):
 
         if not files:
             raise WeightsError(f"no .safetensors file in {str(folder)!r}; check the path.")
-        index = folder / "model.safetensors.index.json"
-        if len(files) != 1 and index.is_file():
-            shards = set(json.loads(index.read_text())["weight_map"].values())
-            files = [folder / shard for shard in sorted(shards)]
         self._folder = folder
-        self._where: dict[str, Any] = {}
+        self._where: dict[str, tuple[Any, Path]] = {}
+        indexed = _index(folder) if len(files) != 1 else {}
+        files = [folder / name for name in sorted(set(indexed.values()))] or files
         absent = next((path for path in files if not path.is_file()), None)
         if absent is not None:
             raise WeightsError(f"no safetensors file at {str(absent)!r}; check the path.")
@@ -229,20 +237,89 @@ class SafetensorsCheckpoint(_Closing):
             try:
                 opened = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
-                raise WeightsError(f"{path} is truncated or not safetensors ({error}); fetch it again.") from error
-            self._where.update(dict.fromkeys(opened.keys(), opened))  # type: ignore[no-untyped-call]
+                raise WeightsError(
+                    f"{path} is truncated or not safetensors ({shown(error)}); fetch it again."
+                ) from error
+            for name in opened.keys():  # type: ignore[no-untyped-call]  # noqa: SIM118 - no mapping
+                if name in self._where:
+                    both = f"{self._where[name][1].name} and {path.name}"
+                    raise WeightsError(
+                        f"{folder}: tensor {shown(name)} is in {both}; keep the files of one checkpoint."
+                    )
+                self._where[name] = (opened, path)
+        self._check(indexed)
+
+    def _check(self, indexed: dict[str, str]) -> None:
+        """WeightsError for a tensor that the model does not have, and for one that is not where the index says."""
+        for name, file in indexed.items():
+            if name not in self._where or self._where[name][1].name != file:
+                raise WeightsError(f"{self._folder}: the index says that {shown(file)} has {shown(name)}; it has not.")
+        for name, (_, path) in self._where.items():
+            if shape_of(self.config, name) is None and not self._harmless(name):
+                raise _strange(str(path), name)
+
+    def _harmless(self, name: str) -> bool:
+        beyond = re.match(r"model\.layers\.(\d+)\.", name, re.ASCII)
+        predicted = beyond is not None and self.config.family == "deepseek_v3" and int(beyond[1]) >= self.config.layers
+        tied = name == "lm_head.weight" and self.config.tie_embeddings
+        return predicted or tied or _HARMLESS.fullmatch(name) is not None
 
     def names(self) -> tuple[str, ...]:
         """Hugging Face names of all tensors."""
         return tuple(self._where)
 
     def tensor(self, name: str) -> "torch.Tensor":
-        """The tensor as stored; WeightsError if there is none of that name."""
+        """The tensor as stored; WeightsError if there is none of that name, floating type and the model's shape."""
+        found = self._stored(name)
+        if name == "model.embed_tokens.weight" and self.config.tie_embeddings and "lm_head.weight" in self._where:
+            self._same(found)
+        return found
+
+    def _stored(self, name: str) -> "torch.Tensor":
+        from safetensors import SafetensorError
+
         if name not in self._where:
             raise WeightsError(f"no tensor {name!r} in {str(self._folder)!r}; it does not hold this model.")
-        found: torch.Tensor = self._where[name].get_tensor(name)
+        opened, path = self._where[name]
+        try:
+            kind = opened.get_slice(name).get_dtype()
+            if kind not in _FLOATS:
+                raise WeightsError(
+                    f"{path}: tensor {name!r} is quantised or no number ({kind}); use a bf16, f16 or f32 checkpoint."
+                )
+            found: torch.Tensor = opened.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise WeightsError(f"{path}: tensor {shown(name)} cannot be read ({shown(error)}).") from error
+        _fitting(self.config, name, tuple(found.shape), str(path))
         return found
+
+    def _same(self, table: "torch.Tensor") -> None:
+        """A model whose embedding is its output head may have it twice, but not two of them."""
+        import torch
+
+        if not torch.equal(table, self._stored("lm_head.weight").to(table.dtype)):
+            raise WeightsError(
+                f"{self._folder}: tie_word_embeddings is true, and lm_head.weight differs from the embedding; set "
+                "it to false in config.json if the model has a head of its own."
+            )
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer.json of the folder."""
         return Tokenizer.from_folder(self._folder)
+
+
+def _index(folder: Path) -> dict[str, str]:
+    """Tensor -> file by the index of a folder, empty when it has none."""
+    path = folder / "model.safetensors.index.json"
+    if not path.is_file():
+        return {}
+    where = json_object(path, WeightsError).get("weight_map")
+    good = isinstance(where, dict) and where
+    if not isinstance(where, dict) or not good or not all(_file_name(file) for file in where.values()):
+        raise WeightsError(f"{path} has no weight_map from tensors to file names; fetch it again.")
+    return where
+
+
+def _file_name(file: object) -> bool:
+    """Whether it is the name of a safetensors file in the same folder."""
+    return isinstance(file, str) and file.endswith(".safetensors") and "\0" not in file and Path(file).name == file

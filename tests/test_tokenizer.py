@@ -76,7 +76,8 @@ def test_chat_equals_the_template_of_transformers(tokenizer: Tokenizer, referenc
 
 @pytest.mark.model
 def test_eos_is_the_end_of_a_turn(tokenizer: Tokenizer) -> None:
-    assert tokenizer.eos_ids == tuple(tokenizer.encode("<|im_end|>"))
+    """And the end of a document, which llama.cpp knows by its text (llama-vocab.cpp)."""
+    assert tokenizer.eos_ids == tuple(tokenizer.encode("<|im_end|><|endoftext|>"))
     assert tokenizer.decode(tokenizer.encode("Hi<|im_end|>")) == "Hi"
 
 

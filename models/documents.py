@@ -1,0 +1,44 @@
+"""JSON objects of a checkpoint's folder, and values shown in errors."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from taskgraph.errors import ConfigError, WeightsError
+
+MOST_BYTES = 1 << 30
+"""A larger JSON file is no part of a checkpoint that this package can hold."""
+
+
+def json_object(path: Path, error: type[WeightsError] = ConfigError) -> dict[str, Any]:
+    """The object in a JSON file; `error`, in one line, for a file that is damaged, too deep or no object."""
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise error(f"{path} has {path.stat().st_size} bytes; at most {MOST_BYTES} are read. Fetch it again.")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as cause:
+        raise error(f"{path} is not JSON that can be read: it is nested too deeply; fetch it again.") from cause
+    except (OSError, ValueError) as cause:
+        raise error(f"{path} is not JSON that can be read ({shown(cause)}); fetch it again.") from cause
+    if not isinstance(content, dict):
+        raise error(f"{path} holds a {type(content).__name__}; it must be an object. Fetch it again.")
+    return content
+
+
+def optional_object(path: Path, error: type[WeightsError] = WeightsError) -> Mapping[str, Any]:
+    """The object in a JSON file, empty when there is no such file."""
+    return json_object(path, error) if path.is_file() else {}
+
+
+def shown(value: object, most: int = 120) -> str:
+    """A value on one short line, however long or strange it is."""
+    text = str(value) if isinstance(value, BaseException) else repr(value)
+    text = " ".join(text.split())
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def words(text: str) -> frozenset[str]:
+    """The words of a text: a table of keys."""
+    return frozenset(text.split())

@@ -1,0 +1,172 @@
+"""The ModelConfig of a GGUF file: which of its keys and tensors are honoured, harmless, or refused by name.
+
+The rules are those of llama.cpp's loader (llama-model.cpp), which also refuses a file with a tensor that it does not
+use. Where llama.cpp takes no notice of a key that changes arithmetic, this refuses.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from taskgraph.errors import WeightsError
+from taskgraph.models.config import Body, ModelConfig, layer_count
+from taskgraph.models.documents import shown, words
+from taskgraph.models.stretch import GGUF_KEYS, gguf_stretch, neutral, number_is
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+
+_READ = words(
+    "context_length embedding_length block_count feed_forward_length vocab_size attention.head_count "
+    "attention.head_count_kv attention.key_length attention.value_length attention.layer_norm_rms_epsilon "
+    "attention.scale attention.sliding_window"
+) | frozenset(GGUF_KEYS)
+_UNCHANGED: dict[str, tuple[Any, ...]] = {
+    "attention.causal": (True,),
+    "attention.max_alibi_bias": (0.0,),
+    "attention.clamp_kqv": (0.0,),
+    "attn_logit_softcapping": (0.0,),
+    "final_logit_softcapping": (0.0,),
+    "logit_scale": (1.0, 0.0),
+    "embedding_scale": (1.0, 0.0),
+    "residual_scale": (1.0, 0.0),
+    "use_parallel_residual": (False,),
+    "pooling_type": (0,),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "expert_shared_count": (0,),
+    "leading_dense_block_count": (0,),
+    "nextn_predict_layers": (0,),
+    "tensor_data_layout": ("Meta AI original pth", "reference"),
+    "rope.scaling.alpha": (0.0,),
+}
+"""Keys of an architecture that are honoured with these values only; 0 stands for unset in llama.cpp's scales."""
+_HARMLESS = re.compile(
+    r"general\.(?!type$)|quantize\.|imatrix\.|mradermacher\.|split\.(no|tensors\.count)$|tokenizer\.|training\."
+)
+"""Keys outside of the architecture's that change no arithmetic; those of the tokenizer are its to check."""
+
+_LAYER = {
+    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm", "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+}  # fmt: skip
+_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+DIVISORS = "rope_freqs.weight"
+_UNUSED = re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd\.weight")
+"""Tensors that the graphs do not take: divisors of rotary frequencies, read here, and tables of the frequencies."""
+
+
+def hf_name(name: str) -> str | None:
+    """The Hugging Face name of a GGUF tensor; None for tensors that have none (rope_freqs)."""
+    stem, _, kind = name.rpartition(".")
+    match = re.fullmatch(r"blk\.(0|[1-9]\d{0,8})\.(\w+)", stem, re.ASCII)
+    if match:
+        part = _LAYER.get(match[2])
+        return f"model.layers.{match[1]}.{part}.{kind}" if part else None
+    return f"{_TOP[stem]}.{kind}" if stem in _TOP else None
+
+
+def unused(name: str) -> bool:
+    """Whether a tensor is known to change nothing beyond what the config says."""
+    return _UNUSED.fullmatch(name) is not None
+
+
+def read_config(
+    metadata: Mapping[str, Any], file: Path, tied: bool, divisors: npt.NDArray[np.float32] | None = None
+) -> ModelConfig:
+    """The config in a file's metadata; `tied` says that it has no output head, `divisors` are its rope_freqs.
+
+    WeightsError, or ConfigError, names a key that is missing, senseless, not supported or not known.
+    """
+    name, arch = str(file), _architecture(metadata, str(file))
+    keys = Body(name, {k.removeprefix(f"{arch}."): v for k, v in metadata.items()}, "GGUF metadata", f"{arch}.")
+    _check_keys(keys, metadata, arch)
+    layers = layer_count(keys, "block_count")
+    keys = replace(keys, keys={k: _one_for_all(keys, k, layers) for k in keys.keys})
+    hidden, heads = keys.count("embedding_length"), keys.count("attention.head_count")
+    kv_heads = keys.count("attention.head_count_kv", heads)
+    keys.need(heads % kv_heads == 0, "attention.head_count_kv", f"{heads} attention heads are no multiple of it")
+    if keys.keys.get("attention.key_length") is None:
+        keys.need(hidden % heads == 0, "attention.head_count", f"embedding_length {hidden} is no multiple of it")
+    head_dim = keys.count("attention.key_length", hidden // heads)
+    _check_head(keys, head_dim)
+    theta = keys.number("rope.freq_base", 10000.0)
+    keys.need(theta >= 1, "rope.freq_base", "it must be at least 1")
+    if divisors is not None and divisors.size != head_dim // 2:
+        raise WeightsError(
+            f"{name}: {DIVISORS} has {divisors.size} entries, and {head_dim // 2} frequencies are turned."
+        )
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list) or not tokens:
+        raise WeightsError(f"{name}: its GGUF metadata has no 'tokenizer.ggml.tokens', a vocabulary; fetch it again.")
+    return ModelConfig(
+        name=file.stem,
+        family=arch,
+        hidden_size=hidden,
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        intermediate_size=keys.count("feed_forward_length"),
+        vocab_size=len(tokens),
+        norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
+        rope_theta=theta,
+        max_context=keys.count("context_length"),
+        tie_embeddings=tied,
+        rope_scaling=gguf_stretch(keys, theta, head_dim, divisors),
+    )
+
+
+def _architecture(metadata: Mapping[str, Any], name: str) -> str:
+    arch = metadata.get("general.architecture")
+    if arch not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise WeightsError(f"{name}: GGUF architecture {shown(arch)} is not supported; use one of {known}.")
+    return str(arch)
+
+
+def _check_keys(keys: Body, metadata: Mapping[str, Any], arch: str) -> None:
+    plain, kind, parts = replace(keys, prefix=""), metadata.get("general.type", "model"), metadata.get("split.count", 0)
+    plain.need(kind == "model", "general.type", "it holds no model; give the file of the model itself")
+    split = "a model in several files is not supported; join them (gguf-split --merge)"
+    plain.need(parts in (0, 1), "split.count", split)
+    for full, value in metadata.items():
+        if _HARMLESS.match(full) or full in ("general.type", "split.count"):
+            continue
+        key = full.removeprefix(f"{arch}.")
+        if key == full or (key not in _READ and key not in _UNCHANGED):
+            raise WeightsError(
+                f"{keys.name}: the GGUF key {shown(full)} ({shown(value)}) is not known to this version and may change "
+                "the arithmetic; use another file of the model, or its safetensors checkpoint."
+            )
+        if key in _UNCHANGED:
+            allowed = " or ".join(map(repr, _UNCHANGED[key]))
+            keys.need(neutral(value, *_UNCHANGED[key]), key, f"only {allowed} is supported")
+
+
+def _one_for_all(keys: Body, key: str, layers: int) -> Any:
+    """The value of a key: of an array with one entry a layer their common value; others than that are refused."""
+    value = keys.keys[key]
+    if not isinstance(value, list) or key not in _READ:
+        return value
+    keys.need(len(value) == layers, key, f"it must have one entry for each of {layers} layers")
+    keys.need(all(v == value[0] for v in value), key, "layers that differ are not supported")
+    return value[0]
+
+
+def _check_head(keys: Body, head_dim: int) -> None:
+    keys.need(head_dim % 2 == 0, "attention.key_length", f"rotation needs pairs of channels, and a head has {head_dim}")
+    for key in ("attention.value_length", "rope.dimension_count"):
+        keys.need(keys.count(key, head_dim) == head_dim, key, f"only whole heads of {head_dim} channels are supported")
+    scale, window = keys.keys.get("attention.scale"), keys.keys.get("attention.sliding_window")
+    good = neutral(scale, 0.0) or number_is(scale, head_dim**-0.5)
+    keys.need(good, "attention.scale", f"scores are multiplied by 1 / sqrt({head_dim}) only")
+    if not neutral(window, 0):
+        wide = keys.count("attention.sliding_window") >= keys.count("context_length")
+        keys.need(wide, "attention.sliding_window", "attention within a window is not supported")
