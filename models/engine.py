@@ -19,6 +19,7 @@ import taskgraph as tg
 from taskgraph.errors import ExecutionError, RequestError
 from taskgraph.models.config import ModelConfig
 from taskgraph.models.disk import DiskTier
+from taskgraph.models.known_plans import Planner
 from taskgraph.models.kv_cache import PagedCache, block_keys
 from taskgraph.models.paged import COLUMNS, PageShape
 from taskgraph.models.requests import (
@@ -360,11 +361,12 @@ def cpu_engine(
     *,
     dtype: str = "bf16",
     device: "str | tg.Device" = "cpu",
+    planner: "Planner | None" = None,
     **options: Unpack[Options],
 ) -> Engine:
     """An engine on this machine's cores. `weights` are those of `llama.load_weights` in `dtype`."""
     return paged_engine(
-        lambda shape: CpuRunner(config, weights, shape, limits, dtype=dtype, device=device),
+        lambda shape: CpuRunner(config, weights, shape, limits, dtype=dtype, device=device, planner=planner),
         limits,
         config.vocab_size,
         **options,
