@@ -14,8 +14,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from taskgraph.errors import BackendUnavailable, RequestError
+from taskgraph.errors import BackendUnavailable, PlanError, RequestError
 from taskgraph.models.engine import Engine
+from taskgraph.models.known_plans import KnownPlans
 from taskgraph.models.traces import DATASETS, Arrival, Percentiles, Report, poisson, read_trace, replay
 
 if TYPE_CHECKING:
@@ -59,6 +60,12 @@ def serve(
     most_open: Annotated[int, typer.Option(min=1, help="requests that may run and wait; one more gets 429")] = 256,
     most_body: Annotated[int, typer.Option(min=1, help="bytes of a request's body; more gets 413")] = 1 << 20,
     warm: Annotated[bool, typer.Option(help="plan and capture every step before the first request")] = True,
+    plans: Annotated[
+        list[Path] | None, typer.Option("--plan", help="use this plan for the step whose it is; may be repeated")
+    ] = None,
+    remembered: Annotated[
+        bool, typer.Option("--remembered/--no-remembered", help="use the winners that `taskgraph tune` found here")
+    ] = True,
     drain: Annotated[float, typer.Option(min=0, help="seconds that requests get to end at shutdown")] = 30.0,
     api_key_file: Annotated[Path | None, typer.Option(help="take only the keys in this file (see `api-key`)")] = None,
     cors_origin: Annotated[
@@ -99,6 +106,7 @@ def serve(
         local = open_local(
             model, dtype=dtype, sequences=sequences, tokens=tokens, context=context, pages=pages, warm=warm,
             device=device, tensor_parallel=tensor_parallel, expert_parallel=expert_parallel,
+            planner=_known(plans, remembered, device),
         )  # fmt: skip
     with Service(local.engine, most_open) as service:
         served = Served(service, local.tokenizer, name or local.name, most_body)
@@ -177,6 +185,12 @@ def bench_serve(
     variant: Annotated[str, typer.Option(help="simulated: taskgraph, sequential or nanobatch_only")] = "taskgraph",
     plan_seconds: Annotated[float, typer.Option(help="simulated: search for the plan of a step")] = 0.5,
     seed: Annotated[int, typer.Option(help="of prompts, drawn lengths and arrivals")] = 0,
+    plans: Annotated[
+        list[Path] | None, typer.Option("--plan", help="use this plan for the step whose it is; may be repeated")
+    ] = None,
+    remembered: Annotated[
+        bool, typer.Option("--remembered/--no-remembered", help="use the winners that `taskgraph tune` found here")
+    ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
 ) -> None:
     """Replay a trace of requests offline and report throughput, TTFT, TPOT and latency.
@@ -192,8 +206,11 @@ def bench_serve(
     """
     arrivals = _arrivals(trace, dataset, requests, rate, context, seed)
     if device == "cpu":
-        report = _measured(model, arrivals, ranks, context, sequences or 32, step_tokens or 256, seed)
+        known = _known(plans, remembered, device)
+        report = _measured(model, arrivals, ranks, context, sequences or 32, step_tokens or 256, seed, known)
     else:
+        if plans:
+            raise PlanError("--plan is for steps that run; a simulated replay plans its own. Leave it out.")
         report = _simulated(
             model, arrivals, device, ranks, context, sequences or 1024, step_tokens or 2048, variant, plan_seconds, seed
         )
@@ -203,6 +220,12 @@ def bench_serve(
         here = "this machine" if ranks == 1 else f"{ranks} ranks of this machine"
         where = here if device == "cpu" else f"{ranks} x {device}, {variant}"
         _screen.print(_table(report, f"{model} on {where} ({report.kind})"))
+
+
+def _known(plans: list[Path] | None, remembered: bool, device: str) -> KnownPlans:
+    """The plans of an engine on `device`, as `open_local` names it."""
+    backend, run_on = ("cpu", None) if device == "cpu" else ("cuda", None if device == "gpu" else device)
+    return KnownPlans(plans or (), backend=backend, run_on=run_on, use_remembered=remembered, say=_status.print)
 
 
 def _arrivals(trace: Path | None, dataset: str, requests: int, rate: float, context: int, seed: int) -> list[Arrival]:
@@ -216,13 +239,16 @@ def _arrivals(trace: Path | None, dataset: str, requests: int, rate: float, cont
 
 
 def _measured(
-    model: str, arrivals: list[Arrival], ranks: int, context: int, sequences: int, tokens: int, seed: int
-) -> Report:
+    model: str, arrivals: list[Arrival], ranks: int, context: int, sequences: int, tokens: int, seed: int,
+    known: KnownPlans,
+) -> Report:  # fmt: skip
     from taskgraph.models.local import open_local
 
     with _status.status("load weights, plan and capture steps"):
         tokens = max(tokens, sequences + 1)
-        local = open_local(model, sequences=sequences, tokens=tokens, context=context, tensor_parallel=ranks)
+        local = open_local(
+            model, sequences=sequences, tokens=tokens, context=context, tensor_parallel=ranks, planner=known
+        )
     with local.engine as engine, _status.status("replay"):
         return replay(engine, arrivals, "measured", vocabulary=local.vocabulary, seed=seed)
 

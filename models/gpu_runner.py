@@ -7,6 +7,7 @@ import torch
 
 from taskgraph.models.config import ModelConfig
 from taskgraph.models.engine import Engine, Options, paged_engine
+from taskgraph.models.known_plans import Planner
 from taskgraph.models.paged import PageShape
 from taskgraph.models.runner import CpuRunner
 from taskgraph.models.scheduler import Batch, Ints, Limits
@@ -36,11 +37,12 @@ class GpuRunner(CpuRunner):
         device: str | None = None,
         scheduler: str = "auto",
         budget_bytes: float = 2e9,
+        planner: Planner | None = None,
     ) -> None:
         self._run_on = device
         super().__init__(
             config, weights, shape, limits, dtype=dtype, device=planning_device(device), scheduler=scheduler,
-            budget_bytes=budget_bytes,
+            budget_bytes=budget_bytes, planner=planner,
         )  # fmt: skip
 
     def _placed(self, weights: Mapping[str, torch.Tensor], rooms: Mapping[str, tuple[int, ...]]) -> DeviceTensors:
@@ -94,11 +96,14 @@ def gpu_engine(
     dtype: str = "bf16",
     device: str | None = None,
     scheduler: str = "auto",
+    planner: Planner | None = None,
     **options: Unpack[Options],
 ) -> Engine:
     """An engine on a GPU. `weights` are those of `llama.load_weights` in `dtype`; see `GpuRunner`."""
     return paged_engine(
-        lambda shape: GpuRunner(config, weights, shape, limits, dtype=dtype, device=device, scheduler=scheduler),
+        lambda shape: GpuRunner(
+            config, weights, shape, limits, dtype=dtype, device=device, scheduler=scheduler, planner=planner
+        ),
         limits,
         config.vocab_size,
         **options,

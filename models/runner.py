@@ -12,6 +12,7 @@ import numpy.typing as npt
 import taskgraph as tg
 from taskgraph.models import llama, paged, sampling
 from taskgraph.models.config import ModelConfig
+from taskgraph.models.known_plans import Planner
 from taskgraph.models.paged import Bucket, PageShape
 from taskgraph.models.sampling import Chances
 from taskgraph.models.scheduler import Batch, Ints, Limits
@@ -117,6 +118,7 @@ class CpuRunner:
     Executables together hold at most `budget_bytes` of their own. With a `group` this is one rank's runner: `weights`
     are its shard (`shards.load_shard`), `device` has the link that the ranks measure, and all ranks must be given the
     same batches; rank 0 alone draws. `whole_experts`: ranks share out the experts of a layer, not each one's features.
+    `planner` makes the plans of the steps, or knows them (`KnownPlans`).
     """
 
     backend: ClassVar[str] = "cpu"
@@ -135,7 +137,9 @@ class CpuRunner:
         budget_bytes: float = 2e9,
         group: "Group | None" = None,
         whole_experts: bool = False,
+        planner: "Planner | None" = None,
     ) -> None:
+        self._plan: Planner = planner or tg.plan
         self.config, self.shape, self.dtype = config, shape, dtype
         self.scheduler, self._group, self._ranks = scheduler, group, 1 if group is None else group.size
         self._expert_rank = group.rank if group is not None and whole_experts else None
@@ -175,7 +179,7 @@ class CpuRunner:
         from taskgraph.runtime.distributed import one_plan
 
         graph = self._graph(bucket)
-        plan = one_plan(graph, self._group, lambda: tg.plan(graph, self.device, self.scheduler))
+        plan = one_plan(graph, self._group, lambda: self._plan(graph, self.device, self.scheduler))
         self._plans[bucket] = plan
         executable = tg.compile(graph, plan, self.backend, device=self._run_on, group=self._group)
         wanted = {t.name for t in graph.flat().with_role("weight", "state")}

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
@@ -88,6 +89,8 @@ class Tuned:
     op_times: int
     seconds: float
     remembered: bool = False
+    at: str = ""
+    """When it was found, by this machine's clock: "2026-05-17 14:03"."""
 
     def __post_init__(self) -> None:
         typed(self, PlanError)
@@ -150,6 +153,20 @@ def autotune(
         with cache.keeping("the winner", winner):
             cache.write_atomically(winner, _to_json(tuned))
     return tuned
+
+
+def remembered(
+    graph: Graph,
+    backend: str = "cpu",
+    device: str | Device | None = None,
+    database: ProfileDB | str | Path | None = None,
+) -> Tuned | None:
+    """The winner that `autotune` keeps for this graph, backend and device, whatever the graph is called; None if none.
+
+    Nothing is planned, run or measured."""
+    target, _ = _target(backend, device)
+    store = database if isinstance(database, ProfileDB) else ProfileDB(database)
+    return _remembered(_winner_path(store, graph, target, here(backend, target)), graph)
 
 
 def _compile_planner(device: Device) -> None:
@@ -335,7 +352,8 @@ class _Tuner:
         ).sealed()
         kind = chosen.verdict.kind
         origin = self.bench.origin if verdict else chosen.timeline.origin
-        return Tuned(chosen, tuple(self.trials), reason, kind, origin, self.recorded, self.budget.spent_s)
+        at = time.strftime("%Y-%m-%d %H:%M")
+        return Tuned(chosen, tuple(self.trials), reason, kind, origin, self.recorded, self.budget.spent_s, at=at)
 
 
 def _sizes(device: Device) -> list[int]:
@@ -409,7 +427,7 @@ def _reason(shown: Trial, won: bool, kind: str, times: str) -> str:
 
 # ------------------------------------------------------------------------- what is kept between calls
 
-_STORE_SCHEMA = 1
+_STORE_SCHEMA = 2
 
 
 def here(backend: str, device: Device) -> Place:
@@ -428,7 +446,7 @@ def here(backend: str, device: Device) -> Place:
 
 
 def _winner_path(store: ProfileDB, graph: Graph, device: Device, place: Place) -> Path:
-    text = repr((_STORE_SCHEMA, graph.fingerprint, device, place))
+    text = repr((_STORE_SCHEMA, replace(graph, name="any").fingerprint, device, place))
     return store.beside("plans", f"{hashlib.blake2b(text.encode(), digest_size=12).hexdigest()}.json")
 
 
@@ -444,8 +462,8 @@ def _remembered(path: Path, graph: Graph) -> Tuned | None:
         if body.pop("schema") != _STORE_SCHEMA:
             return None
         trials = tuple(Trial(**{**t, "partitions": tuple(t["partitions"])}) for t in body.pop("trials"))
-        found = Tuned(**{**body, "plan": Plan.from_json(body["plan"]), "trials": trials})
-        verify(found.plan, graph)
-        return found
+        plan = replace(Plan.from_json(body["plan"]), graph=graph.fingerprint, graph_name=graph.name).sealed()
+        verify(plan, graph)
+        return Tuned(**{**body, "plan": plan, "trials": trials})
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
