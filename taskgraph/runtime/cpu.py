@@ -17,7 +17,7 @@ import torch
 from taskgraph.errors import BackendUnavailable, ExecutionError, GraphError, RankLost
 from taskgraph.graph.graph import Graph
 from taskgraph.graph.op import Op, Tensor
-from taskgraph.runtime import products
+from taskgraph.runtime import choose
 from taskgraph.runtime.buffers import Region, changed_names, check_apart, host_tensor, written_names
 from taskgraph.runtime.check import HostSpace, Watch
 from taskgraph.runtime.distributed import Group, check_collectives
@@ -49,7 +49,7 @@ class CpuExecutable:
     ) -> None:
         self._checks = check
         self._graph, self._plan, self._functions, self._group = graph.flat(), plan, dict(functions), group
-        self._ways = products.by_capability() if ways is None else ways
+        self._ways = choose.here() if ways is None else ways
         check_collectives(self._graph, plan, group)
         self._turns = Turns(self._graph.name)
         self._ops = {op.name: op for op in self._graph.ops}
