@@ -3,14 +3,13 @@
 import asyncio
 import contextlib
 import logging
-from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 from taskgraph.errors import BackendUnavailable, RequestError, WeightsError
 from taskgraph.models import requests as ask
-from taskgraph.models.chances import Told
+from taskgraph.models.chances import Ledger
 from taskgraph.models.guides import Guide, guides_of
 from taskgraph.models.protocol import ApiError, Body, Piece, Shape, requests_of
 from taskgraph.models.requests import Chance, Completion
@@ -47,9 +46,8 @@ def as_api_errors() -> Iterator[None]:
 class Choice:
     """One of a request's answers: its text as it comes, then why it ended and how many tokens it has."""
 
-    def __init__(self, stream: Stream, text: TextStream, echo: str = "") -> None:
-        self._stream, self._text, self._echo = stream, text, echo
-        self._told: deque[Told] = deque()
+    def __init__(self, stream: Stream, text: TextStream, ledger: Ledger, echo: str = "") -> None:
+        self._stream, self._text, self._ledger, self._echo = stream, text, ledger, echo
         self.tokens, self.reason = 0, ""
         self.close = stream.close
 
@@ -75,17 +73,15 @@ class Choice:
         self.close()
 
     def _push(self, event: int | Chance) -> Piece | None:
-        before = self._text.decoded
         text = self._text.push(event.token if isinstance(event, Chance) else event)
-        if isinstance(event, Chance) and not (self._text.stopped and not self._text.cut):
-            self._told.append(Told(event, before))
+        if isinstance(event, Chance) and (self._text.cut or not self._text.stopped):  # no token that is an end
+            self._ledger.note(event)
         return self._piece(text, final=False)
 
     def _piece(self, text: str, *, final: bool) -> Piece | None:
         """The text with the tokens that it begins; at the end of an answer that no stop text cut, all of them."""
-        whole, told = final and not self._text.cut, []
-        while self._told and (whole or self._told[0].offset < self._text.released):
-            told.append(self._told.popleft())
+        self._ledger.place(self._text.decoded, 0 if final else self._text.pending)
+        told = self._ledger.take(None if final and not self._text.cut else self._text.released)
         return Piece(text, told) if text or told else None
 
     def _ended(self, completion: Completion) -> None:
@@ -126,7 +122,12 @@ class Answer:
                 shown_ends = frozenset(marks) if body.ignore_eos else ends | marks
                 echoes = [echo for echo in body.echoes(tokenizer) for _ in range(body.n)]
                 choices.extend(
-                    Choice(service.submit(request), TextStream(tokenizer, body.stop, shown_ends, ends), echo)
+                    Choice(
+                        service.submit(request),
+                        TextStream(tokenizer, body.stop, shown_ends, ends),
+                        Ledger(tokenizer),
+                        echo,
+                    )
                     for request, echo in zip(wanted, echoes, strict=True)
                 )
         except BaseException:

@@ -1,5 +1,6 @@
 """Log-probabilities in the words of the OpenAI API: those of completions, and those of chats."""
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,14 +20,52 @@ class Told:
     offset: int
 
 
+class Ledger:
+    """The chances of an answer's tokens, until it is known where in its text they begin, and that it has come so far.
+
+    A token begins where the text of those before it ends, those that are part of one character all where it does."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer, self._decoded = tokenizer, 0
+        self._new: list[Chance] = []
+        self._told: deque[Told] = deque()
+
+    def note(self, chance: Chance) -> None:
+        """A token has come."""
+        self._new.append(chance)
+
+    def place(self, decoded: int, pending: int) -> None:
+        """The tokens so far, without the last `pending` that may be part of a character, are so many letters."""
+        end = len(self._new)
+        while pending and end:
+            end -= 1
+            pending -= not self._tokenizer.silent(self._new[end].token)
+        ready, self._new = self._new[:end], self._new[end:]
+        last, raw = max(decoded - self._decoded - 1, 0), b""
+        for chance in ready:
+            at = min(len(raw.decode(errors="replace")), last)
+            self._told.append(Told(chance, self._decoded + at))
+            raw += b"" if self._tokenizer.silent(chance.token) else self._tokenizer.token_bytes(chance.token)
+        self._decoded = decoded
+
+    def take(self, released: int | None) -> list[Told]:
+        """Those that begin before letter `released`; None: all."""
+        taken = []
+        while self._told and (released is None or self._told[0].offset < released):
+            taken.append(self._told.popleft())
+        return taken
+
+
 def of_completion(tokenizer: Tokenizer, told: Sequence[Told]) -> dict[str, Any]:
     """`logprobs` of a completion's choice: parallel lists; the likeliest of a token by their texts, its own too."""
 
     def likeliest(chance: Chance) -> dict[str, float] | None:
         if not chance.top:
             return None
-        pairs = [*chance.top, (chance.token, chance.logprob)]
-        return {_name(tokenizer, token): _finite(logprob) for token, logprob in reversed(pairs)}
+        named: dict[str, float] = {}
+        for token, logprob in (*chance.top, (chance.token, chance.logprob)):
+            named.setdefault(_name(tokenizer, token), _finite(logprob))
+        return named
 
     return {
         "tokens": [_name(tokenizer, each.chance.token) for each in told],

@@ -1,21 +1,26 @@
-"""The commands `taskgraph serve` and `taskgraph bench-serve`."""
+"""The commands `taskgraph serve`, `taskgraph api-key` and `taskgraph bench-serve`."""
 
 import dataclasses
 import inspect
 import json
+import logging
 import math
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from taskgraph.errors import BackendUnavailable, RequestError
+from taskgraph.errors import BackendUnavailable, PlanError, RequestError
 from taskgraph.models.engine import Engine
+from taskgraph.models.known_plans import KnownPlans
 from taskgraph.models.traces import DATASETS, Arrival, Percentiles, Report, poisson, read_trace, replay
+
+if TYPE_CHECKING:
+    from taskgraph.models.keys import KeyRing
 
 _screen = Console(highlight=False)
 _status = Console(stderr=True, highlight=False)
@@ -24,6 +29,7 @@ _status = Console(stderr=True, highlight=False)
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
     app.command(help=_unwrapped(serve))(serve)
+    app.command("api-key", help=_unwrapped(api_key))(api_key)
     app.command("bench-serve", help=_unwrapped(bench_serve))(bench_serve)
 
 
@@ -38,7 +44,7 @@ def _unwrapped(command: Callable[..., None]) -> str:
 
 def serve(
     model: Annotated[str, typer.Argument(help="smollm2, a .gguf or .safetensors file, a folder, or a hub id org/name")],
-    host: Annotated[str, typer.Option(help="address to listen on; 0.0.0.0 is every one")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="address to listen on; others than loopback need keys")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one and says which")] = 8000,
     name: Annotated[str, typer.Option(help="the model's name in requests (default: the checkpoint's)")] = "",
     dtype: Annotated[str, typer.Option(help="bf16 or f32")] = "bf16",
@@ -54,7 +60,18 @@ def serve(
     most_open: Annotated[int, typer.Option(min=1, help="requests that may run and wait; one more gets 429")] = 256,
     most_body: Annotated[int, typer.Option(min=1, help="bytes of a request's body; more gets 413")] = 1 << 20,
     warm: Annotated[bool, typer.Option(help="plan and capture every step before the first request")] = True,
+    plans: Annotated[
+        list[Path] | None, typer.Option("--plan", help="use this plan for the step whose it is; may be repeated")
+    ] = None,
+    remembered: Annotated[
+        bool, typer.Option("--remembered/--no-remembered", help="use the winners that `taskgraph tune` found here")
+    ] = True,
     drain: Annotated[float, typer.Option(min=0, help="seconds that requests get to end at shutdown")] = 30.0,
+    api_key_file: Annotated[Path | None, typer.Option(help="take only the keys in this file (see `api-key`)")] = None,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="a site whose pages may call this server, https://chat.example; repeatable")
+    ] = None,
+    access_log: Annotated[bool, typer.Option(help="a line on stderr for every request")] = True,
 ) -> None:
     """Serve a model on this machine with the OpenAI API: completions and chat, streamed or whole.
 
@@ -65,21 +82,31 @@ def serve(
     taskgraph serve llama-folder --device gpu --sequences 256 --step-tokens 2048
 
     Requests are batched continuously over a paged KV cache; those that find it full wait. GET /v1/models names the
-    model, GET /health says whether requests are taken. SIGINT or SIGTERM ends what runs, or cancels it after --drain.
+    model, GET /health says whether requests are taken, GET /metrics is for Prometheus. SIGINT or SIGTERM waits for what
+    runs, for --drain seconds at most; a second one cancels it.
+
+    Without --api-key-file the server answers to this machine only, and not to pages of other sites in its browsers.
+
     With --tensor-parallel every rank has its own cores and its share of weights and cache; when a rank's process dies,
     all requests fail and the command ends with exit code 2, naming the rank.
     """
-    if find_spec("fastapi") is None or find_spec("uvicorn") is None:
-        raise BackendUnavailable("serving needs FastAPI and uvicorn: pip install 'taskgraph-gpu[serve]'.")
+    if any(find_spec(module) is None for module in ("fastapi", "uvicorn", "prometheus_client")):
+        raise BackendUnavailable(
+            "serving needs FastAPI, uvicorn and prometheus-client: pip install 'taskgraph-gpu[serve]'."
+        )
+    from taskgraph.models.access import access_of
     from taskgraph.models.local import open_local
     from taskgraph.models.serve import Served, run_server
     from taskgraph.models.service import Service
 
+    keys = None if api_key_file is None else _key_ring(api_key_file)
+    access = access_of(host, keys, tuple(cors_origin or ()))
     with _status.status("load weights, plan and capture steps"):
         tokens = max(step_tokens, sequences + 1)
         local = open_local(
             model, dtype=dtype, sequences=sequences, tokens=tokens, context=context, pages=pages, warm=warm,
             device=device, tensor_parallel=tensor_parallel, expert_parallel=expert_parallel,
+            planner=_known(plans, remembered, device),
         )  # fmt: skip
     with Service(local.engine, most_open) as service:
         served = Served(service, local.tokenizer, name or local.name, most_body)
@@ -87,10 +114,55 @@ def serve(
         def started(at: int) -> None:
             if local.processes:
                 _status.print(f"ranks: processes {', '.join(map(str, local.processes))}", soft_wrap=True)
-            _status.print(f"serving {served.name} at http://{host}:{at}/v1 (ctrl-c to stop)", soft_wrap=True)
+            where = f"[{host}]" if ":" in host else host
+            _say(f"serving {served.name} at http://{where}:{at}/v1 (ctrl-c to stop)")
 
-        run_server(served, host, port, drain_s=drain, started=started)
+        if access_log:
+            _log_access()
+        run_server(served, host, port, drain_s=drain, access=access, started=started, say=_say)
     _status.print("stopped")
+
+
+def _say(text: str) -> None:
+    _status.print(text, markup=False, soft_wrap=True)
+
+
+def _log_access() -> None:
+    log, handler = logging.getLogger("taskgraph.access"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s access %(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+
+def _key_ring(path: Path) -> "KeyRing":
+    from taskgraph.models.keys import KeyRing, readable_by_others
+
+    ring = KeyRing.load(path)
+    if readable_by_others(path):
+        _say(f"warning: others than you can read {path} (it holds hashes, not keys); chmod 600 it")
+    return ring
+
+
+def api_key(
+    name: Annotated[str, typer.Argument(help="whose key it is, as the access log will say")],
+    file: Annotated[Path, typer.Option(help="the file of keys that the server is given")],
+    role: Annotated[str, typer.Option(help="all, or metrics: may read /metrics only")] = "all",
+) -> None:
+    """Make an API key, add its hash to a file of keys, and print the key, once.
+
+    \b
+    taskgraph api-key alice --file keys.txt
+    taskgraph api-key prometheus --role metrics --file keys.txt
+    taskgraph serve smollm2 --host 0.0.0.0 --api-key-file keys.txt
+
+    The file has a line a key: name, role and a salted SHA-256. Remove a line, and start the server again, to end a key.
+    """
+    from taskgraph.models.keys import add_key
+
+    secret = add_key(file, name, role)
+    _say(f"{name}'s key, role {role}; {file} has its hash. It will not be shown again:")
+    typer.echo(secret)
 
 
 # -------------------------------------------------------------------------------------- bench-serve
@@ -113,6 +185,12 @@ def bench_serve(
     variant: Annotated[str, typer.Option(help="simulated: taskgraph, sequential or nanobatch_only")] = "taskgraph",
     plan_seconds: Annotated[float, typer.Option(help="simulated: search for the plan of a step")] = 0.5,
     seed: Annotated[int, typer.Option(help="of prompts, drawn lengths and arrivals")] = 0,
+    plans: Annotated[
+        list[Path] | None, typer.Option("--plan", help="use this plan for the step whose it is; may be repeated")
+    ] = None,
+    remembered: Annotated[
+        bool, typer.Option("--remembered/--no-remembered", help="use the winners that `taskgraph tune` found here")
+    ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
 ) -> None:
     """Replay a trace of requests offline and report throughput, TTFT, TPOT and latency.
@@ -128,8 +206,11 @@ def bench_serve(
     """
     arrivals = _arrivals(trace, dataset, requests, rate, context, seed)
     if device == "cpu":
-        report = _measured(model, arrivals, ranks, context, sequences or 32, step_tokens or 256, seed)
+        known = _known(plans, remembered, device)
+        report = _measured(model, arrivals, ranks, context, sequences or 32, step_tokens or 256, seed, known)
     else:
+        if plans:
+            raise PlanError("--plan is for steps that run; a simulated replay plans its own. Leave it out.")
         report = _simulated(
             model, arrivals, device, ranks, context, sequences or 1024, step_tokens or 2048, variant, plan_seconds, seed
         )
@@ -139,6 +220,12 @@ def bench_serve(
         here = "this machine" if ranks == 1 else f"{ranks} ranks of this machine"
         where = here if device == "cpu" else f"{ranks} x {device}, {variant}"
         _screen.print(_table(report, f"{model} on {where} ({report.kind})"))
+
+
+def _known(plans: list[Path] | None, remembered: bool, device: str) -> KnownPlans:
+    """The plans of an engine on `device`, as `open_local` names it."""
+    backend, run_on = ("cpu", None) if device == "cpu" else ("cuda", None if device == "gpu" else device)
+    return KnownPlans(plans or (), backend=backend, run_on=run_on, use_remembered=remembered, say=_status.print)
 
 
 def _arrivals(trace: Path | None, dataset: str, requests: int, rate: float, context: int, seed: int) -> list[Arrival]:
@@ -152,13 +239,16 @@ def _arrivals(trace: Path | None, dataset: str, requests: int, rate: float, cont
 
 
 def _measured(
-    model: str, arrivals: list[Arrival], ranks: int, context: int, sequences: int, tokens: int, seed: int
-) -> Report:
+    model: str, arrivals: list[Arrival], ranks: int, context: int, sequences: int, tokens: int, seed: int,
+    known: KnownPlans,
+) -> Report:  # fmt: skip
     from taskgraph.models.local import open_local
 
     with _status.status("load weights, plan and capture steps"):
         tokens = max(tokens, sequences + 1)
-        local = open_local(model, sequences=sequences, tokens=tokens, context=context, tensor_parallel=ranks)
+        local = open_local(
+            model, sequences=sequences, tokens=tokens, context=context, tensor_parallel=ranks, planner=known
+        )
     with local.engine as engine, _status.status("replay"):
         return replay(engine, arrivals, "measured", vocabulary=local.vocabulary, seed=seed)
 

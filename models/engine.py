@@ -19,6 +19,7 @@ import taskgraph as tg
 from taskgraph.errors import ExecutionError, RequestError
 from taskgraph.models.config import ModelConfig
 from taskgraph.models.disk import DiskTier
+from taskgraph.models.known_plans import Planner
 from taskgraph.models.kv_cache import PagedCache, block_keys
 from taskgraph.models.paged import COLUMNS, PageShape
 from taskgraph.models.requests import (
@@ -82,12 +83,23 @@ class Engine:
         self._arrived: deque[Waiting] = deque()
         self._cancelled: deque[int] = deque()
         self._running: Batch | None = None
+        self._failed = ""
         self._first_s = np.full(limits.sequences, np.nan)
 
     @property
     def most_tokens(self) -> int:
         """The most tokens of a prompt and its answer that can be served: the context's, or all of a smaller cache."""
         return min(self.limits.context, self.cache.device.pages * self.cache.page_size)
+
+    @property
+    def running(self) -> int:
+        """Requests that have a sequence, on the device or parked."""
+        return int((self.scheduler.state != FREE).sum())
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have none yet."""
+        return len(self._arrived) + len(self.scheduler.waiting)
 
     # -- for clients, from any thread ----------------------------------------------------------------
 
@@ -105,7 +117,7 @@ class Engine:
         if request.logprobs is not None and not hasattr(self.runner, "chances"):
             kind = type(self.runner).__name__
             raise RequestError(f"logprobs is not supported by this engine: a {kind} has no logits.", "logprobs")
-        if len(self._arrived) + len(self.scheduler.waiting) >= self._most_waiting:
+        if self.waiting >= self._most_waiting:
             raise RequestError(f"{self._most_waiting} requests wait already; try again later.")
         keys = block_keys(prompt, self.cache.page_size) if self.scheduler.prefix_sharing else []
         arrival = self.runner.now() if arrival_s is None else number("arrival_s", arrival_s, -1e18, 1e18, "seconds")
@@ -127,7 +139,19 @@ class Engine:
         return bool(waits or self._running or (scheduler.state != FREE).any())
 
     def step(self) -> StepOutput:
-        """Launch the next batch, and hand out what the one before gave."""
+        """Launch the next batch, and hand out what the one before gave.
+
+        What the runner raises is raised here, and what was under way is lost: until `abort` every later step is an
+        ExecutionError."""
+        if self._failed:
+            raise ExecutionError(f"a step has failed ({self._failed}); abort() ends its requests and clears up.")
+        try:
+            return self._step()
+        except BaseException as error:
+            self._failed = f"{type(error).__name__}: {error}"
+            raise
+
+    def _step(self) -> StepOutput:
         begin = self.runner.now()
         ended = self._admit()
         batch = self.scheduler.form()
@@ -187,7 +211,7 @@ class Engine:
 
     def abort(self) -> list[Completion]:
         """End every request with what it has and the reason "failed"; what clears up after a step that raised."""
-        self._running = None
+        self._running, self._failed = None, ""
         rows = np.flatnonzero(self.scheduler.state != FREE)
         ended = [self._end(row, FAILED, _STEP_RAISED) for row in rows.tolist()]
         self.cache.forget()
@@ -337,11 +361,12 @@ def cpu_engine(
     *,
     dtype: str = "bf16",
     device: "str | tg.Device" = "cpu",
+    planner: "Planner | None" = None,
     **options: Unpack[Options],
 ) -> Engine:
     """An engine on this machine's cores. `weights` are those of `llama.load_weights` in `dtype`."""
     return paged_engine(
-        lambda shape: CpuRunner(config, weights, shape, limits, dtype=dtype, device=device),
+        lambda shape: CpuRunner(config, weights, shape, limits, dtype=dtype, device=device, planner=planner),
         limits,
         config.vocab_size,
         **options,

@@ -7,6 +7,7 @@ import torch
 
 from taskgraph.models.config import ModelConfig
 from taskgraph.models.engine import Engine, Options, paged_engine
+from taskgraph.models.known_plans import Planner
 from taskgraph.models.paged import PageShape
 from taskgraph.models.runner import CpuRunner
 from taskgraph.models.scheduler import Batch, Ints, Limits
@@ -14,6 +15,7 @@ from taskgraph.runtime.arrays import DeviceTensors
 from taskgraph.runtime.driver import Gpu
 from taskgraph.runtime.gpu_spec import planning_device
 from taskgraph.runtime.impls import TORCH_DTYPE
+from taskgraph.runtime.virtual import is_virtual
 
 
 class GpuRunner(CpuRunner):
@@ -35,11 +37,12 @@ class GpuRunner(CpuRunner):
         device: str | None = None,
         scheduler: str = "auto",
         budget_bytes: float = 2e9,
+        planner: Planner | None = None,
     ) -> None:
         self._run_on = device
         super().__init__(
             config, weights, shape, limits, dtype=dtype, device=planning_device(device), scheduler=scheduler,
-            budget_bytes=budget_bytes,
+            budget_bytes=budget_bytes, planner=planner,
         )  # fmt: skip
 
     def _placed(self, weights: Mapping[str, torch.Tensor], rooms: Mapping[str, tuple[int, ...]]) -> DeviceTensors:
@@ -62,6 +65,9 @@ class GpuRunner(CpuRunner):
         write(host)
         for name, array in inputs.items():
             array.copy_(host[name])
+
+    def _measured_s(self, begin_s: float) -> float | None:
+        return None if is_virtual(self._run_on) else super()._measured_s(begin_s)
 
     def _rows(self, executable: Any, name: str, rows: Ints) -> torch.Tensor:
         found: torch.Tensor = executable.outputs[name].rows(rows)
@@ -90,11 +96,14 @@ def gpu_engine(
     dtype: str = "bf16",
     device: str | None = None,
     scheduler: str = "auto",
+    planner: Planner | None = None,
     **options: Unpack[Options],
 ) -> Engine:
     """An engine on a GPU. `weights` are those of `llama.load_weights` in `dtype`; see `GpuRunner`."""
     return paged_engine(
-        lambda shape: GpuRunner(config, weights, shape, limits, dtype=dtype, device=device, scheduler=scheduler),
+        lambda shape: GpuRunner(
+            config, weights, shape, limits, dtype=dtype, device=device, scheduler=scheduler, planner=planner
+        ),
         limits,
         config.vocab_size,
         **options,

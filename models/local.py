@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from taskgraph.errors import BackendUnavailable, PlanError
 from taskgraph.models.engine import Engine, Options, cpu_engine
+from taskgraph.models.known_plans import KnownPlans, Planner
 from taskgraph.models.llama import load_weights
 from taskgraph.models.ranks_runner import RanksRunner, ranks_engine
 from taskgraph.models.scheduler import Limits
@@ -49,6 +50,7 @@ def open_local(
     device: str = "cpu",
     tensor_parallel: int = 1,
     expert_parallel: bool = False,
+    planner: Planner | None = None,
 ) -> LocalModel:
     """The checkpoint's engine, with `pages` pages of 32 tokens (0: room for a quarter of what all sequences may have).
 
@@ -56,12 +58,14 @@ def open_local(
     ("virtual:h100_sxm"), which computes on the CPU what a GPU would. With `tensor_parallel` ranks each is a process
     that loads its shard, or with `expert_parallel` its whole experts. PlanError for a dtype that is none; RequestError
     for limits; GraphError for ranks that cannot share the model; BackendUnavailable without the GPU, or for ranks on
-    GPUs.
+    GPUs. `planner` makes the plans of the steps of one rank, or knows them (`KnownPlans`).
     """
     if dtype not in ("bf16", "f32"):
         raise PlanError(f"dtype is bf16 or f32; got {dtype!r}.")
     if expert_parallel and tensor_parallel < 2:
         raise PlanError("experts are shared out between ranks, and there is one; choose tensor_parallel of 2 or more.")
+    if isinstance(planner, KnownPlans) and planner.files and (tensor_parallel > 1 or not warm):
+        raise PlanError("plan files are for one rank whose steps are planned at the start; leave --plan out.")
     if device != "cpu" and tensor_parallel > 1:
         raise BackendUnavailable("ranks are processes on CPUs; serving over several GPUs is not built. Give one rank.")
     with open_checkpoint(source) as checkpoint:
@@ -74,21 +78,24 @@ def open_local(
     if device != "cpu":
         from taskgraph.models.gpu_runner import gpu_engine
 
-        engine = gpu_engine(config, weights, limits, dtype=dtype, device=None if device == "gpu" else device, **room)
+        run_on = None if device == "gpu" else device
+        engine = gpu_engine(config, weights, limits, dtype=dtype, device=run_on, planner=planner, **room)
     elif tensor_parallel == 1:
-        engine = cpu_engine(config, weights, limits, dtype=dtype, **room)
+        engine = cpu_engine(config, weights, limits, dtype=dtype, planner=planner, **room)
     else:
         load = partial(load_rank, source, dtype, expert_parallel)
         engine = ranks_engine(config, load, limits, tensor_parallel, dtype=dtype, whole_experts=expert_parallel, **room)
     if warm:
-        _warm(engine)
+        _warm(engine, planner)
     return LocalModel(config.name, engine, tokenizer, config.vocab_size)
 
 
-def _warm(engine: Engine) -> None:
-    """The engine's owner has it only when this has gone well."""
+def _warm(engine: Engine, planner: Planner | None) -> None:
+    """The engine's owner has it only when this has gone well, and every plan that was given is used."""
     try:
         engine.runner.warm()
+        if isinstance(planner, KnownPlans):
+            planner.check_used()
     except BaseException:
         engine.close()
         raise

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
-from taskgraph.errors import GraphError
+from taskgraph.errors import GraphError, RankLost
 from taskgraph.models.config import ModelConfig
 from taskgraph.models.engine import Engine, Options, paged_engine
 from taskgraph.models.paged import Bucket, PageShape
 from taskgraph.models.ranks import Ranks
-from taskgraph.models.runner import CpuRunner
+from taskgraph.models.runner import CpuRunner, Planned, Ran
 from taskgraph.models.sampling import Chances
 from taskgraph.models.scheduler import Batch, Ints, Limits
 
@@ -34,11 +34,12 @@ Load = Callable[["Group"], Mapping[str, "torch.Tensor"]]
 class RanksRunner:
     """Runs batches on `ranks`, each with a `RankActor`; owns them. RankLost from `wait` or `check` when one is gone."""
 
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks = ranks
+    def __init__(self, ranks: Ranks, dtype: str = "bf16") -> None:
+        self.ranks, self.dtype = ranks, dtype
         self._thread = ThreadPoolExecutor(1, "taskgraph-ranks")
         self._running: Future[list[Any]] | None = None
         self.chances: Chances | None = None
+        self.last: Ran | None = None
 
     @property
     def planned(self) -> int:
@@ -59,8 +60,15 @@ class RanksRunner:
 
     def wait(self) -> tuple[Ints, float]:
         assert self._running is not None
-        samples, self.chances = self._running.result()[0]
+        samples, self.chances, self.last = self._running.result()[0]
         return samples, self.now()
+
+    def planned_step(self, bucket: Bucket) -> Planned | None:
+        try:
+            found: Planned | None = self._call("planned_step", bucket)[0]
+        except (RankLost, RuntimeError):  # the ranks, or the thread that calls them, are gone: the engine says why
+            return None
+        return found
 
     def sleep_until(self, at_s: float) -> None:
         time.sleep(max(at_s - self.now(), 0.0))
@@ -95,10 +103,13 @@ class RankActor:
     def __init__(self, runner: CpuRunner, group: "Group") -> None:
         self._runner, self._group = runner, group
 
-    def run(self, batch: bytes) -> tuple[Ints, Chances | None] | None:
-        """Execute a batch; the samples and their chances are those of rank 0."""
+    def run(self, batch: bytes) -> tuple[Ints, Chances | None, Ran | None] | None:
+        """Execute a batch; the samples, their chances and the step are those of rank 0."""
         samples, _ = self._runner.run(pickle.loads(batch))
-        return (samples, self._runner.chances) if self._group.rank == 0 else None
+        return (samples, self._runner.chances, self._runner.last) if self._group.rank == 0 else None
+
+    def planned_step(self, bucket: Bucket) -> Planned | None:
+        return self._runner.planned_step(bucket) if self._group.rank == 0 else None
 
     def planned(self) -> int:
         return self._runner.planned
@@ -158,6 +169,6 @@ def ranks_engine(
 
     def make(shape: PageShape) -> RanksRunner:
         started = _Make(config, load, limits, shape, dtype, whole_experts)
-        return RanksRunner(Ranks(ranks, started, timeout_s=timeout_s))
+        return RanksRunner(Ranks(ranks, started, timeout_s=timeout_s), dtype)
 
     return paged_engine(make, limits, config.vocab_size, **options)

@@ -189,8 +189,10 @@ def _prompt(given: Any) -> npt.NDArray[np.integer]:
         mixed = array is not given and any(isinstance(token, bool | np.bool_) for token in given)
     except Exception as error:  # whatever the client's object does when it is read
         raise RequestError(f"the prompt is no list of token numbers ({type(error).__name__}).", "prompt") from error
-    if array.ndim != 1 or not len(array) or mixed or not np.issubdtype(array.dtype, np.integer):
-        raise RequestError("the prompt must be a list of token numbers with at least one.", "prompt")
+    if array.ndim == 1 and not len(array):
+        raise RequestError("the prompt has no tokens; give at least one.", "prompt")
+    if array.ndim != 1 or mixed or not np.issubdtype(array.dtype, np.integer):
+        raise RequestError("the prompt must be a list of token numbers.", "prompt")
     return array
 
 

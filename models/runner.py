@@ -3,7 +3,8 @@
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,7 @@ import numpy.typing as npt
 import taskgraph as tg
 from taskgraph.models import llama, paged, sampling
 from taskgraph.models.config import ModelConfig
+from taskgraph.models.known_plans import Planner
 from taskgraph.models.paged import Bucket, PageShape
 from taskgraph.models.sampling import Chances
 from taskgraph.models.scheduler import Batch, Ints, Limits
@@ -73,6 +75,35 @@ class PagedRunner(Runner, Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """A step that ended: its bucket, and the measured seconds from its launch until its samples were known; None where
+    a clock says nothing, as on a virtual device."""
+
+    bucket: Bucket
+    seconds: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """The plan of a bucket's steps, and the kind of every op in it."""
+
+    plan: tg.Plan
+    kinds: Mapping[str, str]
+
+
+@runtime_checkable
+class PlanRunner(Protocol):
+    """A runner whose steps are plans, and that tells which."""
+
+    dtype: str
+    last: Ran | None
+
+    def planned_step(self, bucket: Bucket) -> Planned | None:
+        """The plan of the bucket's steps, also while one runs; None if it cannot be had any more."""
+        ...
+
+
 def ladder(most: int) -> tuple[int, ...]:
     """Bucket sizes up to `most`: powers of two and, from 16 on, the halves between them."""
     sizes = [0, *(2**i for i in range(5)), *(n for i in range(4, 24) for n in (3 << (i - 1), 1 << (i + 1)))]
@@ -87,6 +118,7 @@ class CpuRunner:
     Executables together hold at most `budget_bytes` of their own. With a `group` this is one rank's runner: `weights`
     are its shard (`shards.load_shard`), `device` has the link that the ranks measure, and all ranks must be given the
     same batches; rank 0 alone draws. `whole_experts`: ranks share out the experts of a layer, not each one's features.
+    `planner` makes the plans of the steps, or knows them (`KnownPlans`).
     """
 
     backend: ClassVar[str] = "cpu"
@@ -105,7 +137,9 @@ class CpuRunner:
         budget_bytes: float = 2e9,
         group: "Group | None" = None,
         whole_experts: bool = False,
+        planner: "Planner | None" = None,
     ) -> None:
+        self._plan: Planner = planner or tg.plan
         self.config, self.shape, self.dtype = config, shape, dtype
         self.scheduler, self._group, self._ranks = scheduler, group, 1 if group is None else group.size
         self._expert_rank = group.rank if group is not None and whole_experts else None
@@ -117,6 +151,8 @@ class CpuRunner:
         self._thread = ThreadPoolExecutor(1, "taskgraph-runner")
         self._running: Future[tuple[Ints, float]] | None = None
         self.chances: Chances | None = None
+        self.last: Ran | None = None
+        self._plans: dict[Bucket, tg.Plan] = {}
 
     # -- captured steps ----------------------------------------------------------------------------
 
@@ -142,12 +178,22 @@ class CpuRunner:
     def _make(self, bucket: Bucket) -> "tg.Executable":
         from taskgraph.runtime.distributed import one_plan
 
-        graph = paged.step_graph(self.config, bucket, self.shape, self.dtype, self._ranks, self._expert_rank)
-        plan = one_plan(graph, self._group, lambda: tg.plan(graph, self.device, self.scheduler))
+        graph = self._graph(bucket)
+        plan = one_plan(graph, self._group, lambda: self._plan(graph, self.device, self.scheduler))
+        self._plans[bucket] = plan
         executable = tg.compile(graph, plan, self.backend, device=self._run_on, group=self._group)
         wanted = {t.name for t in graph.flat().with_role("weight", "state")}
         executable.bind({name: t for name, t in self._bound.items() if name in wanted})
         return executable
+
+    def _graph(self, bucket: Bucket) -> tg.Graph:
+        return paged.step_graph(self.config, bucket, self.shape, self.dtype, self._ranks, self._expert_rank)
+
+    def planned_step(self, bucket: Bucket) -> Planned | None:
+        plan = self._plans.get(bucket)
+        if plan is None:
+            return None
+        return Planned(plan, {op.name: op.kind for op in plan.sliced(self._graph(bucket)).flat().ops})
 
     def bucket(self, batch: Batch) -> Bucket:
         """The smallest bucket that holds the batch."""
@@ -203,9 +249,11 @@ class CpuRunner:
         bucket = self.bucket(batch)
         executable: Any = self.bank[bucket]
         self._give(executable, lambda inputs: _fill(inputs, batch, bucket))
+        begin_s = self.now()
         executable.launch()
         rows = np.concatenate([np.arange(batch.decode), bucket.decode + np.arange(batch.chunks)])
         samples: Ints = self._rows(executable, llama.NEXT, rows).numpy()
+        self.last = Ran(bucket, self._measured_s(begin_s))
         self.chances = None
         if self._group is None or self._group.rank == 0:
             samples = sampling.likeliest(samples, self._entries(executable, llama.LOGITS, rows, samples))
@@ -213,6 +261,10 @@ class CpuRunner:
                 logits = self._rows(executable, llama.LOGITS, rows[batch.draws.samples])
                 samples[batch.draws.samples], self.chances = sampling.sample(logits, batch.draws)
         return samples, self.now()
+
+    def _measured_s(self, begin_s: float) -> float | None:
+        """What a step that began then has taken."""
+        return self.now() - begin_s
 
     def _give(self, executable: Any, write: "Callable[[Mapping[str, torch.Tensor]], None]") -> None:
         """Let `write` write the inputs of a step."""

@@ -7,21 +7,26 @@ import signal
 import socket
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any, TypeVar
 
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from taskgraph.errors import BackendUnavailable, ExecutionError
+from taskgraph.models.access import Access, Gate, access_of
 from taskgraph.models.answers import Answer, all_or_none
+from taskgraph.models.metrics import CONTENT_TYPE, Metrics
 from taskgraph.models.protocol import ApiError, Body, ChatBody, CompletionBody, parsed
 from taskgraph.models.service import Service
+from taskgraph.models.status import PlanBook, status_body
 from taskgraph.models.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -35,6 +40,10 @@ class Served:
     tokenizer: Tokenizer
     name: str
     most_body_bytes: int = 1 << 20
+    metrics: Metrics = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "metrics", Metrics(self.service))
 
     @property
     def context(self) -> int:
@@ -42,9 +51,17 @@ class Served:
         return self.service.engine.limits.context
 
 
-def create_app(served: Served) -> FastAPI:
-    """The app; the owner of `served.service` closes it when the app has ended."""
+def create_app(served: Served, access: Access | None = None) -> FastAPI:
+    """The app, open to whom `access` says (default: all who reach it, but no pages of other sites); the owner of
+    `served.service` closes it when the app has ended."""
     app = FastAPI(title="taskgraph", docs_url=None, redoc_url=None, openapi_url=None)
+    rules = access or Access()
+    if rules.origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=rules.origins, allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "X-Request-Id"], expose_headers=["X-Request-Id"],
+        )  # fmt: skip
+    app.add_middleware(Gate, access=rules, ended=served.metrics.responded)
     card = {
         "id": served.name,
         "object": "model",
@@ -52,6 +69,8 @@ def create_app(served: Served) -> FastAPI:
         "owned_by": "taskgraph",
         "max_model_len": served.context,
     }
+
+    book = PlanBook(served.service)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
@@ -70,9 +89,17 @@ def create_app(served: Served) -> FastAPI:
         _check_model(name, served)
         return card
 
+    @app.get("/v1/status")
+    def status(plan: str = "") -> JSONResponse:
+        return JSONResponse(status_body(served.service, book, served.name, plan), headers={"Cache-Control": "no-store"})
+
     @app.get("/health")
     async def health() -> JSONResponse:
         return _health(served.service)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(served.metrics.text(), media_type=CONTENT_TYPE)
 
     app.add_exception_handler(ApiError, _refused)
     app.add_exception_handler(HTTPException, _no_route)
@@ -98,8 +125,13 @@ async def _refused(_: Request, error: Exception) -> JSONResponse:
 
 async def _no_route(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    message = f"{request.method} {request.url.path}: {error.detail}."
-    return JSONResponse(ApiError(error.status_code, message).body(), error.status_code, error.headers)
+    asked = f"{request.method} {request.url.path[:200]}"
+    code, message = None, f"{asked}: {error.detail}."
+    if error.status_code in (404, 405):
+        code, allowed = "not_supported", (error.headers or {}).get("allow", "")
+        way = f"use {allowed}" if allowed else "it has /v1/completions, /v1/chat/completions and /v1/models"
+        message = f"{asked} is not supported by this server; {way}."
+    return JSONResponse(ApiError(error.status_code, message, code=code).body(), error.status_code, error.headers)
 
 
 async def _left(_: Request, error: Exception) -> Response:
@@ -116,6 +148,7 @@ async def _answer(request: Request, served: Served, kind: type[Body]) -> Respons
     if not served.service.ready:
         raise ApiError(503, "the server is shutting down or has failed; try another.")
     answer = await Answer.begin(body, served.service, served.tokenizer)
+    request.state.usage = answer.usage  # for the access log
     if body.stream:
         return EventStream(answer.events(), answer.close)
     try:
@@ -193,17 +226,23 @@ def _line(text: str) -> bytes:
 
 
 def run_server(
-    served: Served, host: str, port: int, *, drain_s: float = 30.0, started: Callable[[int], None] | None = None
-) -> None:
+    served: Served, host: str, port: int, *, drain_s: float = 30.0, access: Access | None = None,
+    started: Callable[[int], None] | None = None, say: Callable[[str], None] | None = None,
+) -> None:  # fmt: skip
     """Serve until SIGINT or SIGTERM, and close the service; ExecutionError when the engine fails, which also ends it.
 
     From the signal on no new requests are taken; those that run get `drain_s` seconds to end and are cancelled after
-    them. `started` is called with the port, which port 0 leaves to the system."""
+    them, or at a second signal; `say` hears what is waited for. `started` is called with the port, which port 0 leaves
+    to the system. BackendUnavailable for an address that others can reach when `access` has no keys."""
+    rules = access_of(host, None) if access is None else access
+    if rules.keys is None:
+        access_of(host, None)
     with _listening(host, port) as listener:
-        server = _Server(uvicorn.Config(create_app(served), log_level="warning", lifespan="off"))
+        app = create_app(served, rules)
+        server = _Server(uvicorn.Config(app, log_level="warning", lifespan="off", server_header=False))
         if started is not None:
             started(listener.getsockname()[1])
-        asyncio.run(_until_stopped(server, served.service, listener, drain_s))
+        asyncio.run(_until_stopped(server, served.service, listener, drain_s, say or (lambda _: None)))
     served.service.close()
     failure = served.service.failure
     if failure is not None:
@@ -211,7 +250,13 @@ def run_server(
 
 
 class _Server(uvicorn.Server):
-    """A server that ends by SIGINT and SIGTERM, and does not raise them again when it has."""
+    """A server that ends by SIGINT and SIGTERM, and does not raise them again when it has; `hurried` by a second."""
+
+    hurried = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.hurried = self.should_exit
+        self.should_exit = True
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -226,24 +271,47 @@ class _Server(uvicorn.Server):
                 signal.signal(number, handler)
 
 
-async def _until_stopped(server: _Server, service: Service, listener: socket.socket, drain_s: float) -> None:
+_TELL_S = 5.0
+"""How often a server that waits for requests says so."""
+
+
+async def _until_stopped(
+    server: _Server, service: Service, listener: socket.socket, drain_s: float, say: Callable[[str], None]
+) -> None:
     async def drain() -> None:
         while not (server.should_exit or service.stopped.is_set()):
             await asyncio.sleep(0.05)
         server.should_exit = True
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(drain_s):
-                while service.open:
-                    await asyncio.sleep(0.05)
+        await _drain(server, service, drain_s, say)
         await asyncio.to_thread(service.close)
 
     async with all_or_none([asyncio.ensure_future(drain())]):
         await server.serve(sockets=[listener])
 
 
+async def _drain(server: _Server, service: Service, drain_s: float, say: Callable[[str], None]) -> None:
+    """Wait until no request is open, for `drain_s` seconds at most or until a second signal."""
+    clock = asyncio.get_running_loop().time
+    begin = told = clock()
+    while service.open and not service.stopped.is_set():
+        left = begin + drain_s - clock()
+        if server.hurried or left <= 0:
+            say(f"cancelling {_counted(service.open)}: {'a second signal' if server.hurried else 'time is up'}")
+            return
+        if told == begin or clock() - told >= _TELL_S:
+            told = clock()
+            say(f"stopping: waiting for {_counted(service.open)}, {left:.0f} s at most; signal again to cancel")
+        await asyncio.sleep(0.05)
+
+
+def _counted(requests: int) -> str:
+    return f"{requests} request{'s' if requests != 1 else ''}"
+
+
 def _listening(host: str, port: int) -> socket.socket:
     """A socket that is bound; BackendUnavailable when the address is taken or not ours."""
     try:
-        return socket.create_server((host, port), backlog=1024)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host.strip("[]"), port), backlog=1024, family=family)
     except OSError as error:
         raise BackendUnavailable(f"cannot listen on {host}:{port}: {error.strerror}. Choose another --port.") from error

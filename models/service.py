@@ -3,7 +3,8 @@
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
 from types import TracebackType
 from typing import Self
 
@@ -48,13 +49,15 @@ class Service:
 
     At most `most_open` requests may run and wait together. When a step raises, or the idle runner cannot go on, all
     requests fail with BackendUnavailable, so do later ones, and `failure` is what it raised; `stopped` is set then and
-    at the end.
+    at the end. `watchers` hear, in the engine's thread, of every request that ended.
     """
 
     def __init__(self, engine: Engine, most_open: int = 256) -> None:
         self.engine, self.most_open = engine, most_open
         self.failure: BaseException | None = None
         self.stopped = threading.Event()
+        self._began_s = time.monotonic()
+        self.watchers: list[Callable[[Completion], None]] = []
         self._streams: dict[int, Stream] = {}
         self._change = threading.Condition()
         self._closing = False
@@ -67,6 +70,11 @@ class Service:
     def open(self) -> int:
         """Requests that run or wait."""
         return len(self._streams)
+
+    @property
+    def uptime_s(self) -> float:
+        """Seconds since it began."""
+        return time.monotonic() - self._began_s
 
     @property
     def ready(self) -> bool:
@@ -136,6 +144,12 @@ class Service:
                     calls.setdefault(stream.loop, []).append((stream, completion))
         for loop, events in calls.items():
             _put(loop, events)
+        self._tell(output.finished)
+
+    def _tell(self, ended: Iterable[Completion]) -> None:
+        for completion in ended:
+            for watcher in self.watchers:
+                watcher(completion)
 
     def _fail_all(self) -> None:
         with self._change:
@@ -154,7 +168,7 @@ class Service:
             self._change.notify()
         self._thread.join()
         if self.failure is not None:
-            self.engine.abort()
+            self._tell(self.engine.abort())
             self.engine.close()
 
     def __enter__(self) -> Self:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 import taskgraph as tg
 from taskgraph.models import llama
 from taskgraph.models.config import ModelConfig
+from taskgraph.models.known_plans import Planner
 from taskgraph.runtime.cpu import CpuExecutable
 from taskgraph.runtime.distributed import Group, one_plan, rank_device
 
@@ -39,7 +40,8 @@ class Session:
     first use and kept. With a `group` this is one rank's session and `weights` are its shard (`shards.load_shard`);
     all ranks of the group must make the same calls, and all get the same results. `whole_experts`: ranks share out
     the experts of a layer, not the features of each. With backend "cuda" they run on this
-    machine's GPU, or on the virtual `device`; weights and cache are on it once.
+    machine's GPU, or on the virtual `device`; weights and cache are on it once. `planner` makes the plans, or knows
+    them (`KnownPlans`).
     """
 
     def __init__(
@@ -55,13 +57,14 @@ class Session:
         whole_experts: bool = False,
         backend: str = "cpu",
         device: str | None = None,
+        planner: Planner | None = None,
     ) -> None:
         if not 1 <= cache <= config.max_context:
             raise tg.PlanError(f"cache is {cache} tokens; {config.name} takes 1 to {config.max_context}.")
         self.config, self.dtype, self.batch, self.cache, self.scheduler = config, dtype, batch, cache, scheduler
         self._group, self._ranks = group, 1 if group is None else group.size
         self._expert_rank = group.rank if group is not None and whole_experts else None
-        self.backend, self._run_on = backend, device
+        self.backend, self._run_on, self._plan = backend, device, planner or tg.plan
         self._device: str | tg.Device = "cpu" if group is None else rank_device(group)
         share = config.share(self._ranks, self._expert_rank)
         self._bound: Mapping[str, Any] = {**weights, **llama.make_cache(share, batch, cache, dtype)}
@@ -81,7 +84,7 @@ class Session:
                 self.config, batch=self.batch, tokens=tokens, cache=self.cache, dtype=self.dtype,
                 all_logits=all_logits, tensor_parallel=self._ranks, expert_rank=self._expert_rank,
             )  # fmt: skip
-            plan = one_plan(graph, self._group, lambda: tg.plan(graph, self._device, chosen))
+            plan = one_plan(graph, self._group, lambda: self._plan(graph, self._device, chosen))
             executable: Any = tg.compile(graph, plan, self.backend, device=self._run_on, group=self._group)
             wanted = {t.name for t in graph.flat().with_role("weight", "state")}
             executable.bind({name: t for name, t in self._bound.items() if name in wanted})

@@ -70,6 +70,11 @@ class TextStream:
         self.decoded = self.released = 0
         self.stopped = self.cut = False
 
+    @property
+    def pending(self) -> int:
+        """How many of the last tokens may be the beginning of a character."""
+        return self._decoder.pending
+
     def push(self, token: int) -> str:
         """The text that is certain now; what may be the beginning of a stop text is held back."""
         if self.stopped:

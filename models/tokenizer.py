@@ -32,6 +32,11 @@ class StreamDecoder:
         self._shown = 0  # how many of them are already emitted
         self._before = ""  # and as which text
 
+    @property
+    def pending(self) -> int:
+        """How many ids may be the beginning of a character."""
+        return len(self._ids) - self._shown
+
     def push(self, token_id: int) -> str:
         """The text that `token_id` completes; empty while a character is unfinished."""
         if self._tokenizer.silent(token_id, specials=self._specials):
@@ -46,9 +51,9 @@ class StreamDecoder:
     def _advance(self, *, final: bool) -> str:
         end, now = len(self._ids), self._decode(self._ids)
         if now.endswith(_REPLACEMENT) and not final:
-            end -= _LONGEST_START
-            if end <= self._shown:
+            if end - self._shown <= _LONGEST_START:
                 return ""
+            end = self._settled(now)
             now = self._decode(self._ids[:end])
         # a decoder may show earlier ids in another way beside those that came now; what was emitted stays
         same = now.startswith(self._before)
@@ -57,6 +62,14 @@ class StreamDecoder:
         self._shown = end - self._shown
         self._before = self._decode(self._ids[: self._shown])
         return piece
+
+    def _settled(self, now: str) -> int:
+        """How many ids are certain: up to the last border between characters of `now` that leaves few enough."""
+        most = len(self._ids)
+        for end in range(most - 1, most - _LONGEST_START - 1, -1):
+            if self._decode(self._ids[:end]) + self._decode(self._ids[end:]) == now:
+                return end
+        return most - _LONGEST_START
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, specials=self._specials) if ids else ""

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import platformdirs
 
+from taskgraph import cache
 from taskgraph.models.documents import shown
 
 if TYPE_CHECKING:
@@ -34,9 +34,9 @@ _STALE_SECONDS = 24 * 3600.0
 _WORDS = 512
 
 
-def folder() -> Path:
-    """Where the files are."""
-    return platformdirs.user_cache_path("taskgraph") / "weights"
+def place_of(key: str) -> Path:
+    """Where the weights of a key are, or can be written."""
+    return cache.place("weights", f"{key}.safetensors")
 
 
 def key_of(*parts: object) -> str:
@@ -49,7 +49,7 @@ def load(key: str) -> "dict[str, torch.Tensor] | None":
     """The weights stored under `key`, mapped from their file; None if there are none, or they are damaged."""
     from safetensors import SafetensorError, safe_open
 
-    path = folder() / f"{key}.safetensors"
+    path = place_of(key)
     if not path.is_file():
         return None
     try:
@@ -82,15 +82,10 @@ def store(key: str, weights: "Mapping[str, torch.Tensor]") -> None:
     nbytes = sum(t.nbytes for t in weights.values())
     if not LEAST_BYTES <= nbytes <= LIMIT_BYTES:
         return
-    target = folder() / f"{key}.safetensors"
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+    target = place_of(key)
+    with cache.keeping("converted weights", target):
         _prune(target.parent, LIMIT_BYTES - nbytes)
         _write(target, weights)
-    except (OSError, RuntimeError) as error:  # HOME that does not exist is a RuntimeError
-        log.warning(
-            "converted weights cannot be kept in %s (%s); every start converts them again.", target.parent, shown(error)
-        )
 
 
 def _write(target: Path, weights: "Mapping[str, torch.Tensor]") -> None:

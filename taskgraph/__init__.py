@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         DeviceError,
         ExecutionError,
         GraphError,
+        KeyFileError,
         PlanError,
         ProfileError,
         RankLost,
@@ -49,7 +50,7 @@ _HOME = {
     "taskgraph.cost.profiles": "ProfileDB",
     "taskgraph.errors": (
         "BackendUnavailable CalibrationError CaptureMismatch ConfigError CudaError DemandError "
-        "DeviceError ExecutionError GraphError PlanError ProfileError RankLost RequestError "
+        "DeviceError ExecutionError GraphError KeyFileError PlanError ProfileError RankLost RequestError "
         "TaskgraphError WeightsError"
     ),
     "taskgraph.graph.device": "Device Geometry Partition",

@@ -3,10 +3,11 @@
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
@@ -15,7 +16,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import taskgraph as tg
-from taskgraph import tuning
+from taskgraph import compiling, tuning
 from taskgraph.errors import BackendUnavailable, DeviceError, TaskgraphError
 from taskgraph.models import commands
 from taskgraph.units import format_quantity, format_seconds
@@ -33,12 +34,39 @@ _status = Console(stderr=True, highlight=False)
 
 
 def main() -> None:
-    """Entry point: a TaskgraphError becomes one line on stderr and exit code 2."""
+    """Entry point: a TaskgraphError becomes one line on stderr and exit code 2; a warning about the cache one line."""
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning(warnings.showwarning)
+        before = compiling.listen(_first_compilation)
+        try:
+            _command()
+        finally:
+            compiling.listen(before)
+
+
+def _command() -> None:
     try:
         app()
     except TaskgraphError as error:
         _status.print(f"taskgraph: {' '.join(str(error).split())}", style="red", markup=False, soft_wrap=True)
         sys.exit(2)
+
+
+def _show_warning(others: Callable[..., None]) -> Callable[..., None]:
+    """What shows a warning about the cache in one line, and leaves `others` as they are."""
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, tg.CacheWarning):
+            _say(f"taskgraph: warning: {message}")
+        else:
+            others(message, category, *where, **more)
+
+    return show
+
+
+def _first_compilation(name: str, before: int) -> None:
+    if not before:
+        _say("compiling functions for this processor, once: about a minute in all")
 
 
 def _check_outputs(*paths: Path | None) -> None:
@@ -47,6 +75,11 @@ def _check_outputs(*paths: Path | None) -> None:
         standing = next(folder for folder in path.absolute().parents if folder.exists())
         if path.is_dir() or not standing.is_dir() or not os.access(standing, os.W_OK | os.X_OK):
             raise tg.PlanError(f"cannot write {str(path)!r}: a folder, or in no folder that can be written.")
+
+
+def _say(line: str) -> None:
+    """A line about what happens, beside the results."""
+    _status.print(line, markup=False, soft_wrap=True)
 
 
 @contextmanager
@@ -76,8 +109,18 @@ class _Stages:
         task = self._tasks[name]
         self._progress.update(task, visible=True)
         self._progress.start_task(task)
-        yield
-        self._progress.update(task, completed=1)
+
+        def compiled(function: str, before: int) -> None:
+            if others is not None:
+                others(function, before)
+            self._progress.update(task, description=f"{name} (compiling function {before + 1}: {function})")
+
+        others = compiling.listen(compiled)
+        try:
+            yield
+        finally:
+            compiling.listen(others)
+        self._progress.update(task, completed=1, description=name)
 
 
 # ---------------------------------------------------------------------------------------------- run
@@ -94,6 +137,12 @@ def run(
     trace: Annotated[Path | None, typer.Option(help="write a Perfetto trace (predicted and measured) here")] = None,
     report: Annotated[Path | None, typer.Option(help="write the HTML report here")] = None,
     plan_out: Annotated[Path | None, typer.Option(help="write the decode plan as JSON here")] = None,
+    plans: Annotated[
+        list[Path] | None, typer.Option("--plan", help="use this plan for the step whose it is; may be repeated")
+    ] = None,
+    remembered: Annotated[
+        bool, typer.Option("--remembered/--no-remembered", help="use the winners that `taskgraph tune` found here")
+    ] = True,
 ) -> None:
     """Generate text through captured plans, then say how the plans did against the sequential graph."""
     from taskgraph.observe.explain import remark
@@ -108,6 +157,9 @@ def run(
     if dtype not in ("bf16", "f32"):
         raise tg.PlanError(f"dtype is bf16 or f32; got {dtype!r}.")
     _check_outputs(trace, report, plan_out)
+    from taskgraph.models.known_plans import KnownPlans
+
+    known = KnownPlans(plans or (), backend=backend, run_on=device or None, use_remembered=remembered, say=_say)
     with _stages("load weights", "probe this machine", "plan and capture prefill", "plan and capture decode") as stages:
         with stages.stage("load weights"):
             from taskgraph.models.llama import load_weights
@@ -122,13 +174,16 @@ def run(
         from taskgraph.models.session import Session
 
         ids = tokenizer.encode(tokenizer.chat(prompt))
-        cache = min(config.max_context, -(-(len(ids) + max_new_tokens) // 64) * 64)
-        session = Session(config, weights, dtype=dtype, cache=cache, backend=backend, device=device or None)
+        cache = min(config.max_context, -(-(len(ids) + max_new_tokens) // _CACHE_STEP) * _CACHE_STEP)
+        session = Session(
+            config, weights, dtype=dtype, cache=cache, backend=backend, device=device or None, planner=known
+        )
         with stages.stage("plan and capture prefill"):
             session.run(ids, [0])  # warms kernels up; generate() starts over at the same place
         with stages.stage("plan and capture decode"):
             session.run(ids[-1:], [len(ids) - 1])
     with session:
+        known.check_used()
         stream = tokenizer.stream_decoder()
         begin, count = time.perf_counter(), 0
         for token in session.generate(ids, max_new_tokens, frozenset(tokenizer.eos_ids)):
@@ -147,6 +202,9 @@ def run(
                 decode.plan.save(plan_out)
         _write_files(decode, rows, trace, report)
 
+
+_CACHE_STEP = 256
+"""Tokens that a session's cache is a multiple of: the context of `taskgraph tune`, so that its winners fit."""
 
 _UNITS = {"cpu": "cores", "cuda": "SMs"}
 
@@ -225,43 +283,62 @@ def _write_files(
 # --------------------------------------------------------------------------------------------- plan
 
 
-@app.command()
+_PLAN_EPILOG = """
+taskgraph plan llama-3-70b --ranks 8 --batch 256 --context 1024
+
+taskgraph plan llama-3-8b --device a100_sxm --tokens 512 --context 512 --batch 4 --dtype f16
+
+taskgraph plan smollm2 --device cpu --batch 1 --context 256 --out decode.json
+
+taskgraph run smollm2 --plan decode.json
+
+With --ranks the plan is that of one rank of a tensor-parallel group: its share of heads, features, vocabulary and
+cache, and the collectives between them. What it keeps is compared with one device's memory.
+"""
+
+
+@app.command(epilog=_PLAN_EPILOG)
 def plan(
     model: Annotated[str, typer.Argument(help="a known size such as llama-3-70b, a config.json, or its folder")],
     device: Annotated[str, typer.Option(help="see `taskgraph devices`")] = "h100_sxm",
     batch: Annotated[int, typer.Option(min=1, help="sequences in the step")] = 256,
     context: Annotated[int, typer.Option(min=1, help="tokens that each sequence has in its cache")] = 1024,
     tokens: Annotated[int, typer.Option(min=1, help="new tokens a sequence: 1 is decode, more is prefill")] = 1,
+    dtype: Annotated[str, typer.Option(help="of weights, cache and products: bf16, f16 or f32")] = "bf16",
+    ranks: Annotated[int, typer.Option(min=1, help="devices that share every layer (tensor parallel)")] = 1,
+    expert_parallel: Annotated[
+        bool, typer.Option("--expert-parallel", help="ranks hold whole experts, not a part of each")
+    ] = False,
     scheduler: Annotated[str, typer.Option(help="auto, sequential, list, search or exact")] = "auto",
     out: Annotated[Path | None, typer.Option(help="write the plan as JSON here")] = None,
     trace: Annotated[Path | None, typer.Option(help="write a Perfetto trace here")] = None,
     report: Annotated[Path | None, typer.Option(help="write the HTML report here")] = None,
 ) -> None:
     """Plan one step of a model on any device: no weights, no GPU; all times are simulated."""
-    from taskgraph.models.config import load_config
-    from taskgraph.models.llama import step_graph
     from taskgraph.schedule.planner import utilisation
     from taskgraph.schedule.verify import resident_bytes
 
     _check_outputs(out, trace, report)
-    config = load_config(model)
-    if context < tokens:
-        raise tg.PlanError(f"context is {context}; it counts the {tokens} new tokens too, so make it larger.")
+    size = tuning.StepSize(batch, context, tokens, dtype, ranks, expert_parallel)
     begin = time.perf_counter()
-    graph = step_graph(config, batch=batch, tokens=tokens, cache=context)
+    graph = tuning.graph_of(model, size)
     made = tg.plan(graph, device, scheduler)
     seconds = time.perf_counter() - begin
     tg.verify(made, graph, memory=False)
     _screen.print(tg.explain(made), markup=False)
     rate = batch * tokens / made.makespan_s
-    _screen.print(f"{rate:,.0f} tokens/s (simulated, one {made.device.name}); planned and verified in {seconds:.2f} s")
+    on = f"one {made.device.name}" if ranks == 1 else f"{ranks} x {made.device.name}"
+    _screen.print(f"{rate:,.0f} tokens/s (simulated, {on}); planned and verified in {seconds:.2f} s")
     held, room = resident_bytes(made, graph), made.device.memory_bytes
+    each = "the step" if ranks == 1 else f"each of {ranks} ranks"
     if held > room:
         _screen.print(
-            f"note: the step keeps {held / 1e9:.0f} GB and one {made.device.name} has {room / 1e9:.0f} GB; "
-            f"the times are those of one device with enough memory, a share of at least {-(-held // room)}.",
+            f"note: {each} keeps {held / 1e9:.0f} GB and one {made.device.name} has {room / 1e9:.0f} GB; the times are "
+            f"those of devices with enough memory.{tuning.advice(model, size, -(-held * ranks // room))}",
             soft_wrap=True,
         )
+    elif ranks > 1:
+        _screen.print(f"{each} keeps {held / 1e9:.0f} GB of the {room / 1e9:.0f} GB that one {made.device.name} has")
     if out is not None:
         with _writing(out):
             made.save(out)

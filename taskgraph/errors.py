@@ -49,6 +49,10 @@ class RequestError(TaskgraphError, ValueError):
         self.field = field
 
 
+class KeyFileError(TaskgraphError, ValueError):
+    """A file of API keys that is missing, damaged or cannot be written, or a key's name or role that cannot be."""
+
+
 class BackendUnavailable(TaskgraphError, RuntimeError):  # noqa: N818 - the name says what it means
     """A backend that this machine or this version cannot offer."""
 

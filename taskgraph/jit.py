@@ -24,13 +24,10 @@ from numba.core.compiler import CompileResult
 from numba.core.dispatcher import Dispatcher
 from numba.core.serialize import dumps
 
-from taskgraph import cache
+from taskgraph import cache, compiling
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-Listener = Callable[[str, int], None]
-"""Told the function that is about to be compiled, and how many were before it in this process."""
 
 _DIGEST = 32
 _UNUSED_S = 60 * 86400.0
@@ -50,28 +47,6 @@ def compiled(function: Callable[P, R], **options: Any) -> Callable[P, R]:
         setattr(made, "_cache", _Kept(made.py_func))  # noqa: B010 - no public way in
     result: Callable[P, R] = made
     return result
-
-
-class _Progress:
-    """Who is told of compilations, and how many there were."""
-
-    def __init__(self) -> None:
-        self.listener: Listener | None = None
-        self.count = 0
-
-    def begin(self, name: str) -> None:
-        if self.listener is not None:
-            self.listener(name, self.count)
-        self.count += 1
-
-
-_progress = _Progress()
-
-
-def on_compile(listener: Listener | None) -> Listener | None:
-    """Tell `listener` of every function that this process compiles from now on; returns who was told until now."""
-    before, _progress.listener = _progress.listener, listener
-    return before
 
 
 class _Kept(NullCache):  # type: ignore[misc]
@@ -98,7 +73,7 @@ class _Kept(NullCache):  # type: ignore[misc]
             payload = _read(self._place(key), key)
             if payload is not None:
                 return CompileResult._rebuild(target_context, *payload)
-        _progress.begin(self._function.__qualname__)
+        compiling.begin(self._function.__qualname__)
         return None
 
     def save_overload(self, sig: Any, data: Any) -> None:

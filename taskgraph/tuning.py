@@ -2,13 +2,16 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import taskgraph as tg
+
+if TYPE_CHECKING:
+    from taskgraph.models.config import ModelConfig
 
 EPILOG = """
 Planned candidates run in interleaved repeats beside the sequential graph; what differs by less than the noise is no
@@ -17,21 +20,75 @@ The winner is remembered for this machine: the next call returns at once, until 
 
 taskgraph tune smollm2-135m --batch 1 --context 256 --budget 30
 
+taskgraph run smollm2-135m.gguf                       # uses what was found for its decode step
+
 taskgraph tune step.json --backend sim --device h100_sxm --out best.json
 """
 
 
-def graph_of(model: str, batch: int, context: int, tokens: int) -> tg.Graph:
-    """The graph in a file that `Graph.to_json` wrote, or one step of a model."""
-    from taskgraph.models.config import load_config
+DTYPES = ("bf16", "f16", "f32")
+
+
+@dataclass(frozen=True, slots=True)
+class StepSize:
+    """A step: sequences, tokens that each has in its cache, new tokens of each, dtype, and the ranks that share it.
+
+    PlanError for sizes that contradict each other."""
+
+    batch: int
+    context: int
+    tokens: int
+    dtype: str = "bf16"
+    ranks: int = 1
+    whole_experts: bool = False
+
+    def __post_init__(self) -> None:
+        if self.context < self.tokens:
+            raise tg.PlanError(
+                f"context is {self.context}; it counts the {self.tokens} new tokens too, so make it larger."
+            )
+        if self.dtype not in DTYPES:
+            raise tg.PlanError(f"dtype is one of {', '.join(DTYPES)}; got {self.dtype!r}.")
+        if self.whole_experts and self.ranks < 2:
+            raise tg.PlanError("experts are shared out between ranks, and there is one; give --ranks 2 or more.")
+
+
+def graph_of(model: str, size: StepSize) -> tg.Graph:
+    """The graph in a file that `Graph.to_json` wrote, or one step of a model: what one rank does of it."""
     from taskgraph.models.llama import step_graph
 
     path = Path(model)
     if path.suffix == ".json" and path.is_file() and '"ops"' in (text := path.read_text()):
         return tg.Graph.from_json(text)
-    if context < tokens:
-        raise tg.PlanError(f"context is {context}; it counts the {tokens} new tokens too, so make it larger.")
-    return step_graph(load_config(model), batch=batch, tokens=tokens, cache=context)
+    return step_graph(
+        config_of(model), batch=size.batch, tokens=size.tokens, cache=size.context, dtype=size.dtype,
+        tensor_parallel=size.ranks, expert_rank=0 if size.whole_experts else None,
+    )  # fmt: skip
+
+
+def advice(model: str, size: StepSize, least: int) -> str:
+    """ " --ranks N would share it out.", with the fewest ranks from `least` on that can share the model; or nothing."""
+    config = None if Path(model).suffix == ".json" and '"ops"' in Path(model).read_text() else config_of(model)
+    if config is None:
+        return ""
+    for ranks in range(max(least, size.ranks + 1), 65):
+        try:
+            config.share(ranks, 0 if size.whole_experts else None)
+        except tg.TaskgraphError:
+            continue
+        return f" --ranks {ranks} would share it out."
+    return ""
+
+
+def config_of(model: str) -> "ModelConfig":
+    """Of a known size, a config.json or its folder, or a checkpoint file, of which no weights are read."""
+    from taskgraph.models.config import load_config
+    from taskgraph.models.weights import open_checkpoint
+
+    if Path(model).suffix not in (".gguf", ".safetensors"):
+        return load_config(model)
+    with open_checkpoint(model) as checkpoint:
+        return checkpoint.config
 
 
 def summary(tuned: tg.Tuned) -> dict[str, Any]:
@@ -67,6 +124,7 @@ def add_to(app: typer.Typer, show: Callable[[str], None], say: Callable[[str], N
         batch: Annotated[int, typer.Option(min=1, help="sequences in the step")] = 1,
         context: Annotated[int, typer.Option(min=1, help="tokens that each sequence has in its cache")] = 256,
         tokens: Annotated[int, typer.Option(min=1, help="new tokens a sequence: 1 is decode, more is prefill")] = 1,
+        dtype: Annotated[str, typer.Option(help="of weights, cache and products: bf16, f16 or f32")] = "bf16",
         budget: Annotated[float, typer.Option(help="seconds for all of it")] = 60.0,
         seed: Annotated[int, typer.Option(help="of the search and of the tensors' values")] = 0,
         fresh: Annotated[bool, typer.Option("--fresh", help="measure anew whatever is remembered")] = False,
@@ -79,7 +137,7 @@ def add_to(app: typer.Typer, show: Callable[[str], None], say: Callable[[str], N
         def progress(what: str, share: float) -> None:
             say(f"{100 * share:3.0f} %  {what}")
 
-        graph = graph_of(model, batch, context, tokens)
+        graph = graph_of(model, StepSize(batch, context, tokens, dtype))
         tuned = tg.autotune(
             graph, backend, budget, device=device or None, seed=seed, database=database, fresh=fresh, progress=progress
         )

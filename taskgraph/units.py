@@ -4,6 +4,7 @@ import math
 import re
 
 from taskgraph.errors import DemandError
+from taskgraph.record import number, shown
 
 _PREFIX = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "p": 1e15}
 _BINARY = {"ki": 2.0**10, "mi": 2.0**20, "gi": 2.0**30, "ti": 2.0**40}
@@ -28,26 +29,26 @@ def parse_flops(value: str | float) -> float:
 
 def parse_seconds(value: str | float) -> float:
     """Seconds from a number or a text such as "5us", "3 ms", "2min"."""
-    number, unit = _split(value, "5us")
+    amount, unit = _split(value, "5us")
     if unit and unit not in _SECONDS:
         raise DemandError(f"cannot read {value!r} as a time; write it like '5us'.")
-    return _checked(number * _SECONDS.get(unit, 1.0), value, "5us")
+    return _checked(amount * _SECONDS.get(unit, 1.0), value, "5us")
 
 
 def _parse(value: str | float, unit: str, example: str) -> float:
-    number, text = _split(value, example)
+    amount, text = _split(value, example)
     scale = _scale(text, unit.lower())
     if scale is None:
         raise DemandError(f"cannot read {value!r} as {unit}; write it like {example!r}.")
-    return _checked(number * scale, value, example)
+    return _checked(amount * scale, value, example)
 
 
 def _split(value: str | float, example: str) -> tuple[float, str]:
-    if isinstance(value, (int, float)):
-        return float(value), ""
+    if not isinstance(value, str):
+        return number("a quantity", value, DemandError), ""
     match = _QUANTITY.match(value)
     if match is None:
-        raise DemandError(f"cannot read {value!r} as a quantity; write it like {example!r}.")
+        raise DemandError(f"cannot read {shown(value)} as a quantity; write it like {example!r}.")
     return float(match[1]), match[2].lower()
 
 

@@ -3,6 +3,7 @@
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -121,7 +122,8 @@ def main() -> None:
     step_s, drain_s, fails_at = (float(text) for text in sys.argv[1:4])
     served = make_served(step_s=step_s, fails_at=int(fails_at))
     try:
-        run_server(served, "127.0.0.1", 0, drain_s=drain_s, started=lambda port: print(port, flush=True))
+        tell = partial(print, flush=True)
+        run_server(served, "127.0.0.1", 0, drain_s=drain_s, started=tell, say=tell)
     except TaskgraphError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import taskgraph as tg
-from taskgraph import cache, jit
+from taskgraph import cache, compiling, jit
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAN = """
@@ -196,9 +196,9 @@ def modules(homes: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def compilations() -> Iterator[list[str]]:
     """The functions that were compiled, not read."""
     names: list[str] = []
-    before = jit.on_compile(lambda name, count: names.append(name))
+    before = compiling.listen(lambda name, count: names.append(name))
     yield names
-    jit.on_compile(before)
+    compiling.listen(before)
 
 
 def test_a_compiled_function_is_read_by_the_next_process(modules: Any, compilations: list[str]) -> None:

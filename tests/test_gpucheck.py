@@ -55,7 +55,28 @@ def test_gpu_check_runs_to_its_end_on_the_virtual_gpu(on_virtual: Call, tmp_path
     assert rates == sorted(rates), "more SMs draw more bandwidth"
     assert {o["choice"] for o in report["overlaps"]} <= {"packed", "sequential"} and len(report["overlaps"]) == 3
     assert all(o["packed_s"] > 0 and o["sequential_s"] > 0 for o in report["overlaps"])
-    assert f"{len(report['checks'])} of {len(report['checks'])} checks hold" in " ".join(text.split())
+    asked = sum(check["asked"] for check in report["checks"])
+    compared = sum(o["compared"] for o in report["overlaps"])
+    assert f"{asked} of {asked} checks hold" in " ".join(text.split())
+    assert f"{compared} of 3 pairs were compared" in " ".join(text.split())
+
+
+def test_what_was_not_asked_or_not_compared_is_counted_apart() -> None:
+    """Nothing that did not happen is inside a number of things that hold."""
+    checks = (gpucheck.Check("a", True, "seen"), gpucheck.Check("b", False, "not asked: no splits", asked=False))
+    pairs = (
+        gpucheck.Overlap("p", True, "sequential", 1.0, 1.0, 0.1, "sequential: it loses."),
+        gpucheck.Overlap("q", False, "sequential", 1.0, 1.0, 0.1, "sequential: nothing was compared."),
+    )
+    report = gpucheck.GpuReport("measured", "GPU", 13000, (9, 0), (), (), checks, (), pairs, 1.0)
+    text = gpucheck.summary(report)
+    assert report.passed and "1 of 1 checks hold, 1 not asked; 1 of 2 pairs were compared; all times" in text
+    assert "--   b: not asked" in text and "q: NOT COMPARED" in text and "p: sequential" in text
+    failing = gpucheck.GpuReport(
+        "measured", "GPU", 13000, (9, 0), (), (), (gpucheck.Check("a", False, "x"),), (), (), 1.0
+    )
+    assert not failing.passed and "FAIL a: x" in gpucheck.summary(failing)
+    assert "0 of 1 checks hold; 0 of 0 pairs" in gpucheck.summary(failing)
 
 
 def run_cli(*arguments: str) -> tuple[int, str]:

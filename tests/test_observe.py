@@ -10,7 +10,7 @@ import pytest
 
 from taskgraph.graph import device
 from taskgraph.graph.device import Geometry
-from taskgraph.observe.explain import critical_path, explain, group_name, path_shares, remark, stem
+from taskgraph.observe.explain import critical_path, explain, group_name, least_use, path_shares, remark, stem
 from taskgraph.observe.report import write_report
 from taskgraph.observe.trace import write_trace
 from taskgraph.schedule.plan import Bounds, Lane, Plan, Span, Step, Timeline, Verdict
@@ -59,7 +59,7 @@ def timelines(plan: Plan) -> dict[str, Timeline]:
 class Page(HTMLParser):
     """Collects tags with their attributes, checks that they close, and keeps the text."""
 
-    VOID = frozenset({"meta", "input"})
+    VOID = frozenset({"meta", "input", "br"})
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -129,6 +129,17 @@ def test_a_measured_time_beyond_the_band_is_remarked_everywhere(
     assert said in Page((tmp_path / "busy.html").read_text()).text
     write_report(tmp_path / "calm.html", cpu, {"predicted": plan.timeline})
     assert "note:" not in Page((tmp_path / "calm.html").read_text()).text
+
+
+def test_one_figure_for_one_bound_wherever_it_stands(plan: Plan, tmp_path: Path) -> None:
+    """The SM bound is 6 of 10 us: explain, the table of bounds and the charts say so; what is in use is called that."""
+    assert least_use(plan)["sm"] == pytest.approx(0.6)
+    text = explain(plan)
+    assert len(re.findall(r"\bsm +(?:6 us +)?60\.0%", text)) == 2 and "utilisation" not in text
+    write_report(tmp_path / "r.html", plan, {}, utilisation={"sm": [(0.0, 0.9), (5e-6, 0.7)]})
+    page = " ".join(Page((tmp_path / "r.html").read_text()).text.split())
+    assert page.count("60.0%") == 2, "beside the chart and in the table of bounds"
+    assert "in use 80.0%, meanneeded at least 60.0%" in page
 
 
 def test_explain_says_path_bound_and_verdict(plan: Plan) -> None:

@@ -7,10 +7,15 @@ import subprocess
 import sys
 import time
 import zipfile
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from taskgraph.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -131,3 +136,111 @@ def test_import_takes_at_most_300_ms_over_nothing(tmp_path: Path) -> None:
     pairs = [(seconds("pass"), seconds("import taskgraph")) for _ in range(5)]
     nothing, package = (statistics.median(column) for column in zip(*pairs, strict=True))
     assert package - nothing <= 0.3
+
+
+# -- what the base install can do ------------------------------------------------------------------------------------
+
+
+def required(extra: str = "") -> set[str]:
+    """The distributions that the package needs, directly or not, without its extras or with one of them."""
+    found: set[str] = set()
+    waiting = [("taskgraph-gpu", extra)]
+    seen = set()
+    while waiting:
+        name, wanted = waiting.pop()
+        if (name, wanted) in seen:
+            continue
+        seen.add((name, wanted))
+        found.add(canonicalize_name(name))
+        try:
+            lines = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:
+            continue
+        for need in map(Requirement, lines):
+            if need.marker is None or any(need.marker.evaluate({"extra": e}) for e in {"", wanted}):
+                waiting += [(need.name, ""), *((need.name, part) for part in need.extras)]
+    return found
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for PYTHONPATH in which a process finds no more than the base install brings."""
+    kept = required()
+    foreign = sorted(
+        module
+        for module, names in metadata.packages_distributions().items()
+        if not {canonicalize_name(name) for name in names} & kept and module not in ("_distutils_hack", "pkg_resources")
+    )
+    assert {"ray", "fastapi", "ortools", "pytest"} & set(foreign) and not {"torch", "numba", "typer"} & set(foreign)
+    folder = tmp_path_factory.mktemp("base")
+    (folder / "sitecustomize.py").write_text(
+        "import sys\n"
+        f"FOREIGN = frozenset({foreign!r})\n"
+        "class Absent:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name in FOREIGN:\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Absent())\n"
+    )
+    return folder
+
+
+def command(base: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`taskgraph ARGUMENTS` with what the base install brings."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(base), str(ROOT)])}
+    return subprocess.run(
+        [sys.executable, "-m", "taskgraph.cli", *arguments], cwd=base, env=environment, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+
+
+def commands() -> list[str]:
+    """Every command there is."""
+    names = (info.name or (info.callback.__name__ if info.callback else "") for info in app.registered_commands)
+    return sorted(name.replace("_", "-") for name in names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", commands())
+def test_every_command_helps_in_a_base_install(base: Path, name: str) -> None:
+    done = command(base, name, "--help")
+    assert done.returncode == 0 and "Usage" in done.stdout, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments",
+    [["devices"], ["doctor"], ["plan", "llama-3-8b", "--scheduler", "list"], ["plan", "smollm2", "--device", "cpu"]],
+    ids=" ".join,
+)
+def test_a_base_install_plans_and_looks_around(base: Path, arguments: list[str]) -> None:
+    done = command(base, *arguments)
+    assert done.returncode == 0 and done.stdout and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_a_base_install_runs_a_model(base: Path, smollm2_gguf: Path) -> None:
+    done = command(base, "run", str(smollm2_gguf), "--max-new-tokens", "4")
+    assert done.returncode == 0 and "tokens/s" in done.stdout, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "extra"),
+    [
+        (["serve", "smollm2"], "serve"),
+        (["plan", "smollm2", "--scheduler", "exact"], "exact"),
+        (["run", "someone/some-model"], "hub"),
+        (["run", "smollm2", "--backend", "cuda"], "cuda"),
+        (["calibrate", "--device", "h100_sxm", "--out", "c.json", "x.csv"], "calibrate"),
+        (["calibrate", "--device", "h100_sxm", "--out", "c.json", "x.parquet"], "calibrate"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_a_missing_extra_is_one_line_that_names_it(base: Path, arguments: list[str], extra: str) -> None:
+    (base / "x.csv").write_text("device,kernel\n")
+    (base / "x.parquet").write_bytes(b"PAR1")
+    done = command(base, *arguments)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert f"taskgraph-gpu[{extra}]" in done.stderr, done.stderr

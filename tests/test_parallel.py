@@ -152,7 +152,8 @@ def on_two_lanes(graph: tg.Graph, waits: bool, swapped: bool = False) -> tg.Plan
     first, second = reversed(made.steps) if swapped else made.steps
     steps = (replace(first, lane=0), replace(second, lane=1, waits=(0,) if waits else ()))
     spans = [replace(s, op=step.op, lane=step.lane) for s, step in zip(made.timeline.spans, steps, strict=True)]
-    return replace(made, lanes=made.lanes * 2, steps=steps, timeline=replace(made.timeline, spans=tuple(spans)))
+    timeline = replace(made.timeline, spans=tuple(spans))
+    return replace(made, lanes=made.lanes * 2, steps=steps, timeline=timeline).sealed()
 
 
 @pytest.fixture(scope="module")

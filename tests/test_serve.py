@@ -353,7 +353,9 @@ def test_clients_that_leave_free_their_requests(process: Any) -> None:
 def test_a_client_that_leaves_within_its_body_is_no_error(process: Any) -> None:
     server, url = process()
     with socket.create_connection(("127.0.0.1", httpx.URL(url).port or 0)) as client:
-        client.sendall(b'POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"model": "form')
+        client.sendall(
+            b'POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{"model": "form'
+        )
         time.sleep(0.1)
     assert httpx.post(f"{url}/v1/completions", json=body(max_tokens=2)).json()["choices"][0]["text"] == "de"
     server.send_signal(signal.SIGTERM)
@@ -384,6 +386,22 @@ def test_shutdown_cancels_what_runs_too_long(process: Any) -> None:
     assert "shutting down" in rest[-2] and rest[-1] == "data: [DONE]" and len(rest) < 100
     out, err = server.communicate(timeout=10)
     assert (server.returncode, out.split()[-1], err) == (0, "stopped", "")
+    assert "waiting for 1 request, 0 s at most" in out and "cancelling 1 request: time is up" in out
+
+
+def test_a_second_signal_does_not_wait(process: Any) -> None:
+    server, url = process(step_s=0.02, drain_s=600)
+    with httpx.stream("POST", f"{url}/v1/completions", json=body(max_tokens=250, stream=True), timeout=20) as response:
+        lines = response.iter_lines()
+        next(lines)
+        server.send_signal(signal.SIGTERM)
+        assert "waiting for 1 request, 600 s at most" in server.stdout.readline()
+        server.send_signal(signal.SIGTERM)
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+    out, err = server.communicate(timeout=30)
+    assert (server.returncode, out.splitlines(), err) == (
+        0, ["cancelling 1 request: a second signal", "stopped"], "",
+    )  # fmt: skip
 
 
 def test_an_engine_that_fails_fails_all_requests_and_the_process(process: Any) -> None:

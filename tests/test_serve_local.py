@@ -69,7 +69,10 @@ def test_serve_answers_what_the_model_says(folder: Path, device: str) -> None:
             server.terminate()
     assert texts == [alone(folder, "Hello", 12), alone(folder, "abc", 12)]
     assert drawn[0]["choices"] == drawn[1]["choices"], "equal seeds draw equal tokens"
-    assert server.returncode == 0 and rest.strip() == "stopped"
+    *lines, last = rest.strip().splitlines()
+    assert server.returncode == 0 and last == "stopped"
+    assert [line for line in lines if "path=/v1/completions status=200" in line and "in=5 out=16" in line] == lines[-2:]
+    assert len(lines) == 3, "a line for every request"
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

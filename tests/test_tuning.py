@@ -88,10 +88,10 @@ def test_what_this_machine_measured_is_remembered(
 
 
 def test_a_model_by_name_is_one_step_of_it() -> None:
-    graph = tuning.graph_of("smollm2-135m", batch=2, context=32, tokens=4)
+    graph = tuning.graph_of("smollm2-135m", tuning.StepSize(batch=2, context=32, tokens=4))
     assert graph.tensor["tokens"].shape == (8,)
     with pytest.raises(tg.PlanError, match="context is 3"):
-        tuning.graph_of("smollm2-135m", batch=2, context=3, tokens=4)
+        tuning.graph_of("smollm2-135m", tuning.StepSize(batch=2, context=3, tokens=4))
 
 
 @pytest.mark.parametrize(

@@ -246,7 +246,7 @@ class ProfileDB:
 
     def lookup(self, place: Place, key: OpKey) -> Points:
         """The times of one op, SMs rising. For people and tests: to plan, read the whole `table` once."""
-        return self.table(place).get(key, ())
+        return self.table(place).get(instance("the key", key, OpKey, ProfileError), ())
 
     def places(self) -> tuple[Place, ...]:
         """Every place that has times here."""

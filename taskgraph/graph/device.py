@@ -130,10 +130,11 @@ class Device:
     def rate(self, dtype: str) -> float:
         """Dense FLOP/s of the whole device for `dtype`, or for f32 where the device lists none for it."""
         rates = dict(self.flops_per_s)
-        return rates.get(dtype, rates["f32"])
+        return rates.get(text("a dtype", dtype, DeviceError), rates["f32"])
 
     def compute_share(self, sms: int) -> float:
-        """The share of the device's compute rate that `sms` SMs have."""
+        """The share of the device's compute rate that `sms` SMs have; DeviceError for more than there are."""
+        sms = integer("the number of SMs", sms, DeviceError, 1, self.sm_count)
         if self.compute_scaling:
             return self.compute_scaling[sms - 1]
         return sms / self.sm_count

@@ -1,39 +1,151 @@
-"""Python functions of custom ops, by name. Graphs and plans hold the name; executables look the function up once."""
+"""Python functions of custom ops, by name. Graphs and plans hold the name; executables look the function up once.
+
+A name that was registered here keeps its function alive, and ops keep their names alive: a function is freed with the
+last graph that runs it. The table itself holds neither.
+"""
 
 import importlib
+import inspect
+from collections import deque
 from collections.abc import Callable
+from heapq import heappop, heappush
+from threading import Lock
+from types import MethodType
 from typing import Any
+from weakref import WeakValueDictionary, finalize
 
 from taskgraph.errors import GraphError
 
-_FUNCTIONS: dict[str, Callable[..., Any]] = {}
+Function = Callable[..., Any]
 
 
-def register_function(function: Callable[..., Any]) -> str:
-    """Remember `function` and return its key "module:qualname", numbered when another one has that name."""
-    stem = f"{getattr(function, '__module__', '__main__')}:{getattr(function, '__qualname__', type(function).__name__)}"
-    key, number = stem, 1
-    while _FUNCTIONS.get(key, function) is not function:
-        number += 1
-        key = f"{stem}#{number}"
-    _FUNCTIONS[key] = function
-    return key
+class FunctionName(str):
+    """The name of a registered function, which lives as long as the name. A copy in another process is a plain str."""
+
+    function: Function
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (str, (str(self),))
+
+    def __copy__(self) -> "FunctionName":
+        return self
+
+    def __deepcopy__(self, memo: Any) -> "FunctionName":
+        return self
 
 
-def find_function(key: str) -> Callable[..., Any]:
+_NAMES: WeakValueDictionary[str, FunctionName] = WeakValueDictionary()
+_BY_IDENTITY: WeakValueDictionary[tuple[int, ...], FunctionName] = WeakValueDictionary()
+_FREE: dict[str, list[int]] = {}
+"""stem -> numbers of names that are gone, the least first; a stem that nobody uses any more is not here."""
+_TAKEN: dict[str, int] = {}
+"""stem -> how many numbers were ever given at a time."""
+_GONE: deque[tuple[str, int]] = deque()
+"""Names that were freed since the last registration: a finalizer may run anywhere, so it takes no lock."""
+_GUARD = Lock()
+
+
+def register_function(function: Function) -> str:
+    """The name of `function`, "module:qualname", numbered while other functions of that name live.
+
+    GraphError for what is no function that fills its outputs: not callable, a coroutine or a generator function.
+    """
+    _need_plain(function)
+    identity = _identity(function)
+    with _GUARD:
+        _return_numbers()
+        known = _BY_IDENTITY.get(identity)
+        if known is not None:
+            return known
+        stem = _stem(function)
+        number = _next_number(stem)
+        name = FunctionName(stem if number == 1 else f"{stem}#{number}")
+        name.function = function
+        finalize(name, _GONE.append, (stem, number)).atexit = False
+        _NAMES[str(name)] = _BY_IDENTITY[identity] = name
+        return name
+
+
+def _need_plain(function: Any) -> None:
+    if not callable(function):
+        raise GraphError(f"a custom op runs a function; got {type(function).__name__} {function!r:.60}.")
+    called = inspect.getattr_static(type(function), "__call__", function)
+    for test, what in ((inspect.iscoroutinefunction, "a coroutine"), (inspect.isgeneratorfunction, "a generator"),
+                       (inspect.isasyncgenfunction, "an asynchronous generator")):  # fmt: skip
+        if test(function) or test(called):
+            raise GraphError(
+                f"{_stem(function)!r} is {what} function: calling it runs none of it. A custom op fills its outputs "
+                "before it returns; give a plain function."
+            )
+
+
+def _identity(function: Function) -> tuple[int, ...]:
+    """Equal for what is one function: a bound method is made anew every time it is looked up."""
+    if isinstance(function, MethodType):
+        return (id(function.__self__), id(function.__func__))
+    return (id(function),)
+
+
+def _stem(function: Function) -> str:
+    """Where an importable function is found; what is not importable has a part that no import finds."""
+    qualname = getattr(function, "__qualname__", None)
+    if isinstance(qualname, str):
+        return f"{getattr(function, '__module__', None) or '__main__'}:{qualname}"
+    inner = getattr(function, "func", None)  # functools.partial
+    if callable(inner):
+        return f"{getattr(inner, '__module__', None) or '__main__'}:<partial>.{getattr(inner, '__qualname__', 'call')}"
+    kind = type(function)
+    return f"{kind.__module__}:<{kind.__qualname__}>"
+
+
+def _return_numbers() -> None:
+    while _GONE:
+        stem, number = _GONE.popleft()
+        free = _FREE.setdefault(stem, [])
+        heappush(free, number)
+        if len(free) == _TAKEN[stem]:
+            del _FREE[stem], _TAKEN[stem]
+
+
+def _next_number(stem: str) -> int:
+    """The least number that no living function of that stem has."""
+    if free := _FREE.get(stem):
+        return heappop(free)
+    _TAKEN[stem] = _TAKEN.get(stem, 0) + 1
+    return _TAKEN[stem]
+
+
+def find_function(key: str) -> Function:
     """The function registered as `key`, else imported by that name; GraphError if neither works."""
-    if key in _FUNCTIONS:
-        return _FUNCTIONS[key]
+    known = key if isinstance(key, FunctionName) else _NAMES.get(key)
+    if known is not None:
+        return known.function
     module, _, qualname = key.partition(":")
     try:
         found: Any = importlib.import_module(module)
         for part in qualname.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise GraphError(
             f"function {key!r} of a custom op is not importable; pass it to compile(functions=...)."
         ) from error
     if not callable(found):
         raise GraphError(f"{key!r} is not callable.")
-    result: Callable[..., Any] = found
+    result: Function = found
     return result
+
+
+def check_arity(name: str, function: Function, arguments: int) -> None:
+    """GraphError unless `function` takes that many tensors, and no more than `stream` beside them."""
+    try:
+        signature = inspect.signature(function)
+    except (ValueError, TypeError):  # a builtin that tells nothing
+        return
+    given = ([None] * arguments, {"stream": None} if "stream" in signature.parameters else {})
+    try:
+        signature.bind(*given[0], **given[1])
+    except TypeError as error:
+        raise GraphError(
+            f"op {name!r}: its function is called with {arguments} tensors, inputs then outputs, but takes {signature} "
+            f"({error})."
+        ) from error

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from taskgraph.errors import GraphError
 from taskgraph.graph.edges import predecessors, toposorted
-from taskgraph.graph.functions import register_function
+from taskgraph.graph.functions import check_arity, register_function
 from taskgraph.graph.op import PLAIN, ROWS, Attr, Demand, Op, Rows, Tensor, TensorSpec, Work, check_work, rows_attr
 from taskgraph.record import decode, instance, integer, rows, sequence, shown, text, typed
 from taskgraph.record import function as callable_of
@@ -462,7 +462,8 @@ class GraphBuilder:
             axes = (-1 if a is None else integer("an axis of split_axes", a, GraphError, 0) for a in split_axes)
             attrs["split_axes"] = tuple(axes)
             attrs["split_multiple"] = split_multiple
-        name = name or self._free_name(key.rsplit(":", 1)[-1].rsplit(".", 1)[-1].strip("<>"))
+        name = name or self._free_name(key.rsplit(":", 1)[-1].partition("#")[0].rsplit(".", 1)[-1].strip("<>"))
+        check_arity(name, function, len(inputs) + len(outputs))
         made = self.op("call", inputs, outputs, work, name, demand, after, writes, attrs)
         return made[0] if len(made) == 1 else made
 

@@ -13,15 +13,18 @@ from rich.table import Table
 from rich.text import Text
 
 from taskgraph.cost.fitted import UNFITTED_BAND
+from taskgraph.errors import PlanError
 from taskgraph.graph.op import RESOURCES
+from taskgraph.record import number
 from taskgraph.runtime.probe import PROBE_AGAIN, disturbance
 from taskgraph.schedule.plan import Plan, Span
+from taskgraph.schedule.verify import check_readable
 from taskgraph.units import format_quantity, format_seconds
 
 BOUNDS = ("chain", *RESOURCES, "proved")
 MEANING = {
     "chain": "longest dependency chain",
-    "sm": "arithmetic of all ops",
+    "sm": "SM time of all ops",
     "hbm": "device memory traffic",
     "h2d": "host-to-device copies",
     "d2h": "device-to-host copies",
@@ -99,10 +102,12 @@ def path_shares(plan: Plan) -> list[tuple[str, int, float]]:
     return sorted(((g, count[g], s) for g, s in seconds.items()), key=lambda item: (-item[2], item[0]))
 
 
-def mean_utilisation(plan: Plan) -> dict[str, float]:
-    """Mean use of each resource over the makespan, as a share of its capacity: work over capacity over time."""
+def least_use(plan: Plan) -> dict[str, float]:
+    """What the ops need of each resource at the least, as a share of its capacity over the makespan: its bound over the
+    makespan, the one home of this figure. A plan may hold more than that: SMs on which an op gains little are in use,
+    too, and how much is in use at each time only a replay tells (`planner.utilisation`)."""
     area = asdict(plan.bounds)
-    return {r: area[f"{r}_s"] / plan.makespan_s if plan.makespan_s else 0.0 for r in RESOURCES}
+    return {name: area[f"{name}_s"] / plan.makespan_s if plan.makespan_s else 0.0 for name in BOUNDS}
 
 
 def verdict_sentence(plan: Plan) -> str:
@@ -169,12 +174,16 @@ def text_console(width: int, color: bool) -> tuple[Console, Callable[[], str]]:
 def explain(plan: Plan, color: bool = False, measured_s: float | None = None) -> str:
     """What the plan does and how good it is, as text for a terminal of 100 columns.
 
-    `measured_s` is the time that it took, if it was run; one that the prediction does not fit gets a `remark`."""
+    `measured_s` is the time that it took, if it was run; one that the prediction does not fit gets a `remark`.
+    PlanError for a plan whose indices or numbers are damaged."""
+    check_readable(plan)
+    if measured_s is not None:
+        number("measured_s", measured_s, PlanError, 0)
     console, text = text_console(_WIDTH, color)
     console.print(_header(plan))
     for title, body in (
         (f"Critical path ({plan.timeline.kind})", _path_table(plan)),
-        (f"Mean utilisation ({plan.timeline.kind})", _use_table(plan)),
+        (f"Least use of each resource ({plan.timeline.kind})", _use_table(plan)),
         (f"Lower bounds ({plan.timeline.kind})", _bounds_table(plan)),
     ):
         console.print(Text(f"\n{title}", style="bold"))
@@ -238,7 +247,9 @@ def _path_table(plan: Plan, top: int = 10) -> Table:
 
 def _use_table(plan: Plan) -> Table:
     table = _table("resource", "of capacity", "", "what")
-    for resource, part in mean_utilisation(plan).items():
+    needed = least_use(plan)
+    for resource in RESOURCES:
+        part = needed[resource]
         table.add_row(resource, f"{part:.1%}", Text(_bar(part), style="cyan"), Text(MEANING[resource], style="dim"))
     return table
 
@@ -250,11 +261,10 @@ def bounds_of(plan: Plan) -> tuple[str, ...]:
 
 def _bounds_table(plan: Plan) -> Table:
     table = _table("bound", "time", "of makespan", "", "what")
-    seconds = asdict(plan.bounds)
+    seconds, needed = asdict(plan.bounds), least_use(plan)
     for name in bounds_of(plan):
-        value = seconds[f"{name}_s"]
+        value, part = seconds[f"{name}_s"], needed[name]
         binds = name == plan.bounds.binding
-        part = value / plan.makespan_s if plan.makespan_s else 0.0
         mark, style = ("<- binds", "bold") if binds else ("", "")
         row = (format_seconds(value), f"{part:.1%}", mark)
         table.add_row(Text(name), *row, Text(MEANING[name], style="dim"), style=style)

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from taskgraph.cache import write_atomically
+from taskgraph.errors import PlanError
 from taskgraph.observe.explain import (
     MEANING,
     bounds_of,
@@ -17,13 +18,18 @@ from taskgraph.observe.explain import (
     critical_path,
     gap_text,
     lane_place,
+    least_use,
     path_shares,
     remark,
     stem,
     unit_of,
     verdict_sentence,
 )
-from taskgraph.schedule.plan import Plan, Span, Timeline
+from taskgraph.observe.trace import check_timelines
+from taskgraph.record import instance, sequence, shown
+from taskgraph.record import number as number_of
+from taskgraph.record import text as text_of
+from taskgraph.schedule.plan import Plan, Span, Timeline, writing
 from taskgraph.units import format_seconds
 
 Points = Sequence[tuple[float, float]]
@@ -48,8 +54,11 @@ def write_report(
 
     `timelines` are shown in order, by label. `facts` are further name-value pairs; the first row of `table` is its
     header. `utilisation` holds (time_s, fraction) steps by resource; without it, that of the SMs is
-    derived from the plan's timeline.
+    derived from the plan's timeline. PlanError for a damaged plan or timeline, for pairs, rows or steps of another
+    kind, and where the file cannot be written.
     """
+    check_timelines(plan, timelines)
+    _check_extras(facts, table, utilisation)
     colour = _palette(timelines.values())
     critical = frozenset(span.op for span in critical_path(plan))
     longest = [t.makespan_s for t in timelines.values() if t.makespan_s > 0] or [1.0]
@@ -78,7 +87,26 @@ def write_report(
         f"<body><main>{body}<footer>taskgraph · plan of graph <code>{_e(plan.graph[:12])}</code> · made by "
         f'{_e(plan.made_by)}</footer></main><div id="tip" hidden></div><script>{_JS}</script></body></html>\n'
     )
-    write_atomically(Path(path), text)
+    with writing(path) as place:
+        write_atomically(place, text)
+
+
+def _check_extras(facts: object, table: object, utilisation: object) -> None:
+    """PlanError unless they are of the kinds that `write_report` says."""
+    for name, value in instance("facts", facts, Mapping, PlanError).items():
+        text_of("the name of a fact", name, PlanError), text_of(f"the fact {name!r}", value, PlanError, empty=True)
+    for row in sequence("table", table, PlanError):
+        for cell in sequence("a row of table", row, PlanError):
+            text_of("a cell of table", cell, PlanError, empty=True)
+    for name, points in instance("utilisation", {} if utilisation is None else utilisation, Mapping, PlanError).items():
+        text_of("a resource of utilisation", name, PlanError)
+        for point in sequence(f"utilisation of {name!r}", points, PlanError):
+            if len(sequence("a step of utilisation", point, PlanError)) != 2:
+                raise PlanError(f"a step of utilisation is a time and a share; got {shown(point)}.")
+            (
+                number_of("the time of a step", point[0], PlanError),
+                number_of("the share of a step", point[1], PlanError, 0),
+            )
 
 
 # ------------------------------------------------------------------------------------------- pieces
@@ -216,7 +244,7 @@ def _ticks(scale_s: float) -> list[tuple[float, str]]:
 
 def _use(plan: Plan, given: Mapping[str, Points] | None, scale: float) -> str:
     """A step chart for each resource while the plan runs, on an axis of `scale` seconds."""
-    series = given if given is not None else {"sm": _allocated(plan)}
+    series, needed = given if given is not None else {"sm": _allocated(plan)}, least_use(plan)
     whole = plan.makespan_s or 1.0
     rows = []
     for number, (name, points) in enumerate(series.items()):
@@ -226,8 +254,9 @@ def _use(plan: Plan, given: Mapping[str, Points] | None, scale: float) -> str:
         corners += [f"H{_WIDE * t / scale:.1f}V{44 - 42 * min(x, 1.0):.1f}" for t, x in steps[1:]]
         path = f'<path class="r{number % 5}" d="{"".join(corners)}H{_WIDE * whole / scale:.1f}V44Z"/>'
         shape = f'<line x2="{_WIDE}" y1="2" y2="2"/>{path}'
-        what = "allocated, mean" if given is None else "mean"
-        label = f"<div>{_e(name)}<small>{what} {_mean(steps, whole):.1%}</small></div>"
+        what = "allocated" if given is None else "in use"
+        least = f"<br>needed at least {needed[name]:.1%}" if name in needed else ""
+        label = f"<div>{_e(name)}<small>{what} {_mean(steps, whole):.1%}, mean{least}</small></div>"
         rows.append(_plot(label, shape, 46, scale, "use", axis=number == len(series) - 1))
     return "".join(rows)
 
@@ -272,14 +301,14 @@ def _meter(share: float, kind: str = "") -> str:
 
 
 def _bounds(plan: Plan) -> str:
-    seconds, whole = asdict(plan.bounds), plan.makespan_s or 1.0
+    seconds, needed = asdict(plan.bounds), least_use(plan)
     rows = ""
     for name in bounds_of(plan):
         value, binds = seconds[f"{name}_s"], name == plan.bounds.binding
         mark = '<span class="tag binds">binds</span>' if binds else ""
         rows += (
             f"<tr{' class=binds' if binds else ''}><th>{name} {mark}<small>{MEANING[name]}</small></th>"
-            f"<td>{format_seconds(value)}</td><td>{value / whole:.1%}</td><td>{_meter(value / whole)}</td></tr>"
+            f"<td>{format_seconds(value)}</td><td>{needed[name]:.1%}</td><td>{_meter(needed[name])}</td></tr>"
         )
     rows += (
         f'<tr class="total"><th>this plan<small>{_e(gap_text(plan))}</small></th>'

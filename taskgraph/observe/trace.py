@@ -6,18 +6,33 @@ from pathlib import Path
 from typing import Any
 
 from taskgraph.cache import write_atomically
+from taskgraph.errors import PlanError
 from taskgraph.observe.explain import group_name, lane_place, stem
-from taskgraph.schedule.plan import Plan, Span, Timeline
+from taskgraph.record import instance, text
+from taskgraph.schedule.plan import Plan, Span, Timeline, writing
+from taskgraph.schedule.verify import check_readable, check_timeline
 
 
 def write_trace(path: str | Path, timelines: Mapping[str, Timeline], plan: Plan) -> None:
-    """Write `timelines`, by label, as trace-event JSON: a process for each timeline and a track for each lane."""
+    """Write `timelines`, by label, as trace-event JSON: a process for each timeline and a track for each lane.
+
+    PlanError for a damaged plan or timeline, and where the file cannot be written."""
+    check_timelines(plan, timelines)
     events: list[dict[str, Any]] = []
     for pid, (label, timeline) in enumerate(timelines.items(), start=1):
         events += _process(pid, label, timeline, plan)
     about = {"graph": plan.graph_name, "fingerprint": plan.graph, "device": plan.device.name, "made_by": plan.made_by}
     body = {"traceEvents": events, "displayTimeUnit": "ns", "otherData": about}
-    write_atomically(Path(path), json.dumps(body))
+    with writing(path) as place:
+        write_atomically(place, json.dumps(body))
+
+
+def check_timelines(plan: Plan, timelines: Mapping[str, Timeline]) -> None:
+    """PlanError unless the plan and the timelines, by label, can be shown."""
+    check_readable(plan)
+    for label, timeline in instance("timelines", timelines, Mapping, PlanError, "It holds them by label.").items():
+        text("the label of a timeline", label, PlanError)
+        check_timeline(timeline)
 
 
 def _process(pid: int, label: str, timeline: Timeline, plan: Plan) -> list[dict[str, Any]]:

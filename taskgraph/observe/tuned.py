@@ -4,7 +4,9 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from taskgraph.errors import PlanError
 from taskgraph.observe.explain import measured_seconds, remark, text_console
+from taskgraph.record import instance
 from taskgraph.runtime.tune import Trial, Tuned
 from taskgraph.units import format_seconds
 
@@ -13,6 +15,7 @@ _WIDTH = 120
 
 def explain_tuned(tuned: Tuned, color: bool = False) -> str:
     """Every candidate with its predicted time and the time it took, then the choice and its reason."""
+    instance("tuned", tuned, Tuned, PlanError, "Take what taskgraph.autotune returned.")
     console, text = text_console(_WIDTH, color)
     console.print(Text(f"graph {tuned.plan.graph_name}, device {tuned.plan.device.name}", style="bold"))
     console.print(Text(f"times {tuned.kind}: {tuned.origin or tuned.plan.timeline.origin}", style="dim"))

@@ -7,7 +7,7 @@ from taskgraph.graph.graph import Value
 from taskgraph.graph.op import ITEMSIZE, Demand, Work
 from taskgraph.ops.rules import SPLIT_RULES, apply, axis_of, numbered, shape_rule, work_rule
 from taskgraph.ops.rules import moved as _moved
-from taskgraph.ops.signatures import SCALING, YARN, Attrs, Shapes
+from taskgraph.ops.signatures import SCALING, YARN, Attrs, Shapes, made_dtype, need_floats, need_integers
 from taskgraph.ops.signatures import need as _need
 
 SPLIT_RULES |= {
@@ -40,7 +40,8 @@ def _(ins: Shapes, attrs: Attrs) -> list[tuple[tuple[int, ...], str]]:
         tokens.dtype in ("i32", "i64") and len(tokens.shape) == 1, "embedding", ins, "tokens must be a vector of ints"
     )
     _need(len(table.shape) == 2, "embedding", ins, "the table must be (vocabulary, hidden)")
-    return [((tokens.shape[0], table.shape[1]), str(attrs.get("out_dtype", table.dtype)))]
+    need_floats("embedding", ins, table)
+    return [((tokens.shape[0], table.shape[1]), made_dtype("embedding", ins, attrs, table.dtype))]
 
 
 @shape_rule("gemm")
@@ -49,15 +50,20 @@ def _(ins: Shapes, attrs: Attrs) -> list[tuple[tuple[int, ...], str]]:
     _need(len(x.shape) == 2 and len(w.shape) == 2, "gemm", ins, "x and w must be matrices")
     k, n = reversed(w.shape) if attrs["transpose_w"] else w.shape
     _need(x.shape[1] == k, "gemm", ins, f"x has {x.shape[1]} columns but w takes {k}")
-    for t in extra:
-        _need(t.shape in ((n,), (x.shape[0], n)), "gemm", ins, f"bias must be ({n},) and residual ({x.shape[0]}, {n})")
+    added = [(key, shape) for key, shape in (("bias", (n,)), ("residual", (x.shape[0], n))) if attrs[key]]
+    made = made_dtype("gemm", ins, attrs, x.dtype)
+    for t, (key, shape) in zip(extra, added, strict=True):
+        _need(t.shape == shape, "gemm", ins, f"the {key} must be {shape}")
+        _need(t.dtype in (x.dtype, made), "gemm", ins, f"the {key} must be {x.dtype}, like x")
+    need_floats("gemm", ins, x)
     _need(x.dtype == w.dtype or (x.dtype, w.dtype) == ("f32", "bf16"), "gemm", ins, "dtypes of x and w differ")
-    return [((x.shape[0], n), str(attrs.get("out_dtype", x.dtype)))]
+    return [((x.shape[0], n), made)]
 
 
 @shape_rule("rmsnorm")
 def _(ins: Shapes, attrs: Attrs) -> list[tuple[tuple[int, ...], str]]:
     x, weight = ins
+    need_floats("rmsnorm", ins, x, weight)
     _need(weight.shape == (x.shape[-1],), "rmsnorm", ins, "the weight must have one entry a column")
     return [(x.shape, x.dtype)]
 
@@ -66,6 +72,8 @@ def _(ins: Shapes, attrs: Attrs) -> list[tuple[tuple[int, ...], str]]:
 def _(ins: Shapes, attrs: Attrs) -> list[tuple[tuple[int, ...], str]]:
     x, positions = ins
     _need(len(x.shape) == 3 and x.shape[2] % 2 == 0, "rope", ins, "x must be (tokens, heads, even head_dim)")
+    need_floats("rope", ins, x)
+    need_integers("rope", ins, positions)
     _need(positions.shape == x.shape[:1], "rope", ins, "positions must have one entry a token")
     return [(x.shape, x.dtype)]
 
@@ -73,7 +81,11 @@ def _(ins: Shapes, attrs: Attrs) -> list[tuple[tuple[int, ...], str]]:
 @shape_rule("rope_kv")
 def _(ins: Shapes, attrs: Attrs) -> list[tuple[tuple[int, ...], str]]:
     qkv, positions, keys, values, *norms = ins
+    need_floats("rope_kv", ins, qkv, keys, values, *norms)
+    need_integers("rope_kv", ins, positions)
+    _need(len(norms) != 1, "rope_kv", ins, "q and k are normalised both or neither")
     heads, head_dim = int(attrs["heads"]), keys.shape[-1]  # type: ignore[arg-type]
+    _need(heads >= 1 and head_dim % 2 == 0, "rope_kv", ins, "it takes at least one head, of an even dim")
     _need(len(keys.shape) == 4 and keys.shape == values.shape, "rope_kv", ins, "caches are (batch, kv heads, len, dim)")
     width = (heads + 2 * keys.shape[1]) * head_dim
     _need(qkv.shape[1:] == (width,), "rope_kv", ins, f"qkv must be (tokens, {width})")
@@ -87,7 +99,10 @@ def _(ins: Shapes, attrs: Attrs) -> list[tuple[tuple[int, ...], str]]:
 def _(ins: Shapes, attrs: Attrs) -> list[tuple[tuple[int, ...], str]]:
     q, positions, keys, values = ins
     _need(len(q.shape) == 3 and len(keys.shape) == 4, "attention", ins, "q is (tokens, heads, dim), caches have 4 axes")
+    need_floats("attention", ins, q, keys, values)
+    need_integers("attention", ins, positions)
     _need(keys.shape == values.shape and q.shape[2] == keys.shape[3], "attention", ins, "head dims differ")
+    _need(int(attrs["context"]) >= 1, "attention", ins, "context must be at least 1")  # type: ignore[arg-type]
     _need(q.shape[1] % keys.shape[1] == 0, "attention", ins, "query heads must be a multiple of kv heads")
     _need(q.shape[0] % keys.shape[0] == 0, "attention", ins, "every sequence must have the same number of tokens")
     _need(positions.shape == (keys.shape[0],), "attention", ins, "positions hold the first position of every sequence")
@@ -103,6 +118,7 @@ def _(ins: Shapes, attrs: Attrs) -> list[tuple[tuple[int, ...], str]]:
         ins,
         "q has 3 axes, kv (2, batch, len, heads, dim)",
     )
+    need_floats("decode_attention", ins, q, kv)
     _need(kv.shape[:2] == (2, q.shape[0]), "decode_attention", ins, "q and kv must have the same batch")
     _need(q.shape[2] == kv.shape[4] and q.shape[1] % kv.shape[3] == 0, "decode_attention", ins, "heads do not fit")
     return [(q.shape, q.dtype)]
@@ -111,6 +127,7 @@ def _(ins: Shapes, attrs: Attrs) -> list[tuple[tuple[int, ...], str]]:
 @shape_rule("swiglu")
 def _(ins: Shapes, attrs: Attrs) -> list[tuple[tuple[int, ...], str]]:
     (x,) = ins
+    need_floats("swiglu", ins, x)
     _need(len(x.shape) == 2 and x.shape[1] % 2 == 0, "swiglu", ins, "x must be (tokens, 2 * features): gate, then up")
     return [((x.shape[0], x.shape[1] // 2), x.dtype)]
 
@@ -119,12 +136,14 @@ def _(ins: Shapes, attrs: Attrs) -> list[tuple[tuple[int, ...], str]]:
 def _(ins: Shapes, attrs: Attrs) -> list[tuple[tuple[int, ...], str]]:
     a, b = ins
     _need((a.shape, a.dtype) == (b.shape, b.dtype), "add", ins, "shapes and dtypes must be equal")
+    _need(a.dtype != "bool", "add", ins, "it adds numbers")
     return [(a.shape, a.dtype)]
 
 
 @shape_rule("argmax")
 def _(ins: Shapes, attrs: Attrs) -> list[tuple[tuple[int, ...], str]]:
     (x,) = ins
+    need_floats("argmax", ins, x)
     _need(len(x.shape) == 2, "argmax", ins, "x must be (rows, classes)")
     return [((x.shape[0],), "i64")]
 
@@ -147,6 +166,7 @@ def _collective_shape(kind: str, resized: Callable[[int, int], int]) -> None:
     @shape_rule(kind)
     def _(ins: Shapes, attrs: Attrs) -> list[tuple[tuple[int, ...], str]]:
         (x,) = ins
+        _need(x.dtype != "bool", kind, ins, "sums and joins are of numbers")
         ranks, axis = int(attrs["ranks"]), int(attrs["axis"])  # type: ignore[arg-type]
         _need(ranks >= 1 and 0 <= axis < len(x.shape), kind, ins, f"no {ranks} ranks on axis {axis}")
         _need(
@@ -350,7 +370,10 @@ def add(a: Value, b: Value, *, name: str | None = None, after: Sequence[str] = (
 
 
 def argmax(x: Value, *, name: str | None = None) -> Value:
-    """Index of the largest entry of every row of x (m, n) -> i64 (m,): greedy sampling."""
+    """Index of the largest entry of every row of x (m, n) -> i64 (m,): greedy sampling.
+
+    Of equal entries the first wins, and a NaN is larger than any number, so of several the first: torch's rule.
+    """
     return apply("argmax", [x], name=name)
 
 

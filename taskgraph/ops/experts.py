@@ -10,7 +10,7 @@ from taskgraph.errors import GraphError
 from taskgraph.graph.graph import Value
 from taskgraph.graph.op import ITEMSIZE, Work
 from taskgraph.ops.rules import SPLIT_RULES, Outputs, apply, axis_of, integer, moved, shape_rule, work_rule
-from taskgraph.ops.signatures import Attrs, Shapes, need
+from taskgraph.ops.signatures import Attrs, Shapes, need, need_floats
 from taskgraph.record import integer as integer_of
 from taskgraph.record import number
 
@@ -24,6 +24,9 @@ def _(ins: Shapes, attrs: Attrs) -> Outputs:
     logits, *rest = ins
     correction, slots = ([t for t in rest if (t.dtype == "i32") is whether] for whether in (False, True))
     need(len(logits.shape) == 2, "route", ins, "logits must be (tokens, experts)")
+    need_floats("route", ins, logits)
+    need(len(correction) <= 1 and len(slots) <= 1, "route", ins, "there is at most one correction and one of slots")
+    need(all(t.dtype == "f32" for t in correction), "route", ins, "the correction must be f32 and slots i32")
     need(all(t.shape == logits.shape[:1] for t in slots), "route", ins, "slots have one entry a token")
     count, top, groups, kept = logits.shape[1], *(integer(attrs, key) for key in ("top_k", "groups", "top_groups"))
     need(all(t.shape == (count,) for t in correction), "route", ins, f"the correction must be ({count},)")
@@ -46,6 +49,7 @@ def _(ins: Shapes, outs: Shapes, attrs: Attrs) -> Work:
 @shape_rule("experts")
 def _(ins: Shapes, attrs: Attrs) -> Outputs:
     x, routing, gate_up, down, *residual = ins
+    need_floats("experts", ins, x)
     need(len(x.shape) == 2, "experts", ins, "x must be (tokens, hidden)")
     need(len(gate_up.shape) == len(down.shape) == 3, "experts", ins, "gate_up and down must have an expert axis")
     (tokens, hidden), (count, _, inner) = x.shape, down.shape
@@ -81,6 +85,7 @@ def active_experts(tokens: int, top_k: int, experts: int) -> float:
 @shape_rule("gated_add")
 def _(ins: Shapes, attrs: Attrs) -> Outputs:
     x, gate, base = ins
+    need_floats("gated_add", ins, x)
     need(len(x.shape) == 2, "gated_add", ins, "x must be (tokens, features)")
     need(gate.shape == (x.shape[0], 1), "gated_add", ins, "the gate must be (tokens, 1)")
     need((base.shape, base.dtype, gate.dtype) == (x.shape, x.dtype, x.dtype), "gated_add", ins, "base must be like x")

@@ -22,7 +22,7 @@ from taskgraph.ops.rules import (
     shape_rule,
     work_rule,
 )
-from taskgraph.ops.signatures import YARN, Attrs, Shapes, need
+from taskgraph.ops.signatures import YARN, Attrs, Shapes, need, need_floats, need_integers
 
 SPLIT_RULES |= {
     "latent_rope": (0, 0, None, 0, 0),
@@ -41,6 +41,7 @@ IN_TURN |= {"paged_latent_rope", "paged_latent_decode"}
 def _(ins: Shapes, attrs: Attrs) -> Outputs:
     q, _, _, positions, latents = ins
     made = _rotated("latent_rope", ins, attrs)
+    need_integers("latent_rope", ins, positions)
     _need_sequences("latent_rope", ins, q.shape[0], positions.shape, latents.shape[0])
     return made
 
@@ -57,6 +58,8 @@ def _(ins: Shapes, attrs: Attrs) -> Outputs:
 def _rotated(kind: str, ins: Shapes, attrs: Attrs) -> Outputs:
     q, kv, norm, *_, latents = ins
     heads, rotary = integer(attrs, "heads"), integer(attrs, "rotary")
+    need_floats(kind, ins, q, kv, norm, latents)
+    need(heads >= 1, kind, ins, "it takes at least one head")
     need(len(latents.shape) == 3, kind, ins, "the cache is (batch, len, rank + rotary), or pages of so many")
     need(len(q.shape) == 2 and q.shape[1] % heads == 0, kind, ins, f"q must hold {heads} equal heads")
     need(0 < rotary < latents.shape[2] and rotary % 2 == 0, kind, ins, f"{rotary} rotary channels do not fit")
@@ -87,6 +90,7 @@ def _(ins: Shapes, outs: Shapes, attrs: Attrs) -> Work:
 def _(ins: Shapes, attrs: Attrs) -> Outputs:
     q, positions, latents, _ = ins
     made = _mixed("latent_attention", ins, attrs)
+    need_integers("latent_attention", ins, positions)
     _need_sequences("latent_attention", ins, q.shape[0], positions.shape, latents.shape[0])
     return made
 
@@ -114,7 +118,9 @@ def _mixed(kind: str, ins: Shapes, attrs: Attrs) -> Outputs:
     need(up.shape[1] + rotary == latents.shape[2], kind, ins, "up must take the cache's rank")
     values = up.shape[0] // heads - (dim - rotary)
     need(values > 0, kind, ins, "up must give a key part and a value a head")
-    need(q.dtype == latents.dtype == up.dtype, kind, ins, "dtypes differ")
+    need_floats(kind, ins, q, latents, up)
+    need(0 < rotary <= dim, kind, ins, f"{rotary} rotary channels do not fit")
+    need(integer(attrs, "context") >= 1, kind, ins, "context must be at least 1")
     return [((tokens, heads * values), q.dtype)]
 
 

@@ -25,7 +25,7 @@ from taskgraph.ops.rules import (
     shape_rule,
     work_rule,
 )
-from taskgraph.ops.signatures import SCALING, YARN, Attrs, Shapes, need
+from taskgraph.ops.signatures import SCALING, YARN, Attrs, Shapes, need, need_floats
 from taskgraph.record import number
 
 SPLIT_RULES |= {
@@ -44,6 +44,7 @@ def _need_pages(kind: str, ins: Shapes, keys: int) -> None:
 
 def _need_heads(kind: str, ins: Shapes, keys: int) -> None:
     q, pages = ins[0], ins[keys]
+    need_floats(kind, ins, q, *ins[keys:])
     _need_pages(kind, ins, keys)
     need(
         len(q.shape) == 3 and q.shape[2] <= pages.shape[3], kind, ins, "q is (tokens, heads, dim), dim as in the pages"
@@ -78,9 +79,12 @@ def need_chunk_tables(kind: str, ins: Shapes) -> None:
 @shape_rule("paged_rope")
 def _(ins: Shapes, attrs: Attrs) -> Outputs:
     qkv, positions, slots, keys, _, *norms = ins
+    need(len(norms) != 1, "paged_rope", ins, "q and k are normalised both or neither")
+    need_floats("paged_rope", ins, qkv, *ins[3:])
     _need_pages("paged_rope", ins, 3)
     need_int32("paged_rope", ins, 1, 2)
     heads, kv_heads = integer(attrs, "heads"), keys.shape[1]
+    need(heads >= 1 and integer(attrs, "context") >= 1, "paged_rope", ins, "heads and context are at least 1")
     dim, rest = divmod(qkv.shape[-1], heads + 2 * kv_heads)
     need(len(qkv.shape) == 2 and rest == 0, "paged_rope", ins, f"qkv must hold {heads} + 2 x {kv_heads} equal heads")
     need(dim % 2 == 0 and dim <= keys.shape[3], "paged_rope", ins, f"a head of {dim} does not fit the pages")
@@ -111,6 +115,8 @@ def _(ins: Shapes, attrs: Attrs) -> Outputs:
 def _(ins: Shapes, attrs: Attrs) -> Outputs:
     source, target, pairs = ins
     need((source.shape[1:], source.dtype) == (target.shape[1:], target.dtype), "copy_pages", ins, "pages differ")
+    need(len(source.shape) >= 1, "copy_pages", ins, "pages lie along the first axis")
+    need(len(pairs.shape) == 2, "copy_pages", ins, "pairs are i32 (n, 2): from, to")
     need(pairs.dtype == "i32" and pairs.shape[1:] == (2,), "copy_pages", ins, "pairs are i32 (n, 2): from, to")
     need(attrs["direction"] in ("h2d", "d2h", "d2d"), "copy_pages", ins, "direction is h2d, d2h or d2d")
     need(0 <= _expected(ins, attrs) <= pairs.shape[0], "copy_pages", ins, "there are pairs for all expected pages")

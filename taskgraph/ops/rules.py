@@ -140,8 +140,7 @@ def apply(
 
 def check_op(op: Op, tensors: dict[str, Tensor]) -> None:
     """GraphError unless the outputs of a standard op are what its shape rule says (for graphs read from files)."""
-    rule = SHAPE_RULES.get(op.kind)
-    if rule is None:
+    if op.kind not in SHAPE_RULES:
         return
     made = [(tensors[name].shape, tensors[name].dtype) for name in op.outputs]
     wanted = shapes_of(op.kind, seen_inputs(op, tensors), dict(op.attrs))

@@ -31,6 +31,28 @@ def need(condition: bool, kind: str, inputs: Shapes, text: str) -> None:
         raise GraphError(f"{kind}({shapes}): {text}.")
 
 
+FLOATS, INTEGERS = ("f64", "f32", "f16", "bf16", "f8"), ("i32", "i64")
+
+
+def need_floats(kind: str, inputs: Shapes, *operands: Tensor) -> None:
+    """GraphError unless all `operands` are of one float dtype."""
+    kinds = {t.dtype for t in operands}
+    names = ", ".join(dict.fromkeys(t.name for t in operands))
+    need(len(kinds) == 1 and kinds <= set(FLOATS), kind, inputs, f"{names} must be floats of one dtype")
+
+
+def need_integers(kind: str, inputs: Shapes, places: Tensor) -> None:
+    """GraphError unless `places` are i32 or i64."""
+    need(places.dtype in INTEGERS, kind, inputs, f"{places.name} must be i32 or i64")
+
+
+def made_dtype(kind: str, inputs: Shapes, attrs: Attrs, default: str) -> str:
+    """The dtype of the output: `out_dtype` where the op has one; GraphError unless it is a float."""
+    made = str(attrs.get("out_dtype", default))
+    need(made in FLOATS, kind, inputs, f"out_dtype is one of {', '.join(FLOATS)}; got {made!r}")
+    return made
+
+
 def _is_integer(value: Attr, low: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= low
 

@@ -10,12 +10,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from taskgraph.errors import BackendUnavailable, GraphError
+from taskgraph.errors import BackendUnavailable, ExecutionError, GraphError
 from taskgraph.graph.op import ITEMSIZE, Tensor
 from taskgraph.runtime import driver
+from taskgraph.runtime.binders import TORCH_DTYPE
+from taskgraph.runtime.buffers import Use, dtype_name, host_tensor, same
 from taskgraph.runtime.driver import Gpu, Memory
-from taskgraph.runtime.impls import TORCH_DTYPE
-from taskgraph.runtime.launches import Buffer
+from taskgraph.runtime.launches import Buffer, dense_strides
 
 _TYPESTR = {
     "f64": "<f8", "f32": "<f4", "f16": "<f2", "bf16": "<V2", "i64": "<i8", "i32": "<i4", "i8": "|i1", "u8": "|u1",
@@ -38,9 +39,15 @@ class DeviceArray:
     def dtype(self) -> str:
         return self.buffer.dtype
 
+    def check_open(self) -> None:
+        """ExecutionError when its memory was freed, or belongs to the process that this one was forked from."""
+        if getattr(self.owner, "closed", False):
+            raise ExecutionError("the memory of a device tensor was freed: what it belongs to is closed.", op="")
+
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
         """Version 3 of the protocol; bf16 goes as two raw bytes."""
+        self.check_open()
         b = self.buffer
         strides = tuple(n * ITEMSIZE[b.dtype] for n in b.strides) if b.strides else None
         data = (b.address, False)
@@ -48,6 +55,7 @@ class DeviceArray:
 
     def numpy_bytes(self) -> npt.NDArray[np.uint8]:
         """A copy of the bytes on the host."""
+        self.check_open()
         host = np.empty(self.buffer.nbytes, np.uint8)
         driver.download(host.ctypes.data, self.buffer.address, host.nbytes)
         return host
@@ -58,8 +66,10 @@ class DeviceArray:
 
     def rows(self, which: Sequence[int] | npt.NDArray[np.int64]) -> torch.Tensor:
         """A copy of those rows on the host; of few, of a large tensor, it moves no more than them."""
+        self.check_open()
         host = torch.empty((len(which), *self.shape[1:]), dtype=TORCH_DTYPE[self.dtype])
         size, rows = self.buffer.nbytes // self.shape[0], np.asarray(which, np.int64)
+        _within(rows, self.shape[0], "row")
         runs = np.flatnonzero(np.diff(rows, prepend=-2) != 1)  # rows one after another come together
         for first, last in zip(runs.tolist(), [*runs[1:].tolist(), len(rows)], strict=True):
             source = self.buffer.address + int(rows[first]) * size
@@ -68,6 +78,9 @@ class DeviceArray:
 
     def entries(self, rows: npt.NDArray[np.int64], columns: npt.NDArray[np.int64]) -> torch.Tensor:
         """A copy of entry columns[i] of each row rows[i] of a matrix on the host."""
+        self.check_open()
+        _within(rows, self.shape[0], "row")
+        _within(columns, self.shape[1], "column")
         host = torch.empty(len(rows), dtype=TORCH_DTYPE[self.dtype])
         size, width = ITEMSIZE[self.dtype], self.shape[1]
         for i, at in enumerate((rows * width + columns).tolist()):
@@ -77,7 +90,8 @@ class DeviceArray:
     def copy_(self, source: torch.Tensor) -> None:
         """Overwrite it by a host tensor of its shape and dtype; returns when it is done."""
         declared = Tensor("tensor", self.shape, self.dtype)
-        host = host_tensor(declared, source)
+        self.check_open()
+        host = host_tensor(declared, source, "copy")
         driver.upload(self.buffer.address, host.data_ptr(), self.buffer.nbytes)
 
     def torch(self) -> torch.Tensor:
@@ -94,6 +108,13 @@ class DeviceArray:
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return (2, 0)  # kDLCUDA, the device of this process
+
+
+def _within(places: npt.NDArray[np.int64], count: int, what: str) -> None:
+    """GraphError unless all `places` are from 0 to `count`."""
+    if len(places) and not (places.min() >= 0 and places.max() < count):
+        odd = places.min() if places.min() < 0 else places.max()
+        raise GraphError(f"{what} {odd} of a device tensor with {count} of them does not exist.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +169,11 @@ class DeviceTensors(Mapping[str, DeviceArray]):
         return len(self._arrays)
 
     @property
+    def closed(self) -> bool:
+        """Whether its memory is gone."""
+        return not self._memory
+
+    @property
     def memory_bytes(self) -> int:
         """Bytes on the device."""
         return sum(memory.nbytes for memory in self._memory)
@@ -167,47 +193,53 @@ class DeviceTensors(Mapping[str, DeviceArray]):
         self.close()
 
 
-def device_buffer(declared: Tensor, value: Any) -> Buffer | None:
-    """The buffer of a tensor in device memory; None for one on the host."""
+def device_buffer(declared: Tensor, value: Any, use: Use = "read") -> Buffer | None:
+    """The buffer of a tensor in device memory; None for one on the host. GraphError when it cannot be used so."""
     if isinstance(value, DeviceArray):
-        _same(declared, value.shape, value.dtype)
-        return value.buffer
+        same(declared, value.shape, value.dtype)
+        value.check_open()
+        return _dense(declared, value.buffer)
     if isinstance(value, torch.Tensor):
         if not value.is_cuda:
             return None
         if not value.is_contiguous():
             raise GraphError(f"tensor {declared.name!r} must be contiguous; call .contiguous() first.")
-        found = (tuple(value.shape), _dtype_name(value.dtype), value.data_ptr())
+        if use == "write" and value.requires_grad:
+            raise GraphError(f"tensor {declared.name!r} requires grad, but replays write to it; give .detach().")
+        found = (tuple(value.shape), dtype_name(value.dtype), value.data_ptr())
     else:
         interface = getattr(value, "__cuda_array_interface__", None)
         if interface is None:
             return None
-        if interface.get("strides") is not None:
-            raise GraphError(f"tensor {declared.name!r} must be contiguous.")
-        names = {text: name for name, text in _TYPESTR.items()}
-        typestr = interface["typestr"]
-        found = (tuple(interface["shape"]), names.get(typestr, typestr), int(interface["data"][0]))
-    _same(declared, *found[:2])
+        found = _described(declared, interface, use)
+    same(declared, *found[:2])
+    if not found[2] or found[2] % ITEMSIZE[declared.dtype]:
+        raise GraphError(
+            f"tensor {declared.name!r} was given the address {found[2]:#x}, where none of its kind can lie."
+        )
     return Buffer(found[2], declared.shape, declared.dtype)
 
 
-def _dtype_name(kind: torch.dtype) -> str:
-    return next((name for name, known in TORCH_DTYPE.items() if known == kind), str(kind))
-
-
-def host_tensor(declared: Tensor, value: Any) -> torch.Tensor:
-    """A host tensor (torch, or anything with DLPack), contiguous; GraphError when it is not what was declared."""
-    if not isinstance(value, torch.Tensor) and not hasattr(value, "__dlpack__"):
+def _described(declared: Tensor, interface: Any, use: Use) -> tuple[tuple[int, ...], str, int]:
+    """Shape, dtype and address of a `__cuda_array_interface__`."""
+    names = {text: name for name, text in _TYPESTR.items()}
+    try:
+        shape, typestr = tuple(map(int, interface["shape"])), str(interface["typestr"])
+        (address, read_only), strides = interface["data"], interface.get("strides")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise GraphError(
-            f"tensor {declared.name!r} was given a {type(value).__name__}; give a tensor (torch, NumPy, DLPack)."
-        )
-    tensor = value if isinstance(value, torch.Tensor) else torch.utils.dlpack.from_dlpack(value)
-    _same(declared, tuple(tensor.shape), _dtype_name(tensor.dtype))
-    return tensor.detach().cpu().contiguous()
+            f"tensor {declared.name!r} has a `__cuda_array_interface__` that does not fit its protocol: {error!r}."
+        ) from error
+    kind = names.get(typestr, typestr)
+    dense = tuple(n * ITEMSIZE.get(kind, 1) for n in dense_strides(shape))
+    if strides is not None and tuple(strides) != dense:
+        raise GraphError(f"tensor {declared.name!r} must be contiguous.")
+    if use == "write" and read_only:
+        raise GraphError(f"tensor {declared.name!r} was given read-only memory, but replays write to it.")
+    return shape, kind, int(address or 0)
 
 
-def _same(declared: Tensor, shape: tuple[int, ...], dtype: str) -> None:
-    if (shape, dtype) != (declared.shape, declared.dtype):
-        raise GraphError(
-            f"tensor {declared.name!r} is {declared.dtype}{list(declared.shape)}; got {dtype}{list(shape)}."
-        )
+def _dense(declared: Tensor, buffer: Buffer) -> Buffer:
+    if buffer.strides is not None:
+        raise GraphError(f"tensor {declared.name!r} must be contiguous.")
+    return buffer

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 from taskgraph.errors import BackendUnavailable, PlanError
 from taskgraph.graph.graph import Graph
 from taskgraph.record import instance, shown
+from taskgraph.runtime.ways import Ways
 from taskgraph.schedule.plan import Plan, Timeline
 from taskgraph.schedule.verify import verify
 
 if TYPE_CHECKING:
     from taskgraph.runtime.distributed import Group
-    from taskgraph.runtime.ways import Ways
 
 BACKENDS = {
     "cpu": "taskgraph.runtime.cpu:CpuExecutable",
@@ -71,7 +71,7 @@ def compile(
     functions: Mapping[str, Callable[..., Any]] | None = None,
     device: str | None = None,
     group: "Group | None" = None,
-    ways: "Ways | None" = None,
+    ways: Ways | None = None,
 ) -> Executable:
     """An Executable of `plan` on `backend` ("cpu", "cuda" or "sim"), after the plan has passed `verify`.
 
@@ -93,6 +93,8 @@ def compile(
     module, _, name = BACKENDS[backend].partition(":")
     if group is not None and backend not in _WITH_RANKS:
         raise BackendUnavailable(f"the {backend} backend has no collectives between ranks; leave group= out.")
+    if ways is not None:
+        instance("ways", ways, Ways, PlanError)
     if ways is not None and backend != "cpu":
         raise BackendUnavailable(f"ways= is for the cpu backend; the {backend} backend has one way to multiply.")
     given = (("device", device), ("group", group), ("ways", ways))

@@ -4,76 +4,31 @@ Capture forks from an origin stream to every lane by events, runs each op on its
 graph is read back from the driver and compared with the plan; a difference is CaptureMismatch, never a wrong graph.
 """
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-from taskgraph.errors import BackendUnavailable, CudaError, ExecutionError, GraphError, PlanError
-from taskgraph.graph.functions import find_function
+from taskgraph.errors import CudaError, ExecutionError, GraphError, PlanError
 from taskgraph.graph.graph import Graph
 from taskgraph.graph.op import Op, Tensor
 from taskgraph.ops import COLLECTIVES
 from taskgraph.runtime import driver, launches_experts, launches_latent, launches_paged, torch_ops, virtual  # noqa: F401
-from taskgraph.runtime.arrays import DeviceArray, device_buffer, host_tensor
+from taskgraph.runtime.arrays import DeviceArray, device_buffer
+from taskgraph.runtime.buffers import Region, changed_names, check_apart, host_tensor, written_names
 from taskgraph.runtime.collective import collective
 from taskgraph.runtime.distributed import Group, check_collectives
 from taskgraph.runtime.driver import Gpu, Memory
-from taskgraph.runtime.launches import Buffer, CopyLaunch, Launches, launches, seen
+from taskgraph.runtime.launches import Buffer, CopyLaunch, Launch, Launches, launches, seen
+from taskgraph.runtime.on_stream import bound_call, named_error
 from taskgraph.runtime.readback import compare
+from taskgraph.runtime.sites import LaneSite
+from taskgraph.runtime.turns import Turns, in_op
 from taskgraph.schedule.plan import Plan, Span, Timeline
 from taskgraph.schedule.planner import replay_times
-
-
-class _LaneSite:
-    """What launch rules may ask for, a step each. Ops on a lane run in order, so they share its scratch; constants
-    live as long as the executable. A step that is bound again asks for the same and gets the same."""
-
-    def __init__(self, sm_count: int, own: Callable[[int], Memory], scratch: list[Memory]) -> None:
-        self._sm_count, self._own, self._scratch = sm_count, own, scratch
-        self._kept: list[tuple[bytes | int, Memory]] = []
-        self._at = 0
-
-    @property
-    def sm_count(self) -> int:
-        return self._sm_count
-
-    def again(self) -> "_LaneSite":
-        """Begin from the first request."""
-        self._at = 0
-        return self
-
-    def scratch(self, nbytes: int) -> int:
-        return self._next(nbytes, lambda: self._shared(nbytes)).address
-
-    def constant(self, values: npt.NDArray[Any]) -> int:
-        packed = np.ascontiguousarray(values)
-        memory = self._next(packed.tobytes(), lambda: self._own(packed.nbytes))
-        driver.upload(memory.address, packed.ctypes.data, packed.nbytes)
-        return memory.address
-
-    def _shared(self, nbytes: int) -> Memory:
-        """The lane's least scratch that is large enough and that this step does not have yet; else a new one."""
-        mine = {memory.address for _, memory in self._kept}
-        fits = [m for m in self._scratch if m.nbytes >= nbytes and m.address not in mine]
-        if not fits:
-            self._scratch.append(self._own(nbytes))
-            return self._scratch[-1]
-        return min(fits, key=lambda memory: memory.nbytes)
-
-    def _next(self, what: bytes | int, make: Callable[[], Memory]) -> Memory:
-        if self._at == len(self._kept):
-            self._kept.append((what, make()))
-        kept, memory = self._kept[self._at]
-        assert kept == what, "a launch rule asks for the same each time"
-        self._at += 1
-        return memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +45,10 @@ class CaptureReport:
 
 
 class CudaExecutable:
-    """A plan captured on a GPU, real or virtual. Buffers are device memory that is allocated before capture."""
+    """A plan captured on a GPU, real or virtual. Buffers are device memory that is allocated before capture.
+
+    Several threads may call it: a call waits for those before it, so that its answers belong to its inputs.
+    """
 
     def __init__(
         self,
@@ -101,7 +59,9 @@ class CudaExecutable:
         group: Group | None = None,
     ) -> None:
         self._graph, self._plan, self._functions, self._group = graph.flat(), plan, dict(functions), group
+        self._turns = Turns(self._graph.name)
         self._ops = {op.name: op for op in self._graph.ops}
+        self._written = written_names(self._graph)
         self._closed = True
         self._memory: list[Memory] = []
         self._exec: Any = None
@@ -117,7 +77,7 @@ class CudaExecutable:
         self._torch = not self._gpu.capability.virtual and torch_ops.available()
         self._given: dict[str, Buffer] = {}
         self._kept: dict[str, Any] = {}
-        self._sites: dict[int, _LaneSite] = {}
+        self._sites: dict[int, LaneSite] = {}
         self._scratch: list[list[Memory]] = [[] for _ in plan.lanes]
         self._set: set[str] = set()
         self._inputs = {t.name for t in self._graph.with_role("input")}
@@ -180,14 +140,16 @@ class CudaExecutable:
     @property
     def outputs(self) -> Mapping[str, DeviceArray]:
         """The output buffers by tensor name; each replay overwrites them."""
-        self._check_open()
-        return {name: DeviceArray(self._buffer(name), self) for name in self._graph.outputs}
+        with self._turns.next():
+            self._begin()
+            return {name: DeviceArray(self._buffer(name), self) for name in self._graph.outputs}
 
     @property
     def inputs(self) -> Mapping[str, DeviceArray]:
         """The input buffers by tensor name."""
-        self._check_open()
-        return {name: DeviceArray(self._buffer(name), self) for name in sorted(self._inputs)}
+        with self._turns.next():
+            self._begin()
+            return {name: DeviceArray(self._buffer(name), self) for name in sorted(self._inputs)}
 
     @property
     def memory_bytes(self) -> int:
@@ -196,28 +158,48 @@ class CudaExecutable:
 
     def state(self, name: str) -> DeviceArray:
         """A bound weight or state as it is now on the device."""
-        self._check_open()
-        if name not in self._given:
-            raise GraphError(f"{name!r} is not bound; bind() it first.")
-        return DeviceArray(self._given[name], self)
+        with self._turns.next():
+            self._begin()
+            if name not in self._given:
+                raise GraphError(f"{name!r} is not bound; bind() it first.")
+            return DeviceArray(self._given[name], self)
 
     def bind(self, tensors: Mapping[str, Any] | None = None, **named: Any) -> None:
         """Use device tensors in place (`__cuda_array_interface__`, torch's CUDA tensors); upload host tensors once,
         into memory of our own.
 
-        GraphError when a name is unknown or a shape or dtype differs."""
-        self._check_open()
-        for name, value in {**(tensors or {}), **named}.items():
-            declared = self._declared(name)
-            buffer = device_buffer(declared, value)
-            if buffer is None:
-                self._let_go(name)
-                self._upload(name, declared, value)
-            else:
+        GraphError, and nothing is bound, when a name is unknown, a shape or dtype differs, or the memory cannot be used
+        so; at the next replay, when what it writes to shares memory with anything else."""
+        with self._turns.next():
+            self._begin()
+            self._bind({**(tensors or {}), **named})
+
+    def _begin(self) -> None:
+        """At the start of a call, inside its turn: ExecutionError when closed; the device is current afterwards."""
+        if self._closed:
+            raise ExecutionError("the executable is closed; compile the plan again.", op="")
+        self._gpu.use()
+
+    def _bind(self, values: Mapping[str, Any]) -> None:
+        checked = [(self._declared(name), value, self._checked(name, value)) for name, value in values.items()]
+        for declared, value, given in checked:
+            name = declared.name
+            if isinstance(given, Buffer):
                 self._kept[name] = value
-                self._stale = self._stale or self._given.get(name) != buffer
-                self._given[name] = buffer
+                self._stale = self._stale or self._given.get(name) != given
+                self._given[name] = given
+            else:
+                self._let_go(name)
+                self._upload(declared, given)
             self._set.add(name)
+
+    def _checked(self, name: str, value: Any) -> Buffer | torch.Tensor:
+        """The device memory to use in place, or the host tensor to upload."""
+        declared = self._declared(name)
+        buffer = device_buffer(declared, value, "write" if name in self._written else "read")
+        if buffer is None and declared.role == "activation":
+            raise GraphError(f"output {name!r} was given a host tensor; bind device memory, or read outputs[{name!r}].")
+        return host_tensor(declared, value, "copy") if buffer is None else buffer
 
     def _let_go(self, name: str) -> None:
         """Stop using memory of others for `name`: what is uploaded next goes into our own."""
@@ -231,9 +213,9 @@ class CudaExecutable:
             raise GraphError(f"graph {self._graph.name!r} has no input, weight, state or output {name!r}.")
         return declared
 
-    def _upload(self, name: str, declared: Tensor, value: Any) -> None:
+    def _upload(self, declared: Tensor, host: torch.Tensor) -> None:
         """Copy a host tensor into a buffer of ours, made at its first use."""
-        host = host_tensor(declared, value)
+        name = declared.name
         if name not in self._given and name not in self._buffers:
             memory = self._own(declared.nbytes, name in self._pinned())
             self._given[name] = Buffer(memory.address, declared.shape, declared.dtype, memory.pinned)
@@ -249,38 +231,38 @@ class CudaExecutable:
             raise GraphError(
                 f"{len(missing)} weights or states are not bound, the first is {missing[0]!r}; bind() them."
             )
+        changed, names = changed_names(self._graph), {*self._given, *self._inputs, *self._graph.outputs}
+        found = {name: self._buffer(name) for name in names}
+        check_apart(Region(b.address, b.nbytes, name, name in changed) for name, b in found.items())
         return [self._bound(i, self._ops[step.op]) for i, step in enumerate(self._plan.steps)]
 
     def _bound(self, i: int, op: Op) -> Launches | Callable[[Any], None]:
         ins, outs = seen(op, [self._buffer(n) for n in op.inputs]), [self._buffer(n) for n in op.outputs]
         if op.kind == "call":
-            return self._call(op, ins, outs)
+            return bound_call(op, self._functions, *([DeviceArray(b, self) for b in side] for side in (ins, outs)))
         if op.kind in COLLECTIVES and self._group is not None and op.integer("ranks") > 1:
             return collective(op, DeviceArray(ins[0], self), DeviceArray(outs[0], self), self._group)
         if self._torch and op.kind in torch_ops.TORCH_OPS:
             sides = [[DeviceArray(b, self) for b in side] for side in (ins, outs)]
             return torch_ops.bound(op, sides[0], sides[1], self._plan.sms(i), self._streams[self._plan.steps[i].lane])
         scratch = self._scratch[self._plan.steps[i].lane]
-        site = self._sites.setdefault(i, _LaneSite(self._plan.sms(i), self._own, scratch))
+        site = self._sites.setdefault(i, LaneSite(self._plan.sms(i), self._own, scratch))
         made = launches(op, ins, outs, site.again())
         for launch in made:
             if not isinstance(launch, CopyLaunch):
                 self._gpu.kernel(launch.kernel, launch.source)  # compiled and loaded before capture
         return made
 
-    def _call(self, op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer]) -> Callable[[Any], None]:
-        """A custom op: its function launches on the lane's stream, which it gets as `stream`."""
-        key = str(op.attr("function"))
-        function = self._functions.get(key) or find_function(key)
-        if "stream" not in inspect.signature(function).parameters:
-            raise BackendUnavailable(
-                f"op {op.name!r}: on the cuda backend {key!r} must take a keyword argument `stream` and launch on it."
-            )
-        arrays = [DeviceArray(b, self) for b in (*ins, *outs)]
-        return lambda stream: function(*arrays, stream=stream)
-
     def capture(self) -> None:
-        """Capture, compare, instantiate now; else the first replay does it, and one after `bind` moved a buffer."""
+        """Capture, compare, instantiate now; else the first replay does it, and one after `bind` moved a buffer.
+
+        CudaError, which names the op, when one does what a capture forbids, and ExecutionError when its function
+        raises; the capture is ended then, and the executable can be used again."""
+        with self._turns.next():
+            self._begin()
+            self._capture()
+
+    def _capture(self) -> None:
         if not self._stale:
             return
         bound = self._launches()
@@ -333,7 +315,7 @@ class CudaExecutable:
                     self._wait(stream, done[wait])
                 if marks:
                     driver.record_external(marks[i][0], stream)
-                owners.append(self._run(entry, stream))
+                owners.append(self._run(step.op, entry, stream))
                 if marks:
                     driver.record_external(marks[i][1], stream)
                 if i in wanted:
@@ -356,21 +338,25 @@ class CudaExecutable:
         with driver.driver_errors("wait for an event"):
             stream.wait(event)
 
-    def _run(self, entry: Launches | Callable[[Any], None], stream: Any) -> list[int]:
+    def _run(self, op: str, entry: Launches | Callable[[Any], None], stream: Any) -> list[int]:
         """Launch one step; the nodes it became."""
-        if callable(entry):
+        try:
+            if not callable(entry):
+                return [node for launch in entry for node in self._launched(launch, stream)]
             before = set(driver.captured_handles(stream))
-            entry(stream)
+            with in_op():
+                entry(stream)
             return [node for node in driver.captured_handles(stream) if node not in before]
-        nodes: list[int] = []
-        for launch in entry:
-            if isinstance(launch, CopyLaunch):
-                driver.copy_on(stream, launch.target, launch.source, launch.nbytes)
-            else:
-                kernel = self._gpu.kernel(launch.kernel, launch.source)
-                driver.launch_kernel(stream, kernel, launch.grid, launch.block, launch.args)
-            nodes += driver.last_nodes(stream)
-        return nodes
+        except Exception as error:
+            raise named_error(op, error, stream) from error
+
+    def _launched(self, launch: Launch | CopyLaunch, stream: Any) -> tuple[int, ...]:
+        if isinstance(launch, CopyLaunch):
+            driver.copy_on(stream, launch.target, launch.source, launch.nbytes)
+        else:
+            kernel = self._gpu.kernel(launch.kernel, launch.source)
+            driver.launch_kernel(stream, kernel, launch.grid, launch.block, launch.args)
+        return driver.last_nodes(stream)
 
     def _tell_times(self, owners: Sequence[Sequence[int]]) -> None:
         """Give the virtual driver the evaluator's time of every op, in equal parts to the op's nodes."""
@@ -390,33 +376,39 @@ class CudaExecutable:
     def launch(self, stream: object = None) -> None:
         """Replay once in the order of `stream` (anything with `__cuda_stream__`) and return at once; without one,
         replay on a stream of our own and wait for it."""
-        if self._stale:
-            self._check_open()
-            self.capture()
+        with self._turns.next():
+            self._begin()
+            self._launch(stream)
+
+    def _launch(self, stream: object = None) -> None:
+        self._capture()
+        what = f"replay {self._graph.name!r}"
         if stream is None:
-            with driver.driver_errors(f"replay {self._graph.name!r}"):
+            with driver.driver_errors(what):
                 self._exec.launch(self.origin)
                 self.origin.sync()
             return
+        given = stream if isinstance(stream, self._stream_type) else self._gpu.foreign(stream)
         try:
-            self._exec.launch(stream if isinstance(stream, self._stream_type) else self._gpu.foreign(stream))
+            self._exec.launch(given)
         except Exception as error:
-            driver.raise_typed(f"replay {self._graph.name!r}", error)
+            driver.raise_typed(what, error)
 
     def replay_seconds(self, launches: int = 1) -> float:
         """Seconds of one replay, the mean of `launches` in a row, between two events. On a virtual device they are
         simulated, and the replays compute nothing."""
-        self._check_open()
-        self.capture()
-        begin, end = self._gpu.event(timing=True), self._gpu.event(timing=True)
-        control = virtual.loaded()
-        with driver.driver_errors(f"replay {self._graph.name!r}"), control.dry() if control else nullcontext():
-            self.origin.record(begin)
-            for _ in range(launches):
-                self._exec.launch(self.origin)
-            self.origin.record(end)
-            self.origin.sync()
-        return driver.seconds_between(begin, end) / launches
+        with self._turns.next():
+            self._begin()
+            self._capture()
+            begin, end = self._gpu.event(timing=True), self._gpu.event(timing=True)
+            control = virtual.loaded()
+            with driver.driver_errors(f"replay {self._graph.name!r}"), control.dry() if control else nullcontext():
+                self.origin.record(begin)
+                for _ in range(launches):
+                    self._exec.launch(self.origin)
+                self.origin.record(end)
+                self.origin.sync()
+            return driver.seconds_between(begin, end) / launches
 
     @property
     def kind(self) -> str:
@@ -425,25 +417,27 @@ class CudaExecutable:
 
     def __call__(self, tensors: Mapping[str, Any] | None = None, **named: Any) -> dict[str, torch.Tensor]:
         """Copy the given inputs into their buffers, bind weights and states, replay, return copies of the outputs."""
-        self._check_open()
-        for name, value in {**(tensors or {}), **named}.items():
-            if name in self._inputs and device_buffer(self._declared(name), value) is None:
-                self._upload(name, self._declared(name), value)
-                self._set.add(name)
-            else:
-                self.bind({name: value})
-        missing = sorted(self._inputs - self._set)
-        if missing:
-            raise GraphError(f"input {missing[0]!r} of graph {self._graph.name!r} was never given; pass or bind() it.")
-        self.launch()
-        return {name: DeviceArray(self._buffer(name), self).cpu() for name in self._graph.outputs}
+        with self._turns.next():
+            self._begin()
+            self._bind({**(tensors or {}), **named})
+            missing = sorted(self._inputs - self._set)
+            if missing:
+                raise GraphError(
+                    f"input {missing[0]!r} of graph {self._graph.name!r} was never given; pass or bind() it."
+                )
+            self._launch()
+            return {name: DeviceArray(self._buffer(name), self).cpu() for name in self._graph.outputs}
 
     def timeline(self) -> Timeline:
         """Replay a second graph once, with event records around every op, and read them.
 
         Measured on a real device; on the virtual one the times are simulated."""
-        self._check_open()
-        self.capture()
+        with self._turns.next():
+            self._begin()
+            self._capture()
+            return self._timeline()
+
+    def _timeline(self) -> Timeline:
         steps = self._plan.steps
         marks = [(self._gpu.event(timing=True), self._gpu.event(timing=True)) for _ in steps]
         capture, owners = self._captured(self._launches(), marks)
@@ -470,12 +464,24 @@ class CudaExecutable:
 
     # -- life ------------------------------------------------------------------------------------
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ExecutionError("the executable is closed; compile the plan again.", op="")
-
     def close(self) -> None:
-        """Free graph, streams, contexts and memory in reverse order; a second call does nothing."""
+        """Free graph, streams, contexts and memory in reverse order; a second call does nothing.
+
+        It waits for a call that another thread is in. A forked child only drops its copies."""
+        if self._turns.forked:
+            self._closed = self._stale = True
+            self._memory, self._given, self._kept, self._sites = [], {}, {}, {}
+            return
+        with self._turns.next():
+            self._gpu.use()
+            self._close()
+
+    @property
+    def closed(self) -> bool:
+        """Whether its memory is gone."""
+        return self._closed
+
+    def _close(self) -> None:
         self._closed = self._stale = True
         if self._exec is not None:
             self._exec.close()

@@ -6,6 +6,7 @@ from cuda.core's green contexts only, non-blocking; a green context is never mad
 
 import hashlib
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from taskgraph import cache
 from taskgraph.errors import BackendUnavailable, CaptureMismatch, CudaError, ExecutionError, PlanError
 from taskgraph.graph.device import Geometry
 from taskgraph.runtime import virtual
+from taskgraph.runtime.turns import forks
 
 CAPTURE_INFO, GREEN_STREAMS, UNEQUAL_SPLITS = 12030, 12050, 13010
 """Drivers that brought what we stand on: cuStreamGetCaptureInfo_v3 (12.3), by which a capture is read while it is made;
@@ -116,11 +118,21 @@ def driver_errors(what: str) -> Iterator[None]:
         raise_typed(what, error)
 
 
+def is_driver_error(error: Exception) -> bool:
+    """Whether it is one of cuda.core."""
+    return type(error).__name__ in ("CUDAError", "NVRTCError")
+
+
+def typed(what: str, error: Exception) -> CudaError:
+    """An error of cuda.core as ours."""
+    return _error(what, str(error))
+
+
 def raise_typed(what: str, error: Exception) -> NoReturn:
     """Raise an error of cuda.core as ours; any other as it is."""
-    if type(error).__name__ not in ("CUDAError", "NVRTCError"):
+    if not is_driver_error(error):
         raise error
-    raise _error(what, str(error)) from error
+    raise typed(what, error) from error
 
 
 def check(what: str, result: Sequence[Any]) -> Any:
@@ -147,18 +159,18 @@ class Memory:
     def __init__(self, nbytes: int, pinned: bool = False) -> None:
         from cuda.bindings import driver as cu
 
-        self.nbytes, self.pinned = nbytes, pinned
+        self.nbytes, self.pinned, self._born = nbytes, pinned, forks()
         if pinned:
             self.address = int(check(f"pin {nbytes} bytes", cu.cuMemHostAlloc(nbytes, 0)))
         else:
             self.address = int(check(f"allocate {nbytes} bytes", cu.cuMemAlloc(nbytes)))
 
     def close(self) -> None:
-        """Free it; a second call does nothing. A device that was lost has nothing to free."""
+        """Free it; a second call does nothing. A device that was lost has nothing to free, nor a forked child."""
         from cuda.bindings import driver as cu
 
         address, self.address = self.address, 0
-        if address:
+        if address and self._born == forks():
             (cu.cuMemFreeHost if self.pinned else cu.cuMemFree)(address)
 
 
@@ -244,11 +256,18 @@ class Gpu:
     device: Any
     _kernels: dict[str, Any] = field(default_factory=dict)
     _modules: dict[Path, Any] = field(default_factory=dict)
+    _threads: threading.local = field(default_factory=threading.local)
+    _born: int = field(default_factory=forks)
     _open: ClassVar["Gpu | None"] = None
 
     @classmethod
     def open(cls, device: str | None = None) -> "Gpu":
         """The device: a real one, or the virtual one that `device` names. BackendUnavailable when there is none."""
+        if cls._open is not None and cls._open._born != forks():
+            raise BackendUnavailable(
+                "this process was forked from one that uses CUDA, and a CUDA context does not survive a fork; start "
+                'processes by multiprocessing.get_context("spawn").'
+            )
         if virtual.is_virtual(device) and device is not None:
             virtual.load(device)
         if cls._open is None:
@@ -265,9 +284,15 @@ class Gpu:
             raise BackendUnavailable(
                 f"this process runs on the virtual device {gpu.capability.virtual!r}, not {device!r}."
             )
-        with driver_errors("make the device current"):
-            gpu.device.set_current()
+        gpu.use()
         return gpu
+
+    def use(self) -> None:
+        """Make the device current to this thread, once."""
+        if not getattr(self._threads, "current", False):
+            with driver_errors("make the device current"):
+                self.device.set_current()
+            self._threads.current = True
 
     @classmethod
     def reset(cls) -> None:
@@ -467,11 +492,21 @@ def last_nodes(stream: Any) -> tuple[int, ...]:
     return tuple(int(node) for node in nodes[:count])
 
 
-def captured_handles(stream: Any) -> tuple[int, ...]:
-    """All nodes captured so far by the capture that `stream` belongs to."""
+def capturing(stream: Any) -> bool:
+    """Whether a capture that `stream` belongs to is going on and still valid."""
     from cuda.bindings import driver as cu
 
-    _, _, graph, _, _, _ = check("read the capture", cu.cuStreamGetCaptureInfo(stream.handle))
+    code, state, *_ = cu.cuStreamGetCaptureInfo(stream.handle)
+    return not int(code) and int(state) == int(cu.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_ACTIVE)
+
+
+def captured_handles(stream: Any) -> tuple[int, ...]:
+    """All nodes captured so far by the capture that `stream` belongs to; CudaError when there is none any more."""
+    from cuda.bindings import driver as cu
+
+    state, _, graph, _, _, _ = check("read the capture", cu.cuStreamGetCaptureInfo(stream.handle))
+    if int(state) != int(cu.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_ACTIVE):
+        raise _error("read the capture", "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED")
     return tuple(int(node) for node in _listed(cu.cuGraphGetNodes, graph))
 
 

@@ -34,7 +34,7 @@ from taskgraph.runtime.driver import Gpu
 from taskgraph.runtime.fill import fill
 from taskgraph.runtime.gpu_spec import planning_device
 from taskgraph.runtime.measure import on_partition
-from taskgraph.runtime.tune import autotune
+from taskgraph.runtime.tune import SAME, autotune
 from taskgraph.schedule.evaluate import Layout
 from taskgraph.schedule.lists import pack
 from taskgraph.schedule.plan import Plan
@@ -42,7 +42,7 @@ from taskgraph.schedule.planner import plan, plan_from
 from taskgraph.schedule.problem import make_problem
 from taskgraph.schedule.rewrite import split_batch
 
-SCHEMA = 1
+SCHEMA = 2
 TOLERANCE = {"f32": 2e-4, "bf16": 5e-2}
 """Largest difference from the cpu backend, relative to the largest entry: the orders of summation differ."""
 Say = Callable[[str], None]
@@ -65,18 +65,26 @@ VIRTUAL = Sizes(rows=64, stream_bytes=1 << 20, cycles=1000, rounds=1, pair_budge
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One check: what it says, whether it holds, and what was seen."""
+    """One check: what it says, whether it holds, and what was seen. One that this driver cannot be `asked` neither
+    holds nor fails."""
 
     name: str
     passed: bool
     seen: str
+    asked: bool = True
+
+
+class NotAsked(Exception):  # noqa: N818 - no error: the device has not what the check is about
+    """Raised by a check that has nothing to look at here; says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Overlap:
-    """Whether two ops gain from running together, as autotune saw it; seconds are of the report's kind."""
+    """Whether two ops gain from running together, as autotune saw it; seconds are of the report's kind where plans of
+    the pair were `compared`, else they are predictions."""
 
     pair: str
+    compared: bool
     choice: str
     packed_s: float
     sequential_s: float
@@ -102,8 +110,8 @@ class GpuReport:
 
     @property
     def passed(self) -> bool:
-        """Whether every check holds."""
-        return all(check.passed for check in self.checks)
+        """Whether every check that was asked holds."""
+        return all(check.passed for check in self.checks if check.asked)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON takes it."""
@@ -145,11 +153,25 @@ def main(device: str | None, out: Path, say: Say) -> GpuReport:
 def summary(report: GpuReport) -> str:
     """The report for people."""
     lines = [report.capability]
-    lines += [f"{'ok  ' if c.passed else 'FAIL'} {c.name}: {c.seen}" for c in report.checks]
+    lines += [f"{_mark(c)} {c.name}: {c.seen}" for c in report.checks]
     lines += [f"{name}: {value:.4g} ({report.kind})" for name, value in report.calibration]
-    lines += [f"{o.pair}: {o.reason}" for o in report.overlaps]
-    held = sum(c.passed for c in report.checks)
-    return "\n".join([*lines, f"{held} of {len(report.checks)} checks hold; all times and rates are {report.kind}."])
+    lines += [f"{o.pair}: {'' if o.compared else 'NOT COMPARED, '}{o.reason}" for o in report.overlaps]
+    return "\n".join([*lines, f"{tally(report)}; all times and rates are {report.kind}."])
+
+
+def _mark(check: Check) -> str:
+    return "--  " if not check.asked else "ok  " if check.passed else "FAIL"
+
+
+def tally(report: GpuReport) -> str:
+    """How many checks hold of those that were asked, and how many pairs were compared of those that were to be."""
+    asked = [c for c in report.checks if c.asked]
+    held, skipped = sum(c.passed for c in asked), len(report.checks) - len(asked)
+    compared, pairs = sum(o.compared for o in report.overlaps), len(report.overlaps)
+    return (
+        f"{held} of {len(asked)} checks hold{f', {skipped} not asked' if skipped else ''}; "
+        f"{compared} of {pairs} pairs were compared"
+    )
 
 
 def _versions() -> Iterator[tuple[str, str]]:
@@ -202,6 +224,8 @@ def _checked(name: str, function: Callable[[_Bench], str], bench: _Bench, say: S
     say(name)
     try:
         return Check(name, True, function(bench))
+    except NotAsked as why:
+        return Check(name, False, f"not asked: {why}", asked=False)
     except (TaskgraphError, AssertionError) as error:
         return Check(name, False, f"{type(error).__name__}: {error}")
 
@@ -301,7 +325,7 @@ def _(bench: _Bench) -> str:
 @check("two unequal partitions: every kernel is in its own")
 def _(bench: _Bench) -> str:
     if bench.gpu.capability.partitions != "unequal":
-        return "not asked: this driver has no unequal splits"
+        raise NotAsked("this driver has no unequal splits")
     graph, (small, *_) = every_kind("f32"), bench.device.partition_sizes()
     large = max(size for size in bench.device.partition_sizes() if small + size <= bench.device.sm_count)
     made = bench.isolated(graph, large, small)
@@ -447,4 +471,5 @@ def _overlap(name: str, graph: Graph, bench: _Bench, database: Path | None, say:
         device = bench.name or bench.device
         tuned = autotune(graph, "cuda", bench.sizes.pair_budget_s, device=device, database=store, fresh=True)
     v = tuned.verdict
-    return Overlap(name, v.choice, v.packed_s, v.sequential_s, v.error_band, tuned.reason)
+    compared = any(trial.measured_s is not None and trial.session != SAME for trial in tuned.trials)
+    return Overlap(name, compared, v.choice, v.packed_s, v.sequential_s, v.error_band, tuned.reason)

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 
 from taskgraph.errors import BackendUnavailable
-from taskgraph.graph.functions import find_function
 from taskgraph.graph.op import Op
 from taskgraph.runtime import (  # noqa: F401 - they register their kinds
+    custom,
     impls_collectives,
     impls_experts,
     impls_latent,
@@ -36,8 +36,7 @@ def bind(op: Op, ins: Tensors, outs: Tensors, site: Site, functions: Mapping[str
     if views:
         ins = [t.narrow(v.axis, v.start, v.stop - v.start) if (v := views.get(i)) else t for i, t in enumerate(ins)]
     if op.kind == "call":
-        key = str(op.attr("function"))
-        return partial(functions.get(key) or find_function(key), *ins, *outs)
+        return custom.bound(op, functions, ins, outs)
     if op.kind not in BINDERS:
         raise BackendUnavailable(
             f"op {op.name!r}: the cpu backend has no implementation of kind {op.kind!r}; use GraphBuilder.call."

@@ -202,26 +202,39 @@ def _argmax(x: Any, out: Any, part: Any, parts: Any) -> None:
     m, n = x.shape
     for i in range(m * part // parts, m * (part + 1) // parts):
         row = x[i]
-        top, at = np.float32(-np.inf), 0
+        top, at, odd = np.float32(-np.inf), 0, np.int32(0)
         for start in range(0, n, 1024):
             stop = min(start + 1024, n)
             best = np.float32(-np.inf)
             for j in range(start, stop):
-                best = max(best, widen(row[j]))
+                value = widen(row[j])
+                best = max(best, value)
+                odd += np.int32(value != value)
+            if odd > 0:
+                at = start
+                break
             if best > top:
                 top, at = best, start
-        while at < n - 1 and widen(row[at]) != top:
+        while at < n - 1 and (widen(row[at]) == widen(row[at]) if odd > 0 else widen(row[at]) != top):
             at += 1
         out[i] = at
 
 
 @kernel
 def argmax(x: Any, out: Any, threads: Any = 1) -> None:
-    """out[i] = the first index of the largest of x[i]; x (m, n), out (m,) int64. NaN is not supported."""
+    """out[i] = the first index of the largest of x[i], or of its first NaN; x (m, n), out (m,) int64."""
     fork(_argmax, (x, out), threads)
 
 
 # -- attention ----------------------------------------------------------------------------------------------------
+
+
+@kernel
+def check_positions(positions: Any, each: Any, length: Any) -> None:
+    """ValueError unless the `each` tokens of every sequence, the first at positions[b], stand within `length`."""
+    for b in range(len(positions)):
+        if positions[b] < 0 or positions[b] > length - each:
+            raise ValueError("a position is outside the KV cache; make the cache longer or stop earlier")
 
 
 @numba.njit(forceinline=True, fastmath=FAST, error_model="numpy")
@@ -297,10 +310,7 @@ def rope_kv(
     there; cos and sin (len, d / 2) float32; q_norm and k_norm (d,) float32, empty for none. RoFormer (Su et al.
     2021), halves as in Llama. ValueError when a position is outside the cache.
     """
-    each = len(out) // len(keys)
-    for b in range(len(keys)):
-        if positions[b] < 0 or positions[b] + each > keys.shape[2]:
-            raise ValueError("a position is outside the KV cache; make the cache longer or stop earlier")
+    check_positions(positions, len(out) // len(keys), keys.shape[2])
     fork(_rope_kv, (qkv, positions, keys, values, cos, sin, q_norm, k_norm, eps, out), threads)
 
 
@@ -362,8 +372,10 @@ def _decode(q: Any, positions: Any, keys: Any, values: Any, out: Any, scratch: A
 def decode_attention(q: Any, positions: Any, keys: Any, values: Any, out: Any, scratch: Any, threads: Any = 1) -> None:
     """One query token a sequence: q (b, h, d) over keys, values (b, kv, len, d) up to positions[b] -> out (b, h * d).
 
-    scratch is float32 of at least threads * len. Threads take (sequence, head) pairs.
+    scratch is float32 of at least threads * len. Threads take (sequence, head) pairs. ValueError when a position is
+    outside the cache.
     """
+    check_positions(positions, 1, keys.shape[2])
     fork(_decode, (q, positions, keys, values, out, scratch), threads)
 
 
@@ -462,6 +474,8 @@ def prefill_attention(q: Any, positions: Any, keys: Any, values: Any, out: Any, 
     """Causal attention of t tokens a sequence: q (b*t, h, d), token j of b sees keys up to positions[b] + j.
 
     keys and values (b, kv, len, d) with even d, out (b*t, h * d); scratch float32 of `prefill_scratch_size` elements.
-    Threads take blocks of queries; each packs the keys and values of its heads for the product tile.
+    Threads take blocks of queries; each packs the keys and values of its heads for the product tile. ValueError when a
+    position is outside the cache.
     """
+    check_positions(positions, len(q) // len(keys), keys.shape[2])
     fork(_prefill, (q, positions, keys, values, out, scratch), threads)

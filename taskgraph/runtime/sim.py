@@ -6,6 +6,7 @@ from typing import Any, Self
 
 from taskgraph.errors import ExecutionError
 from taskgraph.graph.graph import Graph
+from taskgraph.runtime.turns import Turns
 from taskgraph.schedule.plan import Plan, Timeline
 from taskgraph.schedule.planner import replay_times
 
@@ -16,7 +17,7 @@ class SimExecutable:
     def __init__(self, graph: Graph, plan: Plan, functions: Mapping[str, Callable[..., Any]]) -> None:
         simulated = plan.timeline.kind == "simulated"  # with the prices that it was planned with, measured ones too
         self._timeline = plan.timeline if simulated else replay_times(graph, plan)
-        self._closed = False
+        self._turns, self._closed = Turns(graph.name), False
         self.elapsed_s = 0.0
 
     @property
@@ -39,9 +40,10 @@ class SimExecutable:
 
     def launch(self, stream: object = None) -> None:
         """Advance the clock by one replay."""
-        if self._closed:
-            raise ExecutionError("the executable is closed; compile the plan again.", op="")
-        self.elapsed_s += self._timeline.makespan_s
+        with self._turns.next():
+            if self._closed:
+                raise ExecutionError("the executable is closed; compile the plan again.", op="")
+            self.elapsed_s += self._timeline.makespan_s
 
     def timeline(self) -> Timeline:
         """The simulated timeline of one replay."""

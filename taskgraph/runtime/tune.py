@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
@@ -13,16 +14,20 @@ from typing import Any
 from taskgraph import cache, ops
 from taskgraph.cost.model import op_table
 from taskgraph.cost.profiles import Costs, Place, Profile, ProfileDB, measured_costs, points_of, shape_key
-from taskgraph.errors import PlanError, ProfileError
+from taskgraph.errors import BackendUnavailable, PlanError, ProfileError
 from taskgraph.graph.device import Device, get
 from taskgraph.graph.graph import Graph, GraphBuilder
+from taskgraph.record import function as callable_of
+from taskgraph.record import instance, integer, one_of, parse, read_text, typed
+from taskgraph.record import number as number_of
 from taskgraph.runtime import probe
+from taskgraph.runtime.backend import BACKENDS
 from taskgraph.runtime.measure import LEAST_ROUNDS, Bench, Budget, Session
 from taskgraph.runtime.virtual import is_virtual
 from taskgraph.schedule.bounds import lower_bounds
 from taskgraph.schedule.exact import available
 from taskgraph.schedule.plan import Lane, Plan, Verdict
-from taskgraph.schedule.planner import AUTO_OP_S, plan, replay_times
+from taskgraph.schedule.planner import AUTO_OP_S, plan, retimed
 from taskgraph.schedule.problem import make_problem
 from taskgraph.schedule.verify import TUNED, verify
 from taskgraph.units import format_seconds
@@ -56,6 +61,9 @@ class Trial:
     repeats: int
     session: str
 
+    def __post_init__(self) -> None:
+        typed(self, PlanError)
+
     @property
     def ratio(self) -> float:
         """Time over that of the sequential plan; infinite where it did not run."""
@@ -81,6 +89,11 @@ class Tuned:
     op_times: int
     seconds: float
     remembered: bool = False
+    at: str = ""
+    """When it was found, by this machine's clock: "2026-05-17 14:03"."""
+
+    def __post_init__(self) -> None:
+        typed(self, PlanError)
 
     @property
     def verdict(self) -> Verdict:
@@ -114,8 +127,16 @@ def autotune(
     the database. PlanError for a budget that is not positive; ExecutionError when an op raises, and
     then nothing is stored.
     """
-    if not (math.isfinite(budget_s) and budget_s > 0):
-        raise PlanError(f"budget_s is {budget_s}; autotune needs a positive number of seconds, such as 60.")
+    instance("the graph", graph, Graph, PlanError, "Take what GraphBuilder.build returned.")
+    one_of("backend", backend, BACKENDS, BackendUnavailable)
+    seed = integer("seed", seed, PlanError, 0)
+    budget_s = number_of("budget_s, a positive number of seconds such as 60,", budget_s, PlanError, 0, above=True)
+    for name, given in (("tensors", tensors), ("functions", functions)):
+        if given is not None:
+            instance(name, given, Mapping, PlanError, "It is by name.")
+    instance("fresh", fresh, bool, PlanError)
+    if progress is not None:
+        callable_of("progress", progress, PlanError)
     target, run_on = _target(backend, device)
     store = database if isinstance(database, ProfileDB) else ProfileDB(database)
     place = here(backend, target)
@@ -132,6 +153,20 @@ def autotune(
         with cache.keeping("the winner", winner):
             cache.write_atomically(winner, _to_json(tuned))
     return tuned
+
+
+def remembered(
+    graph: Graph,
+    backend: str = "cpu",
+    device: str | Device | None = None,
+    database: ProfileDB | str | Path | None = None,
+) -> Tuned | None:
+    """The winner that `autotune` keeps for this graph, backend and device, whatever the graph is called; None if none.
+
+    Nothing is planned, run or measured."""
+    target, _ = _target(backend, device)
+    store = database if isinstance(database, ProfileDB) else ProfileDB(database)
+    return _remembered(_winner_path(store, graph, target, here(backend, target)), graph)
 
 
 def _compile_planner(device: Device) -> None:
@@ -186,21 +221,16 @@ def _isolated(shared: Plan, graph: Graph, costs: Costs) -> Iterator[Plan]:
             max(need.get(step.op, 1), step.sms) <= split.sizes[step.lane] for step in shared.steps
         )
         if fits:
-            apart = replace(shared, geometries=(split,), lanes=lanes)
+            apart = retimed(replace(shared, geometries=(split,), lanes=lanes), graph, costs)
             label = f"{shared.made_by}, each in its own of {' + '.join(map(str, split.sizes))} SMs"
-            timeline = replay_times(graph, apart, costs)
-            verdict = replace(apart.verdict, packed_s=timeline.makespan_s)
-            yield replace(apart, timeline=timeline, verdict=verdict, made_by=label).sealed()
+            yield replace(apart, made_by=label).sealed()
 
 
 def _predicted(plan: Plan, graph: Graph, costs: Costs) -> Plan:
     """`plan` as it stands, with the timeline and the bounds that `costs` give it."""
     sizes = {*_sizes(plan.device), *(plan.sms(i) for i in range(len(plan.steps)))}
     problem = make_problem(plan.sliced(graph).flat(), plan.device, sorted(sizes), costs)
-    timeline = replay_times(graph, plan, costs)
-    v, took_s = plan.verdict, timeline.makespan_s
-    verdict = replace(v, packed_s=took_s) if v.choice == "packed" else replace(v, sequential_s=took_s)
-    return replace(plan, timeline=timeline, bounds=lower_bounds(problem), verdict=verdict).sealed()
+    return replace(retimed(plan, graph, costs), bounds=lower_bounds(problem)).sealed()
 
 
 def costs_known(backend: str, device: Device, database: ProfileDB | str | Path | None = None) -> Costs:
@@ -322,7 +352,8 @@ class _Tuner:
         ).sealed()
         kind = chosen.verdict.kind
         origin = self.bench.origin if verdict else chosen.timeline.origin
-        return Tuned(chosen, tuple(self.trials), reason, kind, origin, self.recorded, self.budget.spent_s)
+        at = time.strftime("%Y-%m-%d %H:%M")
+        return Tuned(chosen, tuple(self.trials), reason, kind, origin, self.recorded, self.budget.spent_s, at=at)
 
 
 def _sizes(device: Device) -> list[int]:
@@ -396,7 +427,7 @@ def _reason(shown: Trial, won: bool, kind: str, times: str) -> str:
 
 # ------------------------------------------------------------------------- what is kept between calls
 
-_STORE_SCHEMA = 1
+_STORE_SCHEMA = 2
 
 
 def here(backend: str, device: Device) -> Place:
@@ -415,7 +446,7 @@ def here(backend: str, device: Device) -> Place:
 
 
 def _winner_path(store: ProfileDB, graph: Graph, device: Device, place: Place) -> Path:
-    text = repr((_STORE_SCHEMA, graph.fingerprint, device, place))
+    text = repr((_STORE_SCHEMA, replace(graph, name="any").fingerprint, device, place))
     return store.beside("plans", f"{hashlib.blake2b(text.encode(), digest_size=12).hexdigest()}.json")
 
 
@@ -427,12 +458,12 @@ def _to_json(tuned: Tuned) -> str:
 def _remembered(path: Path, graph: Graph) -> Tuned | None:
     """The stored winner; None when there is none, or none that this version can read: it is tuned anew."""
     try:
-        body = json.loads(path.read_text())
+        body = parse(read_text(path, PlanError, "winner"), PlanError, "winner", "It is tuned anew.")
         if body.pop("schema") != _STORE_SCHEMA:
             return None
         trials = tuple(Trial(**{**t, "partitions": tuple(t["partitions"])}) for t in body.pop("trials"))
-        found = Tuned(**{**body, "plan": Plan.from_json(body["plan"]), "trials": trials})
-        verify(found.plan, graph)
-        return found
+        plan = replace(Plan.from_json(body["plan"]), graph=graph.fingerprint, graph_name=graph.name).sealed()
+        verify(plan, graph)
+        return Tuned(**{**body, "plan": plan, "trials": trials})
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None

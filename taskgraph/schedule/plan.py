@@ -15,7 +15,7 @@ from taskgraph.cache import write_atomically
 from taskgraph.errors import PlanError
 from taskgraph.graph.device import Device, Geometry, Partition
 from taskgraph.graph.graph import Graph
-from taskgraph.record import as_path, decode, read_text, typed
+from taskgraph.record import as_path, decode, instance, read_text, shown, typed
 from taskgraph.schedule.nanobatch import UNSPLIT, Split, apply
 
 SCHEMA = 3
@@ -202,16 +202,24 @@ class Plan:
 
     def sliced(self, graph: Graph) -> Graph:
         """The graph whose ops the steps name, from the one that the plan was made for."""
+        instance("the graph", graph, Graph, PlanError, "Take what GraphBuilder.build returned.")
         return apply(graph, self.split) if self.split.parts and graph.fingerprint == self.graph else graph
 
     def partition(self, lane: int) -> Partition:
         """The partition that lane number `lane` is bound to."""
-        where = self.lanes[lane]
-        return self.geometries[where.geometry].partitions[where.partition]
+        try:
+            where = self.lanes[lane]
+            return self.geometries[where.geometry].partitions[where.partition]
+        except (IndexError, TypeError) as error:
+            raise PlanError(f"the plan has no lane {shown(lane)} in a partition; it has {len(self.lanes)}.") from error
 
     def sms(self, step: int) -> int:
         """The SMs that step number `step` is launched on."""
-        return self.steps[step].sms or self.partition(self.steps[step].lane).sm_count
+        try:
+            here = self.steps[step]
+        except (IndexError, TypeError) as error:
+            raise PlanError(f"the plan has no step {shown(step)}; it has {len(self.steps)}.") from error
+        return here.sms or self.partition(here.lane).sm_count
 
     def to_json(self) -> str:
         """Text that `Plan.from_json` reads back into an equal plan."""
@@ -220,7 +228,7 @@ class Plan:
     @staticmethod
     def from_json(text: str) -> "Plan":
         """The plan that `to_json` wrote; PlanError if it is not one or has another schema version."""
-        return decode(Plan, text, PlanError, "plan file", "Write it with Plan.save().", SCHEMA)
+        return decode(Plan, text, PlanError, "plan file", "Plan again.", SCHEMA)
 
     def digest(self) -> str:
         """A digest of all that the plan says, but for the seal."""

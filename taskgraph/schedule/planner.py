@@ -251,21 +251,32 @@ def _plan_of(graph: Graph, device: Device, chosen: Candidate, verdict: Verdict, 
         verdict=verdict,
         made_by=made_by,
         split=chosen.split,
-        period=_period(chosen.graph, times),
+        period=_period(chosen.graph, times.start_s, times.end_s),
     ).sealed()
 
 
-def _period(graph: Graph, times: Evaluation) -> Period | None:
-    """How the iterations of a repeat follow each other in time."""
+def _period(graph: Graph, start_s: np.ndarray, end_s: np.ndarray) -> Period | None:
+    """How the iterations of a repeat follow each other in time; starts and ends by flat op."""
     repeat = graph.repeat
     if repeat is None or repeat.count < 2:
         return None
     inside = slice(repeat.first, repeat.first + repeat.count * (repeat.last - repeat.first))
-    start, end = (a[inside].reshape(repeat.count, -1) for a in (times.start_s, times.end_s))
+    start, end = (a[inside].reshape(repeat.count, -1) for a in (start_s, end_s))
     ends, length = np.maximum.accumulate(end.max(axis=1)), end.max(axis=1) - start.min(axis=1)
     seconds = float((ends[-1] - ends[0]) / (repeat.count - 1))
     overlap = float(length[repeat.count // 2]) / seconds if seconds else float(repeat.count)
-    return Period(repeat.count, seconds, float(ends[0]), times.makespan_s - float(ends[-1]), overlap)
+    return Period(repeat.count, seconds, float(ends[0]), float(end_s.max() - ends[-1]), overlap)
+
+
+def retimed(plan: Plan, graph: Graph, costs: Costs = op_table) -> Plan:
+    """The plan as it stands with the times that `costs` give it: timeline, period, and the time of its choice."""
+    timeline, sliced = replay_times(graph, plan, costs), plan.sliced(graph)
+    at = {span.op: i for i, span in enumerate(timeline.spans)}
+    order = [at[op.name] for op in sliced.flat().ops]
+    start, end = (np.array([getattr(timeline.spans[i], f"{edge}_s") for i in order]) for edge in ("start", "end"))
+    v, took_s = plan.verdict, timeline.makespan_s
+    verdict = replace(v, packed_s=took_s) if v.choice == "packed" else replace(v, sequential_s=took_s)
+    return replace(plan, timeline=timeline, period=_period(sliced, start, end), verdict=verdict).sealed()
 
 
 def _waits(chosen: Assignment, lane: np.ndarray, problem: Problem) -> list[tuple[int, ...]]:

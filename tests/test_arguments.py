@@ -1,0 +1,282 @@
+"""Every public function and method takes what it should, and answers anything else by one line that is a
+TaskgraphError: each argument of each is replaced by values of every wrong kind."""
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import taskgraph as tg
+from taskgraph import ops
+from taskgraph.cost.profiles import OpKey, OpTime, Place
+from taskgraph.runtime.sim import SimExecutable
+from taskgraph.runtime.tune import Trial
+
+WRONG: tuple[Any, ...] = (
+    None, object(), [], {}, (), -1, 0, 2**70, -(2**70), 1.5, math.nan, math.inf, "", "x", "a\nb", "\ud800", b"x", True,
+    lambda: 0, [None], {"x": None}, ["x"], 10**400, type,
+)  # fmt: skip
+
+Call = tuple[Callable[..., Any], dict[str, Any]]
+
+
+class Shop:
+    """Fresh values of every kind, as a user has them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        b = self.builder = tg.GraphBuilder("shop")
+        self.tokens = b.input("tokens", (8,), "i64")
+        self.places, self.starts = b.input("places", (2,), "i64"), b.input("starts", (3,), "i32")
+        self.rows32, self.lengths = b.input("rows32", (8,), "i32"), b.input("lengths", (2,), "i32")
+        self.each, self.blocks = b.input("each", (8,), "i32"), b.input("blocks", (8, 4), "i32")
+        self.tables, self.pairs = b.input("tables", (2, 4), "i32"), b.input("pairs", (3, 2), "i32")
+        self.x, self.y = b.input("x", (8, 64), "f32"), b.input("y", (8, 64), "f32")
+        self.q, self.qkv = b.input("q", (8, 4, 16), "f32"), b.input("qkv", (8, 128), "f32")
+        self.w, self.bias, self.norm = (b.weight(n, s, "f32") for n, s in (("w", (64, 64)), ("c", (64,)), ("n", (64,))))
+        self.keys, self.values = b.state("keys", (2, 2, 32, 16), "f32"), b.state("values", (2, 2, 32, 16), "f32")
+        self.kv = b.state("kv", (2, 8, 32, 2, 16), "f32")
+        self.pages, self.pages2 = b.state("pages", (6, 2, 32, 16), "f32"), b.state("pages2", (6, 2, 32, 16), "f32")
+        self.latents, self.latent_pages = b.state("latents", (2, 32, 40), "f32"), b.state("lp", (6, 32, 40), "f32")
+        self.kv_latent, self.rank = b.input("kvl", (8, 40), "f32"), b.weight("rank", (32,), "f32")
+        self.up = b.weight("up", (4 * 24, 32), "f32")
+        self.logits, self.routing = b.input("logits", (8, 4), "f32"), b.input("routing", (8, 4), "f32")
+        self.gate_up, self.down = b.weight("gu", (4, 32, 64), "f32"), b.weight("dn", (4, 64, 16), "f32")
+        self.gate = b.input("gate", (8, 1), "f32")
+        self.out, self.work = tg.spec("out", (8, 64), "f32"), tg.Work(flops=1e6)
+
+
+def two_ops() -> tg.Graph:
+    b = tg.GraphBuilder("two")
+    x = b.input("x", (64, 64), "f32")
+    b.output(ops.add(x, x, name="a"), ops.add(x, x, name="b"))
+    return b.build()
+
+
+GRAPH = two_ops()
+PLAN = tg.plan(GRAPH, "h100_sxm", "list")
+PLACE = Place("cpu", "m", "none", "v", "cpu")
+ROW = OpTime(OpKey("add", "4", "f32"), 1, 1e-3, 0.0, 3)
+TRIAL = Trial("list", 1, (132,), 1e-3, 1e-3, 1e-3, 0.1, 1, "pass 1")
+TUNED = tg.Tuned(PLAN, (TRIAL,), "so", "simulated", "here", 0, 1.0)
+
+
+def op_calls(s: Shop) -> dict[str, Call]:
+    paged = {"keys": s.pages, "values": s.pages2, "context": 64}
+    latent = {"rotary": 8, "scale": 0.1, "context": 32}
+    rope: dict[str, Any] = {"heads": 4, "theta": 1e4, "eps": 1e-6, "yarn": (2.0, 1.0, 3.0, 1.0)}
+    scaling = (8.0, 1.0, 4.0, 8192.0)
+    shared = {"ranks": 2, "axis": 0, "demand": tg.demand(sm=(1, 8))}
+    moe = {"top_k": 2, "scoring": "softmax", "normalize": True, "scale": 1.0, "groups": 1, "top_groups": 1, "first": 0}
+    calls: dict[str, dict[str, Any]] = {
+        "embedding": {"tokens": s.tokens, "table": s.w, "out_dtype": "f32"},
+        "gemm": {"x": s.x, "w": s.w, "bias": s.bias, "residual": s.y, "transpose_w": False, "out_dtype": "f32",
+                 "demand": tg.demand(sm=4), "after": []},
+        "rmsnorm": {"x": s.x, "weight": s.norm, "eps": 1e-5},
+        "rope": {"x": s.q, "positions": s.tokens, "theta": 1e4},
+        "rope_kv": {"qkv": s.qkv, "positions": s.places, "keys": s.keys, "values": s.values, "q_norm": None,
+                    "k_norm": None, "scaling": (), **rope},
+        "attention": {"q": s.q, "positions": s.places, "keys": s.keys, "values": s.values, "context": 32},
+        "decode_attention": {"q": s.q, "kv": s.kv},
+        "swiglu": {"gate_up": s.qkv},
+        "add": {"a": s.x, "b": s.y, "after": []},
+        "argmax": {"x": s.x},
+        "copy": {"x": s.x, "direction": "h2d", "demand": None},
+        "concat_rows": {"parts": [s.x, s.y]},
+        "slice_rows": {"x": s.x, "start": 0, "stop": 4, "step": 2},
+        "all_gather": {"x": s.x, **shared}, "all_reduce": {"x": s.x, **shared}, "reduce_scatter": {"x": s.x, **shared},
+        "route": {"logits": s.logits, "correction": None, "slots": s.rows32, "held": 4, **moe},
+        "experts": {"x": s.x, "routing": s.routing, "gate_up": s.gate_up, "down": s.down, "residual": s.y, "top_k": 2,
+                    "ranks": 1},
+        "gated_add": {"x": s.x, "gate": s.gate, "base": s.y},
+        "latent_rope": {"q": s.x, "kv": s.kv_latent, "norm": s.rank, "positions": s.places, "latents": s.latents,
+                        "rotary": 8, "interleaved": True, **rope},
+        "latent_attention": {"q": s.q, "positions": s.places, "latents": s.latents, "up": s.up, **latent},
+        "paged_latent_rope": {"q": s.x, "kv": s.kv_latent, "norm": s.rank, "positions": s.rows32, "slots": s.each,
+                              "latents": s.latent_pages, "rotary": 8, "context": 64, "interleaved": True, **rope},
+        "paged_latent_decode": {"q": s.q, "lengths": s.each, "blocks": s.blocks, "latents": s.latent_pages,
+                                "up": s.up, **latent},
+        "paged_latent_prefill": {"q": s.q, "starts": s.starts, "lengths": s.lengths, "blocks": s.tables,
+                                 "latents": s.latent_pages, "up": s.up, **latent},
+        "paged_rope": {"qkv": s.qkv, "positions": s.rows32, "slots": s.each, "q_norm": None, "k_norm": None,
+                       **paged, "scaling": scaling, **rope, "yarn": ()},
+        "paged_decode": {"q": s.q, "lengths": s.each, "blocks": s.blocks, **paged},
+        "paged_prefill": {"q": s.q, "starts": s.starts, "lengths": s.lengths, "blocks": s.tables, **paged},
+        "copy_pages": {"source": s.pages, "target": s.pages2, "pairs": s.pairs, "direction": "d2d",
+                       "expected_pages": 1.5},
+        "apply": {"kind": "add", "inputs": [s.x, s.y], "attrs": {}, "demand": None, "after": [], "writes": []},
+    }  # fmt: skip
+    return {f"ops.{name}": (getattr(ops, name), {**given, "name": "op"}) for name, given in calls.items()}
+
+
+def builder_calls(s: Shop) -> dict[str, Call]:
+    b = s.builder
+    made = {"inputs": [s.x], "outputs": [s.out], "work": s.work, "name": "c", "demand": None, "after": [], "writes": []}
+
+    def repeat(count: Any, name: Any) -> None:
+        with b.repeat(count, name) as loop:
+            loop.next(loop.carry(s.x), s.y)
+
+    def carry(init: Any, name: Any, value: Any, inside: Any) -> None:
+        with b.repeat(2) as loop:
+            kept = loop.carry(init, name)
+            loop.next(kept if inside is ... else inside, value)
+
+    return {
+        "GraphBuilder": (tg.GraphBuilder, {"name": "g"}),
+        "GraphBuilder.input": (b.input, {"name": "i", "shape": (4, 4), "dtype": "f32"}),
+        "GraphBuilder.weight": (b.weight, {"name": "i", "shape": (4, 4), "dtype": "f32"}),
+        "GraphBuilder.state": (b.state, {"name": "i", "shape": (4, 4), "dtype": "f32"}),
+        "GraphBuilder.op": (b.op, {"kind": "custom", "attrs": {"k": 1}, **made}),
+        "GraphBuilder.call": (b.call, {"function": two_ops, "split_axes": [0], "split_multiple": 1, **made}),
+        "GraphBuilder.repeat": (repeat, {"count": 2, "name": "layer"}),
+        "Loop": (carry, {"init": s.x, "name": "i", "value": s.y, "inside": ...}),
+        "GraphBuilder.output": (lambda value: b.output(value), {"value": s.x}),
+        "GraphBuilder.build": (lambda: (b.output(s.x), ops.add(s.x, s.y), b.build()), {}),
+        "Value.rows": (s.x.rows, {"start": 0, "stop": 4}),
+    }
+
+
+def value_calls() -> dict[str, Call]:
+    span, timeline = {"op": "a", "lane": 0, "start_s": 0.0, "end_s": 1.0}, {"kind": "simulated", "origin": "x"}
+    bounds = {f"{name}_s": 0.0 for name in ("chain", "sm", "hbm", "h2d", "d2h", "link", "proved")}
+    plan = {name: getattr(PLAN, name) for name in inspect.signature(tg.Plan).parameters}
+    device = {name: getattr(PLAN.device, name) for name in inspect.signature(tg.Device).parameters}
+    op = {name: getattr(GRAPH.ops[0], name) for name in inspect.signature(tg.Op).parameters}
+    work = {f"{name}": 1.0 for name in ("flops", "hbm_bytes", "h2d_bytes", "d2h_bytes", "link_bytes")}
+    pinned = {"sm": (1, 2), "cluster_sms": 1}
+    rates = {"hbm_bytes_per_s": 1.0, "pcie_bytes_per_s": 1.0, "link_bytes_per_s": 1.0, "workspace_bytes": 0}
+    units = {"sm": 1, "hbm": "1GB/s", "pcie": 1e9, "link": None, "workspace": "1MiB", "cluster_sms": 1}
+    verdict = {"choice": "packed", "packed_s": 1.0, "sequential_s": 1.0, "error_band": 0.1, "kind": "simulated"}
+    tuned = {name: getattr(TUNED, name) for name in inspect.signature(tg.Tuned).parameters}
+    return {
+        "Work": (tg.Work, work),
+        "Demand": (tg.Demand, pinned | rates),
+        "demand": (tg.demand, units),
+        "Tensor": (tg.Tensor, {"name": "x", "shape": (4,), "dtype": "f32", "role": "input"}),
+        "spec": (tg.spec, {"name": "x", "shape": (4,), "dtype": "f32"}),
+        "Op": (tg.Op, op),
+        "Graph": (tg.Graph, {n: getattr(GRAPH, n) for n in ("name", "tensors", "ops", "outputs", "repeat")}),
+        "Partition": (tg.Partition, {"first_sm": 0, "sm_count": 8}),
+        "Geometry": (tg.Geometry, {"partitions": (tg.Partition(0, 8),)}),
+        "Geometry.of": (lambda size: tg.Geometry.of(size, 8), {"size": 8}),
+        "Device": (tg.Device, device),
+        "Lane": (tg.Lane, {"geometry": 0, "partition": 0}),
+        "Step": (tg.Step, {"op": "a", "lane": 0, "waits": (), "sms": 0}),
+        "Span": (tg.Span, span),
+        "Timeline": (tg.Timeline, timeline | {"spans": (tg.Span(**span),)}),
+        "Bounds": (tg.Bounds, bounds),
+        "Period": (tg.Period, {"count": 2, "seconds": 1.0, "prologue_s": 1.0, "epilogue_s": 0.0, "overlap": 1.0}),
+        "Verdict": (tg.Verdict, verdict),
+        "Plan": (tg.Plan, plan),
+        "Tuned": (tg.Tuned, tuned),
+    }  # fmt: skip
+
+
+def function_calls(s: Shop) -> dict[str, Call]:
+    store, timelines = tg.ProfileDB(s.folder / "p.sqlite3"), {"predicted": PLAN.timeline}
+    sim = SimExecutable(GRAPH, PLAN, {})
+    report = {"facts": {"a": "b"}, "table": [("x", "y"), ("1", "2")], "utilisation": {"sm": [(0.0, 0.5)]}}
+    search = {"budget_s": 0.01, "seed": 0, "nano_batches": True}
+    tune = {"backend": "sim", "budget_s": 0.2, "device": "h100_sxm", "seed": 0, "database": store, "tensors": {},
+            "functions": {}, "fresh": True, "progress": None}  # fmt: skip
+    changes = {"sm_count": 64, "flops_per_s": {"f32": 1e12}}
+    paths = {name: s.folder / f"{name}.out" for name in ("trace", "report")}
+    made = {"functions": None, "device": None, "group": None, "ways": None}
+    return {
+        "devices.get": (tg.devices.get, {"device": "h100_sxm"}),
+        "devices.make": (tg.devices.make, {"base": "h100_sxm", "name": "x", **changes}),
+        "Device.rate": (PLAN.device.rate, {"dtype": "bf16"}),
+        "Device.compute_share": (PLAN.device.compute_share, {"sms": 8}),
+        "Device.from_dict": (tg.Device.from_dict, {"body": PLAN.device.to_dict()}),
+        "Device.from_json": (tg.Device.from_json, {"text": "{}"}),
+        "Graph.from_json": (tg.Graph.from_json, {"text": GRAPH.to_json()}),
+        "Graph.with_role": (GRAPH.with_role, {}),
+        "Plan.from_json": (tg.Plan.from_json, {"text": PLAN.to_json()}),
+        "Plan.load": (tg.Plan.load, {"path": s.folder / "plan.json"}),
+        "Plan.save": (PLAN.save, {"path": s.folder / "plan.json"}),
+        "Plan.sliced": (PLAN.sliced, {"graph": GRAPH}),
+        "Plan.partition": (PLAN.partition, {"lane": 0}),
+        "Plan.sms": (PLAN.sms, {"step": 0}),
+        "plan": (tg.plan, {"graph": GRAPH, "device": "h100_sxm", "scheduler": "list", **search}),
+        "verify": (tg.verify, {"plan": PLAN, "graph": GRAPH, "memory": True}),
+        "audit": (tg.audit, {"plan": PLAN, "graph": GRAPH}),
+        "compile": (tg.compile, {"graph": GRAPH, "plan": PLAN, "backend": "sim", **made}),
+        "explain": (tg.explain, {"plan": PLAN, "color": False, "measured_s": 1.0}),
+        "explain_tuned": (tg.explain_tuned, {"tuned": TUNED, "color": False}),
+        "write_trace": (tg.write_trace, {"path": paths["trace"], "timelines": timelines, "plan": PLAN}),
+        "write_report": (tg.write_report, {"path": paths["report"], "plan": PLAN, "timelines": timelines, **report}),
+        "autotune": (tg.autotune, {"graph": GRAPH, **tune}),
+        "ProfileDB": (tg.ProfileDB, {"path": s.folder / "q.sqlite3"}),
+        "ProfileDB.record": (store.record, {"place": PLACE, "rows": [ROW]}),
+        "ProfileDB.table": (store.table, {"place": PLACE}),
+        "ProfileDB.lookup": (store.lookup, {"place": PLACE, "key": ROW.key}),
+        "ProfileDB.places": (store.places, {}),
+        "Executable.bind": (sim.bind, {"tensors": None}),
+        "Executable.launch": (sim.launch, {"stream": None}),
+        "Executable.timeline": (sim.timeline, {}),
+    }  # fmt: skip
+
+
+def calls(folder: Path) -> dict[str, Call]:
+    shop = Shop(folder)
+    return {**op_calls(shop), **builder_calls(shop), **value_calls(), **function_calls(shop)}
+
+
+NAMES = sorted(calls(Path("/nowhere")))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_wrong_arguments_are_refused_in_one_line(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where a path may be any text
+    call, given = calls(tmp_path)[name]
+    if name == "Plan.load":
+        PLAN.save(given["path"])
+    if name not in ("Device.from_json",):
+        call(**given)
+    for argument, value in damage(name, given):
+        call, fresh = calls(tmp_path)[name]
+        try:
+            call(**{**fresh, argument: value})
+        except tg.TaskgraphError as error:
+            assert "\n" not in str(error) and str(error), f"{argument}={value!r}: {error}"
+            str(error).encode()
+        except Exception as error:
+            pytest.fail(f"{name}({argument}={value!r}) raises {type(error).__name__}: {error}")
+
+
+def damage(name: str, given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for argument in given:
+        for value in WRONG:
+            if name == "autotune" and argument in ("budget_s", "database") and value in (1.5, None):
+                continue  # that is right, and takes its time, or the user's own database
+            if argument == "progress" and callable(value):
+                continue  # what a user's own function raises is raised
+            yield argument, value
+
+
+def test_the_table_holds_every_public_name() -> None:
+    held = {name.partition(".")[0] for name in NAMES}
+    public = {name for name in tg.__all__ if callable(getattr(tg, name)) and name not in ("Value", "Executable")}
+    errors = {
+        name for name in public if isinstance(getattr(tg, name), type) and issubclass(getattr(tg, name), Exception)
+    }
+    assert public - errors <= held, public - errors - held
+    functions = {n for n in ops.__all__ if inspect.isfunction(getattr(ops, n)) and getattr(ops, n).__module__ != "x"}
+    inner = {
+        "active_experts",
+        "latent_flops",
+        "batch_axes",
+        "check_op",
+        "shape_rule",
+        "work_rule",
+    }  # take no user's data
+    assert functions - inner <= {name.partition(".")[2] for name in NAMES if name.startswith("ops.")}
+    for name, (call, given) in calls(Path("/nowhere")).items():
+        if inspect.isfunction(call) and call.__name__ not in ("repeat", "carry", "<lambda>"):
+            assert {*given} <= {*inspect.signature(call).parameters} | {"sm_count", "flops_per_s"}, name
+            left = {*inspect.signature(call).parameters} - {*given} - {"costs", "changes"}
+            assert not left, f"{name} has arguments that nothing here replaces: {left}"

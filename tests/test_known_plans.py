@@ -1,0 +1,100 @@
+"""Plans that are there already are used: files, and what autotune remembers."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import taskgraph as tg
+from taskgraph.models import llama
+from taskgraph.models.config import load_config
+from taskgraph.models.known_plans import KnownPlans
+from taskgraph.models.session import Session
+from taskgraph.runtime import tune
+
+CONFIG = replace(
+    load_config("smollm2-135m"), name="tiny", vocab_size=96, hidden_size=64, intermediate_size=96, layers=2, heads=4,
+    kv_heads=2, head_dim=16,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Winners of the test's own."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+
+
+def decode_graph(name: str = "tiny", cache: int = 32) -> tg.Graph:
+    """The decode step of a session with this cache."""
+    return llama.step_graph(replace(CONFIG, name=name), batch=1, tokens=1, cache=cache, dtype="f32")
+
+
+def weights() -> dict[str, torch.Tensor]:
+    """Random weights of every step."""
+    generator = torch.Generator().manual_seed(3)
+    return {t.name: torch.randn(t.shape, generator=generator) * 0.1 for t in decode_graph().flat().with_role("weight")}
+
+
+def sessions_plans(known: KnownPlans) -> tuple[tg.Plan, tg.Plan]:
+    """The plans of a prefill of four tokens and of a decode, of a session that has been told of plans."""
+    with Session(CONFIG, weights(), dtype="f32", cache=32, planner=known) as session:
+        session.run([1, 2, 3, 4], [0])
+        session.run([5], [4])
+        return session.step(4).plan, session.step(1).plan
+
+
+@pytest.mark.parametrize("name", ["tiny", "called otherwise"])
+def test_a_saved_plan_is_used_for_the_step_whose_it_is(tmp_path: Path, name: str) -> None:
+    file, said = tmp_path / "decode.json", list[str]()
+    marked = replace(tg.plan(decode_graph(name), "cpu", "list"), made_by="by hand").sealed()
+    marked.save(file)
+    known = KnownPlans([file], use_remembered=False, say=said.append)
+    prefill, decode = sessions_plans(known)
+    assert decode.made_by == "by hand" and decode.steps == marked.steps and prefill.made_by != "by hand"
+    tg.verify(decode, decode_graph())
+    known.check_used()
+    assert len(said) == 1 and str(file) in said[0] and "decode" in said[0]
+
+
+def test_a_plan_of_another_graph_is_refused_with_the_steps_that_there_are(tmp_path: Path) -> None:
+    file = tmp_path / "other.json"
+    tg.plan(decode_graph(cache=64), "cpu", "list").save(file)
+    known = KnownPlans([file], use_remembered=False)
+    sessions_plans(known)
+    with pytest.raises(tg.PlanError, match=r"other\.json.*no step here.*tiny-decode") as caught:
+        known.check_used()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_plan_of_another_device_is_refused_by_name(tmp_path: Path) -> None:
+    file = tmp_path / "gpu.json"
+    tg.plan(decode_graph(), "h100_sxm", "list").save(file)
+    with pytest.raises(tg.PlanError, match=r"gpu\.json is a plan for h100_sxm \(132 SMs\).*cpu"):
+        KnownPlans([file])(decode_graph(), "cpu")
+
+
+def test_a_file_that_is_no_plan_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(tg.PlanError, match=r"x\.json"):
+        KnownPlans([tmp_path / "x.json"])
+    with pytest.raises(tg.PlanError, match=r"none\.json"):
+        KnownPlans([tmp_path / "none.json"])
+
+
+def test_a_scheduler_by_name_is_run_whatever_is_known(tmp_path: Path) -> None:
+    file = tmp_path / "decode.json"
+    replace(tg.plan(decode_graph(), "cpu", "list"), made_by="by hand").sealed().save(file)
+    assert KnownPlans([file])(decode_graph(), "cpu", "sequential").made_by != "by hand"
+
+
+def test_what_autotune_remembers_is_used_until_told_otherwise() -> None:
+    graph, said = decode_graph(), list[str]()
+    assert tune.remembered(graph) is None
+    tuned = tg.autotune(graph, "cpu", 60.0)  # ends when no candidate is new
+    found = tune.remembered(decode_graph("called otherwise"))
+    assert found is not None and found.plan.steps == tuned.plan.steps and found.at == tuned.at != ""
+    assert KnownPlans(say=said.append)(graph, "cpu") == tuned.plan
+    assert len(said) == 1 and tuned.at in said[0] and tuned.kind in said[0]
+    assert KnownPlans(use_remembered=False, say=said.append)(graph, "cpu").made_by != tuned.plan.made_by
+    assert len(said) == 1
