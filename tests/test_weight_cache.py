@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import platformdirs
 import pytest
 import torch
 from model_files import gguf_tensors, write_gguf
@@ -19,7 +18,7 @@ from taskgraph.models.weights import open_checkpoint
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache that keeps small files too."""
-    monkeypatch.setattr(platformdirs, "user_cache_path", lambda name: tmp_path / "cache" / name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(weight_cache, "LEAST_BYTES", 1)
     return tmp_path / "cache" / "taskgraph" / "weights"
 
@@ -109,14 +108,13 @@ def test_two_processes_may_start_at_once(tmp_path: Path, cache: Path) -> None:
     path = tmp_path / "x.gguf"
     write_gguf(path)
     code = (
-        "import sys, hashlib, platformdirs; from pathlib import Path\n"
-        "platformdirs.user_cache_path = lambda name: Path(sys.argv[2]) / name\n"
+        "import sys\n"
         "from taskgraph.models import llama, weight_cache; from taskgraph.models.weights import open_checkpoint\n"
         "weight_cache.LEAST_BYTES = 1\n"
         "with open_checkpoint(sys.argv[1]) as c: w = llama.load_weights(c.config, c, 'f32')\n"
         "print(weight_cache.digest(w))\n"
     )
-    command = [sys.executable, "-c", code, str(path), str(cache.parent.parent)]
+    command = [sys.executable, "-c", code, str(path)]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     told = [process.communicate(timeout=100)[0].strip() for process in running]
     assert [process.returncode for process in running] == [0, 0]
@@ -157,14 +155,19 @@ def test_what_a_dead_writer_left_goes(tmp_path: Path, cache: Path) -> None:
 
 
 def test_without_a_cache_it_works_with_one_warning(
-    tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from taskgraph import cache as places
+
     (tmp_path / "cache").write_text("no folder")
+    monkeypatch.setattr(places, "temporary_folder", lambda: None)
+    monkeypatch.setattr(places, "_warned", False)
     path = tmp_path / "x.gguf"
     made = write_gguf(path)
-    with caplog.at_level(logging.WARNING, "taskgraph.models"):
+    with pytest.warns(places.CacheWarning) as caught:
         assert torch.equal(load(path)["embed"], torch.from_numpy(made["token_embd.weight"]))
-    assert len(caplog.records) == 1 and "cannot be kept" in caplog.text
+        load(path)
+    assert len(caught) == 1
 
 
 def test_ranks_keep_their_own_shards(tmp_path: Path, cache: Path, converted: list[str]) -> None:
