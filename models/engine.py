@@ -83,6 +83,7 @@ class Engine:
         self._arrived: deque[Waiting] = deque()
         self._cancelled: deque[int] = deque()
         self._running: Batch | None = None
+        self._failed = ""
         self._first_s = np.full(limits.sequences, np.nan)
 
     @property
@@ -138,7 +139,19 @@ class Engine:
         return bool(waits or self._running or (scheduler.state != FREE).any())
 
     def step(self) -> StepOutput:
-        """Launch the next batch, and hand out what the one before gave."""
+        """Launch the next batch, and hand out what the one before gave.
+
+        What the runner raises is raised here, and what was under way is lost: until `abort` every later step is an
+        ExecutionError."""
+        if self._failed:
+            raise ExecutionError(f"a step has failed ({self._failed}); abort() ends its requests and clears up.")
+        try:
+            return self._step()
+        except BaseException as error:
+            self._failed = f"{type(error).__name__}: {error}"
+            raise
+
+    def _step(self) -> StepOutput:
         begin = self.runner.now()
         ended = self._admit()
         batch = self.scheduler.form()
@@ -198,7 +211,7 @@ class Engine:
 
     def abort(self) -> list[Completion]:
         """End every request with what it has and the reason "failed"; what clears up after a step that raised."""
-        self._running = None
+        self._running, self._failed = None, ""
         rows = np.flatnonzero(self.scheduler.state != FREE)
         ended = [self._end(row, FAILED, _STEP_RAISED) for row in rows.tolist()]
         self.cache.forget()
