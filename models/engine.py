@@ -19,6 +19,7 @@ import taskgraph as tg
 from taskgraph.errors import ExecutionError, RequestError
 from taskgraph.models.config import ModelConfig
 from taskgraph.models.disk import DiskTier
+from taskgraph.models.dtypes import dtype_of
 from taskgraph.models.known_plans import Planner
 from taskgraph.models.kv_cache import PagedCache, block_keys
 from taskgraph.models.paged import COLUMNS, PageShape
@@ -359,12 +360,13 @@ def cpu_engine(
     weights: "Mapping[str, torch.Tensor]",
     limits: Limits,
     *,
-    dtype: str = "bf16",
+    dtype: str = "auto",
     device: "str | tg.Device" = "cpu",
     planner: "Planner | None" = None,
     **options: Unpack[Options],
 ) -> Engine:
-    """An engine on this machine's cores. `weights` are those of `llama.load_weights` in `dtype`."""
+    """An engine on this machine's cores. `weights` are those of `llama.load_weights` in `dtype` ("auto": theirs)."""
+    dtype = dtype_of(weights, dtype)
     return paged_engine(
         lambda shape: CpuRunner(config, weights, shape, limits, dtype=dtype, device=device, planner=planner),
         limits,
