@@ -93,9 +93,9 @@ def _writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _stages(*names: str) -> Iterator["_Stages"]:
-    """A progress line a stage on stderr."""
+    """A progress line a stage on stderr; where that is no terminal, a line for each that has ended."""
     columns = (SpinnerColumn(finished_text="[green]ok"), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=_status) as progress:
+    with Progress(*columns, console=_status, disable=not _status.is_terminal) as progress:
         yield _Stages(progress, names)
 
 
@@ -115,12 +115,14 @@ class _Stages:
                 others(function, before)
             self._progress.update(task, description=f"{name} (compiling function {before + 1}: {function})")
 
-        others = compiling.listen(compiled)
+        others, begin = compiling.listen(compiled), time.perf_counter()
         try:
             yield
         finally:
             compiling.listen(others)
         self._progress.update(task, completed=1, description=name)
+        if self._progress.disable:
+            _say(f"{name}: {time.perf_counter() - begin:.1f} s")
 
 
 # ---------------------------------------------------------------------------------------------- run

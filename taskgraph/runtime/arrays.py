@@ -1,6 +1,7 @@
 """Tensors in device memory: ours, and those of other libraries by `__cuda_array_interface__` or DLPack."""
 
 import ctypes
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -71,7 +72,7 @@ class DeviceArray:
         size, rows = self.buffer.nbytes // self.shape[0], np.asarray(which, np.int64)
         _within(rows, self.shape[0], "row")
         runs = np.flatnonzero(np.diff(rows, prepend=-2) != 1)  # rows one after another come together
-        for first, last in zip(runs.tolist(), [*runs[1:].tolist(), len(rows)], strict=True):
+        for first, last in itertools.pairwise([*runs.tolist(), len(rows)]):
             source = self.buffer.address + int(rows[first]) * size
             driver.download(host.data_ptr() + first * size, source, (last - first) * size)
         return host
