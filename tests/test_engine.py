@@ -310,6 +310,8 @@ def test_an_op_that_fails_reaches_the_caller(engines: Make) -> None:
     engine.submit(Request([4, 5], 4))
     with pytest.raises(tg.ExecutionError, match="embedding"):
         engine.step()
+    with pytest.raises(tg.ExecutionError, match=r"a step has failed .*embedding"):
+        engine.run([])
     assert [(c.request, c.tokens, c.reason) for c in engine.abort()] == [(0, (), "failed"), (1, (), "failed")]
     assert empty(engine)
     assert len(engine.run([Request([1, 2, 3], 4)])[0].tokens) == 4
@@ -363,6 +365,20 @@ def test_sampling_that_means_nothing(bad: dict[str, Any]) -> None:
 def test_tiers_that_contradict_each_other(engines: Make, bad: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match="give at least one page"):
         engines(**bad)
+
+
+@pytest.mark.parametrize("name", ["pages", "page_size", "host_pages", "expected_output"])
+@pytest.mark.parametrize("value", ["8", 1.5j, [8], float("nan")])
+def test_tiers_of_the_wrong_kind(engines: Make, name: str, value: Any) -> None:
+    with pytest.raises(RequestError, match=name):
+        engines(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["sequences", "tokens", "chunks", "context"])
+@pytest.mark.parametrize("value", [None, "8", 1.5, True, [8], -1, 0])
+def test_limits_of_the_wrong_kind(name: str, value: Any) -> None:
+    with pytest.raises(RequestError, match=name):
+        Limits(**{name: value})
 
 
 def test_limits_that_leave_no_room() -> None:

@@ -177,11 +177,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "sitecustomize.py").write_text(
         "import sys\n"
         f"FOREIGN = frozenset({foreign!r})\n"
-        "class Absent:\n"
+        "class Without:\n"
+        "    def __init__(self, finder):\n"
+        "        self.finder = finder\n"
+        "    def __getattr__(self, name):\n"
+        "        return getattr(self.finder, name)\n"
         "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name in FOREIGN:\n"
-        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
-        "sys.meta_path.insert(0, Absent())\n"
+        "        return None if name in FOREIGN else self.finder.find_spec(name, path, target)\n"
+        "sys.meta_path[:] = map(Without, sys.meta_path)\n"
     )
     return folder
 
@@ -232,15 +235,12 @@ def test_a_base_install_runs_a_model(base: Path, smollm2_gguf: Path) -> None:
     [
         (["serve", "smollm2"], "serve"),
         (["plan", "smollm2", "--scheduler", "exact"], "exact"),
-        (["run", "someone/some-model"], "hub"),
         (["run", "smollm2", "--backend", "cuda"], "cuda"),
-        (["calibrate", "--device", "h100_sxm", "--out", "c.json", "x.csv"], "calibrate"),
         (["calibrate", "--device", "h100_sxm", "--out", "c.json", "x.parquet"], "calibrate"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_a_missing_extra_is_one_line_that_names_it(base: Path, arguments: list[str], extra: str) -> None:
-    (base / "x.csv").write_text("device,kernel\n")
     (base / "x.parquet").write_bytes(b"PAR1")
     done = command(base, *arguments)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
