@@ -5,9 +5,7 @@ import re
 import shutil
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
@@ -66,8 +64,9 @@ def test_the_policy_allows_the_pages_own_script_and_style_only() -> None:
         assert policy["connect-src"] == "'self'"
         for kind in ("script-src", "style-src"):
             assert re.fullmatch(r"'sha256-[A-Za-z0-9+/]{43}='", policy[kind])
-        assert page_headers(page_text().replace("'use strict'", "'used'"))["Content-Security-Policy"] != (
-            answer.headers["content-security-policy"]
+        assert (
+            page_headers(page_text().replace("'use strict'", "'used'"))["Content-Security-Policy"]
+            != (answer.headers["content-security-policy"])
         )
     finally:
         served.service.close()
@@ -419,5 +418,3 @@ def test_a_phone_scrolls_one_way_and_everything_has_a_name(tab: Tab, start: Star
     for control in tab.all("button, input, textarea, summary, [role]"):
         assert control.accessible_name or not control.is_displayed() or control.get_attribute("role") == "status"
     tab.chrome.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
-
-
