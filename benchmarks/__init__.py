@@ -8,11 +8,17 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
+
+from taskgraph.errors import ConfigError, TaskgraphError
+from taskgraph.record import integer, number
+
+T = TypeVar("T")
 
 
 def machine() -> str:
@@ -22,6 +28,49 @@ def machine() -> str:
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
     cores = len(os.sched_getaffinity(0))
     return f"{model or platform.machine()}, {cores} cores, {platform.system()}, Python {platform.python_version()}"
+
+
+def one_line(main: Callable[..., int]) -> Callable[..., int]:
+    """A benchmark's `main` whose TaskgraphErrors (a damaged file, a wrong flag) are one line on stderr and exit 2."""
+
+    @wraps(main)
+    def guarded(argv: Sequence[str] | None = None) -> int:
+        try:
+            return main(argv)
+        except TaskgraphError as error:
+            print(f"{main.__module__.removeprefix('benchmarks.')}: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2
+
+    return guarded
+
+
+def count(text: str) -> int:
+    """An argument that is an integer of at least 1."""
+    return _argument(lambda: integer("it", _number_of(text, int), ConfigError, 1))
+
+
+def whole(text: str) -> int:
+    """An argument that is an integer of at least 0."""
+    return _argument(lambda: integer("it", _number_of(text, int), ConfigError, 0))
+
+
+def positive(text: str) -> float:
+    """An argument that is a finite number above 0."""
+    return _argument(lambda: number("it", _number_of(text, float), ConfigError, 0, above=True))
+
+
+def _argument(read: Callable[[], T]) -> T:
+    try:
+        return read()
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _number_of(text: str, kind: type[T]) -> T | str:
+    try:
+        return kind(text)  # type: ignore[call-arg]
+    except ValueError:
+        return text
 
 
 def print_json(result: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 
 import taskgraph as tg
-from benchmarks import machine, print_json
+from benchmarks import machine, one_line, print_json, whole
 from taskgraph.graph import device as specs
 from taskgraph.graph.device import Device, Geometry
 from taskgraph.graph.graph import Graph, GraphBuilder, Value
@@ -283,13 +283,14 @@ def measure(plans: int, seed: int) -> dict[str, Any]:
     }
 
 
+@one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(
         "benchmarks.capture", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--plans", type=int, default=200, help="random plans (default 200)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first plan; the others follow (default 0)")
+    parser.add_argument("--plans", type=whole, default=200, help="random plans (default 200)")
+    parser.add_argument("--seed", type=whole, default=0, help="seed of the first plan; the others follow (default 0)")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON on the last line")
     args = parser.parse_args(argv)
     if args.plans < 0:

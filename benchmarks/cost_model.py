@@ -12,14 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 import taskgraph as tg
-from benchmarks import machine, nanoflow_table, print_json
+from benchmarks import machine, nanoflow_table, one_line, print_json
 from taskgraph.cost.calibrate import Errors, predictions
 from taskgraph.cost.fitted import model_of
 from taskgraph.cost.formulas import SMS
 from taskgraph.cost.interference import table_errors
 from taskgraph.cost.measurements import Measurements, read
 from taskgraph.cost.model import predict
-from taskgraph.errors import TaskgraphError
+from taskgraph.errors import CalibrationError
 
 EPILOG = """\
 DIR holds tables of measurements (CSV, CSV.gz or Parquet), told apart by their columns; `system` names the device.
@@ -90,6 +90,7 @@ def _one_gemm() -> tg.Graph:
     return builder.build()
 
 
+@one_line
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.cost_model",
@@ -101,12 +102,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print the errors as JSON on the last line")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write a picture a family here (needs matplotlib)")
     options = parser.parse_args(argv)
-    try:
-        tables = read(options.directory)
-        found = errors_of(tables)
-    except TaskgraphError as error:
-        print(f"cost_model: {error}", file=sys.stderr)
-        return 2
+    tables = read(options.directory)
+    found = errors_of(tables)
+    if options.plots and not options.plots.is_dir():
+        raise CalibrationError(f"--plots {str(options.plots)!r} is no folder; make it first.")
     screen = Console(highlight=False)
     screen.print(_table(found))
     for row in table_errors(model_of(tg.devices.get("a100_sxm")).response.by_resource()):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 import taskgraph as tg
-from benchmarks import interleaved, machine, measured_main, spread
+from benchmarks import count, interleaved, machine, measured_main, one_line, positive, spread
 from benchmarks.peers import (
     CONTEXT,
     PREFILL,
@@ -209,6 +209,7 @@ def table_of(result: dict[str, Any]) -> Table:
     return table
 
 
+@one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -217,8 +218,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="smollm2", help="smollm2, or a checkpoint of the Llama family")
     parser.add_argument("--cases", nargs="+", choices=list(TOKENS), default=list(TOKENS), help="which cases to run")
     parser.add_argument("--dtype", choices=("bf16", "f32"), default="bf16", help="of taskgraph's graphs (default bf16)")
-    parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds of a case (default 15)")
-    parser.add_argument("--budget", type=float, default=4.0, help="stop a case after these seconds (default 4)")
+    parser.add_argument("--rounds", type=count, default=15, help="interleaved rounds of a case (default 15)")
+    parser.add_argument("--budget", type=positive, default=4.0, help="stop a case after these seconds (default 4)")
     parser.add_argument("--no-peers", action="store_true", help="taskgraph alone")
     parser.add_argument("--compile", action="store_true", help="also torch.compile the transformers model")
     parser.add_argument("--compile-limit", type=float, default=180.0, help="seconds for one compilation (default 180)")

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 import taskgraph as tg
-from benchmarks import print_json
+from benchmarks import one_line, positive, print_json, whole
 from taskgraph.cost.model import OpTable, op_table
 from taskgraph.models.config import load_config
 from taskgraph.models.parallel import mixed_step
@@ -249,6 +249,7 @@ def run(case: Case, budget_s: float, seed: int, say: Callable[[str], None]) -> d
     return {name: optimal / seconds for name, seconds in times.items()} | {"search_seconds": search_seconds}
 
 
+@one_line
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.nanoflow",
@@ -257,8 +258,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", choices=CASES, help="only this one")
-    parser.add_argument("--seconds", type=float, default=15.0, help="budget of our search (default 15)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=positive, default=15.0, help="budget of our search (default 15)")
+    parser.add_argument("--seed", type=whole, default=0)
     parser.add_argument("--json", action="store_true", help="print the figures as JSON on the last line")
     options = parser.parse_args(argv)
     console = Console(highlight=False)

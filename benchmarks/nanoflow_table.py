@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 import taskgraph as tg
-from benchmarks import print_json
+from benchmarks import one_line, print_json
 from taskgraph.cost.model import predict
 from taskgraph.models.config import load_config
 from taskgraph.models.parallel import mixed_step
@@ -137,6 +137,7 @@ def table(found: Mapping[str, Row]) -> Table:
     return shown
 
 
+@one_line
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.nanoflow_table",

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 import taskgraph as tg
-from benchmarks import interleaved, machine, print_json, spread
+from benchmarks import count, interleaved, machine, one_line, positive, print_json, spread, whole
 
 SHAPES = ("chain", "wide")
 PEERS = ("dask", "futures")
@@ -142,15 +142,18 @@ def table_of(result: dict[str, Any]) -> Table:
     return table
 
 
+@one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(
         "benchmarks.overhead", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--sizes", type=int, nargs="+", default=[1_000, 10_000, 100_000], help="nodes of the DAGs")
-    parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds (default 9)")
-    parser.add_argument("--peer-nodes", type=int, default=10_000, help="largest DAG that peers run (default 10000)")
-    parser.add_argument("--budget", type=float, default=4.0, help="stop a DAG's rounds after these seconds (default 4)")
+    parser.add_argument("--sizes", type=count, nargs="+", default=[1_000, 10_000, 100_000], help="nodes of the DAGs")
+    parser.add_argument("--rounds", type=count, default=9, help="interleaved rounds (default 9)")
+    parser.add_argument("--peer-nodes", type=whole, default=10_000, help="largest DAG that peers run (default 10000)")
+    parser.add_argument(
+        "--budget", type=positive, default=4.0, help="stop a DAG's rounds after these seconds (default 4)"
+    )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON on the last line")
     args = parser.parse_args(argv)
     if min(args.sizes) < 1 or args.rounds < 1:

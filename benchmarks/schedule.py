@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 import taskgraph as tg
-from benchmarks import machine, print_json, seconds_of
+from benchmarks import count, machine, one_line, positive, print_json, seconds_of, whole
 from taskgraph.graph.device import Device
 from taskgraph.schedule.evaluate import NO_HOLDS, Assignment, Layout, evaluate
 from taskgraph.schedule.lists import layouts, pack
@@ -253,17 +253,18 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "benchmarks.schedule", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--nodes", type=int, nargs="+", default=[100_000], help="ops of the DAG (default 100000)")
-    parser.add_argument("--width", type=int, default=64, help="ops of a layer (default 64)")
+    parser.add_argument("--nodes", type=count, nargs="+", default=[100_000], help="ops of the DAG (default 100000)")
+    parser.add_argument("--width", type=count, default=64, help="ops of a layer (default 64)")
     parser.add_argument("--device", default="h100_sxm", help="device to schedule on (default h100_sxm)")
-    parser.add_argument("--peer-nodes", type=int, default=10_000, help="most nodes for the peer (default 10000)")
-    parser.add_argument("--rounds", type=int, default=3, help="repetitions of the scheduler (default 3)")
-    parser.add_argument("--dags", type=int, default=500, help="DAGs for the comparison of makespans (default 500)")
-    parser.add_argument("--search", type=float, metavar="S", help="search for S seconds, too")
+    parser.add_argument("--peer-nodes", type=whole, default=10_000, help="most nodes for the peer (default 10000)")
+    parser.add_argument("--rounds", type=count, default=3, help="repetitions of the scheduler (default 3)")
+    parser.add_argument("--dags", type=whole, default=500, help="DAGs for the comparison of makespans (default 500)")
+    parser.add_argument("--search", type=positive, metavar="S", help="search for S seconds, too")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON on the last line")
     return parser
 
 
+@one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = _parser()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.table import Table
 
-from benchmarks import interleaved, machine, measured_main, spread
+from benchmarks import count, interleaved, machine, measured_main, one_line, positive, spread
 from benchmarks.peers import TORCH_DTYPES, LlamaCpp, bf16_gguf, has_llama_cpp, transformers_models
 from taskgraph.models import llama
 from taskgraph.models.config import ModelConfig, load_config
@@ -98,9 +98,9 @@ def llama_cpp_runs(
     model = LlamaCpp(bf16_gguf(source), len(os.sched_getaffinity(0)))
     stack.callback(model.close)
     longest, runs = max(len(r.prompt) + r.max_tokens for r in requests), {}
-    for count in slots:
-        run, close = model.serve(requests, min(count, len(requests)), longest)
-        runs[f"llama_cpp_{count}"] = Kept(run)
+    for slot in slots:
+        run, close = model.serve(requests, min(slot, len(requests)), longest)
+        runs[f"llama_cpp_{slot}"] = Kept(run)
         stack.callback(close)
     return runs
 
@@ -212,31 +212,38 @@ def table_of(result: Mapping[str, Any]) -> Table:
     return table
 
 
+@one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(
         "benchmarks.serve", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="smollm2", help="smollm2, or a checkpoint of the Llama family")
-    parser.add_argument("--requests", type=int, default=64, help="how many (default 64)")
-    parser.add_argument("--sequences", type=int, default=48, help="sequences that the engine runs at once (default 48)")
+    parser.add_argument("--requests", type=count, default=64, help="how many (default 64)")
+    parser.add_argument(
+        "--sequences", type=count, default=48, help="sequences that the engine runs at once (default 48)"
+    )
     parser.add_argument(
         "--batches",
-        type=int,
+        type=count,
         nargs="+",
         default=[32],
         help="transformers' batch sizes (default 32, the best of 16, 32, 64 on 2 cores)",
     )
     parser.add_argument(
         "--slots",
-        type=int,
+        type=count,
         nargs="+",
         default=[64],
         help="llama.cpp's numbers of parallel slots (default 64, the best of 8, 16, 32, 64 on 2 cores)",
     )
-    parser.add_argument("--rounds", type=int, default=2, help="interleaved rounds (default 2)")
-    parser.add_argument("--engine-steps", type=int, default=3000, help="steps for the engine's own time (default 3000)")
-    parser.add_argument("--budget", type=float, default=30.0, help="stop after these seconds, but not before round 3")
+    parser.add_argument("--rounds", type=count, default=2, help="interleaved rounds (default 2)")
+    parser.add_argument(
+        "--engine-steps", type=count, default=3000, help="steps for the engine's own time (default 3000)"
+    )
+    parser.add_argument(
+        "--budget", type=positive, default=30.0, help="stop after these seconds, but not before round 3"
+    )
     parser.add_argument("--no-peers", action="store_true", help="taskgraph alone")
     return measured_main(parser, argv, measure, table_of, width=110)
 

@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import print_json
+from benchmarks import count, one_line, positive, print_json, whole
 from benchmarks.nanoflow import OPTIMAL_FLOPS_PER_S, free_costs
 from taskgraph.cost.model import op_table
 from taskgraph.models.config import load_config
@@ -167,6 +167,7 @@ def _table(found: Mapping[str, Mapping[str, Figures]]) -> Table:
     return shown
 
 
+@one_line
 def main(argv: Sequence[str] | None = None) -> int:
     default = Options()
     parser = argparse.ArgumentParser(
@@ -177,13 +178,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--setting", choices=SETTINGS, action="append", help="only this one; may be repeated")
     parser.add_argument("--thorough", action="store_true", help="minutes instead of one")
-    parser.add_argument("--requests", type=int, help=f"in a trace ({default.requests}; thorough: {THOROUGH.requests})")
-    parser.add_argument("--tokens", type=int, default=default.tokens, help=f"a step at most ({default.tokens})")
     parser.add_argument(
-        "--seconds", type=float, help=f"of search for all plans ({default.budget_s:g}; thorough: {THOROUGH.budget_s:g})"
+        "--requests", type=count, help=f"in a trace ({default.requests}; thorough: {THOROUGH.requests})"
+    )
+    parser.add_argument("--tokens", type=count, default=default.tokens, help=f"a step at most ({default.tokens})")
+    parser.add_argument(
+        "--seconds",
+        type=positive,
+        help=f"of search for all plans ({default.budget_s:g}; thorough: {THOROUGH.budget_s:g})",
     )
     parser.add_argument("--costs", choices=COSTS, default=default.costs, help="what prices the ops (model)")
-    parser.add_argument("--seed", type=int, default=default.seed)
+    parser.add_argument("--seed", type=whole, default=default.seed)
     parser.add_argument("--json", action="store_true", help="print the figures as JSON on the last line")
     given = parser.parse_args(argv)
     console = Console(highlight=False, width=max(Console().width, 120))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 import taskgraph as tg
-from benchmarks import interleaved, machine, print_json, spread
+from benchmarks import count, interleaved, machine, one_line, positive, print_json, spread
 from taskgraph.jit import njit
 from taskgraph.models import llama
 from taskgraph.models.config import load_config
@@ -116,16 +116,17 @@ def row_of(graph: tg.Graph, budget_s: float, rounds: int, folder: Path, say: Cal
     }
 
 
+@one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(
         "benchmarks.tune", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--budget", type=float, default=15.0, help="seconds of autotune for each graph (default 15)")
-    parser.add_argument("--rounds", type=int, default=21, help="rounds of the check afterwards (default 21)")
+    parser.add_argument("--budget", type=positive, default=15.0, help="seconds of autotune for each graph (default 15)")
+    parser.add_argument("--rounds", type=count, default=21, help="rounds of the check afterwards (default 21)")
     parser.add_argument("--graphs", nargs="+", choices=("chains", "decode"), default=["chains", "decode"])
-    parser.add_argument("--width", type=int, default=2, help="independent chains (default 2)")
-    parser.add_argument("--depth", type=int, default=8, help="ops of a chain (default 8)")
+    parser.add_argument("--width", type=count, default=2, help="independent chains (default 2)")
+    parser.add_argument("--depth", type=count, default=8, help="ops of a chain (default 8)")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON on the last line")
     args = parser.parse_args(argv)
     if args.budget <= 0 or min(args.rounds, args.width, args.depth) < 1:

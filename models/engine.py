@@ -19,6 +19,7 @@ import taskgraph as tg
 from taskgraph.errors import ExecutionError, RequestError
 from taskgraph.models.config import ModelConfig
 from taskgraph.models.disk import DiskTier
+from taskgraph.models.dtypes import dtype_of
 from taskgraph.models.known_plans import Planner
 from taskgraph.models.kv_cache import PagedCache, block_keys
 from taskgraph.models.paged import COLUMNS, PageShape
@@ -83,6 +84,7 @@ class Engine:
         self._arrived: deque[Waiting] = deque()
         self._cancelled: deque[int] = deque()
         self._running: Batch | None = None
+        self._failed = ""
         self._first_s = np.full(limits.sequences, np.nan)
 
     @property
@@ -138,7 +140,19 @@ class Engine:
         return bool(waits or self._running or (scheduler.state != FREE).any())
 
     def step(self) -> StepOutput:
-        """Launch the next batch, and hand out what the one before gave."""
+        """Launch the next batch, and hand out what the one before gave.
+
+        What the runner raises is raised here, and what was under way is lost: until `abort` every later step is an
+        ExecutionError."""
+        if self._failed:
+            raise ExecutionError(f"a step has failed ({self._failed}); abort() ends its requests and clears up.")
+        try:
+            return self._step()
+        except BaseException as error:
+            self._failed = f"{type(error).__name__}: {error}"
+            raise
+
+    def _step(self) -> StepOutput:
         begin = self.runner.now()
         ended = self._admit()
         batch = self.scheduler.form()
@@ -198,7 +212,7 @@ class Engine:
 
     def abort(self) -> list[Completion]:
         """End every request with what it has and the reason "failed"; what clears up after a step that raised."""
-        self._running = None
+        self._running, self._failed = None, ""
         rows = np.flatnonzero(self.scheduler.state != FREE)
         ended = [self._end(row, FAILED, _STEP_RAISED) for row in rows.tolist()]
         self.cache.forget()
@@ -346,12 +360,13 @@ def cpu_engine(
     weights: "Mapping[str, torch.Tensor]",
     limits: Limits,
     *,
-    dtype: str = "bf16",
+    dtype: str = "auto",
     device: "str | tg.Device" = "cpu",
     planner: "Planner | None" = None,
     **options: Unpack[Options],
 ) -> Engine:
-    """An engine on this machine's cores. `weights` are those of `llama.load_weights` in `dtype`."""
+    """An engine on this machine's cores. `weights` are those of `llama.load_weights` in `dtype` ("auto": theirs)."""
+    dtype = dtype_of(weights, dtype)
     return paged_engine(
         lambda shape: CpuRunner(config, weights, shape, limits, dtype=dtype, device=device, planner=planner),
         limits,

@@ -1,7 +1,7 @@
 """Request traces: when requests come and how long they are, read from files or drawn, replayed and summed up."""
 
 import csv
-import json
+import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,8 +13,11 @@ import numpy.typing as npt
 from taskgraph.errors import RequestError
 from taskgraph.models.engine import Engine
 from taskgraph.models.requests import Completion, Request
+from taskgraph.record import parse, read_text, shown
 
 COLUMNS = ("arrival_s", "input_tokens", "output_tokens")
+MOST_TOKENS = 1 << 31
+"""Tokens of a prompt or of an answer, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +41,10 @@ def read_trace(path: Path) -> list[Arrival]:
     """The requests of a CSV file with a header, or of a file of JSON lines (.jsonl, .json), in order of arrival.
 
     Columns or keys are COLUMNS. RequestError names the line that cannot be read."""
+    text = io.StringIO(read_text(path, RequestError, "trace"), newline="")
     try:
-        with path.open(newline="") as file:
-            rows = list(_json_rows(file) if path.suffix in (".jsonl", ".json") else _csv_rows(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        rows = list(_json_rows(text, path.name) if path.suffix in (".jsonl", ".json") else _csv_rows(text))
+    except csv.Error as error:
         raise RequestError(f"cannot read the trace {str(path)!r}: {error}.") from error
     if not rows:
         raise RequestError(f"the trace {str(path)!r} has no requests; each has {', '.join(COLUMNS)}.")
@@ -55,15 +58,10 @@ def _csv_rows(file: Iterable[str]) -> Iterable[tuple[int, Mapping[str, object]]]
         yield reader.line_num, row
 
 
-def _json_rows(file: Iterable[str]) -> Iterable[tuple[int, Mapping[str, object]]]:
+def _json_rows(file: Iterable[str], name: str) -> Iterable[tuple[int, Mapping[str, object]]]:
     for line, text in enumerate(file, 1):
         if text.strip():
-            try:
-                row = json.loads(text)
-            except ValueError as error:
-                raise RequestError(
-                    f"line {line} of the trace is no JSON ({error}); write one object a line."
-                ) from error
+            row = parse(text, RequestError, f"request ({name}, line {line})", "Write one object a line.")
             yield line, row if isinstance(row, dict) else {}
 
 
@@ -73,12 +71,14 @@ def _arrival(row: Mapping[str, object], where: str) -> Arrival:
         raise RequestError(f"{where}: no {missing[0]}; a request has {', '.join(COLUMNS)}.")
     try:
         arrival, given, wanted = (float(str(row[name])) for name in COLUMNS)
-    except ValueError as error:
-        raise RequestError(f"{where}: {error}; {', '.join(COLUMNS)} are numbers.") from error
-    if not (0 <= arrival < math.inf and given >= 1 and wanted >= 1 and given == int(given) and wanted == int(wanted)):
+    except ValueError:
+        values = ", ".join(f"{name} {shown(row[name])}" for name in COLUMNS)
+        raise RequestError(f"{where}: {values}; {', '.join(COLUMNS)} are numbers.") from None
+    tokens = (given, wanted)
+    if not (0 <= arrival < math.inf and all(1 <= n <= MOST_TOKENS and n == int(n) for n in tokens)):
         raise RequestError(
             f"{where}: arrival {arrival:g}, {given:g} input and {wanted:g} output tokens; arrivals are seconds from 0 "
-            "on, tokens are whole and at least 1."
+            f"on, tokens are whole, from 1 to {MOST_TOKENS}."
         )
     return Arrival(arrival, int(given), int(wanted))
 

@@ -310,6 +310,8 @@ def test_an_op_that_fails_reaches_the_caller(engines: Make) -> None:
     engine.submit(Request([4, 5], 4))
     with pytest.raises(tg.ExecutionError, match="embedding"):
         engine.step()
+    with pytest.raises(tg.ExecutionError, match=r"a step has failed .*embedding"):
+        engine.run([])
     assert [(c.request, c.tokens, c.reason) for c in engine.abort()] == [(0, (), "failed"), (1, (), "failed")]
     assert empty(engine)
     assert len(engine.run([Request([1, 2, 3], 4)])[0].tokens) == 4

@@ -107,7 +107,69 @@ def test_without_optima_their_figures_are_null(instances: Path, capsys: pytest.C
     assert result["optimal"] is None and result["mean_gap_pct"] is None
 
 
-@pytest.mark.parametrize("argv", [[], ["nowhere"], ["--generate", "30", "--seconds", "0"], ["--generate", "31"]])
+def test_bounds_of_open_instances_are_understood_and_labelled(
+    instances: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """PSPLIB's larger sets have `82..87` where the optimum is not known: its gap is one to the lower bound."""
+    file = instances / "optimum" / "optimum.csv"
+    first, *others = rcpsp.read_instances(instances)
+    assert first.optimum is not None and first.low == first.high == first.optimum
+    file.write_text(file.read_text().replace(f"j10_0.sm,{first.optimum:.0f}", f"j10_0.sm,{first.optimum / 2:g}..999"))
+    read = rcpsp.read_instances(instances)
+    assert (read[0].low, read[0].high, read[0].optimum) == (first.optimum / 2, 999.0, None)
+    assert [i.optimum for i in read[1:]] == [i.optimum for i in others]
+    assert rcpsp.main([str(instances), "--scheduler", "auto", "--seconds", "0.3", "--all", "--json"]) == 0
+    out = capsys.readouterr().out
+    result = json.loads(out.splitlines()[-1])
+    assert (result["instances"], result["open"], result["optimal"]) == (3, 1, 2)
+    assert result["mean_gap_lower_pct"] >= 100 / 3 and result["mean_gap_pct"] == 0.0
+    assert "mean_gap_lower_pct" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "says"),
+    [
+        ("optimum/optimum.csv", "j10_1.sm,", "j10_1.sm,about ", ["optimum.csv, line 3", "'about ", "82..87"]),
+        ("optimum/optimum.csv", "j10_1.sm,", "j10_1.sm,87..82 #", ["optimum.csv, line 3"]),
+        ("optimum/optimum.csv", "j10_1.sm,", "j10_1.sm,nan", ["optimum.csv, line 3"]),
+        ("optimum/optimum.csv", "problem,", "instance,", ["optimum.csv", "problem and optimum"]),
+        ("j10_1.sm", "PRECEDENCE RELATIONS:", "RELATIONS:", ["j10_1.sm"]),
+        ("j10_1.sm", "\n2 1 ", "\n2 one ", ["j10_1.sm, line 5", "one"]),
+        ("j10_1.sm", "REQUESTS/DURATIONS:", "", ["j10_1.sm"]),
+        ("j10_1.sm", "\n2 1 ", "\n2 0 ", ["j10_1.sm", "mode"]),
+    ],
+)
+def test_a_damaged_input_file_is_named_in_one_line(
+    instances: Path, name: str, old: str, new: str, says: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = instances / name
+    assert old in file.read_text()
+    file.write_text(file.read_text().replace(old, new, 1))
+    assert rcpsp.main([str(instances), "--seconds", "0.01"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("rcpsp: ") and all(word in error for word in says), error
+
+
+def test_what_is_no_archive_or_no_text_is_named(instances: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (instances / "set.zip").write_bytes(b"PK\x03\x04 no archive")
+    (instances / "j10_1.sm").write_bytes(b"\xff\xfe\x00")
+    for path, word in ((instances / "set.zip", "set.zip"), (instances, "j10_1.sm")):
+        assert rcpsp.main([str(path)]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and word in error
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["nowhere"],
+        ["--generate", "30", "--seconds", "nan"],
+        ["--limit", "x"],
+        ["--generate", "30", "--seconds", "0"],
+        ["--generate", "31"],
+    ],
+)
 def test_bad_arguments_are_named(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         rcpsp.main(argv)

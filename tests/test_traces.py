@@ -67,7 +67,13 @@ def test_a_bad_trace_names_the_line(tmp_path: Path, text: str, says: str) -> Non
     [
         ('{"arrival_s": 0}\n', "line 1: no input"),
         ('{"arrival_s": 0}\n{', "line 2"),
-        ("\n{]", "line 2"),
+        ("\n{]", r"t\.jsonl, line 2"),
+        ("[" * 100_000, r"t\.jsonl, line 1.*deep"),
+        ('{"arrival_s": 0, "input_tokens": 1e400, "output_tokens": 1}', "line 1.*inf input"),
+        ('{"arrival_s": 0, "input_tokens": 5, "output_tokens": NaN}', "line 1.*nan output"),
+        ('{"arrival_s": 0, "input_tokens": true, "output_tokens": 1}', "line 1.*input_tokens True"),
+        ('{"arrival_s": 0, "input_tokens": 4294967296, "output_tokens": 1}', "line 1.*from 1 to"),
+        ('{"arrival_s": 0, "arrival_s": 1, "input_tokens": 5, "output_tokens": 1}', "line 1.*twice"),
         ("[1]", "no arrival_s"),
     ],
 )

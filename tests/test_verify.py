@@ -13,7 +13,10 @@ from taskgraph.graph import device as specs
 from taskgraph.graph.device import Device, Geometry
 from taskgraph.graph.graph import Graph, GraphBuilder
 from taskgraph.graph.op import Demand, Work, spec
-from taskgraph.schedule.plan import Bounds, Lane, Plan, Slot, Span, Step, Timeline, Verdict
+from taskgraph.schedule.audit import audit
+from taskgraph.schedule.nanobatch import Split
+from taskgraph.schedule.plan import Bounds, Lane, Period, Plan, Slot, Span, Step, Timeline, Verdict
+from taskgraph.schedule.planner import plan as plan_of
 from taskgraph.schedule.verify import verify
 
 H100 = specs.get("h100_sxm")
@@ -171,3 +174,88 @@ def test_geometries_joined_by_waits_pass() -> None:
     verify(replace(with_span(later, 4, start_s=4.0, end_s=5.0), verdict=Verdict("packed", 5.0, 5.0, 0.1)), diamond())
     with pytest.raises(PlanError, match="'right' starts at"):
         verify(joined, diamond())
+
+
+# ------------------------------------------------------------------------------ what a plan claims
+
+NUMBERS = (float("nan"), float("inf"), -float("inf"), -1.0, 1e300)
+
+
+@pytest.mark.parametrize("bad", NUMBERS)
+@pytest.mark.parametrize("where", ["start_s", "end_s", "chain_s", "proved_s", "packed_s", "sequential_s", "error_band"])
+def test_no_number_of_a_plan_is_nan_infinite_negative_or_beyond(where: str, bad: float) -> None:
+    """Checks written as `x < bound` let NaN through; a plan by hand has no seal that would see it."""
+    plan = packed()
+    if where in ("start_s", "end_s"):
+        broken = with_span(plan, 2, **{where: bad})
+    elif hasattr(plan.bounds, where):
+        broken = replace(plan, bounds=replace(plan.bounds, **{where: bad}))
+    else:
+        broken = replace(plan, verdict=replace(plan.verdict, **{where: bad}))
+    with pytest.raises(PlanError) as caught:
+        verify(broken, diamond())
+    assert "\n" not in str(caught.value)
+
+
+CLAIMS: dict[str, Callable[[Plan], Plan]] = {
+    "chosen time": lambda p: replace(p, verdict=replace(p.verdict, packed_s=p.verdict.packed_s * 0.99)),
+    "choice": lambda p: replace(p, verdict=replace(p.verdict, choice="sequential")),
+    "no choice": lambda p: replace(p, verdict=replace(p.verdict, choice="best")),
+    "kind of verdict": lambda p: replace(p, verdict=replace(p.verdict, kind="guessed")),
+    "kind of timeline": lambda p: replace(p, timeline=replace(p.timeline, kind="dreamt")),
+    "name": lambda p: replace(p, graph_name="other"),
+    "negative arena": lambda p: replace(p, arena_bytes=-1),
+    "lanes": lambda p: replace(p, lanes=p.lanes * 1000),
+    "split": lambda p: replace(p, split=Split(((("ghost",), (8, 8)),))),
+    "period": lambda p: replace(p, period=Period(2, 1.0, 1.0, 0.0, 1.0)),
+}
+
+
+@pytest.mark.parametrize("how", CLAIMS)
+def test_claims_that_contradict_the_plan_are_found_without_a_seal(how: str) -> None:
+    with pytest.raises(PlanError):
+        verify(CLAIMS[how](packed()), diamond())
+
+
+SEALED: dict[str, Callable[[Plan], Plan]] = {
+    "sequential time": lambda p: replace(p, verdict=replace(p.verdict, sequential_s=2 * p.verdict.sequential_s)),
+    "band": lambda p: replace(p, verdict=replace(p.verdict, error_band=0.0)),
+    "measured": lambda p: replace(p, verdict=replace(p.verdict, kind="measured", packed_s=1e-9)),
+    "bound": lambda p: replace(p, bounds=replace(p.bounds, sm_s=p.makespan_s)),
+    "proof": lambda p: replace(p, bounds=replace(p.bounds, proved_s=p.makespan_s)),
+    "maker": lambda p: replace(p, made_by="exact: proven"),
+    "origin": lambda p: replace(p, timeline=replace(p.timeline, origin="a GPU")),
+    "arena": lambda p: replace(p, arena_bytes=p.arena_bytes + 64),
+    "SMs": lambda p: with_step(p, 0, sms=8 if p.sms(0) != 8 else 16),
+    "device": lambda p: replace(p, device=replace(p.device, launch_seconds=1.0)),
+}
+
+
+@pytest.mark.parametrize("how", SEALED)
+def test_a_plan_that_changed_since_it_was_made_does_not_pass(how: str) -> None:
+    graph = diamond()
+    plan = plan_of(graph, "h100_sxm", "list")
+    verify(plan, graph)
+    changed = SEALED[how](plan)
+    assert changed != plan
+    for edited in (changed, Plan.from_json(changed.to_json())):
+        with pytest.raises(PlanError, match="changed after it was made"):
+            verify(edited, graph)
+    verify(changed.sealed(), graph)
+
+
+@pytest.mark.parametrize("how", ["sequential time", "band", "bound", "device"])
+def test_an_audit_finds_what_no_rule_can(how: str) -> None:
+    """By prices: also where whoever changed the plan sealed it again."""
+    graph = diamond()
+    plan = plan_of(graph, "h100_sxm", "list")
+    audit(plan, graph)
+    with pytest.raises(PlanError, match="by these prices"):
+        audit(SEALED[how](plan).sealed(), graph)
+
+
+@settings(max_examples=15, deadline=None)
+@given(graphs(), devices())
+def test_plans_pass_the_audit(graph: Graph, device: Device) -> None:
+    for scheduler in ("sequential", "list", "auto"):
+        audit(plan_of(graph, device, scheduler), graph)

@@ -17,7 +17,7 @@ import torch
 from taskgraph.errors import BackendUnavailable, ExecutionError, GraphError, RankLost
 from taskgraph.graph.graph import Graph
 from taskgraph.graph.op import Tensor
-from taskgraph.runtime import products
+from taskgraph.runtime import choose
 from taskgraph.runtime.buffers import Region, changed_names, check_apart, host_tensor, written_names
 from taskgraph.runtime.distributed import Group, check_collectives
 from taskgraph.runtime.impls import TORCH_DTYPE, Entry, Site, bind
@@ -46,7 +46,7 @@ class CpuExecutable:
         ways: Ways | None = None,
     ) -> None:
         self._graph, self._plan, self._functions, self._group = graph.flat(), plan, dict(functions), group
-        self._ways = products.by_capability() if ways is None else ways
+        self._ways = choose.here() if ways is None else ways
         check_collectives(self._graph, plan, group)
         self._turns = Turns(self._graph.name)
         self._ops = {op.name: op for op in self._graph.ops}
