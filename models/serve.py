@@ -245,7 +245,8 @@ def run_server(
 
     From the signal on no new requests are taken; those that run get `drain_s` seconds to end and are cancelled after
     them, or at a second signal; `say` hears what is waited for. SIGHUP has the keys' file read again. `started` is
-    called with the port, which port 0 leaves to the system. BackendUnavailable for an address that others can reach when `access` has no keys."""
+    called with the port, which port 0 leaves to the system. BackendUnavailable for an address that others can reach
+    when `access` has no keys."""
     rules = access_of(host, None) if access is None else access
     if rules.keys is None:
         access_of(host, None)
