@@ -125,6 +125,25 @@ class _Typed:
     __cuda_array_interface__: dict[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class DeviceSpace:
+    """A stretch of device memory, as bytes on the host."""
+
+    address: int
+    nbytes: int
+
+    def get(self) -> npt.NDArray[np.uint8]:
+        """A copy of its bytes."""
+        host = np.empty(self.nbytes, np.uint8)
+        driver.download(host.ctypes.data, self.address, self.nbytes)
+        return host
+
+    def put(self, values: npt.NDArray[np.uint8]) -> None:
+        """Overwrite it whole."""
+        packed = np.ascontiguousarray(values)
+        driver.upload(self.address, packed.ctypes.data, self.nbytes)
+
+
 class DeviceTensors(Mapping[str, DeviceArray]):
     """Host tensors that are on the device once, for many executables to bind: weights, caches. Closing frees them."""
 
