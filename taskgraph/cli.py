@@ -187,13 +187,16 @@ def run(
             session.run(ids[-1:], [len(ids) - 1])
     with session:
         known.check_used()
-        stream = tokenizer.stream_decoder()
+        from taskgraph.models.textstream import TextStream
+
+        ends = frozenset(tokenizer.eos_ids)
+        stream = TextStream(tokenizer, (), ends)
         begin, count = time.perf_counter(), 0
-        for token in session.generate(ids, max_new_tokens, frozenset(tokenizer.eos_ids)):
+        for token in session.generate(ids, max_new_tokens, ends):
             count += 1
             _screen.print(stream.push(token), end="", markup=False, soft_wrap=True)
         seconds = time.perf_counter() - begin
-        _screen.print("\n")
+        _screen.print(stream.flush(), "\n", sep="", markup=False, soft_wrap=True)
         rows, (prefill_s, decode_s) = _summary(session, ids, count, seconds)
         _print_summary(rows, f"{config.name}, {dtype}, on {where}")
         _screen.print(f"dtype {dtype} ({picked.why})", markup=False, soft_wrap=True)
