@@ -21,7 +21,7 @@ MOST_KEPT = 32
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """A service at one moment. Tokens, steps and pre-emptions count since it began; `open` requests run or wait, or have
+    """A service now. Tokens, steps and pre-emptions count since it began; `open` requests run or wait, or have
     an answer that is not taken yet. Pages are the device's; `pages_idle` hold blocks that a later prompt may begin
     with. `last` is the step that ended last, where the runner's steps are plans; `dtype` is empty where it is unknown.
     """
