@@ -93,9 +93,9 @@ def _writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _stages(*names: str) -> Iterator["_Stages"]:
-    """A progress line a stage on stderr."""
+    """A progress line a stage on stderr; where that is no terminal, a line for each that has ended."""
     columns = (SpinnerColumn(finished_text="[green]ok"), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=_status) as progress:
+    with Progress(*columns, console=_status, disable=not _status.is_terminal) as progress:
         yield _Stages(progress, names)
 
 
@@ -115,12 +115,14 @@ class _Stages:
                 others(function, before)
             self._progress.update(task, description=f"{name} (compiling function {before + 1}: {function})")
 
-        others = compiling.listen(compiled)
+        others, begin = compiling.listen(compiled), time.perf_counter()
         try:
             yield
         finally:
             compiling.listen(others)
         self._progress.update(task, completed=1, description=name)
+        if self._progress.disable:
+            _say(f"{name}: {time.perf_counter() - begin:.1f} s")
 
 
 # ---------------------------------------------------------------------------------------------- run
@@ -185,13 +187,16 @@ def run(
             session.run(ids[-1:], [len(ids) - 1])
     with session:
         known.check_used()
-        stream = tokenizer.stream_decoder()
+        from taskgraph.models.textstream import TextStream
+
+        ends = frozenset(tokenizer.eos_ids)
+        stream = TextStream(tokenizer, (), ends)
         begin, count = time.perf_counter(), 0
-        for token in session.generate(ids, max_new_tokens, frozenset(tokenizer.eos_ids)):
+        for token in session.generate(ids, max_new_tokens, ends):
             count += 1
             _screen.print(stream.push(token), end="", markup=False, soft_wrap=True)
         seconds = time.perf_counter() - begin
-        _screen.print("\n")
+        _screen.print(stream.flush(), "\n", sep="", markup=False, soft_wrap=True)
         rows, (prefill_s, decode_s) = _summary(session, ids, count, seconds)
         _print_summary(rows, f"{config.name}, {dtype}, on {where}")
         _screen.print(f"dtype {dtype} ({picked.why})", markup=False, soft_wrap=True)
