@@ -17,12 +17,12 @@ develop: $(TO_TEST)
 $(TO_RUN): pyproject.toml constraints.txt
 	@echo "== install what running and serving need into $(VENV) (about a minute, 1.3 GB, most of it PyTorch; once)"
 	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) -e '.[hub,serve]'
+	$(INSTALL) -e '.[hub,serve,guided]'
 	@touch $@
 
 $(TO_TEST): $(TO_RUN)
 	@echo "== install what the tests need besides (a few minutes, 1.1 GB; once)"
-	$(INSTALL) -e '.[hub,serve,test]'
+	$(INSTALL) -e '.[hub,serve,guided,test]'
 	@touch $@
 
 run: setup

@@ -47,7 +47,7 @@ def serve(
     host: Annotated[str, typer.Option(help="address to listen on; others than loopback need keys")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one and says which")] = 8000,
     name: Annotated[str, typer.Option(help="the model's name in requests (default: the checkpoint's)")] = "",
-    dtype: Annotated[str, typer.Option(help="bf16 or f32")] = "bf16",
+    dtype: Annotated[str, typer.Option(help="auto (the faster one here), bf16 or f32")] = "auto",
     context: Annotated[int, typer.Option(min=1, help="most tokens of a prompt and its answer")] = 2048,
     sequences: Annotated[int, typer.Option(min=1, help="most sequences in a step")] = 32,
     step_tokens: Annotated[int, typer.Option(min=2, help="most tokens in a step: decode, then prefill")] = 256,
@@ -108,6 +108,7 @@ def serve(
             device=device, tensor_parallel=tensor_parallel, expert_parallel=expert_parallel,
             planner=_known(plans, remembered, device),
         )  # fmt: skip
+    _status.print(f"dtype {local.picked.dtype} ({local.picked.why})", soft_wrap=True)
     with Service(local.engine, most_open) as service:
         served = Served(service, local.tokenizer, name or local.name, most_body)
 
@@ -183,6 +184,7 @@ def bench_serve(
     sequences: Annotated[int, typer.Option(min=0, help="most sequences in a step; 0 chooses: cpu 32, else 1024")] = 0,
     step_tokens: Annotated[int, typer.Option(min=0, help="most tokens in a step; 0 chooses: cpu 256, else 2048")] = 0,
     variant: Annotated[str, typer.Option(help="simulated: taskgraph, sequential or nanobatch_only")] = "taskgraph",
+    dtype: Annotated[str, typer.Option(help="measured: auto (the faster one here), bf16 or f32")] = "auto",
     plan_seconds: Annotated[float, typer.Option(help="simulated: search for the plan of a step")] = 0.5,
     seed: Annotated[int, typer.Option(help="of prompts, drawn lengths and arrivals")] = 0,
     plans: Annotated[
@@ -207,7 +209,8 @@ def bench_serve(
     arrivals = _arrivals(trace, dataset, requests, rate, context, seed)
     if device == "cpu":
         known = _known(plans, remembered, device)
-        report = _measured(model, arrivals, ranks, context, sequences or 32, step_tokens or 256, seed, known)
+        sizes = (ranks, context, sequences or 32, step_tokens or 256, seed)
+        report = _measured(model, arrivals, *sizes, dtype, known)
     else:
         if plans:
             raise PlanError("--plan is for steps that run; a simulated replay plans its own. Leave it out.")
@@ -240,15 +243,17 @@ def _arrivals(trace: Path | None, dataset: str, requests: int, rate: float, cont
 
 def _measured(
     model: str, arrivals: list[Arrival], ranks: int, context: int, sequences: int, tokens: int, seed: int,
-    known: KnownPlans,
+    dtype: str, known: KnownPlans,
 ) -> Report:  # fmt: skip
     from taskgraph.models.local import open_local
 
     with _status.status("load weights, plan and capture steps"):
         tokens = max(tokens, sequences + 1)
         local = open_local(
-            model, sequences=sequences, tokens=tokens, context=context, tensor_parallel=ranks, planner=known
-        )
+            model, dtype=dtype, sequences=sequences, tokens=tokens, context=context, tensor_parallel=ranks,
+            planner=known,
+        )  # fmt: skip
+    _status.print(f"dtype {local.picked.dtype} ({local.picked.why})", soft_wrap=True)
     with local.engine as engine, _status.status("replay"):
         return replay(engine, arrivals, "measured", vocabulary=local.vocabulary, seed=seed)
 

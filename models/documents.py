@@ -16,7 +16,10 @@ def json_object(path: Path, error: type[WeightsError] = ConfigError) -> dict[str
     try:
         if path.stat().st_size > MOST_BYTES:
             raise error(f"{path} has {path.stat().st_size} bytes; at most {MOST_BYTES} are read. Fetch it again.")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
+        if "\\ud" in text.lower():
+            json.dumps(content, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except RecursionError as cause:
         raise error(f"{path} is not JSON that can be read: it is nested too deeply; fetch it again.") from cause
     except (OSError, ValueError) as cause:

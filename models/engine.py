@@ -19,6 +19,7 @@ import taskgraph as tg
 from taskgraph.errors import ExecutionError, RequestError
 from taskgraph.models.config import ModelConfig
 from taskgraph.models.disk import DiskTier
+from taskgraph.models.dtypes import dtype_of
 from taskgraph.models.known_plans import Planner
 from taskgraph.models.kv_cache import PagedCache, block_keys
 from taskgraph.models.paged import COLUMNS, PageShape
@@ -341,7 +342,16 @@ def paged_engine(
 ) -> Engine:
     """An engine over the runner that `make` gives for these pages, as `Options` says. RequestError when they
     contradict each other."""
-    if page_size % COLUMNS or pages < 1 or host_pages < 0 or (disk is None) != (disk_pages < 1):
+    for name, value in (
+        ("pages", pages),
+        ("page_size", page_size),
+        ("host_pages", host_pages),
+        ("disk_pages", disk_pages),
+    ):
+        whole(name, value)
+    if expected_output is not None:
+        number("expected_output", expected_output, 0.0, 1e12, "how many tokens a request gives")
+    if page_size < 1 or page_size % COLUMNS or pages < 1 or host_pages < 0 or (disk is None) != (disk_pages < 1):
         raise RequestError(
             f"{pages} pages of {page_size} tokens, {host_pages} on the host, {disk_pages} in {disk}: give at least one "
             f"page, a multiple of {COLUMNS} tokens, and a folder if and only if there are pages on disk."
@@ -359,12 +369,13 @@ def cpu_engine(
     weights: "Mapping[str, torch.Tensor]",
     limits: Limits,
     *,
-    dtype: str = "bf16",
+    dtype: str = "auto",
     device: "str | tg.Device" = "cpu",
     planner: "Planner | None" = None,
     **options: Unpack[Options],
 ) -> Engine:
-    """An engine on this machine's cores. `weights` are those of `llama.load_weights` in `dtype`."""
+    """An engine on this machine's cores. `weights` are those of `llama.load_weights` in `dtype` ("auto": theirs)."""
+    dtype = dtype_of(weights, dtype)
     return paged_engine(
         lambda shape: CpuRunner(config, weights, shape, limits, dtype=dtype, device=device, planner=planner),
         limits,

@@ -6,6 +6,7 @@ from typing import Any, Unpack
 import torch
 
 from taskgraph.models.config import ModelConfig
+from taskgraph.models.dtypes import dtype_of
 from taskgraph.models.engine import Engine, Options, paged_engine
 from taskgraph.models.known_plans import Planner
 from taskgraph.models.paged import PageShape
@@ -93,13 +94,14 @@ def gpu_engine(
     weights: Mapping[str, torch.Tensor],
     limits: Limits,
     *,
-    dtype: str = "bf16",
+    dtype: str = "auto",
     device: str | None = None,
     scheduler: str = "auto",
     planner: Planner | None = None,
     **options: Unpack[Options],
 ) -> Engine:
-    """An engine on a GPU. `weights` are those of `llama.load_weights` in `dtype`; see `GpuRunner`."""
+    """An engine on a GPU. `weights` are those of `llama.load_weights` in `dtype` ("auto": theirs); see `GpuRunner`."""
+    dtype = dtype_of(weights, dtype)
     return paged_engine(
         lambda shape: GpuRunner(
             config, weights, shape, limits, dtype=dtype, device=device, scheduler=scheduler, planner=planner

@@ -5,6 +5,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from taskgraph.errors import BackendUnavailable, PlanError
+from taskgraph.models.dtypes import Picked, pick
 from taskgraph.models.engine import Engine, Options, cpu_engine
 from taskgraph.models.known_plans import KnownPlans, Planner
 from taskgraph.models.llama import load_weights
@@ -30,6 +31,7 @@ class LocalModel:
     engine: Engine
     tokenizer: Tokenizer
     vocabulary: int
+    picked: Picked
 
     @property
     def processes(self) -> tuple[int | None, ...]:
@@ -41,7 +43,7 @@ class LocalModel:
 def open_local(
     source: str,
     *,
-    dtype: str = "bf16",
+    dtype: str = "auto",
     sequences: int = 32,
     tokens: int = 256,
     context: int = 2048,
@@ -54,20 +56,21 @@ def open_local(
 ) -> LocalModel:
     """The checkpoint's engine, with `pages` pages of 32 tokens (0: room for a quarter of what all sequences may have).
 
-    With `warm` every step is planned and captured now. `device` is "cpu", "gpu" for this machine's, or a virtual one
-    ("virtual:h100_sxm"), which computes on the CPU what a GPU would. With `tensor_parallel` ranks each is a process
-    that loads its shard, or with `expert_parallel` its whole experts. PlanError for a dtype that is none; RequestError
-    for limits; GraphError for ranks that cannot share the model; BackendUnavailable without the GPU, or for ranks on
-    GPUs. `planner` makes the plans of the steps of one rank, or knows them (`KnownPlans`).
+    With `warm` every step is planned and captured now. `dtype` is "bf16", "f32", or "auto" for the faster one here.
+    `device` is "cpu", "gpu" for this machine's, or a virtual one ("virtual:h100_sxm"), which computes on the CPU what a
+    GPU would. With `tensor_parallel` ranks each is a process that loads its shard, or with `expert_parallel` its whole
+    experts. PlanError for a dtype that is none; RequestError for limits; GraphError for ranks that cannot share the
+    model; BackendUnavailable without the GPU, or for ranks on GPUs. `planner` makes the plans of the steps of one rank,
+    or knows them (`KnownPlans`).
     """
-    if dtype not in ("bf16", "f32"):
-        raise PlanError(f"dtype is bf16 or f32; got {dtype!r}.")
     if expert_parallel and tensor_parallel < 2:
         raise PlanError("experts are shared out between ranks, and there is one; choose tensor_parallel of 2 or more.")
     if isinstance(planner, KnownPlans) and planner.files and (tensor_parallel > 1 or not warm):
         raise PlanError("plan files are for one rank whose steps are planned at the start; leave --plan out.")
     if device != "cpu" and tensor_parallel > 1:
         raise BackendUnavailable("ranks are processes on CPUs; serving over several GPUs is not built. Give one rank.")
+    picked = pick(dtype, "cpu" if device == "cpu" else "cuda", None if device in ("cpu", "gpu") else device)
+    dtype = picked.dtype
     with open_checkpoint(source) as checkpoint:
         config, tokenizer = checkpoint.config, checkpoint.tokenizer()
         weights = load_weights(config, checkpoint, dtype) if tensor_parallel == 1 else {}
@@ -87,7 +90,7 @@ def open_local(
         engine = ranks_engine(config, load, limits, tensor_parallel, dtype=dtype, whole_experts=expert_parallel, **room)
     if warm:
         _warm(engine, planner)
-    return LocalModel(config.name, engine, tokenizer, config.vocab_size)
+    return LocalModel(config.name, engine, tokenizer, config.vocab_size, picked)
 
 
 def _warm(engine: Engine, planner: Planner | None) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 import taskgraph as tg
 from taskgraph.models import llama
 from taskgraph.models.config import ModelConfig
+from taskgraph.models.dtypes import dtype_of
 from taskgraph.models.known_plans import Planner
 from taskgraph.runtime.cpu import CpuExecutable
 from taskgraph.runtime.distributed import Group, one_plan, rank_device
@@ -36,12 +37,12 @@ class CapturedStep:
 class Session:
     """Weights and KV cache of `batch` sequences, and the captured steps that work on them.
 
-    `dtype` is "bf16" or "f32"; `cache` the most tokens a sequence may have. Steps are planned and captured at
-    first use and kept. With a `group` this is one rank's session and `weights` are its shard (`shards.load_shard`);
-    all ranks of the group must make the same calls, and all get the same results. `whole_experts`: ranks share out
-    the experts of a layer, not the features of each. With backend "cuda" they run on this
-    machine's GPU, or on the virtual `device`; weights and cache are on it once. `planner` makes the plans, or knows
-    them (`KnownPlans`).
+    `dtype` is "bf16" or "f32", "auto" that of the weights; `cache` the most tokens a sequence may have. Steps are
+    planned and captured at first use and kept. With a `group` this is one rank's session and `weights` are its shard
+    (`shards.load_shard`); all ranks of the group must make the same calls, and all get the same results.
+    `whole_experts`: ranks share out the experts of a layer, not the features of each. With backend "cuda" they run on
+    this machine's GPU, or on the virtual `device`; weights and cache are on it once. `planner` makes the plans, or
+    knows them (`KnownPlans`).
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class Session:
         config: ModelConfig,
         weights: Mapping[str, "torch.Tensor"],
         *,
-        dtype: str = "bf16",
+        dtype: str = "auto",
         batch: int = 1,
         cache: int = 512,
         scheduler: str = "auto",
@@ -61,6 +62,7 @@ class Session:
     ) -> None:
         if not 1 <= cache <= config.max_context:
             raise tg.PlanError(f"cache is {cache} tokens; {config.name} takes 1 to {config.max_context}.")
+        dtype = dtype_of(weights, dtype)
         self.config, self.dtype, self.batch, self.cache, self.scheduler = config, dtype, batch, cache, scheduler
         self._group, self._ranks = group, 1 if group is None else group.size
         self._expert_rank = group.rank if group is not None and whole_experts else None

@@ -147,7 +147,12 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; special tokens written in it become their ids, and a needed BOS comes first once."""
-        ids: list[int] = self._raw.encode(text, add_special_tokens=False).ids
+        try:
+            ids: list[int] = self._raw.encode(text, add_special_tokens=False).ids
+        except (TypeError, UnicodeError):
+            raise  # the text's fault, not the tokenizer's
+        except BaseException as error:
+            raise _own_error(error, self._source, "cannot encode this text") from error
         return ids if ids[: len(self._prefix)] == self._prefix else self._prefix + ids
 
     def decode(self, ids: Sequence[int], *, specials: bool = False) -> str:
@@ -219,11 +224,16 @@ def _raw_tokenizer(path: Path) -> RawTokenizer:
         raw = RawTokenizer.from_file(str(path))
         raw.no_padding()
         raw.no_truncation()
-    except BaseException as error:  # tokenizers raises bare Exception, and its panics are BaseExceptions
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise WeightsError(f"{path} is not a tokenizer ({shown(error)}). Download it again.") from error
+    except BaseException as error:
+        raise _own_error(error, str(path), "is not a tokenizer") from error
     return raw
+
+
+def _own_error(error: BaseException, source: str, says: str) -> BaseException:
+    """What tokenizers raised, a bare Exception or a panic, which is none, as a WeightsError; others as they are."""
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        return error
+    return WeightsError(f"{source} {says} ({shown(error)}). Download it again.")
 
 
 def _before(raw: RawTokenizer) -> list[int]:
@@ -232,7 +242,9 @@ def _before(raw: RawTokenizer) -> list[int]:
     for text in ("a", "0", " ", "\n", "."):
         try:
             found = raw.encode(text)
-        except Exception:  # no token for that text; tokenizers raises bare Exception
+        except BaseException as error:  # no token for that text
+            if not isinstance(_own_error(error, "", ""), WeightsError):
+                raise
             continue
         own = [number for number, sequence in enumerate(found.sequence_ids) if sequence is not None]
         if own:

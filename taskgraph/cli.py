@@ -93,9 +93,9 @@ def _writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _stages(*names: str) -> Iterator["_Stages"]:
-    """A progress line a stage on stderr."""
+    """A progress line a stage on stderr; where that is no terminal, a line for each that has ended."""
     columns = (SpinnerColumn(finished_text="[green]ok"), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=_status) as progress:
+    with Progress(*columns, console=_status, disable=not _status.is_terminal) as progress:
         yield _Stages(progress, names)
 
 
@@ -115,12 +115,14 @@ class _Stages:
                 others(function, before)
             self._progress.update(task, description=f"{name} (compiling function {before + 1}: {function})")
 
-        others = compiling.listen(compiled)
+        others, begin = compiling.listen(compiled), time.perf_counter()
         try:
             yield
         finally:
             compiling.listen(others)
         self._progress.update(task, completed=1, description=name)
+        if self._progress.disable:
+            _say(f"{name}: {time.perf_counter() - begin:.1f} s")
 
 
 # ---------------------------------------------------------------------------------------------- run
@@ -133,7 +135,7 @@ def run(
     backend: Annotated[str, typer.Option(help="cpu or cuda (this machine)")] = "cpu",
     device: Annotated[str, typer.Option(help="with cuda: virtual:h100_sxm runs on the virtual driver (slow)")] = "",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="stop after this many tokens")] = 96,
-    dtype: Annotated[str, typer.Option(help="bf16 or f32")] = "bf16",
+    dtype: Annotated[str, typer.Option(help="auto (the faster one here), bf16 or f32")] = "auto",
     trace: Annotated[Path | None, typer.Option(help="write a Perfetto trace (predicted and measured) here")] = None,
     report: Annotated[Path | None, typer.Option(help="write the HTML report here")] = None,
     plan_out: Annotated[Path | None, typer.Option(help="write the decode plan as JSON here")] = None,
@@ -145,6 +147,7 @@ def run(
     ] = True,
 ) -> None:
     """Generate text through captured plans, then say how the plans did against the sequential graph."""
+    from taskgraph.models.dtypes import pick
     from taskgraph.observe.explain import remark
 
     if backend not in ("cpu", "cuda"):
@@ -154,13 +157,16 @@ def run(
         from taskgraph.runtime.driver import Gpu
 
         where = Gpu.open(device or None).capability.describe()
-    if dtype not in ("bf16", "f32"):
-        raise tg.PlanError(f"dtype is bf16 or f32; got {dtype!r}.")
     _check_outputs(trace, report, plan_out)
     from taskgraph.models.known_plans import KnownPlans
 
     known = KnownPlans(plans or (), backend=backend, run_on=device or None, use_remembered=remembered, say=_say)
-    with _stages("load weights", "probe this machine", "plan and capture prefill", "plan and capture decode") as stages:
+    with _stages("probe this machine", "load weights", "plan and capture prefill", "plan and capture decode") as stages:
+        with stages.stage("probe this machine"):
+            picked = pick(dtype, backend, device or None)
+            dtype = picked.dtype
+            if backend == "cpu":
+                tg.devices.get("cpu")
         with stages.stage("load weights"):
             from taskgraph.models.llama import load_weights
             from taskgraph.models.weights import open_checkpoint
@@ -168,9 +174,6 @@ def run(
             with open_checkpoint(model) as checkpoint:
                 config, tokenizer = checkpoint.config, checkpoint.tokenizer()
                 weights = load_weights(config, checkpoint, dtype)
-        if backend == "cpu":
-            with stages.stage("probe this machine"):
-                tg.devices.get("cpu")
         from taskgraph.models.session import Session
 
         ids = tokenizer.encode(tokenizer.chat(prompt))
@@ -184,15 +187,19 @@ def run(
             session.run(ids[-1:], [len(ids) - 1])
     with session:
         known.check_used()
-        stream = tokenizer.stream_decoder()
+        from taskgraph.models.textstream import TextStream
+
+        ends = frozenset(tokenizer.eos_ids)
+        stream = TextStream(tokenizer, (), ends)
         begin, count = time.perf_counter(), 0
-        for token in session.generate(ids, max_new_tokens, frozenset(tokenizer.eos_ids)):
+        for token in session.generate(ids, max_new_tokens, ends):
             count += 1
             _screen.print(stream.push(token), end="", markup=False, soft_wrap=True)
         seconds = time.perf_counter() - begin
-        _screen.print("\n")
+        _screen.print(stream.flush(), "\n", sep="", markup=False, soft_wrap=True)
         rows, (prefill_s, decode_s) = _summary(session, ids, count, seconds)
         _print_summary(rows, f"{config.name}, {dtype}, on {where}")
+        _screen.print(f"dtype {dtype} ({picked.why})", markup=False, soft_wrap=True)
         decode, real = session.step(1), session.step(1).kind == "measured"
         if real and (said := remark(session.step(len(ids)).plan, prefill_s)):
             _screen.print(f"note on prefill: {said}", markup=False, soft_wrap=True)
@@ -304,7 +311,9 @@ def plan(
     batch: Annotated[int, typer.Option(min=1, help="sequences in the step")] = 256,
     context: Annotated[int, typer.Option(min=1, help="tokens that each sequence has in its cache")] = 1024,
     tokens: Annotated[int, typer.Option(min=1, help="new tokens a sequence: 1 is decode, more is prefill")] = 1,
-    dtype: Annotated[str, typer.Option(help="of weights, cache and products: bf16, f16 or f32")] = "bf16",
+    dtype: Annotated[
+        str, typer.Option(help="of weights, cache and products: bf16, f16, f32, or auto: bf16, on cpu the faster here")
+    ] = "auto",
     ranks: Annotated[int, typer.Option(min=1, help="devices that share every layer (tensor parallel)")] = 1,
     expert_parallel: Annotated[
         bool, typer.Option("--expert-parallel", help="ranks hold whole experts, not a part of each")
@@ -319,6 +328,10 @@ def plan(
     from taskgraph.schedule.verify import resident_bytes
 
     _check_outputs(out, trace, report)
+    if dtype == "auto":
+        from taskgraph.models.dtypes import pick
+
+        dtype = pick("auto").dtype if device == "cpu" else "bf16"
     size = tuning.StepSize(batch, context, tokens, dtype, ranks, expert_parallel)
     begin = time.perf_counter()
     graph = tuning.graph_of(model, size)
@@ -386,10 +399,12 @@ def doctor(
     """What this machine can run, and what its CPU measured."""
     from importlib import metadata
 
+    from taskgraph.runtime import choose, kinds
     from taskgraph.runtime.probe import cache_path, disturbance, probed_when
 
     if probe:
         cache_path().unlink(missing_ok=True)
+        choose.kept_at().unlink(missing_ok=True)
 
     table = Table(title="taskgraph doctor", title_justify="left", show_header=False)
     table.add_row("python", sys.version.split()[0])
@@ -404,6 +419,7 @@ def doctor(
         table.add_row("  read, one core (measured)", format_quantity(cpu.sm_hbm_bytes_per_s, "B/s"))
         table.add_row("  dispatch of an op (measured)", format_seconds(cpu.launch_seconds))
         table.add_row("  probe", disturbance(cpu) or probed_when())
+        table.add_row("  kernels compiled for", kinds.compiled_for())
     except DeviceError as error:
         table.add_row("cpu backend", str(error))
     table.add_row("sim backend", "ready, any device spec (simulated)")
@@ -418,6 +434,21 @@ def doctor(
     for text in gpu.notes:
         table.add_row("  note", text)
     _screen.print(table)
+    _screen.print(_ways_table())
+
+
+def _ways_table() -> Table:
+    """Which way each op kind runs on this machine's CPU, and why."""
+    from taskgraph.runtime import choose, kinds, products
+    from taskgraph.runtime.ways import WAYS
+
+    meaning = "; ".join(f"{way}: {WAYS[way]}" for way in products.able())
+    table = Table(title="op kinds on this CPU", title_justify="left", caption=meaning, caption_justify="left")
+    for column in ("op kinds", "dtype", "way", "why"):
+        table.add_column(column, overflow="fold")
+    for row in kinds.told(choose.here()):
+        table.add_row(row.kinds, row.dtype, row.way, row.why)
+    return table
 
 
 @app.command("gpu-check")

@@ -57,18 +57,23 @@ def graph_of(model: str, size: StepSize) -> tg.Graph:
     """The graph in a file that `Graph.to_json` wrote, or one step of a model: what one rank does of it."""
     from taskgraph.models.llama import step_graph
 
-    path = Path(model)
-    if path.suffix == ".json" and path.is_file() and '"ops"' in (text := path.read_text()):
-        return tg.Graph.from_json(text)
+    if is_graph(model):
+        return tg.Graph.from_json(Path(model).read_text())
     return step_graph(
         config_of(model), batch=size.batch, tokens=size.tokens, cache=size.context, dtype=size.dtype,
         tensor_parallel=size.ranks, expert_rank=0 if size.whole_experts else None,
     )  # fmt: skip
 
 
+def is_graph(model: str) -> bool:
+    """Whether it is a file that holds a graph, not a model."""
+    path = Path(model)
+    return path.suffix == ".json" and path.is_file() and '"ops"' in path.read_text()
+
+
 def advice(model: str, size: StepSize, least: int) -> str:
     """ " --ranks N would share it out.", with the fewest ranks from `least` on that can share the model; or nothing."""
-    config = None if Path(model).suffix == ".json" and '"ops"' in Path(model).read_text() else config_of(model)
+    config = None if is_graph(model) else config_of(model)
     if config is None:
         return ""
     for ranks in range(max(least, size.ranks + 1), 65):
@@ -124,7 +129,9 @@ def add_to(app: typer.Typer, show: Callable[[str], None], say: Callable[[str], N
         batch: Annotated[int, typer.Option(min=1, help="sequences in the step")] = 1,
         context: Annotated[int, typer.Option(min=1, help="tokens that each sequence has in its cache")] = 256,
         tokens: Annotated[int, typer.Option(min=1, help="new tokens a sequence: 1 is decode, more is prefill")] = 1,
-        dtype: Annotated[str, typer.Option(help="of weights, cache and products: bf16, f16 or f32")] = "bf16",
+        dtype: Annotated[
+            str, typer.Option(help="of weights, cache and products: auto (the faster one here), bf16, f16 or f32")
+        ] = "auto",
         budget: Annotated[float, typer.Option(help="seconds for all of it")] = 60.0,
         seed: Annotated[int, typer.Option(help="of the search and of the tensors' values")] = 0,
         fresh: Annotated[bool, typer.Option("--fresh", help="measure anew whatever is remembered")] = False,
@@ -133,11 +140,17 @@ def add_to(app: typer.Typer, show: Callable[[str], None], say: Callable[[str], N
         as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON on the last line")] = False,
     ) -> None:
         """Find the plan that is fastest on this machine by running the best candidates, and say why it won."""
+        from taskgraph.models.dtypes import pick
 
         def progress(what: str, share: float) -> None:
             say(f"{100 * share:3.0f} %  {what}")
 
-        graph = graph_of(model, StepSize(batch, context, tokens, dtype))
+        kind = "bf16" if dtype == "auto" else dtype
+        if dtype == "auto" and backend != "sim" and not is_graph(model):
+            found = pick("auto", backend, device or None)
+            kind = found.dtype
+            say(f"dtype {found.dtype} ({found.why})")
+        graph = graph_of(model, StepSize(batch, context, tokens, kind))
         tuned = tg.autotune(
             graph, backend, budget, device=device or None, seed=seed, database=database, fresh=fresh, progress=progress
         )

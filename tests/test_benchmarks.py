@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import Any
 
 import pytest
@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 import taskgraph as tg
 from benchmarks import interleaved, nanoflow_table, overhead, schedule, serve, spread, tune
 from benchmarks.peers import Slot, next_rows
+from taskgraph.runtime import tune as runtime_tune
+from taskgraph.runtime.measure import Budget
 
 
 def run(capsys: pytest.CaptureFixture[str], main: Callable[[Sequence[str]], int], *argv: str) -> dict[str, Any]:
@@ -104,7 +106,10 @@ def test_rounds_are_interleaved() -> None:
     assert order == list("aaabbb")
 
 
-def test_tune_prints_its_keys(capsys: pytest.CaptureFixture[str]) -> None:
+def test_tune_prints_its_keys(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its budget is spent by a clock that counts how often it is read: so long runs the same on every machine."""
+    readings = count()
+    monkeypatch.setattr(runtime_tune, "Budget", lambda seconds: Budget(seconds, lambda: next(readings) / 100))
     result = run(capsys, tune.main, "--graphs", "chains", "--budget", "3", "--rounds", "3", "--depth", "3")
     row = result["chains"]
     assert row["kind"] == "measured"

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 
 from taskgraph.runtime import kernels
+from taskgraph.runtime.tile import DOT
 
 TASKS = Path("/proc/self/task")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -45,9 +46,10 @@ def test_gemm(m: int, n: int, k: int, extra: bool, dtype: torch.dtype, threads: 
     residual = torch.randn(m if extra else 0, n if extra else 0).to(dtype)
     out = torch.empty(m, n, dtype=dtype)
     packed = kernels.pack_weight(bits(w))
-    kernels.gemm(bits(x), packed, bits(bias), bits(residual), bits(out), threads)
     want = x.double() @ w.double().T
-    close(out, want + bias.double() + residual.double() if extra else want)
+    for dot in {False, DOT}:
+        kernels.gemm(bits(x), packed, bits(bias), bits(residual), bits(out.fill_(np.nan)), dot, threads)
+        close(out, want + bias.double() + residual.double() if extra else want)
 
 
 def test_bf16_weight_needs_an_even_inner_size() -> None:
@@ -127,12 +129,17 @@ def test_attention(each: int, dtype: torch.dtype, threads: int) -> None:
     keys, values = torch.randn(2, batch, kv, length, dim).to(dtype)
     out = torch.empty(batch * each, heads * dim, dtype=dtype)
     scratch = np.full(kernels.prefill_scratch_size(length, dim, threads), np.nan, np.float32)
-    attend = kernels.decode_attention if each == 1 else kernels.prefill_attention
-    attend(bits(q), positions.numpy(), bits(keys), bits(values), bits(out), scratch, threads)
+    buffers = (bits(q), positions.numpy(), bits(keys), bits(values), bits(out), scratch)
     mask = torch.arange(length) <= positions[:, None, None, None] + torch.arange(each)[:, None]
     queries = q.float().view(batch, each, heads, dim).transpose(1, 2)
     want = F.scaled_dot_product_attention(queries, keys.float(), values.float(), mask, enable_gqa=True)
-    close(out, want.transpose(1, 2).reshape(batch * each, heads * dim))
+    for dot in {False, DOT}:
+        out.fill_(np.nan)
+        if each == 1:
+            kernels.decode_attention(*buffers, threads)
+        else:
+            kernels.prefill_attention(*buffers, dot, threads)
+        close(out, want.transpose(1, 2).reshape(batch * each, heads * dim))
 
 
 def test_each_thread_of_a_pool_gets_its_core() -> None:

@@ -2,10 +2,14 @@
 
 import json
 import os
+import re
+import shlex
+import shutil
 import statistics
 import subprocess
 import sys
 import time
+import tomllib
 import zipfile
 from importlib import metadata
 from importlib.util import find_spec
@@ -141,6 +145,14 @@ def test_import_takes_at_most_300_ms_over_nothing(tmp_path: Path) -> None:
 # -- what the base install can do ------------------------------------------------------------------------------------
 
 
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def declared(extra: str) -> list[str]:
+    """What pyproject.toml asks for, with one of its extras."""
+    return [*PROJECT["dependencies"], *PROJECT["optional-dependencies"].get(extra, [])]
+
+
 def required(extra: str = "") -> set[str]:
     """The distributions that the package needs, directly or not, without its extras or with one of them."""
     found: set[str] = set()
@@ -153,7 +165,7 @@ def required(extra: str = "") -> set[str]:
         seen.add((name, wanted))
         found.add(canonicalize_name(name))
         try:
-            lines = metadata.requires(name) or []
+            lines = declared(wanted) if name == "taskgraph-gpu" else metadata.requires(name) or []
         except metadata.PackageNotFoundError:
             continue
         for need in map(Requirement, lines):
@@ -176,11 +188,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "sitecustomize.py").write_text(
         "import sys\n"
         f"FOREIGN = frozenset({foreign!r})\n"
-        "class Absent:\n"
+        "class Without:\n"
+        "    def __init__(self, finder):\n"
+        "        self.finder = finder\n"
+        "    def __getattr__(self, name):\n"
+        "        return getattr(self.finder, name)\n"
         "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name in FOREIGN:\n"
-        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
-        "sys.meta_path.insert(0, Absent())\n"
+        "        return None if name in FOREIGN else self.finder.find_spec(name, path, target)\n"
+        "sys.meta_path[:] = map(Without, sys.meta_path)\n"
     )
     return folder
 
@@ -231,16 +246,50 @@ def test_a_base_install_runs_a_model(base: Path, smollm2_gguf: Path) -> None:
     [
         (["serve", "smollm2"], "serve"),
         (["plan", "smollm2", "--scheduler", "exact"], "exact"),
-        (["run", "someone/some-model"], "hub"),
         (["run", "smollm2", "--backend", "cuda"], "cuda"),
-        (["calibrate", "--device", "h100_sxm", "--out", "c.json", "x.csv"], "calibrate"),
         (["calibrate", "--device", "h100_sxm", "--out", "c.json", "x.parquet"], "calibrate"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_a_missing_extra_is_one_line_that_names_it(base: Path, arguments: list[str], extra: str) -> None:
-    (base / "x.csv").write_text("device,kernel\n")
     (base / "x.parquet").write_bytes(b"PAR1")
     done = command(base, *arguments)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert f"taskgraph-gpu[{extra}]" in done.stderr, done.stderr
+
+
+# -- the install lines of the README -----------------------------------------------------------------------------------
+
+
+def install_lines() -> list[list[str]]:
+    """Every `pip install` that the README shows as a command."""
+    lines = (line.strip() for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("    "))
+    return [shlex.split(line) for line in lines if "pip install" in line]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", install_lines(), ids=" ".join)
+def test_the_install_line_of_the_readme_works_in_a_checkout(line: list[str], source: Path) -> None:
+    shutil.copy(ROOT / "constraints.txt", source)
+    assert line[:4] == ["python", "-m", "pip", "install"] and "." in line
+    options = ["--dry-run", "--no-deps", "--quiet", *isolation()]
+    done = subprocess.run(
+        [sys.executable, *line[1:], *options], cwd=source, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_readme_and_the_makefile_install_from_the_checkout() -> None:
+    assert install_lines()
+    extras = set(PROJECT["optional-dependencies"])
+    made = re.findall(r"-e '\.\[([\w,]+)\]'", (ROOT / "Makefile").read_text())
+    shown = re.findall(r"'\.\[([\w,]+)\]'", (ROOT / "README.md").read_text())
+    assert made and {extra for text in [*made, *shown] for extra in text.split(",")} <= extras
+    to_run = set(made[0].split(","))
+    assert "test" not in to_run and "test" in made[1].split(",")
+
+
+def test_what_running_needs_leaves_out_what_only_tests_need() -> None:
+    to_run = set().union(*(required(extra) for extra in ("hub", "serve", "guided")))
+    assert not to_run & {"ray", "dask", "ortools", "mypy", "pytest", "transformers", "scipy", "pyarrow"}
+    assert {"torch", "numba", "fastapi", "uvicorn"} <= to_run

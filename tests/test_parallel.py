@@ -318,7 +318,7 @@ def test_an_op_that_fails_on_one_rank_breaks_the_group(ranks: Ranks) -> None:
 def test_a_killed_rank_fails_all_requests_and_the_process() -> None:
     """As a server would see it: requests wait while a step runs, one rank is killed, each gets RankLost, exit 1."""
     done = subprocess.run(
-        [sys.executable, __file__], capture_output=True, text=True, timeout=90, check=False,
+        [sys.executable, __file__], capture_output=True, text=True, timeout=600, check=False,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
@@ -333,7 +333,7 @@ def serve_until_killed() -> None:
         requests = [engine.submit(started.call, "sums", 10**9) for _ in range(3)]
         time.sleep(0.3)
         os.kill(started.pids[1] or 0, signal.SIGKILL)
-        errors = [request.exception(60) for request in requests]
+        errors = [request.exception(600) for request in requests]
         print(f"{len(errors)} requests failed: {', '.join({type(e).__name__ for e in errors})}", flush=True)
         assert started.exitcodes in [(1, -9), (-9, -9)]
         requests[0].result()

@@ -202,26 +202,27 @@ class Server:
 
     def ask(self, prompt: str, tokens: int) -> httpx.Response:
         body = {"model": "tiny", "prompt": prompt, "max_tokens": tokens, "temperature": 0}
-        return httpx.post(f"{self.url}/v1/completions", json=body, timeout=60)
+        return httpx.post(f"{self.url}/v1/completions", json=body, timeout=600)
 
     def interrupted(self, interrupt: Callable[[], None]) -> tuple[str, httpx.Response]:
         """What a streamed request and a plain one get when this happens while both run."""
         body = {"model": "tiny", "prompt": "Hello", "max_tokens": 110, "temperature": 0, "stream": True}
         with (
             ThreadPoolExecutor(1) as beside,
-            httpx.stream("POST", f"{self.url}/v1/completions", json=body, timeout=60) as response,
+            httpx.stream("POST", f"{self.url}/v1/completions", json=body, timeout=600) as response,
         ):
             lines = response.iter_lines()
             first = next(lines)
             plain = beside.submit(self.ask, "abc", 110)
-            time.sleep(0.1)
+            while httpx.get(f"{self.url}/health", timeout=600).json()["open"] < 2 and not plain.done():
+                time.sleep(0.001)
             interrupt()
             return "\n".join([first, *lines]), plain.result()
 
     def ended(self) -> tuple[int, str]:
         """Its exit code and the rest of what it said, when it and all its processes are gone."""
-        _, rest = self.process.communicate(timeout=20)
-        until = time.monotonic() + 20
+        _, rest = self.process.communicate(timeout=600)
+        until = time.monotonic() + 600
         while time.monotonic() < until and any(parent(pid) is not None for pid in self.family):
             time.sleep(0.05)
         assert [pid for pid in self.family if parent(pid) is not None] == []
@@ -240,7 +241,19 @@ def parent(pid: int) -> int | None:
 @contextmanager
 def serving(folder: Path) -> Iterator[Server]:
     command = [sys.executable, "-m", "taskgraph.cli", "serve", str(folder), "--port", "0", "--dtype", "f32"]
-    limits = ["--sequences", "2", "--step-tokens", "16", "--context", "128", "--no-warm", "--name", "tiny"]
+    limits = [
+        "--sequences",
+        "2",
+        "--step-tokens",
+        "16",
+        "--context",
+        "128",
+        "--no-warm",
+        "--name",
+        "tiny",
+        "--drain",
+        "600",
+    ]
     with subprocess.Popen(
         [*command, *limits, "--tensor-parallel", "2"], cwd=ROOT, stderr=subprocess.PIPE, text=True,
         start_new_session=True,

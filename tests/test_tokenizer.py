@@ -1,10 +1,14 @@
 """The tokenizer built from GGUF metadata against transformers' from the same file, and its stream decoder."""
 
+import json
 import unicodedata
 from pathlib import Path
 from typing import Any
 
 import pytest
+from model_files import TOKENS, raw_tokenizer, write_folder
+from tokenizers import Regex, models, pre_tokenizers, processors
+from tokenizers import Tokenizer as RawTokenizer
 
 from taskgraph.errors import WeightsError
 from taskgraph.models.tokenizer import Tokenizer
@@ -119,3 +123,194 @@ def test_a_damaged_tokenizer_json_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text('{"model": 3}')
     with pytest.raises(WeightsError, match=r"tokenizer\.json"):
         Tokenizer.from_folder(tmp_path)
+
+
+# ------------------------------------------------------------------------- rules of GGUF vocabularies
+
+
+def vocabulary(**changes: Any) -> dict[str, Any]:
+    """Metadata of a byte vocabulary with two special tokens and one merge; a change to None removes a key."""
+    keys = {"model": "gpt2", "pre": "gpt-2", "tokens": TOKENS, "token_type": [1] * 256 + [3, 3, 1], "merges": ["a b"]}
+    return {f"tokenizer.ggml.{key}": value for key, value in {**keys, **changes}.items() if value is not None}
+
+
+def letters(text: str) -> list[int]:
+    return [TOKENS.index(letter) for letter in text]
+
+
+@pytest.mark.parametrize(
+    ("changes", "begins"),
+    [
+        ({"pre": "llama-bpe"}, True),
+        ({"pre": "llama3"}, True),
+        ({"pre": "tekken"}, True),
+        ({"pre": "llama-bpe", "add_bos_token": False}, False),
+        ({"pre": "gpt-2"}, False),
+        ({"pre": "qwen2"}, False),
+        ({"pre": "smollm", "add_bos_token": True}, True),
+        ({"pre": "gpt-2", "add_eos_token": True}, False),
+    ],
+)
+def test_prompts_begin_as_in_llama_cpp(changes: dict[str, Any], begins: bool) -> None:
+    """Its defaults by pre-tokenizer; an end of sequence is never put behind a prompt, which is to be continued."""
+    made = Tokenizer.from_gguf(vocabulary(bos_token_id=256, eos_token_id=257, **changes))
+    assert made.encode("hi") == [256] * begins + letters("hi")
+    assert made.encode("<|turn|>hi") == [256, *letters("hi")], "a template that begins with BOS does not get another"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"eos_token_id": 259}, "eos_token_id is 259"),
+        ({"bos_token_id": 2**32 - 1}, "bos_token_id is 4294967295"),
+        ({"eot_token_id": -1}, "eot_token_id is -1"),
+        ({"eos_token_id": "</s>"}, "eos_token_id"),
+        ({"add_bos_token": True}, "no bos_token_id"),
+        ({"add_bos_token": 1, "bos_token_id": 256}, "add_bos_token"),
+        ({"add_space_prefix": True}, "add_space_prefix"),
+        ({"tokens": [*TOKENS[:-1], "<|end|>"]}, r"'<\|end\|>'.*257.*258"),
+        ({"tokens": []}, "tokens"),
+        ({"tokens": [1, 2]}, "tokens"),
+        ({"token_type": [1, 1]}, "token_type"),
+        ({"merges": None}, "merges"),
+        ({"merges": ["ab"]}, "merges"),
+        ({"merges": ["a missing"]}, "merges"),
+        ({"pre": "strange"}, "'strange'"),
+        ({"pre": 3}, "pre-tokenizer 3"),
+        ({"model": "llama"}, "'llama'"),
+        ({"model": "bert"}, "'bert'"),
+        ({"model": "t5"}, "'t5'"),
+        ({"model": None}, "None"),
+        ({"precompiled_charsmap": [1]}, "precompiled_charsmap"),
+        ({"new_rule": 1}, "new_rule"),
+    ],
+)
+def test_a_strange_vocabulary_is_refused_by_name(changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(WeightsError, match=rf"some\.gguf.*{reason}") as caught:
+        Tokenizer.from_gguf(vocabulary(**changes), "some.gguf")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("kind", [1, 2, 3, 4, 6])
+def test_the_end_of_a_turn_is_special_whatever_its_type(kind: int) -> None:
+    """And known by its text where no key names it."""
+    for changes in ({"eos_token_id": 257}, {}):
+        made = Tokenizer.from_gguf(vocabulary(token_type=[1] * 256 + [3, kind, 1], **changes))
+        assert made.eos_ids == (257,)
+        assert made.encode("a<|end|>") == [*letters("a"), 257] and made.decode([*letters("a"), 257]) == "a"
+
+
+def test_empty_tokens_have_names() -> None:
+    made = Tokenizer.from_gguf(vocabulary(tokens=[*TOKENS, "", ""], token_type=None))
+    assert made.vocab_size == len(TOKENS) + 2 and made.encode("ab") == [258]
+
+
+def test_a_vocabulary_without_a_pre_tokenizer_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    made = Tokenizer.from_gguf(vocabulary(pre=None), "some.gguf")
+    assert "some.gguf names no pre-tokenizer" in caplog.text
+    assert made.decode(made.encode("a, b 1234?!  x")) == "a, b 1234?!  x"
+
+
+def pattern_of(pattern: str) -> Any:
+    cut = pre_tokenizers.Split(Regex(pattern), "isolated")
+    return pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PUBLISHED = {
+    "llama-bpe": pattern_of(_WORDS + r"\p{N}{1,3}" + _REST),
+    "qwen2": pattern_of(_WORDS + r"\p{N}" + _REST),
+    "gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("pre", PUBLISHED)
+@pytest.mark.parametrize("text", [*TEXTS, "a  1", "x\r\n\n  y\t", "12345 abc's"])
+def test_text_is_cut_as_in_the_published_tokenizers(pre: str, text: str) -> None:
+    made = json.loads(Tokenizer.from_gguf(vocabulary(pre=pre)).to_json())["pre_tokenizer"]
+    raw = RawTokenizer(models.BPE({}, []))
+    raw_settings = json.loads(raw.to_str())
+    cut = RawTokenizer.from_str(json.dumps({**raw_settings, "pre_tokenizer": made})).pre_tokenizer
+    assert cut is not None
+    assert cut.pre_tokenize_str(text) == PUBLISHED[pre].pre_tokenize_str(text)
+
+
+# -------------------------------------------------------------------------------- a folder's settings
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        processors.TemplateProcessing(
+            single="<|turn|> $A <|end|>", special_tokens=[("<|turn|>", 256), ("<|end|>", 257)]
+        ),
+        processors.Sequence([
+            processors.ByteLevel(),
+            processors.TemplateProcessing(
+                single="<|turn|> $A <|end|> <|end|>", special_tokens=[("<|turn|>", 256), ("<|end|>", 257)]
+            ),
+        ]),
+        processors.RobertaProcessing(("<|end|>", 257), ("<|turn|>", 256)),
+        processors.BertProcessing(("<|end|>", 257), ("<|turn|>", 256)),
+    ],
+)  # fmt: skip
+def test_what_a_post_processor_appends_is_left_out(tmp_path: Path, processor: Any) -> None:
+    folder = write_folder(tmp_path / "m", tokenizer_config={"bos_token": "<|turn|>", "eos_token": "<|end|>"})
+    raw = raw_tokenizer()
+    raw.post_processor = processor
+    raw.save(str(folder / "tokenizer.json"))
+    made = Tokenizer.from_folder(folder)
+    assert made.encode("hi") == [256, *letters("hi")] == [i for i in raw.encode("hi").ids if i != 257]
+    assert made.encode("") == [256] and made.encode("<|turn|>hi") == [256, *letters("hi")]
+
+
+def test_only_what_ends_is_appended_by_a_post_processor(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "m")
+    raw = raw_tokenizer()
+    raw.post_processor = processors.TemplateProcessing(single="$A <|end|>", special_tokens=[("<|end|>", 257)])
+    raw.save(str(folder / "tokenizer.json"))
+    assert Tokenizer.from_folder(folder).encode("hi") == letters("hi")
+
+
+@pytest.mark.parametrize(
+    ("files", "ids"),
+    [
+        ({"tokenizer_config": {"eos_token": "<|end|>"}, "generation_config": {"eos_token_id": [256, 257]}}, (257, 256)),
+        ({"generation_config": {"eos_token_id": 256}}, (256,)),
+        ({"generation_config": {"temperature": 1.0}}, (257,)),
+        ({"special_tokens_map": {"eos_token": {"content": "<|turn|>"}}}, (256, 257)),
+    ],
+)
+def test_ends_are_the_tokenizers_and_the_generations(tmp_path: Path, files: dict[str, Any], ids: Any) -> None:
+    """config.json's (257) counts only where generation_config.json names none, as in transformers."""
+    assert Tokenizer.from_folder(write_folder(tmp_path / "m", **files)).eos_ids == ids
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        ({"tokenizer_config": {"eos_token": "</s>"}}, "eos_token is '</s>'"),
+        ({"tokenizer_config": {"bos_token": {"content": 3}}}, "bos_token is 3"),
+        ({"tokenizer_config": {"added_tokens_decoder": {"300": {"content": "<new>"}}}}, "'<new>' as '300'"),
+        ({"tokenizer_config": {"chat_template": 3}}, "chat_template is 3"),
+        ({"generation_config": {"eos_token_id": 259}}, "eos_token_id 259"),
+        ({"generation_config": {"eos_token_id": [257, -1]}}, "eos_token_id"),
+        ({"generation_config": {"eos_token_id": True}}, "eos_token_id is True"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_by_name(tmp_path: Path, files: dict[str, Any], reason: str) -> None:
+    with pytest.raises(WeightsError, match=rf"config\.json.*{reason}"):
+        Tokenizer.from_folder(write_folder(tmp_path / "m", **files))
+
+
+def test_templates_may_be_named_or_in_a_file(tmp_path: Path) -> None:
+    named = [
+        {"name": "tool_use", "template": "tools"},
+        {"name": "default", "template": "{{ messages[0].content }}"},
+    ]
+    folder = write_folder(tmp_path / "m", tokenizer_config={"chat_template": named})
+    assert Tokenizer.from_folder(folder).chat("a") == "a"
+    (folder / "chat_template.jinja").write_text("from a file {{ messages[0].content }}")
+    assert Tokenizer.from_folder(folder).chat("a") == "from a file a"

@@ -9,6 +9,7 @@ import torch
 
 from taskgraph.graph.op import Op
 from taskgraph.runtime import rotary
+from taskgraph.runtime.tile import DOT
 from taskgraph.runtime.ways import PLAIN, Ways
 
 if TYPE_CHECKING:
@@ -28,6 +29,11 @@ class Site:
     constants: frozenset[str]
     group: "Group | None" = None
     ways: Ways = PLAIN
+
+    @property
+    def dots(self) -> bool:
+        """Whether attention multiplies bf16 by the processor's dot products, as products of few rows do."""
+        return DOT and self.ways.product("bf16", 1, fixed=True) == "dot"
 
     def threads_for(self, rows: int) -> int:
         """One thread for a handful of rows: the work is less than a fork of the lane's threads (about 1 us)."""
@@ -54,9 +60,13 @@ def binder(kind: str) -> Callable[[Binder], Binder]:
     return register
 
 
+_BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
+
+
 def bits(tensor: torch.Tensor) -> npt.NDArray[Any]:
-    """A numpy view of a tensor for the kernels: bf16 as uint16 bits."""
-    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+    """A numpy view of a tensor for the kernels: bf16 as uint16 bits, f16 as int16 bits."""
+    raw = _BITS.get(tensor.dtype)
+    return (tensor if raw is None else tensor.view(raw)).numpy()
 
 
 def rope_table(op: Op, length: int, dim: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:

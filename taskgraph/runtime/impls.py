@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 
-from taskgraph.errors import BackendUnavailable
+from taskgraph.errors import BackendUnavailable, ExecutionError
 from taskgraph.graph.op import Op
 from taskgraph.runtime import (  # noqa: F401 - they register their kinds
     custom,
@@ -47,9 +47,20 @@ def bind(op: Op, ins: Tensors, outs: Tensors, site: Site, functions: Mapping[str
 @binder("embedding")
 def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
     tokens, table = ins
-    if table.dtype != outs[0].dtype:
-        return lambda: outs[0].copy_(table.index_select(0, tokens))
-    return partial(torch.index_select, table, 0, tokens, out=outs[0])
+    direct = table.dtype == outs[0].dtype
+    look_up = partial(torch.index_select, table, 0, tokens, out=outs[0] if direct else None)
+
+    def run() -> None:
+        try:
+            made = look_up()
+        except IndexError:
+            odd = tokens[(tokens < 0) | (tokens >= len(table))]
+            text = f"the token {int(odd[0])}, which is outside its table of {len(table)}"
+            raise ExecutionError(f"op {op.name!r} was given {text}.", op=op.name) from None
+        if not direct:
+            outs[0].copy_(made)
+
+    return run
 
 
 @binder("gemm")
@@ -65,8 +76,8 @@ def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
 @binder("rmsnorm")
 def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
     x, weight = ins
-    if x.dtype not in (torch.float32, torch.bfloat16) or weight.dtype != x.dtype:
-        raise BackendUnavailable(f"op {op.name!r}: rmsnorm on the cpu backend takes f32 or bf16, x and weight alike.")
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or weight.dtype != x.dtype:
+        raise BackendUnavailable(f"op {op.name!r}: rmsnorm on the cpu backend takes f32, bf16 or f16, both alike.")
     rows = [_bits(t.view(-1, t.shape[-1])) for t in (x, outs[0])]
     return partial(
         kernels.rmsnorm, rows[0], _bits(weight), rows[1], op.number("eps"), site.threads_for(rows[0].shape[0])
@@ -108,8 +119,23 @@ def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
     buffers = tuple(map(_bits, (q, positions, keys, values, outs[0])))
     if each == 1:
         return partial(kernels.decode_attention, *buffers, np.empty(length * site.threads, np.float32), site.threads)
+    if q.dtype == torch.float16 or dim % 2:  # the tile's panels are of float32 and pairs of bf16
+        return partial(_attend_by_torch, q, positions, keys, values, outs[0])
     scratch = np.empty(kernels.prefill_scratch_size(length, dim, site.threads), np.float32)
-    return partial(kernels.prefill_attention, *buffers, scratch, site.threads)
+    return partial(kernels.prefill_attention, *buffers, scratch, site.dots, site.threads)
+
+
+def _attend_by_torch(
+    q: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: torch.Tensor
+) -> None:
+    """`kernels.prefill_attention` in float32."""
+    (batch, _, length, dim), each = keys.shape, len(q) // len(keys)
+    if int(positions.min()) < 0 or int(positions.max()) + each > length:
+        raise ValueError("a position is outside the KV cache; make the cache longer or stop earlier")
+    mask = torch.arange(length) <= positions[:, None, None, None] + torch.arange(each)[:, None]
+    queries = q.view(batch, each, -1, dim).transpose(1, 2).float()
+    made = F.scaled_dot_product_attention(queries, keys.float(), values.float(), mask, enable_gqa=True)
+    out.view(batch, each, -1, dim).copy_(made.transpose(1, 2))
 
 
 @binder("decode_attention")
@@ -118,6 +144,8 @@ def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
     queries, keys, values = q.unsqueeze(2), kv[0].transpose(1, 2), kv[1].transpose(1, 2)
     out = outs[0]
     attend = F.scaled_dot_product_attention
+    if products.widened(q.dtype, 1, site.ways):
+        return lambda: out.copy_(attend(queries.float(), keys.float(), values.float(), enable_gqa=True).squeeze(2))
     return lambda: out.copy_(attend(queries, keys, values, enable_gqa=True).squeeze(2))
 
 

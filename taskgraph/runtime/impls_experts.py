@@ -1,5 +1,6 @@
-"""Mixture of experts on a CPU: routing, and products of each expert with the rows that come to it, by torch."""
+"""Mixture of experts on a CPU: routing, and products of each expert with the rows that come to it."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -7,6 +8,7 @@ import torch.nn.functional as F  # noqa: N812 - torch's own convention
 
 from taskgraph.graph.op import Op
 from taskgraph.runtime.binders import Entry, Site, Tensors, binder
+from taskgraph.runtime.products import Linear, room_for
 
 
 @binder("route")
@@ -68,14 +70,18 @@ def _within_best_groups(choice: torch.Tensor, groups: int, kept: int) -> torch.T
 def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
     x, routing, gate_up, down, *residual = ins
     total = torch.empty(x.shape, dtype=torch.float32)
-    return partial(_experts, x, routing, gate_up, down, residual[0] if residual else None, total, outs[0])
+    fixed = set(op.inputs[2:4]) <= site.constants and room_for(2 * (gate_up.nbytes + down.nbytes))
+    first, second = (
+        [Linear(op.name, w, fixed, site.threads, site.ways) for w in weights] for weights in (gate_up, down)
+    )
+    return partial(_experts, x, routing, first, second, residual[0] if residual else None, total, outs[0])
 
 
 def _experts(
     x: torch.Tensor,
     routing: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    gate_up: Sequence[Linear],
+    down: Sequence[Linear],
     residual: torch.Tensor | None,
     total: torch.Tensor,
     out: torch.Tensor,
@@ -86,8 +92,8 @@ def _experts(
     counts = torch.bincount(where[:, 0], minlength=len(gate_up)).tolist()
     for expert, rows in enumerate(torch.split(where[:, 1], counts)):
         if len(rows):
-            gate, up = (x[rows] @ gate_up[expert].t()).chunk(2, dim=-1)
-            made = (F.silu(gate) * up) @ down[expert].t()
+            gate, up = gate_up[expert](x[rows]).chunk(2, dim=-1)
+            made = down[expert](F.silu(gate) * up)
             total.index_add_(0, rows, made.float() * routing[rows, expert, None])
     out.copy_(total)
 

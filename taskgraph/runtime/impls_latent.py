@@ -15,7 +15,9 @@ from taskgraph.graph.op import Op
 from taskgraph.ops import latent_flops
 from taskgraph.runtime import kernels_latent as kernels
 from taskgraph.runtime.binders import Entry, Site, Tensors, binder, bits, rope_table
+from taskgraph.runtime.kernels import check_positions
 from taskgraph.runtime.kernels_paged import check_tables
+from taskgraph.runtime.products import widened
 
 Ints = npt.NDArray[np.int32]
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -46,6 +48,7 @@ def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
     first, base = positions.numpy()[:, None], length * np.arange(batch)[:, None]
 
     def run() -> None:
+        check_positions(positions.numpy(), len(steps), length)
         np.add(first, steps, out=places, casting="unsafe")
         np.add(places, base, out=slots, casting="unsafe")
         write()
@@ -85,16 +88,17 @@ class _Form:
 
     def absorbed(self, q: torch.Tensor, cached: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Heads attend over the latents, with the up-projection folded into queries and results."""
-        latent = torch.einsum("thk,hkr->htr", q[..., : self.keys], self.up[:, : self.keys])
+        up = self.up.to(q.dtype)
+        latent = torch.einsum("thk,hkr->htr", q[..., : self.keys], up[:, : self.keys])
         query = torch.cat([latent, q[..., self.keys :].transpose(0, 1)], dim=-1)
         scores = (query @ cached.t()).float() * self.scale
         shares = scores.masked_fill(~mask, float("-inf")).softmax(-1).to(q.dtype)
         mixed = shares @ cached[:, : -self.rotary]
-        return torch.einsum("htr,hvr->thv", mixed, self.up[:, self.keys :])
+        return torch.einsum("htr,hvr->thv", mixed, up[:, self.keys :])
 
     def expanded(self, q: torch.Tensor, cached: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Keys and values of all heads are made first."""
-        made = torch.einsum("nr,hkr->hnk", cached[:, : -self.rotary], self.up)
+        made = torch.einsum("nr,hkr->hnk", cached[:, : -self.rotary], self.up.to(q.dtype))
         shared = cached[:, -self.rotary :].expand(len(made), -1, -1)
         keys = torch.cat([made[..., : self.keys], shared], dim=-1)
         mixed = F.scaled_dot_product_attention(q.transpose(0, 1), keys, made[..., self.keys :], mask, scale=self.scale)
@@ -105,9 +109,10 @@ class _Form:
 def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
     q, positions, latents, up = ins
     batch, each = len(latents), len(q) // len(latents)
-    attend, out = _cheaper(op, q, up, batch), _by_token(outs[0], q)
+    attend, out = _cheaper(op, q, up, batch, site), _by_token(outs[0], q)
 
     def run() -> None:
+        check_positions(positions.numpy(), each, latents.shape[1])
         for b, start in enumerate(positions.tolist()):
             rows = slice(b * each, (b + 1) * each)
             out[rows] = attend(q[rows], latents[b, : start + each], _causal(each, start + each))
@@ -118,14 +123,14 @@ def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
 @binder("paged_latent_decode")
 def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
     q, lengths, blocks, latents, up = ins
-    attend = _cheaper(op, q, up, len(q))
+    attend = _cheaper(op, q, up, len(q), site)
     return _over_pages(attend, q, (torch.arange(len(q) + 1), lengths, blocks), latents, _by_token(outs[0], q))
 
 
 @binder("paged_latent_prefill")
 def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
     q, starts, lengths, blocks, latents, up = ins
-    attend = _cheaper(op, q, up, len(lengths))
+    attend = _cheaper(op, q, up, len(lengths), site)
     return _over_pages(attend, q, (starts, lengths, blocks), latents, _by_token(outs[0], q))
 
 
@@ -138,8 +143,8 @@ def _over_pages(attend: Attend, q: torch.Tensor, tables: Tensors, latents: torch
     def run() -> None:
         check_tables(lengths.numpy(), blocks.numpy(), pages, size)
         borders = starts.tolist()
-        if borders[-1] > len(q):
-            raise ValueError("the chunks have more rows than there are")
+        if borders != sorted(borders) or borders[0] < 0 or borders[-1] > len(q):
+            raise ValueError("the chunks have more rows than there are: they end at", borders[-1])
         out[borders[-1] :] = 0
         for i, seen in enumerate(lengths.tolist()):
             rows = slice(borders[i], borders[i + 1])
@@ -148,20 +153,23 @@ def _over_pages(attend: Attend, q: torch.Tensor, tables: Tensors, latents: torch
                 out[rows] = 0
                 continue
             if each > seen:
-                raise ValueError("a chunk has more rows than its sequence has tokens")
+                raise ValueError("a chunk has more rows than its sequence has tokens: it ends at", rows.stop)
             cached = latents[blocks[i, : -(-seen // size)]].flatten(0, 1)[:seen]
             out[rows] = attend(q[rows], cached, _causal(each, seen))
 
     return run
 
 
-def _cheaper(op: Op, q: torch.Tensor, up: torch.Tensor, sequences: int) -> Attend:
-    """The form of fewer operations."""
+def _cheaper(op: Op, q: torch.Tensor, up: torch.Tensor, sequences: int, site: Site) -> Attend:
+    """The form of fewer operations, in float32 where that is the faster way to multiply."""
     (tokens, heads, dim), rotary = q.shape, op.integer("rotary")
+    wide = widened(q.dtype, max(tokens // sequences, 1), site.ways)
+    up = up.float() if wide and op.inputs[-1] in site.constants else up
     form = _Form(up.view(heads, -1, up.shape[1]), dim - rotary, rotary, op.number("scale"))
     shape = (heads, dim, rotary, tuple(up.shape))
     absorbed, expanded = latent_flops(tokens / sequences, op.integer("context"), *shape)
-    return form.absorbed if absorbed < expanded else form.expanded
+    attend = form.absorbed if absorbed < expanded else form.expanded
+    return (lambda q, cached, mask: attend(q.float(), cached.float(), mask)) if wide else attend
 
 
 def _causal(rows: int, seen: int) -> torch.Tensor:

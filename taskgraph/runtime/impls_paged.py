@@ -51,7 +51,7 @@ def _attention(op: Op, ins: Tensors, outs: Tensors, site: Site, kernel: Callable
     length = blocks.shape[1] * keys.shape[2]
     scratch = np.empty(kernels.scratch_size(length, q.shape[2], site.threads), np.float32)
     places = [t.numpy() for t in (*tables, blocks)]
-    return partial(kernel, bits(q), *places, bits(keys), bits(values), bits(outs[0]), scratch, site.threads)
+    return partial(kernel, bits(q), *places, bits(keys), bits(values), bits(outs[0]), scratch, site.dots, site.threads)
 
 
 @binder("copy_pages")

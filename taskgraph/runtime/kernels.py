@@ -16,7 +16,22 @@ import numpy.typing as npt
 import torch
 from numba.core import types
 
-from taskgraph.runtime.tile import COLUMNS, FAST, OPENMP, ROW_BLOCK, ROWS, exp, fork, kernel, narrow, tile, widen
+from taskgraph.runtime.tile import (
+    COLUMNS,
+    FAST,
+    OPENMP,
+    PAIRS,
+    ROWS,
+    SINGLE,
+    WIDE,
+    exp,
+    fork,
+    kernel,
+    narrow,
+    tile,
+    unpack,
+    widen,
+)
 
 _set_affinity: Any = types.ExternalFunction("sched_setaffinity", types.int32(types.int32, types.int64, types.int64))
 
@@ -76,45 +91,80 @@ def pack_weight(w: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return packed
 
 
+_UNPACK_ROWS = 2 * ROWS
+"""From so many rows on a panel of bf16 pairs is widened once for all of them, not by every tile."""
+
+
+_BLOCK_BYTES = 256 << 10
+"""Bytes of the rows of x that stay in the second-level cache while panels pass by."""
+
+_UNPACK_WORDS = 128
+"""Words of a column of a panel that are widened at a time: they stay in the first-level cache (32 KiB)."""
+
+
 @kernel
-def _gemm(x: Any, packed: Any, bias: Any, residual: Any, out: Any, part: Any, parts: Any) -> None:
+def _gemm(x: Any, packed: Any, bias: Any, residual: Any, out: Any, dot: Any, part: Any, parts: Any) -> None:
     m, n = out.shape
+    k = x.shape[1]
     panels, steps, _ = packed.shape
     first, last = panels * part // parts, panels * (part + 1) // parts
-    pairs = x.itemsize == 2
-    sums = np.empty((ROWS, COLUMNS), np.float32)
-    for block in range(0, m, ROW_BLOCK):
-        end = min(block + ROW_BLOCK, m)
+    pairs = steps < k
+    dots = pairs and dot
+    unpacked = pairs and not dot and m >= _UNPACK_ROWS
+    mode = PAIRS if dots else WIDE if pairs and not unpacked else SINGLE
+    size = k * (x.itemsize if dots else 4)
+    high = min(max(_BLOCK_BYTES // size // ROWS, 4), 16) * ROWS
+    lines = np.empty((0 if dots or x.itemsize == 4 else min(high, m), k + 16), np.float32)
+    wide = np.empty((2 * _UNPACK_WORDS if unpacked else 0, COLUMNS), np.float32)
+    sums = np.empty((min(high, m), COLUMNS), np.float32)
+    for block in range(0, m, high):
+        end = min(block + high, m)
+        start, stride = x.ctypes.data + block * x.strides[0], x.strides[0]
+        if len(lines) > 0:
+            for i in range(end - block):
+                row, line = x[block + i], lines[i]
+                for j in range(k):
+                    line[j] = widen(row[j])
+            start, stride = lines.ctypes.data, lines.strides[0]
         for panel in range(first, last):
             column = panel * COLUMNS
             width = min(COLUMNS, n - column)
             w = packed.ctypes.data + panel * packed.strides[0]
-            for top in range(block, end, ROWS):
-                rows = min(ROWS, end - top)
-                tile(rows, x.ctypes.data + top * x.strides[0], x.strides[0], w, steps, sums.ctypes.data, 128, pairs)
-                for r in range(rows):
-                    if bias.size > 0:
-                        for c in range(width):
-                            sums[r, c] += widen(bias[column + c])
-                    if residual.size > 0:
-                        for c in range(width):
-                            sums[r, c] += widen(residual[top + r, column + c])
-                    if width == COLUMNS:
-                        for c in range(COLUMNS):
-                            out[top + r, column + c] = narrow(sums[r, c], out)
-                    else:
-                        for c in range(width):
-                            out[top + r, column + c] = narrow(sums[r, c], out)
+            for word in range(0, steps, _UNPACK_WORDS if unpacked else steps):
+                words = min(_UNPACK_WORDS, steps - word) if unpacked else steps
+                panel_at = w
+                if unpacked:
+                    unpack(w + word * packed.strides[1], words * COLUMNS, wide.ctypes.data)
+                    panel_at, words = wide.ctypes.data, 2 * words
+                for top in range(0, end - block, ROWS):
+                    tile(
+                        min(ROWS, end - block - top), start + top * stride + 8 * word, stride, panel_at, words,
+                        sums.ctypes.data + top * 128, 128, mode, word > 0,
+                    )  # fmt: skip
+            for r in range(end - block):
+                if bias.size > 0:
+                    for c in range(width):
+                        sums[r, c] += widen(bias[column + c])
+                if residual.size > 0:
+                    for c in range(width):
+                        sums[r, c] += widen(residual[block + r, column + c])
+                if width == COLUMNS:
+                    for c in range(COLUMNS):
+                        out[block + r, column + c] = narrow(sums[r, c], out)
+                else:
+                    for c in range(width):
+                        out[block + r, column + c] = narrow(sums[r, c], out)
 
 
 @kernel
-def gemm(x: Any, packed: Any, bias: Any, residual: Any, out: Any, threads: Any = 1) -> None:
+def gemm(x: Any, packed: Any, bias: Any, residual: Any, out: Any, dot: Any, threads: Any = 1) -> None:
     """out = x w^T + bias + residual; x (m, k), packed from `pack_weight` of w (n, k), out (m, n).
 
-    bias (n,) and residual (m, n) may be empty arrays, (0,) and (0, 0), for none. All of one dtype.
+    bias (n,) and residual (m, n) may be empty arrays, (0,) and (0, 0), for none. Stored dtypes are free: sums are
+    float32. `dot` multiplies bf16 pairs by the processor's own instruction, only where it has one.
     Threads take columns, so each byte of the weight is read by one core.
     """
-    fork(_gemm, (x, packed, bias, residual, out), threads)
+    fork(_gemm, (x, packed, bias, residual, out, dot), threads)
 
 
 # -- elementwise and row kernels ----------------------------------------------------------------------------------
@@ -234,7 +284,10 @@ def check_positions(positions: Any, each: Any, length: Any) -> None:
     """ValueError unless the `each` tokens of every sequence, the first at positions[b], stand within `length`."""
     for b in range(len(positions)):
         if positions[b] < 0 or positions[b] > length - each:
-            raise ValueError("a position is outside the KV cache; make the cache longer or stop earlier")
+            raise ValueError(
+                "a position is outside the KV cache; make the cache longer or stop earlier. The position is",
+                positions[b],
+            )
 
 
 @numba.njit(forceinline=True, fastmath=FAST, error_model="numpy")
@@ -382,7 +435,7 @@ def decode_attention(q: Any, positions: Any, keys: Any, values: Any, out: Any, s
 def prefill_scratch_size(length: int, dim: int, threads: int) -> int:
     """float32 elements that `prefill_attention` needs as scratch: packed keys and values, scores and weights."""
     length, dim = -(-length // COLUMNS) * COLUMNS, -(-dim // COLUMNS) * COLUMNS
-    return threads * (2 * length * dim + 2 * ROWS * length + ROWS * dim)
+    return threads * (2 * length * dim + 2 * ROWS * length + 2 * ROWS * dim)
 
 
 @kernel
@@ -413,7 +466,22 @@ def pack_values(v: Any, seen: Any, width: Any, panels: Any) -> None:
 
 
 @kernel
-def _prefill(q: Any, positions: Any, keys: Any, values: Any, out: Any, scratch: Any, part: Any, parts: Any) -> None:
+def weigh(row: Any, share: Any, visible: Any, padded: Any, scale: Any, dots: Any) -> None:
+    """Scores into softmax shares, zero from `visible` up to `padded`: in place, and for `dots` as elements of share."""
+    for i in range(visible):
+        row[i] *= scale
+    _softmax(row, visible)
+    for i in range(visible, padded):
+        row[i] = np.float32(0.0)
+    if dots:
+        for i in range(padded):
+            share[i] = narrow(row[i], share)
+
+
+@kernel
+def _prefill(
+    q: Any, positions: Any, keys: Any, values: Any, out: Any, scratch: Any, dot: Any, part: Any, parts: Any
+) -> None:
     tokens, heads, dim = q.shape
     batch, kv_heads, length, _ = keys.shape
     group, each, pack = heads // kv_heads, tokens // batch, 4 // q.itemsize
@@ -427,8 +495,14 @@ def _prefill(q: Any, positions: Any, keys: Any, values: Any, out: Any, scratch: 
     scores = rest[: ROWS * wide * COLUMNS].reshape(ROWS, wide * COLUMNS)
     rest = rest[ROWS * wide * COLUMNS :]
     mixed = rest[: ROWS * deep * COLUMNS].reshape(ROWS, deep * COLUMNS)
+    rest = rest[ROWS * deep * COLUMNS :]
+    queries = rest[: ROWS * deep * COLUMNS].reshape(ROWS, deep * COLUMNS)
     shares = rest[ROWS * deep * COLUMNS :].view(q.dtype)[: ROWS * wide * COLUMNS].reshape(ROWS, wide * COLUMNS)
-    scale, pairs = np.float32(1.0) / np.sqrt(np.float32(dim)), q.itemsize == 2
+    scale, dots = np.float32(1.0) / np.sqrt(np.float32(dim)), q.itemsize == 2 and dot
+    mode = SINGLE if q.itemsize == 4 else PAIRS if dots else WIDE
+    share_at, share_stride = scores.ctypes.data, scores.strides[0]
+    if dots:
+        share_at, share_stride = shares.ctypes.data, shares.strides[0]
     blocks = (each + ROWS - 1) // ROWS
     total, packed = batch * heads * blocks, -1
     for task in range(total * part // parts, total * (part + 1) // parts):
@@ -443,26 +517,24 @@ def _prefill(q: Any, positions: Any, keys: Any, values: Any, out: Any, scratch: 
             pack_values(values[b, h // group], cached, dim, v_elements)
         rows, token = min(ROWS, each - top), b * each + top
         seen = positions[b] + top + rows
+        query, stride = q.ctypes.data + token * q.strides[0] + h * q.strides[1], q.strides[0]
+        if mode == WIDE:
+            for r in range(rows):
+                for j in range(dim):
+                    queries[r, j] = widen(q[token + r, h, j])
+            query, stride = queries.ctypes.data, queries.strides[0]
         for panel in range((seen + COLUMNS - 1) // COLUMNS):
             tile(
-                rows, q.ctypes.data + token * q.strides[0] + h * q.strides[1], q.strides[0],
-                k_panels.ctypes.data + panel * k_panels.strides[0], dim // pack,
-                scores.ctypes.data + panel * 128, scores.strides[0], pairs,
+                rows, query, stride, k_panels.ctypes.data + panel * k_panels.strides[0], dim // pack,
+                scores.ctypes.data + panel * 128, scores.strides[0], mode,
             )  # fmt: skip
         padded = (seen + pack - 1) // pack * pack
         for r in range(rows):
-            row, share, visible = scores[r], shares[r], positions[b] + top + r + 1
-            for i in range(visible):
-                row[i] *= scale
-            _softmax(row, visible)
-            for i in range(visible):
-                share[i] = narrow(row[i], out)
-            for i in range(visible, padded):
-                share[i] = narrow(np.float32(0.0), out)
+            weigh(scores[r], shares[r], positions[b] + top + r + 1, padded, scale, dots)
         for panel in range(deep):
             tile(
-                rows, shares.ctypes.data, shares.strides[0], v_panels.ctypes.data + panel * v_panels.strides[0],
-                padded // pack, mixed.ctypes.data + panel * 128, mixed.strides[0], pairs,
+                rows, share_at, share_stride, v_panels.ctypes.data + panel * v_panels.strides[0],
+                padded // pack, mixed.ctypes.data + panel * 128, mixed.strides[0], mode,
             )  # fmt: skip
         for r in range(rows):
             for j in range(dim):
@@ -470,12 +542,14 @@ def _prefill(q: Any, positions: Any, keys: Any, values: Any, out: Any, scratch: 
 
 
 @kernel
-def prefill_attention(q: Any, positions: Any, keys: Any, values: Any, out: Any, scratch: Any, threads: Any = 1) -> None:
+def prefill_attention(
+    q: Any, positions: Any, keys: Any, values: Any, out: Any, scratch: Any, dot: Any, threads: Any = 1
+) -> None:
     """Causal attention of t tokens a sequence: q (b*t, h, d), token j of b sees keys up to positions[b] + j.
 
     keys and values (b, kv, len, d) with even d, out (b*t, h * d); scratch float32 of `prefill_scratch_size` elements.
-    Threads take blocks of queries; each packs the keys and values of its heads for the product tile. ValueError when a
-    position is outside the cache.
+    `dot` is that of `gemm`. Threads take blocks of queries; each packs keys and values of its heads for the tile.
+    ValueError when a position is outside the cache.
     """
     check_positions(positions, len(q) // len(keys), keys.shape[2])
-    fork(_prefill, (q, positions, keys, values, out, scratch), threads)
+    fork(_prefill, (q, positions, keys, values, out, scratch, dot), threads)

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from taskgraph.runtime.kernels import _softmax, _turned
-from taskgraph.runtime.tile import COLUMNS, ROWS, fork, kernel, narrow, tile, widen
+from taskgraph.runtime.kernels import _turned, weigh
+from taskgraph.runtime.tile import COLUMNS, PAIRS, ROWS, SINGLE, WIDE, fork, kernel, narrow, tile, widen
 
 
 @kernel
@@ -73,35 +73,39 @@ def paged_rope(
     room = keys.shape[0] * keys.shape[2]
     for i in range(len(slots)):
         if slots[i] >= room or positions[i] < 0 or positions[i] >= len(cos):
-            raise ValueError("a slot or a position is outside the pages; give slots within them")
+            raise ValueError("a slot or a position is outside the pages. They are", slots[i], positions[i])
     fork(_paged_rope, (qkv, positions, slots, keys, values, cos, sin, q_norm, k_norm, eps, out), threads)
 
 
 @kernel
 def _rows(
-    rows: Any, q: Any, q_stride: Any, dim: Any, seen: Any, grow: Any, blocks: Any, keys: Any, values: Any, h: Any,
-    scores: Any, shares: Any, part_sum: Any, mixed: Any, out: Any,
-) -> None:  # fmt: skip
-    """Attention of up to ROWS query rows over the pages of one sequence: row r sees `seen` + grow * r keys."""
-    size, wide = keys.shape[2], keys.shape[3]
+    q: Any, seen: Any, grow: Any, blocks: Any, keys: Any, values: Any, h: Any, scratch: Any, dot: Any, out: Any
+) -> None:
+    """Attention of up to ROWS query rows, q and out (rows, dim), over the pages of one sequence: row r sees `seen` +
+    grow * r keys. `scratch` is what `_cut` gives."""
+    scores, shares, queries, part_sum, mixed = scratch
+    (rows, dim), (size, wide) = q.shape, keys.shape[2:]
     pack, last = 4 // keys.itemsize, seen + grow * (rows - 1)
-    pairs, scale = keys.itemsize == 2, np.float32(1.0) / np.sqrt(np.float32(dim))
+    scale, dots = np.float32(1.0) / np.sqrt(np.float32(dim)), keys.itemsize == 2 and dot
+    mode = SINGLE if keys.itemsize == 4 else PAIRS if dots else WIDE
     page_bytes = keys.itemsize * size * wide
+    query, stride, unit = q.ctypes.data, q.strides[0], keys.itemsize
+    share_at, share_stride = shares.ctypes.data, shares.strides[0]
+    if mode == WIDE:
+        for r in range(rows):
+            for j in range(dim):
+                queries[r, j] = widen(q[r, j])
+        query, stride = queries.ctypes.data, queries.strides[0]
+    if not dots:
+        share_at, share_stride, unit = scores.ctypes.data, scores.strides[0], 4
     for panel in range((last + COLUMNS - 1) // COLUMNS):
         place = panel * COLUMNS
         address = keys.ctypes.data + blocks[place // size] * keys.strides[0] + h * page_bytes
         address += place % size // COLUMNS * (wide * COLUMNS * keys.itemsize)
-        tile(rows, q, q_stride, address, dim // pack, scores.ctypes.data + place * 4, scores.strides[0], pairs)
+        tile(rows, query, stride, address, dim // pack, scores.ctypes.data + place * 4, scores.strides[0], mode)
     padded = (last + pack - 1) // pack * pack
     for r in range(rows):
-        row, share, visible = scores[r], shares[r], seen + grow * r
-        for i in range(visible):
-            row[i] *= scale
-        _softmax(row, visible)
-        for i in range(visible):
-            share[i] = narrow(row[i], out)
-        for i in range(visible, padded):
-            share[i] = narrow(np.float32(0.0), out)
+        weigh(scores[r], shares[r], seen + grow * r, padded, scale, dots)
     deep = (dim + COLUMNS - 1) // COLUMNS
     for r in range(rows):
         for j in range(deep * COLUMNS):
@@ -111,8 +115,8 @@ def _rows(
         page = values.ctypes.data + blocks[first // size] * values.strides[0] + h * page_bytes
         for panel in range(deep):
             tile(
-                rows, shares.ctypes.data + first * keys.itemsize, shares.strides[0],
-                page + panel * (size * COLUMNS * keys.itemsize), steps, part_sum.ctypes.data, 128, pairs,
+                rows, share_at + first * unit, share_stride,
+                page + panel * (size * COLUMNS * keys.itemsize), steps, part_sum.ctypes.data, 128, mode,
             )  # fmt: skip
             for r in range(rows):
                 for j in range(COLUMNS):
@@ -125,29 +129,32 @@ def _rows(
 def scratch_size(length: int, dim: int, threads: int) -> int:
     """float32 elements that both attention kernels need as scratch for sequences of up to `length` keys."""
     wide, deep = -(-length // COLUMNS) * COLUMNS, -(-dim // COLUMNS) * COLUMNS
-    return threads * ROWS * (2 * wide + deep + COLUMNS)
+    return threads * ROWS * (2 * wide + 2 * deep + COLUMNS)
 
 
 @kernel
 def _cut(scratch: Any, part: Any, parts: Any, dim: Any, like: Any) -> Any:
-    """This thread's scores, shares, partial sums and mixed rows."""
+    """This thread's scores, shares, widened queries, partial sums and mixed rows."""
     mine = scratch[len(scratch) // parts * part : len(scratch) // parts * (part + 1)]
     deep = (dim + COLUMNS - 1) // COLUMNS * COLUMNS
-    wide = (len(mine) // ROWS - deep - COLUMNS) // 2
+    wide = (len(mine) // ROWS - 2 * deep - COLUMNS) // 2
     scores = mine[: ROWS * wide].reshape(ROWS, wide)
     shares = mine[ROWS * wide : 2 * ROWS * wide].view(like.dtype)[: ROWS * wide].reshape(ROWS, wide)
     rest = mine[2 * ROWS * wide :]
-    return scores, shares, rest[: ROWS * COLUMNS].reshape(ROWS, COLUMNS), rest[ROWS * COLUMNS :].reshape(ROWS, deep)
+    sums, rest = rest[: ROWS * COLUMNS].reshape(ROWS, COLUMNS), rest[ROWS * COLUMNS :]
+    mixed = rest[: ROWS * deep].reshape(ROWS, deep)
+    return scores, shares, rest[ROWS * deep :].reshape(ROWS, deep), sums, mixed
 
 
 @kernel
 def _paged_decode(
-    q: Any, lengths: Any, blocks: Any, keys: Any, values: Any, out: Any, scratch: Any, part: Any, parts: Any
-) -> None:
+    q: Any, lengths: Any, blocks: Any, keys: Any, values: Any, out: Any, scratch: Any, dot: Any, part: Any,
+    parts: Any,
+) -> None:  # fmt: skip
     batch, heads, dim = q.shape
     kv_heads = keys.shape[1]
     group = heads // kv_heads
-    scores, shares, sums, mixed = _cut(scratch, part, parts, dim, q)
+    cuts = _cut(scratch, part, parts, dim, q)
     total, before = max(lengths.sum() * kv_heads, 1), 0
     for b in range(batch):
         for h in range(kv_heads):
@@ -160,11 +167,10 @@ def _paged_decode(
                 target[:] = narrow(np.float32(0.0), out)
                 continue
             for top in range(0, group, ROWS):
-                address = q.ctypes.data + b * q.strides[0] + (h * group + top) * q.strides[1]
-                rows = min(ROWS, group - top)
+                end = min(top + ROWS, group)
                 _rows(
-                    rows, address, q.strides[1], dim, lengths[b], 0, blocks[b], keys, values, h,
-                    scores, shares, sums, mixed, target[top : top + rows],
+                    q[b, h * group + top : h * group + end], lengths[b], 0, blocks[b], keys, values, h, cuts, dot,
+                    target[top:end],
                 )  # fmt: skip
 
 
@@ -172,33 +178,48 @@ def _paged_decode(
 def check_tables(lengths: Any, blocks: Any, pages: Any, size: Any) -> None:
     """ValueError when a sequence has more tokens than pages, or a page that does not exist; of `size` tokens each."""
     for b in range(len(lengths)):
-        if lengths[b] > blocks.shape[1] * size:
-            raise ValueError("a sequence is longer than its block table")
+        if lengths[b] < 0 or lengths[b] > blocks.shape[1] * size:
+            raise ValueError(
+                "a sequence is longer than its block table, or shorter than nothing. Its length is", lengths[b]
+            )
         for i in range((lengths[b] + size - 1) // size):
             if blocks[b, i] < 0 or blocks[b, i] >= pages:
-                raise ValueError("a block table names a page that does not exist")
+                raise ValueError("a block table names a page that does not exist:", blocks[b, i])
+
+
+@kernel
+def check_chunks(starts: Any, lengths: Any, rows: Any) -> None:
+    """ValueError unless chunks follow each other within `rows`, each no longer than its sequence."""
+    if starts[0] < 0 or starts[-1] > rows:
+        raise ValueError("the chunks have more rows than there are: they end at", starts[-1])
+    for i in range(len(lengths)):
+        if starts[i + 1] < starts[i] or starts[i + 1] - starts[i] > lengths[i]:
+            raise ValueError(
+                "a chunk has more rows than its sequence has tokens, or fewer than none: it ends at", starts[i + 1]
+            )
 
 
 @kernel
 def paged_decode(
-    q: Any, lengths: Any, blocks: Any, keys: Any, values: Any, out: Any, scratch: Any, threads: Any = 1
+    q: Any, lengths: Any, blocks: Any, keys: Any, values: Any, out: Any, scratch: Any, dot: Any, threads: Any = 1
 ) -> None:
     """One query a sequence: q (n, h, d) over the first lengths[i] keys of blocks[i] -> out (n, h * d).
 
-    Threads take (sequence, kv head) pairs, shared out by their lengths; heads of a group share each page.
+    Threads take (sequence, kv head) pairs, shared out by their lengths; heads of a group share each page. `dot` is
+    that of `kernels.gemm`.
     """
     check_tables(lengths, blocks, len(keys), keys.shape[2])
-    fork(_paged_decode, (q, lengths, blocks, keys, values, out, scratch), threads)
+    fork(_paged_decode, (q, lengths, blocks, keys, values, out, scratch, dot), threads)
 
 
 @kernel
 def _paged_prefill(
     q: Any, starts: Any, lengths: Any, blocks: Any, keys: Any, values: Any, out: Any, scratch: Any,
-    part: Any, parts: Any,
+    dot: Any, part: Any, parts: Any,
 ) -> None:  # fmt: skip
     _, heads, dim = q.shape
     group = heads // keys.shape[1]
-    scores, shares, sums, mixed = _cut(scratch, part, parts, dim, q)
+    cuts = _cut(scratch, part, parts, dim, q)
     whole = out.reshape(len(q), heads, dim)
     total, before = 1, 0
     for s in range(len(lengths)):
@@ -211,28 +232,24 @@ def _paged_prefill(
                 mine = min(before * parts // total, parts - 1) == part
                 before += rows * lengths[s]
                 if mine:
-                    address = q.ctypes.data + token * q.strides[0] + head * q.strides[1]
                     _rows(
-                        rows, address, q.strides[0], dim, lengths[s] - each + top + 1, 1, blocks[s], keys, values,
-                        head // group, scores, shares, sums, mixed, whole[token : token + rows, head],
+                        q[token : token + rows, head], lengths[s] - each + top + 1, 1, blocks[s], keys, values,
+                        head // group, cuts, dot, whole[token : token + rows, head],
                     )  # fmt: skip
 
 
 @kernel
 def paged_prefill(
-    q: Any, starts: Any, lengths: Any, blocks: Any, keys: Any, values: Any, out: Any, scratch: Any, threads: Any = 1
-) -> None:
+    q: Any, starts: Any, lengths: Any, blocks: Any, keys: Any, values: Any, out: Any, scratch: Any, dot: Any,
+    threads: Any = 1,
+) -> None:  # fmt: skip
     """Chunks: rows starts[i] to starts[i + 1] of q (t, h, d) are the last of lengths[i] tokens in the pages blocks[i].
 
     Rows beyond starts[-1] are zeroed. Threads take blocks of ROWS queries of a head, shared out by their keys.
     """
     check_tables(lengths, blocks, len(keys), keys.shape[2])
-    if starts[-1] > len(q):
-        raise ValueError("the chunks have more rows than there are")
-    for i in range(len(lengths)):
-        if starts[i + 1] - starts[i] > lengths[i]:
-            raise ValueError("a chunk has more rows than its sequence has tokens")
-    fork(_paged_prefill, (q, starts, lengths, blocks, keys, values, out, scratch), threads)
+    check_chunks(starts, lengths, len(q))
+    fork(_paged_prefill, (q, starts, lengths, blocks, keys, values, out, scratch, dot), threads)
     out[starts[-1] :] = narrow(np.float32(0.0), out)
 
 
@@ -242,7 +259,7 @@ def copy_pages(source: Any, target: Any, pairs: Any, done: Any) -> None:
     done[0] = 0
     for i in range(len(pairs)):
         if pairs[i, 0] >= len(source) or pairs[i, 1] >= len(target):
-            raise ValueError("a page to copy does not exist")
+            raise ValueError("a page to copy does not exist: from and to are", pairs[i, 0], pairs[i, 1])
         if pairs[i, 0] >= 0 and pairs[i, 1] >= 0:
             target[pairs[i, 1]] = source[pairs[i, 0]]
             done[0] += 1

@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -26,18 +25,39 @@ _GEMM = (512, 1024, 1024)
 _STREAM_BYTES = 256 << 20
 
 
+_NAMED_BY = ("model name", "flags", "Features", "CPU implementer", "CPU part", "CPU variant")
+"""Lines of /proc/cpuinfo that tell processors apart: the first two on x86, the others on Arm."""
+
+
 def identity() -> str:
-    """A digest of the processor, the cores this process may use, the memory and the library versions."""
-    model = next((line for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
-    flags = next((line for line in _lines("/proc/cpuinfo") if line.startswith("flags")), "")
-    parts = (model, flags, len(os.sched_getaffinity(0)), _memory_bytes(), metadata.version("torch"), 2)
+    """A digest of the processor, the cores this process may use, the memory, the library versions, and the
+    instructions that torch and numba use, which their settings may hold below the processor's."""
+    import torch
+
+    from taskgraph.runtime import tile
+
+    parts = (
+        _cpuinfo(), platform.machine(), len(os.sched_getaffinity(0)), _memory_bytes(), metadata.version("torch"),
+        torch.backends.cpu.get_cpu_capability(), tile.PROCESSOR, tile.TARGET, 4,
+    )  # fmt: skip
     return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
+
+
+def _cpuinfo() -> dict[str, str]:
+    """What the first core's lines of _NAMED_BY say; an Arm processor has no name, but numbers."""
+    found: dict[str, str] = {}
+    for line in _lines("/proc/cpuinfo"):
+        key, _, value = (part.strip() for part in line.partition(":"))
+        if key in _NAMED_BY:
+            found.setdefault(key, value)
+    return found
 
 
 def processor() -> str:
     """The processor's name, for people."""
-    model = next((line for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
-    return model.rpartition(":")[2].strip()
+    said = _cpuinfo()
+    numbers = " ".join(f"{key.removeprefix('CPU ')} {said[key]}" for key in _NAMED_BY[3:] if key in said)
+    return said.get("model name") or f"{platform.machine()} {numbers}".strip()
 
 
 def cores() -> int:
@@ -62,10 +82,14 @@ def cache_path() -> Path:
 
 
 def probe() -> Device:
-    """Measure GEMM rates and read bandwidth for one core up to all, and the cost of dispatching an op (about 3 s)."""
+    """Measure products, by the ways that they run, and read bandwidth for one core up to all, and the cost of an op's
+    dispatch (about 5 s)."""
     import torch
-    import torch.nn.functional as F  # noqa: N812
 
+    from taskgraph.runtime import choose, kernels, products
+    from taskgraph.runtime.binders import TORCH_DTYPE
+
+    ways = choose.measured()
     cores = len(os.sched_getaffinity(0))
     m, k, n = _GEMM
     rates: dict[str, list[float]] = {"f32": [], "bf16": []}
@@ -74,12 +98,14 @@ def probe() -> Device:
     counts = sorted({1, *(1 << i for i in range(cores.bit_length()) if 1 << i <= cores), cores})
     for threads in counts:
         torch.set_num_threads(threads)
-        for dtype, kind in (("f32", torch.float32), ("bf16", torch.bfloat16)):
-            product = partial(F.linear, torch.randn(m, k, dtype=kind), torch.randn(n, k, dtype=kind))
-            rates[dtype].append(2.0 * m * k * n / _best_seconds(product))
-        reads.append(_STREAM_BYTES / _best_seconds(data.sum))
+        for dtype in rates:
+            x, w, out = (torch.randn(shape).to(TORCH_DTYPE[dtype]) for shape in ((m, k), (n, k), (m, n)))
+            product = products.Product(x, w, None, None, out, fixed=True, threads=threads)
+            rates[dtype].append(2.0 * m * k * n / best_seconds(products.entry("probe", product, ways)))
+        reads.append(_STREAM_BYTES / best_seconds(data.sum))
     x, y = torch.ones(8), torch.ones(8)
-    dispatch = _best_seconds(lambda: [torch.add(x, x, out=y) for _ in range(1000)]) / 1000
+    kernels.release_threads()
+    dispatch = best_seconds(lambda: [torch.add(x, x, out=y) for _ in range(1000)]) / 1000
     return Device(
         name="cpu",
         kind="cpu",
@@ -123,15 +149,17 @@ def _scaling(counts: list[int], rates: list[float], cores: int) -> tuple[float, 
     return (*result[:-1], 1.0)
 
 
-def _best_seconds(run: Callable[[], object], budget_s: float = 0.3) -> float:
-    """The fastest of as many runs as fit the budget: interference only ever adds time."""
+def best_seconds(run: Callable[[], object], budget_s: float = 0.3) -> float:
+    """The fastest of as many runs as fit the budget, at least one: interference only ever adds time."""
     run()
     best, stop = float("inf"), time.perf_counter() + budget_s
-    while time.perf_counter() < stop:
+    while True:
         begin = time.perf_counter()
         run()
-        best = min(best, time.perf_counter() - begin)
-    return best
+        end = time.perf_counter()
+        best = min(best, end - begin)
+        if end >= stop:
+            return best
 
 
 PROBE_AGAIN = "`taskgraph doctor --probe` measures it again"

@@ -4,6 +4,7 @@ A product is out = x w^T + bias + residual with x (m, k), w (n, k), bias (n,), r
 change a weight's layout or dtype do so once, and executables that are bound to the same weight share the result.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -21,6 +22,7 @@ from taskgraph.runtime.tile import DOT
 from taskgraph.runtime.ways import WAYS, Choice, Ways
 
 _NAMES = {kind: name for name, kind in TORCH_DTYPE.items()}
+_Copy = Callable[[torch.Tensor], object]
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -51,6 +53,35 @@ def entry(name: str, p: Product, ways: Ways) -> Entry:
             return _ENTRIES[way](p)
     kinds = ", ".join(_NAMES[t.dtype] for t in p.tensors)
     raise BackendUnavailable(f"op {name!r}: the cpu backend does not multiply {kinds}; convert first.")
+
+
+class Linear:
+    """x -> x w^T for any number of rows of x. A `fixed` w is in the layouts of the ways that it may go once and for
+    all; one that is not is left as it is."""
+
+    def __init__(self, name: str, w: torch.Tensor, fixed: bool, threads: int, ways: Ways) -> None:
+        self._name, self._w, self._fixed, self._threads, self._ways = name, w, fixed, threads, ways
+        self._kept: dict[str, _Packed] = {}
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """A new tensor of x's dtype."""
+        out = torch.empty(len(x), len(self._w), dtype=x.dtype)
+        made = entry(self._name, Product(x, self._w, None, None, out, self._fixed, self._threads), self._ways)
+        packed = made.__dict__.get("packed") if isinstance(made, partial) else None
+        if packed is not None:
+            self._kept[packed.way] = packed
+        made()
+        return out
+
+
+def room_for(nbytes: int) -> bool:
+    """Whether a copy of that many bytes leaves at least as many free on this machine."""
+    return 2 * nbytes <= os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def widened(dtype: torch.dtype, rows: int, ways: Ways) -> bool:
+    """Whether products of `rows` rows of operands that change are faster here when they are widened to float32."""
+    return ways.product(_NAMES[dtype], rows, fixed=False) == "f32"
 
 
 _INSTEAD = ("plain", "f32")
@@ -85,12 +116,14 @@ def _reorders() -> bool:
 def by_capability() -> Ways:
     """The choices before anything is measured, from what the processor has."""
     here = able()
-    many = next(way for way in ("packed", "tile") if way in here)
+    tile = "dot" if "dot" in here else "tile"
+    many = "packed" if "packed" in here and torch.cpu._is_amx_tile_supported() else tile
+    changing = "plain" if "packed" in here else "f32"
     choices = [
-        Choice("bf16", True, 1, "dot" if "dot" in here else "tile"), Choice("bf16", True, 65, many),
-        Choice("bf16", False, 1, "plain" if "packed" in here else "f32"),
-        Choice("f32", True, 1, "tile"), Choice("f32", True, 65, "plain"), Choice("f32", False, 1, "plain"),
-        Choice("f16", True, 1, "f32"), Choice("f16", False, 1, "f32"),
+        Choice("bf16", True, 1, tile), *([] if many == tile else [Choice("bf16", True, 65, many)]),
+        Choice("bf16", False, 1, changing),
+        Choice("f32", True, 1, "tile"), Choice("f32", False, 1, "plain"),
+        Choice("f16", True, 1, "tile"), Choice("f16", False, 1, "f32"),
     ]  # fmt: skip
     return Ways(tuple(choices))
 
@@ -112,13 +145,15 @@ class _Packed:
 
     weight: torch.Tensor
     panels: Any
+    way: str
 
 
 _PACKED: WeakValueDictionary[tuple[Any, ...], _Packed] = WeakValueDictionary()
 
 
 def _panels(w: torch.Tensor) -> npt.NDArray[Any]:
-    return kernels.pack_weight(bits(w.contiguous()))
+    """Panels of bf16 stay bf16; those of f16 are float32."""
+    return kernels.pack_weight(bits((w.float() if w.dtype == torch.float16 else w).contiguous()))
 
 
 def _blocked(w: torch.Tensor) -> torch.Tensor:
@@ -137,11 +172,11 @@ def _packed(w: torch.Tensor, pack: Callable[[torch.Tensor], Any]) -> _Packed:
     torch counts changes in place, but not for inference tensors, which are packed anew every time.
     """
     if w.is_inference():
-        return _Packed(w, pack(w))
+        return _Packed(w, pack(w), pack.__name__)
     key = (pack, w.data_ptr(), tuple(w.shape), w.stride(), w.dtype, w._version)
     found = _PACKED.get(key)
     if found is None:
-        found = _PACKED[key] = _Packed(w, pack(w))
+        found = _PACKED[key] = _Packed(w, pack(w), pack.__name__)
     return found
 
 
@@ -149,20 +184,25 @@ def _packed(w: torch.Tensor, pack: Callable[[torch.Tensor], Any]) -> _Packed:
 
 
 def _takes_panels(p: Product) -> bool:
-    kinds = {t.dtype for t in p.tensors}
-    even = p.w.dtype == torch.float32 or (p.w.dtype == torch.bfloat16 and p.x.shape[1] % 2 == 0)
-    return p.fixed and even and len(kinds) == 1 and p.x.stride(1) == 1 and p.out.is_contiguous()
+    kinds = {t.dtype for t in p.tensors if t is not p.out}
+    fits = p.w.dtype != torch.bfloat16 or p.x.shape[1] % 2 == 0
+    return p.fixed and fits and kinds <= set(_FLOATS) and p.out.dtype in _FLOATS and len(kinds) == 1
+
+
+def _kept(packed: _Packed | None, function: Callable[..., object], *args: object) -> Entry:
+    """An entry that has its weight's layout as attribute: as long as someone runs on it, others may share it."""
+    made = partial(function, *args)
+    made.__dict__["packed"] = packed
+    return made
 
 
 def _tile(p: Product, dot: bool) -> Entry:
     """The kernel that streams the weight, packed once, past a register tile."""
-    none = np.empty((0, 0), bits(p.x).dtype)
-    first = none[0:0, 0:0].reshape(0) if p.bias is None else bits(p.bias)
-    second = none if p.residual is None else bits(p.residual)
+    kind = bits(p.x).dtype
+    first = np.empty(0, kind) if p.bias is None else bits(p.bias)
+    second = np.empty((0, 0), kind) if p.residual is None else bits(p.residual)
     packed = _packed(p.w, _panels)
-    made = partial(kernels.gemm, bits(p.x), packed.panels, first, second, bits(p.out), p.threads)
-    made.__dict__["packed"] = packed  # as long as someone runs on it, others may share it
-    return made
+    return _kept(packed, kernels.gemm, bits(p.x), packed.panels, first, second, bits(p.out), dot, p.threads)
 
 
 def _takes_blocks(p: Product) -> bool:
@@ -171,12 +211,22 @@ def _takes_blocks(p: Product) -> bool:
 
 def _blocks(p: Product) -> Entry:
     """oneDNN with the weight reordered once into the blocked layout of many rows."""
-    packed, copy, x, bias, residual = _packed(p.w, _blocked), p.out.copy_, p.x, p.bias, p.residual
-    if residual is None:
-        linear = torch.ops.mkldnn._linear_pointwise.default
-        return lambda: copy(linear(x, packed.panels, bias, "none", [], ""))
-    binary = torch.ops.mkldnn._linear_pointwise.binary
-    return lambda: copy(binary(x, residual, packed.panels, bias, "add"))
+    packed = _packed(p.w, _blocked)
+    if p.residual is None:
+        return _kept(packed, _linear, p.out.copy_, p.x, packed.panels, p.bias)
+    return _kept(packed, _linear_residual, p.out.copy_, p.x, p.residual, packed.panels, p.bias)
+
+
+def _linear(
+    copy: Callable[[torch.Tensor], object], x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None
+) -> None:
+    copy(torch.ops.mkldnn._linear_pointwise.default(x, w, bias, "none", [], ""))
+
+
+def _linear_residual(
+    copy: _Copy, x: torch.Tensor, residual: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None
+) -> None:
+    copy(torch.ops.mkldnn._linear_pointwise.binary(x, residual, w, bias, "add"))
 
 
 def _takes_plain(p: Product) -> bool:
@@ -202,17 +252,16 @@ def _bias_residual(
 
 def _f32(p: Product) -> Entry:
     """Everything in float32: weights that stay are widened once, the result is rounded once."""
-    packed = _packed(p.w, _widened) if p.fixed else None
+    packed = _packed(p.w, _widened) if p.fixed and p.w.dtype != torch.float32 else None
+    return _kept(packed, _by_f32, p, p.w if packed is None else packed.panels)
 
-    def run() -> None:
-        wide = p.w.float() if packed is None else packed.panels
-        made = torch.mm(p.x.float(), wide.t())
-        for more in (p.bias, p.residual):
-            if more is not None:
-                made += more
-        p.out.copy_(made)
 
-    return run
+def _by_f32(p: Product, w: torch.Tensor) -> None:
+    made = torch.mm(p.x.float(), w.float().t())
+    for more in (p.bias, p.residual):
+        if more is not None:
+            made += more
+    p.out.copy_(made)
 
 
 _TAKES: dict[str, Callable[[Product], bool]] = {

@@ -26,7 +26,7 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """Flops a second that products of `rows` rows reached by `way`."""
+    """Flops a second that products of `rows` rows reached by `way` on one core."""
 
     dtype: str
     fixed: bool
@@ -48,7 +48,7 @@ class Ways:
         return max(mine, key=lambda c: c.rows).way if mine else "plain"
 
     def rate(self, dtype: str, rows: int, *, fixed: bool = True) -> float:
-        """Measured flops a second at `rows` rows of the way that is chosen there; 0.0 where nothing was measured."""
+        """Flops a second of a core at `rows` rows by the way that is chosen there; 0.0 if nothing was measured."""
         way = self.product(dtype, rows, fixed=fixed)
         same = (r.flops_per_s for r in self.rates if (r.dtype, r.fixed, r.rows, r.way) == (dtype, fixed, rows, way))
         return max(same, default=0.0)
