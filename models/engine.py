@@ -342,7 +342,16 @@ def paged_engine(
 ) -> Engine:
     """An engine over the runner that `make` gives for these pages, as `Options` says. RequestError when they
     contradict each other."""
-    if page_size % COLUMNS or pages < 1 or host_pages < 0 or (disk is None) != (disk_pages < 1):
+    for name, value in (
+        ("pages", pages),
+        ("page_size", page_size),
+        ("host_pages", host_pages),
+        ("disk_pages", disk_pages),
+    ):
+        whole(name, value)
+    if expected_output is not None:
+        number("expected_output", expected_output, 0.0, 1e12, "how many tokens a request gives")
+    if page_size < 1 or page_size % COLUMNS or pages < 1 or host_pages < 0 or (disk is None) != (disk_pages < 1):
         raise RequestError(
             f"{pages} pages of {page_size} tokens, {host_pages} on the host, {disk_pages} in {disk}: give at least one "
             f"page, a multiple of {COLUMNS} tokens, and a folder if and only if there are pages on disk."

@@ -22,8 +22,9 @@ from taskgraph.models.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
-MOST_SCHEMA_BYTES = 1 << 16
-_KEPT = 64
+MOST_SCHEMA_BYTES = 1 << 15
+"""A mask of a long constant costs a step some milliseconds, and its grammar some megabytes."""
+_KEPT = 16
 _SPACES = r"\x20|\r?\n[\x20\x09]{0,32}"
 """Between tokens of JSON; without a limit a weak model may give spaces for ever."""
 _ANY_OBJECT = {"type": "object"}

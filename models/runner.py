@@ -256,6 +256,7 @@ class CpuRunner:
         self.last = Ran(bucket, self._measured_s(begin_s))
         self.chances = None
         if self._group is None or self._group.rank == 0:
+            samples = np.clip(samples, 0, self.config.vocab_size - 1)
             samples = sampling.likeliest(samples, self._entries(executable, llama.LOGITS, rows, samples))
             if batch.draws is not None:
                 logits = self._rows(executable, llama.LOGITS, rows[batch.draws.samples])

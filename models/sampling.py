@@ -131,7 +131,9 @@ def draw(
     drawn = np.flatnonzero(finite & (temperature >= GREEDY_BELOW))
     if not len(drawn):
         return result
-    scaled = (values[drawn] - peak[drawn]) / torch.from_numpy(temperature[drawn].astype(np.float32))[:, None]
+    if len(drawn) < len(values):
+        values, peak = values[drawn], peak[drawn]
+    scaled = (values - peak).div_(torch.from_numpy(temperature[drawn].astype(np.float32))[:, None])
     chances = torch.softmax(scaled, dim=1)
     result[drawn] = _drawn(chances, top_k[drawn], top_p[drawn], uniform[drawn])
     return result

@@ -17,7 +17,7 @@ from taskgraph.errors import RequestError
 from taskgraph.models import sampling
 from taskgraph.models.kv_cache import Key, Moves, PagedCache, block_keys
 from taskgraph.models.parking import GONE, Parked
-from taskgraph.models.requests import MOST_STOPS, Request
+from taskgraph.models.requests import MOST_STOPS, Request, whole
 from taskgraph.models.sampling import GREEDY_BELOW, Draws, uniforms
 from taskgraph.models.steering import Steer, edits_of
 
@@ -41,6 +41,8 @@ class Limits:
     context: int = 2048
 
     def __post_init__(self) -> None:
+        for name in ("sequences", "tokens", "chunks", "context"):
+            whole(name, getattr(self, name))
         if min(self.sequences, self.chunks, self.context) < 1 or self.tokens <= self.sequences:
             raise RequestError(f"{self} leaves no room for prefill; tokens must exceed sequences, all at least 1.")
 

@@ -125,6 +125,9 @@ class FakeSite:
     def scratch(self, nbytes: int) -> int:
         return 0
 
+    def fault(self) -> int:
+        return 0
+
     def constant(self, values: Any) -> int:
         return 0
 

@@ -1,6 +1,7 @@
 """Custom ops: their functions' names and lives, and those that do what an op must not."""
 
 import copy
+import ctypes
 import functools
 import gc
 import pickle
@@ -347,3 +348,132 @@ def break_captures() -> None:
     exe = tg.compile(graph, tg.plan(graph, "h100_sxm", "list"), "cuda", device="virtual:h100_sxm")
     with exe, pytest.raises(CudaError, match="'mine'"):
         exe.timeline()
+
+
+# --------------------------------------------------------------------------- what only check=True sees
+
+
+def writes_by_numpy(x: Any, s: Any, out: Any) -> None:
+    out.copy_(x)
+    x.numpy()[0, 0] += 1.0
+
+
+def writes_state_by_numpy(x: Any, s: Any, out: Any) -> None:
+    out.copy_(x)
+    s.numpy()[1, 2] += 1.0
+
+
+def leaves_unwritten(x: Any, s: Any, out: Any) -> None:
+    out[0].copy_(x[0])
+
+
+def makes_nan(x: Any, s: Any, out: Any) -> None:
+    torch.div(x - x, x - x, out=out)
+
+
+def writes_beside(x: Any, s: Any, out: Any) -> None:
+    out.copy_(x)
+    ctypes.memset(out.data_ptr() + out.nbytes, 7, 4)
+
+
+def behaves(x: Any, s: Any, out: Any) -> None:
+    torch.add(x, s, out=out)
+
+
+DEAR = {
+    writes_by_numpy: "wrote to its input 'x'", writes_state_by_numpy: "wrote to its input 's'",
+    leaves_unwritten: "left 12 of the 24 bytes of its output 'y' unwritten, from element 3 on",
+    makes_nan: "made 6 NaN in 'y'", writes_beside: "outside its outputs",
+}  # fmt: skip
+
+
+def beside(function: Callable[..., Any]) -> Graph:
+    """The op's output lies in the arena, before that of another op."""
+    b = tg.GraphBuilder("custom")
+    x, s = b.input("x", (2, 3), "f32"), b.state("s", (2, 3), "f32")
+    a = ops.add(x, x, name="a")
+    y = b.call(function, [x, s], [spec("y", (2, 3), "f32")], name="mine", work=ONE)
+    b.output(ops.add(ops.add(a, y, name="z"), a, name="last"))
+    return b.build()
+
+
+@pytest.mark.parametrize("function", DEAR, ids=lambda f: f.__name__)
+def test_the_dear_checks_name_the_op(function: Any) -> None:
+    graph = beside(function)
+    made = plan(graph, CPU)
+    values = {"x": torch.ones(2, 3), "s": torch.ones(2, 3)}
+    with tg.compile(graph, made, check=True) as exe:
+        for _ in range(2):
+            with pytest.raises(ExecutionError, match=f"op 'mine' .*{DEAR[function]}") as info:
+                exe({name: t.clone() for name, t in values.items()})
+            assert info.value.op == "mine"
+    with tg.compile(graph, made) as exe:
+        exe.bind({name: t.clone() for name, t in values.items()})
+        with pytest.raises(ExecutionError, match="op 'mine' "):
+            exe.check({"call"})
+
+
+def test_checked_replays_give_the_same_results() -> None:
+    graph = beside(behaves)
+    values = {"x": torch.rand(2, 3), "s": torch.rand(2, 3)}
+    with tg.compile(graph, plan(graph, CPU)) as exe, tg.compile(graph, plan(graph, CPU), check=True) as checked:
+        for _ in range(2):
+            assert torch.equal(exe(values)["last.out"], checked(values)["last.out"])
+        nan = {**values, "x": torch.full((2, 3), float("nan"))}
+        assert checked(nan)["last.out"].isnan().all()  # what comes in as NaN may go out so
+
+
+def test_states_that_are_declared_may_be_written_and_are_written_once() -> None:
+    def counts(s: Any, out: Any) -> None:
+        s.add_(1.0)
+        out.copy_(s)
+
+    b = tg.GraphBuilder("counts")
+    s = b.state("s", (4,), "f32")
+    b.output(b.call(counts, [s], [spec("y", (4,), "f32")], name="mine", work=ONE, writes=[s]))
+    graph = b.build()
+    held = torch.zeros(4)
+    with tg.compile(graph, plan(graph, CPU), check=True) as exe:
+        for i in range(1, 4):
+            assert exe(s=held)["y"].tolist() == [i] * 4
+            assert held.tolist() == [i] * 4
+
+
+def test_autotune_looks_at_custom_ops_first(tmp_path: Any) -> None:
+    graph = beside(leaves_unwritten)
+    with pytest.raises(ExecutionError, match="op 'mine' left"):
+        tg.autotune(graph, device=CPU, budget_s=2, database=tmp_path / "profiles.sqlite")
+
+
+def test_the_dear_checks_on_the_cuda_backend(on_virtual: Callable[..., Any]) -> None:
+    on_virtual(dear_on_cuda)
+
+
+def dear_on_cuda() -> None:
+    from cuda.bindings import driver as cu
+
+    how = [""]
+
+    def mine(x: Any, s: Any, out: Any, stream: Any) -> None:
+        target = {"input": x, "state": s}.get(how[0], out).buffer.address
+        cu.cuMemcpyAsync(out.buffer.address, x.buffer.address, 12 if how[0] == "part" else 24, stream.handle)
+        if how[0] in ("input", "state"):
+            cu.cuMemsetD8Async(target, 3, 4, stream.handle)
+        if how[0] == "beside":
+            cu.cuMemsetD8Async(out.buffer.address + 24, 3, 4, stream.handle)
+        if how[0] == "nan":
+            cu.cuMemsetD8Async(target, 0xFF, 8, stream.handle)
+
+    graph = beside(mine)
+    values = {"x": torch.rand(2, 3), "s": torch.rand(2, 3)}
+    made = tg.plan(graph, "h100_sxm")
+    with tg.compile(graph, made, "cuda", device="virtual:h100_sxm", check=True) as exe:
+        want = 2 * values["x"] + values["x"] + 2 * values["x"]
+        torch.testing.assert_close(exe(values)["last.out"], want)
+        for name, text in (("input", "its input 'x'"), ("state", "its input 's'"), ("part", "unwritten"),
+                           ("beside", "outside its outputs"), ("nan", "NaN")):  # fmt: skip
+            how[0] = name
+            with pytest.raises(ExecutionError, match=f"op 'mine' .*{text}"):
+                exe(values)
+        how[0] = ""
+        torch.testing.assert_close(exe(values)["last.out"], want)

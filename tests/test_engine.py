@@ -367,6 +367,20 @@ def test_tiers_that_contradict_each_other(engines: Make, bad: dict[str, Any]) ->
         engines(**bad)
 
 
+@pytest.mark.parametrize("name", ["pages", "page_size", "host_pages", "expected_output"])
+@pytest.mark.parametrize("value", ["8", 1.5j, [8], float("nan")])
+def test_tiers_of_the_wrong_kind(engines: Make, name: str, value: Any) -> None:
+    with pytest.raises(RequestError, match=name):
+        engines(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["sequences", "tokens", "chunks", "context"])
+@pytest.mark.parametrize("value", [None, "8", 1.5, True, [8], -1, 0])
+def test_limits_of_the_wrong_kind(name: str, value: Any) -> None:
+    with pytest.raises(RequestError, match=name):
+        Limits(**{name: value})
+
+
 def test_limits_that_leave_no_room() -> None:
     with pytest.raises(RequestError, match="prefill"):
         Limits(sequences=64, tokens=64)

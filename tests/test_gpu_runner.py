@@ -15,6 +15,7 @@ from taskgraph.models.llama import step_graph
 from taskgraph.models.requests import Request, Sampling
 from taskgraph.models.scheduler import Limits
 from taskgraph.runtime import driver, virtual
+from taskgraph.runtime.arrays import DeviceTensors
 
 TINY = replace(
     load_config("smollm2-135m"), hidden_size=64, layers=2, heads=4, kv_heads=2, head_dim=16, intermediate_size=96,
@@ -60,3 +61,18 @@ def served(weights: dict[str, torch.Tensor], folder: Path) -> list[tuple[int, ..
     kept = {**held(control), "kernel": 0, "library": 0}
     assert kept == {**before, "kernel": 0, "library": 0}
     return [c.tokens for c in done]
+
+
+def test_rows_and_entries_of_a_device_array(on_virtual: Call) -> None:
+    on_virtual(rows_and_entries)
+
+
+def rows_and_entries() -> None:
+    """Rows one after another, apart, twice and backwards, and none; entries anywhere."""
+    made = torch.randn(9, 5, generator=torch.Generator().manual_seed(0))
+    with DeviceTensors({"x": made}, DEVICE) as held_there:
+        array = held_there["x"]
+        for rows in ([0, 1, 2, 5, 6, 8], [3, 3, 2, 1], [8], [], [0, 8, 0, 1]):
+            assert torch.equal(array.rows(np.array(rows, np.int64)), made[rows])
+        rows, columns = np.array([8, 0, 3, 3]), np.array([4, 0, 1, 2])
+        assert torch.equal(array.entries(rows, columns), made[rows, columns])

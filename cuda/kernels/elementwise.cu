@@ -33,11 +33,13 @@ __device__ void rmsnorm(Block block, const T* x, const T* weight, T* out, int co
         out[static_cast<Index>(block.x) * columns + i] = narrow<T>(widen(row[i]) * scale * widen(weight[i]));
 }
 
-// One block a token. A token outside the table gives zeros, as nothing else would be safe.
+// One block a token. A token outside the table is reported and gives zeros.
 template <class Token, class In, class Out>
-__device__ void embedding(Block block, const Token* tokens, const In* table, Out* out, int columns, Index vocabulary) {
+__device__ void embedding(Block block, const Token* tokens, const In* table, Out* out, int columns, Index vocabulary,
+                          long long* fault) {
     Index token = static_cast<Index>(tokens[block.x]);
     bool known = token >= 0 && token < vocabulary;
+    if (!known && threadIdx.x == 0) report(fault, TOKEN, token);
     for (int i = threadIdx.x; i < columns; i += blockDim.x)
         out[static_cast<Index>(block.x) * columns + i] = narrow<Out>(known ? widen(table[token * columns + i]) : 0.0f);
 }
@@ -97,8 +99,10 @@ OF_TYPE(bf16, bf16)
 
 #define EMBEDDING(TOKEN, TOKEN_NAME, IN, IN_NAME, OUT, OUT_NAME)                                                     \
     extern "C" __global__ void embedding_##TOKEN_NAME##_##IN_NAME##_##OUT_NAME(                                      \
-        const TOKEN* tokens, const IN* table, OUT* out, int columns, long long vocabulary, int nx, int ny, int nz) { \
-        each_block(nx, ny, nz, [&](Block block) { embedding(block, tokens, table, out, columns, vocabulary); });     \
+        const TOKEN* tokens, const IN* table, OUT* out, int columns, long long vocabulary, long long* fault, int nx, \
+        int ny, int nz) {                                                                                            \
+        each_block(nx, ny, nz,                                                                                       \
+                   [&](Block block) { embedding(block, tokens, table, out, columns, vocabulary, fault); });          \
     }                                                                                                                \
     EXPORT(embedding_##TOKEN_NAME##_##IN_NAME##_##OUT_NAME)
 EMBEDDING(long long, i64, float, f32, float, f32)

@@ -46,10 +46,11 @@ struct Cache {
     const T* base;
     int wide;
     const int* pages;  // null: the rows lie one after another
-    int page_rows;
+    int page_rows, page_count;
     __device__ __forceinline__ const T* row(int key) const {
-        Index slot = pages ? static_cast<Index>(pages[key / page_rows]) * page_rows + key % page_rows : key;
-        return base + slot * wide;
+        if (!pages) return base + static_cast<Index>(key) * wide;
+        int page = pages[key / page_rows];
+        return base + (static_cast<Index>(page >= 0 && page < page_count ? page : 0) * page_rows + key % page_rows) * wide;
     }
 };
 
@@ -106,30 +107,37 @@ __device__ void latent_attention(const T* q, const Cache<T>& cache, int seen, co
     }
 }
 
-// Token j of a sequence stands at positions[sequence] + j. A place beyond `length` is left out.
+// Token j of a sequence stands at positions[sequence] + j. A place beyond `length` is reported and left out.
 template <class T>
 __device__ void rope_static(const T* q, const T* kv, const T* norm, const Index* positions, T* latents, const float* inverse, T* out,
-                            int heads, int dim, int rank, int rotary, int each, Index length, float eps, int interleaved, float size) {
+                            int heads, int dim, int rank, int rotary, int each, Index length, float eps, int interleaved, float size,
+                            long long* fault) {
     Index token = blockIdx.x, sequence = token / each, place = positions[sequence] + token % each;
     Index slot = place >= 0 && place < length ? sequence * length + place : -1;
+    if (threadIdx.x == 0 && slot < 0) report(fault, POSITION, positions[sequence]);
     latent_rope(q, kv, norm, place, slot, latents, inverse, out, heads, dim, rank, rotary, eps, interleaved, size);
 }
 
 template <class T>
 __device__ void attention_static(const T* q, const Index* positions, const T* latents, const T* up, T* out, int heads, int dim, int rank,
-                                 int rotary, int values, int each, Index length, float scale) {
+                                 int rotary, int values, int each, Index length, float scale, long long* fault) {
     Index token = blockIdx.x, sequence = token / each, last = positions[sequence] + token % each + 1;
     int wide = rank + rotary, seen = static_cast<int>(last < 1 ? 1 : last > length ? length : last);
-    Cache<T> cache = {latents + sequence * length * wide, wide, nullptr, 1};
+    Cache<T> cache = {latents + sequence * length * wide, wide, nullptr, 1, 0};
+    if (threadIdx.x == 0 && (positions[sequence] < 0 || positions[sequence] > length - each))
+        report(fault, POSITION, positions[sequence]);
     latent_attention(q, cache, seen, up, out, heads, dim, rank, rotary, values, scale);
 }
 
-// Token i stands at positions[i] and goes to slots[i], below `slots_end`.
+// Token i stands at positions[i], below `context`, and goes to slots[i], below `slots_end`.
 template <class T>
 __device__ void rope_paged(const T* q, const T* kv, const T* norm, const int* positions, const int* slots, T* latents,
-                           const float* inverse, T* out, int heads, int dim, int rank, int rotary, Index slots_end, float eps,
-                           int interleaved, float size) {
+                           const float* inverse, T* out, int heads, int dim, int rank, int rotary, Index slots_end, int context,
+                           float eps, int interleaved, float size, long long* fault) {
     Index slot = slots[blockIdx.x] < slots_end ? slots[blockIdx.x] : -1;
+    int place = positions[blockIdx.x];
+    if (threadIdx.x == 0 && slots[blockIdx.x] >= slots_end) report(fault, SLOT, slots[blockIdx.x]);
+    if (threadIdx.x == 0 && (place < 0 || place >= context)) report(fault, POSITION, place);
     latent_rope(q, kv, norm, static_cast<Index>(positions[blockIdx.x]), slot, latents, inverse, out, heads, dim, rank, rotary, eps,
                 interleaved, size);
 }
@@ -139,13 +147,21 @@ __device__ void rope_paged(const T* q, const T* kv, const T* norm, const int* po
 template <class T>
 __device__ void attention_paged(const T* q, const int* starts, const int* lengths, const int* pages, const T* latents, const T* up,
                                 T* out, int heads, int dim, int rank, int rotary, int values, int chunks, int page_rows,
-                                int pages_each, float scale) {
+                                int pages_each, int page_count, float scale, long long* fault) {
     int token = blockIdx.x, chunk = starts ? 0 : token;
     while (starts && chunk < chunks && starts[chunk + 1] <= token) chunk++;
     bool some = chunk < chunks && (!starts || token >= starts[0]) && lengths[chunk] > 0;
     int behind = starts && some ? starts[chunk + 1] - token - 1 : 0, seen = some ? lengths[chunk] - behind : 0;
+    if (threadIdx.x == 0 && starts && starts[chunks] > static_cast<int>(gridDim.x)) report(fault, CHUNK, starts[chunks]);
+    if (threadIdx.x == 0 && chunk < chunks && (lengths[chunk] < 0 || lengths[chunk] > pages_each * page_rows))
+        report(fault, LENGTH, lengths[chunk]);
+    if (threadIdx.x == 0 && starts && some && starts[chunk + 1] - starts[chunk] > lengths[chunk])
+        report(fault, CHUNK, starts[chunk + 1]);
     seen = seen > pages_each * page_rows ? pages_each * page_rows : seen;
-    Cache<T> cache = {latents, rank + rotary, pages + static_cast<Index>(some ? chunk : 0) * pages_each, page_rows};
+    const int* mine = pages + static_cast<Index>(some ? chunk : 0) * pages_each;
+    for (int i = threadIdx.x; i * page_rows < seen; i += THREADS)
+        if (mine[i] < 0 || mine[i] >= page_count) report(fault, PAGE, mine[i]);
+    Cache<T> cache = {latents, rank + rotary, mine, page_rows, page_count};
     latent_attention(q, cache, seen, up, out, heads, dim, rank, rotary, values, scale);
 }
 
@@ -153,30 +169,32 @@ __device__ void attention_paged(const T* q, const int* starts, const int* length
     extern "C" __global__ void latent_rope_##NAME(const T* q, const T* kv, const T* norm, const long long* positions,        \
                                                   T* latents, const float* inverse, T* out, int heads, int dim, int rank,    \
                                                   int rotary, int each, long long length, float eps, int interleaved,        \
-                                                  float size) {                                                              \
+                                                  float size, long long* fault) {                                            \
         rope_static(q, kv, norm, positions, latents, inverse, out, heads, dim, rank, rotary, each, length, eps, interleaved, \
-                    size);                                                                                                   \
+                    size, fault);                                                                                            \
     }                                                                                                                        \
     EXPORT(latent_rope_##NAME)                                                                                               \
     extern "C" __global__ void latent_attention_##NAME(const T* q, const long long* positions, const T* latents,             \
                                                        const T* up, T* out, int heads, int dim, int rank, int rotary,        \
-                                                       int values, int each, long long length, float scale) {                \
-        attention_static(q, positions, latents, up, out, heads, dim, rank, rotary, values, each, length, scale);             \
+                                                       int values, int each, long long length, float scale,                  \
+                                                       long long* fault) {                                                   \
+        attention_static(q, positions, latents, up, out, heads, dim, rank, rotary, values, each, length, scale, fault);      \
     }                                                                                                                        \
     EXPORT(latent_attention_##NAME)                                                                                          \
     extern "C" __global__ void paged_latent_rope_##NAME(const T* q, const T* kv, const T* norm, const int* positions,        \
                                                         const int* slots, T* latents, const float* inverse, T* out,          \
                                                         int heads, int dim, int rank, int rotary, long long slots_end,       \
-                                                        float eps, int interleaved, float size) {                            \
-        rope_paged(q, kv, norm, positions, slots, latents, inverse, out, heads, dim, rank, rotary, slots_end, eps,           \
-                   interleaved, size);                                                                                       \
+                                                        int context, float eps, int interleaved, float size,                 \
+                                                        long long* fault) {                                                  \
+        rope_paged(q, kv, norm, positions, slots, latents, inverse, out, heads, dim, rank, rotary, slots_end, context, eps,  \
+                   interleaved, size, fault);                                                                                \
     }                                                                                                                        \
     EXPORT(paged_latent_rope_##NAME)                                                                                         \
     extern "C" __global__ void paged_latent_attention_##NAME(                                                                \
         const T* q, const int* starts, const int* lengths, const int* pages, const T* latents, const T* up, T* out,          \
-        int heads, int dim, int rank, int rotary, int values, int chunks, int page_rows, int pages_each, float scale) {      \
+        int heads, int dim, int rank, int rotary, int values, int chunks, int page_rows, int pages_each, int page_count, float scale, long long* fault) {      \
         attention_paged(q, starts, lengths, pages, latents, up, out, heads, dim, rank, rotary, values, chunks, page_rows,    \
-                        pages_each, scale);                                                                                  \
+                        pages_each, page_count, scale, fault);                                                               \
     }                                                                                                                        \
     EXPORT(paged_latent_attention_##NAME)
 OF_TYPE(float, f32)

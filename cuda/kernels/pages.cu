@@ -25,13 +25,17 @@ extern "C" __global__ void scatter_pages(const Bytes16* pages, const int* table,
 EXPORT(scatter_pages)
 
 // Page pairs[2i] of `source` becomes page pairs[2i + 1] of `target` for every i with neither below 0; `done` is how
-// many. The grid bounds the SMs, and a page is `units` times 4 bytes.
+// many. A page that does not exist is reported and left out. The grid bounds the SMs, and a page is `units` times 4 bytes.
 extern "C" __global__ void copy_pages(const unsigned* source, unsigned* target, const int* pairs, int* done, int count,
-                                      long long units) {
+                                      long long units, int source_pages, int target_pages, long long* fault) {
     int copied = 0;
     for (int i = 0; i < count; i++) {
         int from = pairs[2 * i], to = pairs[2 * i + 1];
         if (from < 0 || to < 0) continue;
+        if (from >= source_pages || to >= target_pages) {
+            if (threadIdx.x == 0) report(fault, PAGE, from >= source_pages ? from : to);
+            continue;
+        }
         if (copied++ % gridDim.x != blockIdx.x) continue;
         for (Index at = threadIdx.x; at < units; at += blockDim.x) target[to * units + at] = source[from * units + at];
     }

@@ -48,11 +48,11 @@ __device__ void turn_head(const T* row, const T* norm, const float* inverse, T* 
 }
 
 // One block a token (x) and a head of the fused row (y): queries, then keys, then values. The caches are
-// (batch, kv heads, length, dim); a place beyond `length` is left out. q_norm and k_norm may be null.
+// (batch, kv heads, length, dim); a place beyond `length` is reported and left out. q_norm and k_norm may be null.
 template <class T>
 __device__ void rope_kv(Block block, const T* qkv, const Index* positions, T* keys, T* values, const T* q_norm,
                         const T* k_norm, const float* inverse, T* out, int heads, int kv_heads, int dim, int each,
-                        Index length, float eps, float size) {
+                        Index length, float eps, float size, long long* fault) {
     int token = block.x, head = block.y, sequence = token / each;
     const T* row = qkv + (static_cast<Index>(token) * (heads + 2 * kv_heads) + head) * dim;
     Index place = positions[sequence] + token % each;
@@ -62,21 +62,25 @@ __device__ void rope_kv(Block block, const T* qkv, const Index* positions, T* ke
         (is_value ? values : keys) + ((static_cast<Index>(sequence) * kv_heads + kv_head) * length + place) * dim;
     T* target = is_query ? out + (static_cast<Index>(token) * heads + head) * dim : cache;
     bool writes = is_query || (place >= 0 && place < length);
+    if (!writes && threadIdx.x == 0) report(fault, POSITION, positions[sequence]);
     turn_head(row, is_query ? q_norm : k_norm, inverse, target, dim, eps, size, static_cast<float>(place), is_value,
               writes);
 }
 
 // The same on pages (page, kv head, page_rows, wide): token i stands at positions[i] and goes to slots[i], which is
-// page * page_rows + row, or below 0 for nowhere; `slots_end` is beyond the last.
+// page * page_rows + row, or below 0 for nowhere; `slots_end` is beyond the last, and `context` beyond the last position.
 template <class T>
 __device__ void paged_rope(Block block, const T* qkv, const int* positions, const int* slots, T* keys, T* values,
                            const T* q_norm, const T* k_norm, const float* inverse, T* out, int heads, int kv_heads,
-                           int dim, int page_rows, int wide, Index slots_end, float eps, float size) {
+                           int dim, int page_rows, int wide, Index slots_end, int context, float eps, float size,
+                           long long* fault) {
     int token = block.x, head = block.y;
     const T* row = qkv + (static_cast<Index>(token) * (heads + 2 * kv_heads) + head) * dim;
     Index slot = slots[token];
     bool is_query = head < heads, is_value = head >= heads + kv_heads;
     bool writes = is_query || (slot >= 0 && slot < slots_end);
+    if (threadIdx.x == 0 && slot >= slots_end) report(fault, SLOT, slot);
+    if (threadIdx.x == 0 && (positions[token] < 0 || positions[token] >= context)) report(fault, POSITION, positions[token]);
     int kv_head = (head - heads) % kv_heads;
     Index at = writes ? ((slot / page_rows * kv_heads + kv_head) * page_rows + slot % page_rows) * wide : 0;
     T* target = is_query ? out + (static_cast<Index>(token) * heads + head) * dim : (is_value ? values : keys) + at;
@@ -93,20 +97,21 @@ __device__ void paged_rope(Block block, const T* qkv, const int* positions, cons
     extern "C" __global__ void paged_rope_##NAME(const T* qkv, const int* positions, const int* slots, T* keys,        \
                                                  T* values, const T* q_norm, const T* k_norm, const float* inverse,    \
                                                  T* out, int heads, int kv_heads, int dim, int page_rows, int wide,    \
-                                                 long long slots_end, float eps, float size, int nx, int ny, int nz) { \
+                                                 long long slots_end, int context, float eps, float size,              \
+                                                 long long* fault, int nx, int ny, int nz) {                           \
         each_block(nx, ny, nz, [&](Block block) {                                                                      \
             paged_rope(block, qkv, positions, slots, keys, values, q_norm, k_norm, inverse, out, heads, kv_heads, dim, \
-                       page_rows, wide, slots_end, eps, size);                                                         \
+                       page_rows, wide, slots_end, context, eps, size, fault);                                                         \
         });                                                                                                            \
     }                                                                                                                  \
     EXPORT(paged_rope_##NAME)                                                                                          \
     extern "C" __global__ void rope_kv_##NAME(const T* qkv, const long long* positions, T* keys, T* values,            \
                                               const T* q_norm, const T* k_norm, const float* inverse, T* out,          \
                                               int heads, int kv_heads, int dim, int each, long long length, float eps, \
-                                              float size, int nx, int ny, int nz) {                                    \
+                                              float size, long long* fault, int nx, int ny, int nz) {                  \
         each_block(nx, ny, nz, [&](Block block) {                                                                      \
             rope_kv(block, qkv, positions, keys, values, q_norm, k_norm, inverse, out, heads, kv_heads, dim, each,     \
-                    length, eps, size);                                                                                \
+                    length, eps, size, fault);                                                                                \
         });                                                                                                            \
     }                                                                                                                  \
     EXPORT(rope_kv_##NAME)

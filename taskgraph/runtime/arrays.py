@@ -1,6 +1,7 @@
 """Tensors in device memory: ours, and those of other libraries by `__cuda_array_interface__` or DLPack."""
 
 import ctypes
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -71,7 +72,7 @@ class DeviceArray:
         size, rows = self.buffer.nbytes // self.shape[0], np.asarray(which, np.int64)
         _within(rows, self.shape[0], "row")
         runs = np.flatnonzero(np.diff(rows, prepend=-2) != 1)  # rows one after another come together
-        for first, last in zip(runs.tolist(), [*runs[1:].tolist(), len(rows)], strict=True):
+        for first, last in itertools.pairwise([*runs.tolist(), len(rows)]):
             source = self.buffer.address + int(rows[first]) * size
             driver.download(host.data_ptr() + first * size, source, (last - first) * size)
         return host
@@ -122,6 +123,25 @@ class _Typed:
     """A `__cuda_array_interface__` and nothing else."""
 
     __cuda_array_interface__: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSpace:
+    """A stretch of device memory, as bytes on the host."""
+
+    address: int
+    nbytes: int
+
+    def get(self) -> npt.NDArray[np.uint8]:
+        """A copy of its bytes."""
+        host = np.empty(self.nbytes, np.uint8)
+        driver.download(host.ctypes.data, self.address, self.nbytes)
+        return host
+
+    def put(self, values: npt.NDArray[np.uint8]) -> None:
+        """Overwrite it whole."""
+        packed = np.ascontiguousarray(values)
+        driver.upload(self.address, packed.ctypes.data, self.nbytes)
 
 
 class DeviceTensors(Mapping[str, DeviceArray]):

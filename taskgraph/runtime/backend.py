@@ -1,6 +1,6 @@
 """compile(): a Plan becomes an Executable on a backend."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from importlib import import_module
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -53,6 +53,14 @@ class Executable(Protocol):
         """Replay once with a clock around every op."""
         ...
 
+    def check(self, kinds: Collection[str] | None = None) -> None:
+        """Replay once, op by op, and look at what each op does (of these kinds; None: all).
+
+        ExecutionError, which names the op, for one that changes anything but its outputs and the states that it names
+        in `writes`, leaves a part of an output unwritten, or makes NaN out of inputs without any. Ops run twice.
+        """
+        ...
+
     def close(self) -> None:
         """Free everything; a second call does nothing."""
         ...
@@ -72,13 +80,15 @@ def compile(
     device: str | None = None,
     group: "Group | None" = None,
     ways: Ways | None = None,
+    check: bool = False,
 ) -> Executable:
     """An Executable of `plan` on `backend` ("cpu", "cuda" or "sim"), after the plan has passed `verify`.
 
     `functions` gives Python functions for custom ops whose function cannot be imported by name. `device` is for the
     cuda backend: "virtual:h100_sxm" runs on the virtual driver, whose times are simulated. `group` are the ranks that
     collectives are between (see runtime.distributed); all of them must compile and replay alike. `ways` forces how
-    the cpu backend multiplies, which the probe of this machine chooses otherwise.
+    the cpu backend multiplies, which the probe of this machine chooses otherwise. With `check` every replay is what
+    `Executable.check` is, many times slower: for the development of custom ops.
     PlanError when plan and graph do not fit; BackendUnavailable for a backend that is not here.
     """
     verify(plan, graph)
@@ -97,7 +107,8 @@ def compile(
         instance("ways", ways, Ways, PlanError)
     if ways is not None and backend != "cpu":
         raise BackendUnavailable(f"ways= is for the cpu backend; the {backend} backend has one way to multiply.")
-    given = (("device", device), ("group", group), ("ways", ways))
+    checked = instance("check", check, bool, PlanError) or None
+    given = (("device", device), ("group", group), ("ways", ways), ("check", checked))
     extra = {key: value for key, value in given if value is not None}
     made: Executable = getattr(import_module(module), name)(plan.sliced(graph), plan, functions or {}, **extra)
     return made

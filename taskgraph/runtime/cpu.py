@@ -7,7 +7,7 @@ lane, and `release` of the locks that others wait for. Replay has no look-ups, b
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from types import TracebackType
 from typing import Any, NoReturn, Self
@@ -16,9 +16,10 @@ import torch
 
 from taskgraph.errors import BackendUnavailable, ExecutionError, GraphError, RankLost
 from taskgraph.graph.graph import Graph
-from taskgraph.graph.op import Tensor
+from taskgraph.graph.op import Op, Tensor
 from taskgraph.runtime import choose
 from taskgraph.runtime.buffers import Region, changed_names, check_apart, host_tensor, written_names
+from taskgraph.runtime.check import HostSpace, Watch
 from taskgraph.runtime.distributed import Group, check_collectives
 from taskgraph.runtime.impls import TORCH_DTYPE, Entry, Site, bind
 from taskgraph.runtime.lanes import Lane, alone, replay
@@ -44,7 +45,9 @@ class CpuExecutable:
         functions: Mapping[str, Callable[..., Any]],
         group: Group | None = None,
         ways: Ways | None = None,
+        check: bool = False,
     ) -> None:
+        self._checks = check
         self._graph, self._plan, self._functions, self._group = graph.flat(), plan, dict(functions), group
         self._ways = choose.here() if ways is None else ways
         check_collectives(self._graph, plan, group)
@@ -70,7 +73,7 @@ class CpuExecutable:
 
     def _allocate(self) -> dict[str, torch.Tensor]:
         """Static inputs and outputs, and every activation as a view of the arena."""
-        arena = _aligned(max(self._plan.arena_bytes, 1))
+        self._arena = arena = _aligned(max(self._plan.arena_bytes, 1))
         tensors = self._graph.tensor
         strange = next((t for t in self._graph.tensors if t.dtype not in TORCH_DTYPE), None)
         if strange is not None:
@@ -192,6 +195,9 @@ class CpuExecutable:
         if self._stale:
             self._check_open()
             self._capture()
+        if self._checks:
+            self._check(None)
+            return
         failed = replay(self._lanes, self._programs)
         if failed:
             self._raise([(error, self._names[lane][at]) for lane, at, error in failed])
@@ -203,12 +209,29 @@ class CpuExecutable:
         with self._turns.next():
             self._check_open()
             self._capture()
-            with alone(), torch.inference_mode(), in_op():
-                for step, run in zip(self._plan.steps, self._entries, strict=True):
-                    try:
-                        run()
-                    except Exception as error:
-                        self._raise([(error, step.op)])
+            self._one_by_one(lambda _, run: run())
+
+    def check(self, kinds: Collection[str] | None = None) -> None:
+        """Replay once, op by op, and look at what each op does: see `Executable.check`."""
+        with self._turns.next():
+            self._check_open()
+            self._capture()
+            self._check(kinds)
+
+    def _check(self, kinds: Collection[str] | None) -> None:
+        names = {*self._given, *self._inputs, *self._graph.outputs}
+        own = {name: HostSpace.of(self._tensor(name)) for name in names}
+        watch = Watch(self._graph, self._plan, HostSpace.of(self._arena), own)
+        self._one_by_one(lambda op, run: watch.run(op, run, kinds is None or op.kind in kinds))
+
+    def _one_by_one(self, each: Callable[[Op, Entry], Any]) -> None:
+        """`each` for every op in the plan's order, on this thread."""
+        with alone(), torch.inference_mode(), in_op():
+            for step, run in zip(self._plan.steps, self._entries, strict=True):
+                try:
+                    each(self._ops[step.op], run)
+                except Exception as error:
+                    self._raise([(error, step.op)])
 
     def _raise(self, failures: list[tuple[BaseException, str]]) -> NoReturn:
         """The first failure in the plan's order. The other ranks must not go on with a rank that skipped ops."""
@@ -220,7 +243,8 @@ class CpuExecutable:
             raise RankLost(f"op {op!r} failed: {error}") from error
         if isinstance(error, ExecutionError) and error.op == op:
             raise error
-        raise ExecutionError(f"op {op!r} failed: {type(error).__name__}: {error}", op=op) from error
+        text = " ".join(" ".join(map(str, error.args)).split())
+        raise ExecutionError(f"op {op!r} failed: {type(error).__name__}: {text}", op=op) from error
 
     def __call__(self, tensors: Mapping[str, Any] | None = None, **named: Any) -> dict[str, torch.Tensor]:
         """Copy the given inputs into their buffers, bind weights and states, replay, return copies of the outputs."""
@@ -295,6 +319,7 @@ class CpuExecutable:
     def _drop(self) -> None:
         self._closed = self._stale = True
         self._buffers, self._given, self._entries, self._programs = {}, {}, [], []
+        self._arena = torch.empty(0, dtype=torch.uint8)
 
     def __enter__(self) -> Self:
         return self

@@ -4,9 +4,10 @@ Capture forks from an origin stream to every lane by events, runs each op on its
 graph is read back from the driver and compared with the plan; a difference is CaptureMismatch, never a wrong graph.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -17,15 +18,16 @@ from taskgraph.graph.graph import Graph
 from taskgraph.graph.op import Op, Tensor
 from taskgraph.ops import COLLECTIVES
 from taskgraph.runtime import driver, launches_experts, launches_latent, launches_paged, torch_ops, virtual  # noqa: F401
-from taskgraph.runtime.arrays import DeviceArray, device_buffer
+from taskgraph.runtime.arrays import DeviceArray, DeviceSpace, device_buffer
 from taskgraph.runtime.buffers import Region, changed_names, check_apart, host_tensor, written_names
+from taskgraph.runtime.check import Watch
 from taskgraph.runtime.collective import collective
 from taskgraph.runtime.distributed import Group, check_collectives
 from taskgraph.runtime.driver import Gpu, Memory
 from taskgraph.runtime.launches import Buffer, CopyLaunch, Launch, Launches, launches, seen
 from taskgraph.runtime.on_stream import bound_call, named_error
 from taskgraph.runtime.readback import compare
-from taskgraph.runtime.sites import LaneSite
+from taskgraph.runtime.sites import Faults, LaneSite
 from taskgraph.runtime.turns import Turns, in_op
 from taskgraph.schedule.plan import Plan, Span, Timeline
 from taskgraph.schedule.planner import replay_times
@@ -57,7 +59,9 @@ class CudaExecutable:
         functions: Mapping[str, Callable[..., Any]],
         device: str | None = None,
         group: Group | None = None,
+        check: bool = False,
     ) -> None:
+        self._checks = check
         self._graph, self._plan, self._functions, self._group = graph.flat(), plan, dict(functions), group
         self._turns = Turns(self._graph.name)
         self._ops = {op.name: op for op in self._graph.ops}
@@ -85,6 +89,7 @@ class CudaExecutable:
         try:
             self._open_lanes()
             self._buffers = self._allocate()
+            self._faults = Faults([step.op for step in plan.steps], self._own(8 * len(plan.steps), pinned=True))
         except BaseException:
             self.close()
             raise
@@ -111,7 +116,8 @@ class CudaExecutable:
         """Inputs, outputs, states, weights each on their own; activations in the arena. What a copy op moves between
         host and device lies in pinned host memory on the host's side."""
         tensors, pinned = self._graph.tensor, self._pinned()
-        arena = self._own(self._plan.arena_bytes).address
+        self._arena = self._own(self._plan.arena_bytes)
+        arena = self._arena.address
         buffers = {
             slot.tensor: Buffer(arena + slot.offset, tensors[slot.tensor].shape, tensors[slot.tensor].dtype)
             for slot in self._plan.arena
@@ -246,7 +252,7 @@ class CudaExecutable:
             sides = [[DeviceArray(b, self) for b in side] for side in (ins, outs)]
             return torch_ops.bound(op, sides[0], sides[1], self._plan.sms(i), self._streams[self._plan.steps[i].lane])
         scratch = self._scratch[self._plan.steps[i].lane]
-        site = self._sites.setdefault(i, LaneSite(self._plan.sms(i), self._own, scratch))
+        site = self._sites.setdefault(i, LaneSite(self._plan.sms(i), self._own, scratch, self._faults.address(i)))
         made = launches(op, ins, outs, site.again())
         for launch in made:
             if not isinstance(launch, CopyLaunch):
@@ -351,12 +357,15 @@ class CudaExecutable:
             raise named_error(op, error, stream) from error
 
     def _launched(self, launch: Launch | CopyLaunch, stream: Any) -> tuple[int, ...]:
+        self._send(launch, stream)
+        return driver.last_nodes(stream)
+
+    def _send(self, launch: Launch | CopyLaunch, stream: Any) -> None:
         if isinstance(launch, CopyLaunch):
             driver.copy_on(stream, launch.target, launch.source, launch.nbytes)
         else:
             kernel = self._gpu.kernel(launch.kernel, launch.source)
             driver.launch_kernel(stream, kernel, launch.grid, launch.block, launch.args)
-        return driver.last_nodes(stream)
 
     def _tell_times(self, owners: Sequence[Sequence[int]]) -> None:
         """Give the virtual driver the evaluator's time of every op, in equal parts to the op's nodes."""
@@ -375,18 +384,56 @@ class CudaExecutable:
 
     def launch(self, stream: object = None) -> None:
         """Replay once in the order of `stream` (anything with `__cuda_stream__`) and return at once; without one,
-        replay on a stream of our own and wait for it."""
+        replay on a stream of our own and wait for it.
+
+        ExecutionError names an op that was given a token, position, slot or page that does not exist; after a replay on
+        `stream`, the next launch says so. Nothing outside its buffers was touched, but its outputs mean nothing."""
         with self._turns.next():
             self._begin()
             self._launch(stream)
 
+    def check(self, kinds: Collection[str] | None = None) -> None:
+        """Replay once, op by op and uncaptured, and look at what each op does: see `Executable.check`."""
+        with self._turns.next():
+            self._begin()
+            self._check(kinds)
+
+    def _check(self, kinds: Collection[str] | None) -> None:
+        bound = self._launches()
+        names = {*self._given, *self._inputs, *self._graph.outputs}
+        own = {name: DeviceSpace(self._buffer(name).address, self._buffer(name).nbytes) for name in names}
+        watch = Watch(self._graph, self._plan, DeviceSpace(self._arena.address, self._arena.nbytes), own)
+        for step, entry in zip(self._plan.steps, bound, strict=True):
+            op, stream = self._ops[step.op], self._streams[step.lane]
+            run = partial(self._run_now, step.op, entry, stream)
+            watch.run(op, run, kinds is None or op.kind in kinds)
+
+    def _run_now(self, op: str, entry: Launches | Callable[[Any], None], stream: Any) -> None:
+        """Launch one step outside any capture, and wait for it."""
+        try:
+            if callable(entry):
+                with in_op():
+                    entry(stream)
+            else:
+                for launch in entry:
+                    self._send(launch, stream)
+            stream.sync()
+            self._faults.check()
+        except Exception as error:
+            raise named_error(op, error, None) from error
+
     def _launch(self, stream: object = None) -> None:
+        if self._checks:
+            self._check(None)
+            return
         self._capture()
+        self._faults.check()  # of replays on streams of others, which nobody has waited for here
         what = f"replay {self._graph.name!r}"
         if stream is None:
             with driver.driver_errors(what):
                 self._exec.launch(self.origin)
                 self.origin.sync()
+            self._faults.check()
             return
         given = stream if isinstance(stream, self._stream_type) else self._gpu.foreign(stream)
         try:
@@ -450,6 +497,7 @@ class CudaExecutable:
                 self.origin.record(begin)
                 executable.launch(self.origin)
                 self.origin.sync()
+            self._faults.check()
             spans = [
                 Span(s.op, s.lane, driver.seconds_between(begin, a), driver.seconds_between(begin, b))
                 for s, (a, b) in zip(steps, marks, strict=True)

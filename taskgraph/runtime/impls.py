@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 
-from taskgraph.errors import BackendUnavailable
+from taskgraph.errors import BackendUnavailable, ExecutionError
 from taskgraph.graph.op import Op
 from taskgraph.runtime import (  # noqa: F401 - they register their kinds
     custom,
@@ -47,9 +47,20 @@ def bind(op: Op, ins: Tensors, outs: Tensors, site: Site, functions: Mapping[str
 @binder("embedding")
 def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
     tokens, table = ins
-    if table.dtype != outs[0].dtype:
-        return lambda: outs[0].copy_(table.index_select(0, tokens))
-    return partial(torch.index_select, table, 0, tokens, out=outs[0])
+    direct = table.dtype == outs[0].dtype
+    look_up = partial(torch.index_select, table, 0, tokens, out=outs[0] if direct else None)
+
+    def run() -> None:
+        try:
+            made = look_up()
+        except IndexError:
+            odd = tokens[(tokens < 0) | (tokens >= len(table))]
+            text = f"the token {int(odd[0])}, which is outside its table of {len(table)}"
+            raise ExecutionError(f"op {op.name!r} was given {text}.", op=op.name) from None
+        if not direct:
+            outs[0].copy_(made)
+
+    return run
 
 
 @binder("gemm")

@@ -15,6 +15,7 @@ from taskgraph.graph.op import Op
 from taskgraph.ops import latent_flops
 from taskgraph.runtime import kernels_latent as kernels
 from taskgraph.runtime.binders import Entry, Site, Tensors, binder, bits, rope_table
+from taskgraph.runtime.kernels import check_positions
 from taskgraph.runtime.kernels_paged import check_tables
 from taskgraph.runtime.products import widened
 
@@ -47,6 +48,7 @@ def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
     first, base = positions.numpy()[:, None], length * np.arange(batch)[:, None]
 
     def run() -> None:
+        check_positions(positions.numpy(), len(steps), length)
         np.add(first, steps, out=places, casting="unsafe")
         np.add(places, base, out=slots, casting="unsafe")
         write()
@@ -110,6 +112,7 @@ def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
     attend, out = _cheaper(op, q, up, batch, site), _by_token(outs[0], q)
 
     def run() -> None:
+        check_positions(positions.numpy(), each, latents.shape[1])
         for b, start in enumerate(positions.tolist()):
             rows = slice(b * each, (b + 1) * each)
             out[rows] = attend(q[rows], latents[b, : start + each], _causal(each, start + each))
@@ -140,8 +143,8 @@ def _over_pages(attend: Attend, q: torch.Tensor, tables: Tensors, latents: torch
     def run() -> None:
         check_tables(lengths.numpy(), blocks.numpy(), pages, size)
         borders = starts.tolist()
-        if borders[-1] > len(q):
-            raise ValueError("the chunks have more rows than there are")
+        if borders != sorted(borders) or borders[0] < 0 or borders[-1] > len(q):
+            raise ValueError("the chunks have more rows than there are: they end at", borders[-1])
         out[borders[-1] :] = 0
         for i, seen in enumerate(lengths.tolist()):
             rows = slice(borders[i], borders[i + 1])
@@ -150,7 +153,7 @@ def _over_pages(attend: Attend, q: torch.Tensor, tables: Tensors, latents: torch
                 out[rows] = 0
                 continue
             if each > seen:
-                raise ValueError("a chunk has more rows than its sequence has tokens")
+                raise ValueError("a chunk has more rows than its sequence has tokens: it ends at", rows.stop)
             cached = latents[blocks[i, : -(-seen // size)]].flatten(0, 1)[:seen]
             out[rows] = attend(q[rows], cached, _causal(each, seen))
 

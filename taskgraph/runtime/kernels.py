@@ -284,7 +284,10 @@ def check_positions(positions: Any, each: Any, length: Any) -> None:
     """ValueError unless the `each` tokens of every sequence, the first at positions[b], stand within `length`."""
     for b in range(len(positions)):
         if positions[b] < 0 or positions[b] > length - each:
-            raise ValueError("a position is outside the KV cache; make the cache longer or stop earlier")
+            raise ValueError(
+                "a position is outside the KV cache; make the cache longer or stop earlier. The position is",
+                positions[b],
+            )
 
 
 @numba.njit(forceinline=True, fastmath=FAST, error_model="numpy")

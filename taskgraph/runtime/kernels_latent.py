@@ -52,5 +52,5 @@ def latent_rope(
     rotary) into cache[slots[i]] (-1: nowhere). Token i stands at positions[i]; norm (rank,) float32."""
     for i in range(len(slots)):
         if slots[i] >= len(cache) or positions[i] < 0 or positions[i] >= len(cos):
-            raise ValueError("a slot or a position is outside the KV cache; give it more room or stop earlier")
+            raise ValueError("a slot or a position is outside the KV cache. They are", slots[i], positions[i])
     fork(_latent_rope, (q, kv, norm, positions, slots, cache, cos, sin, eps, interleaved, out), threads)

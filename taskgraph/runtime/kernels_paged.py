@@ -73,7 +73,7 @@ def paged_rope(
     room = keys.shape[0] * keys.shape[2]
     for i in range(len(slots)):
         if slots[i] >= room or positions[i] < 0 or positions[i] >= len(cos):
-            raise ValueError("a slot or a position is outside the pages; give slots within them")
+            raise ValueError("a slot or a position is outside the pages. They are", slots[i], positions[i])
     fork(_paged_rope, (qkv, positions, slots, keys, values, cos, sin, q_norm, k_norm, eps, out), threads)
 
 
@@ -178,11 +178,25 @@ def _paged_decode(
 def check_tables(lengths: Any, blocks: Any, pages: Any, size: Any) -> None:
     """ValueError when a sequence has more tokens than pages, or a page that does not exist; of `size` tokens each."""
     for b in range(len(lengths)):
-        if lengths[b] > blocks.shape[1] * size:
-            raise ValueError("a sequence is longer than its block table")
+        if lengths[b] < 0 or lengths[b] > blocks.shape[1] * size:
+            raise ValueError(
+                "a sequence is longer than its block table, or shorter than nothing. Its length is", lengths[b]
+            )
         for i in range((lengths[b] + size - 1) // size):
             if blocks[b, i] < 0 or blocks[b, i] >= pages:
-                raise ValueError("a block table names a page that does not exist")
+                raise ValueError("a block table names a page that does not exist:", blocks[b, i])
+
+
+@kernel
+def check_chunks(starts: Any, lengths: Any, rows: Any) -> None:
+    """ValueError unless chunks follow each other within `rows`, each no longer than its sequence."""
+    if starts[0] < 0 or starts[-1] > rows:
+        raise ValueError("the chunks have more rows than there are: they end at", starts[-1])
+    for i in range(len(lengths)):
+        if starts[i + 1] < starts[i] or starts[i + 1] - starts[i] > lengths[i]:
+            raise ValueError(
+                "a chunk has more rows than its sequence has tokens, or fewer than none: it ends at", starts[i + 1]
+            )
 
 
 @kernel
@@ -234,11 +248,7 @@ def paged_prefill(
     Rows beyond starts[-1] are zeroed. Threads take blocks of ROWS queries of a head, shared out by their keys.
     """
     check_tables(lengths, blocks, len(keys), keys.shape[2])
-    if starts[-1] > len(q):
-        raise ValueError("the chunks have more rows than there are")
-    for i in range(len(lengths)):
-        if starts[i + 1] - starts[i] > lengths[i]:
-            raise ValueError("a chunk has more rows than its sequence has tokens")
+    check_chunks(starts, lengths, len(q))
     fork(_paged_prefill, (q, starts, lengths, blocks, keys, values, out, scratch, dot), threads)
     out[starts[-1] :] = narrow(np.float32(0.0), out)
 
@@ -249,7 +259,7 @@ def copy_pages(source: Any, target: Any, pairs: Any, done: Any) -> None:
     done[0] = 0
     for i in range(len(pairs)):
         if pairs[i, 0] >= len(source) or pairs[i, 1] >= len(target):
-            raise ValueError("a page to copy does not exist")
+            raise ValueError("a page to copy does not exist: from and to are", pairs[i, 0], pairs[i, 1])
         if pairs[i, 0] >= 0 and pairs[i, 1] >= 0:
             target[pairs[i, 1]] = source[pairs[i, 0]]
             done[0] += 1

@@ -88,6 +88,10 @@ class Site(Protocol):
         """Address of a copy of `values`."""
         ...
 
+    def fault(self) -> int:
+        """Address of this op's word in pinned memory, where its kernels `report` what they cannot use (common.cuh)."""
+        ...
+
 
 Launches = list[Launch | CopyLaunch]
 Rule = Callable[[Op, Sequence[Buffer], Sequence[Buffer], Site], Launches]
@@ -183,7 +187,8 @@ def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Laun
     kinds = (tokens.dtype, table.dtype, outs[0].dtype)
     if kinds[1:] not in (("f32", "f32"), ("bf16", "bf16"), ("bf16", "f32")):
         raise BackendUnavailable(f"op {op.name!r}: no embedding kernel from {kinds[1]} to {kinds[2]}.")
-    args = (tokens.address, table.address, outs[0].address, np.int32(table.shape[1]), np.int64(table.shape[0]))
+    sizes = (np.int32(table.shape[1]), np.int64(table.shape[0]))
+    args = (tokens.address, table.address, outs[0].address, *sizes, site.fault())
     return [blocks(f"embedding_{'_'.join(kinds)}", "elementwise", (tokens.shape[0],), THREADS, args, site)]
 
 
@@ -275,7 +280,7 @@ def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Laun
     pointers = (qkv.address, positions.address, keys.address, values.address, q_norm, k_norm)
     last = np.float32(op.number("eps")), np.float32(rotary.size(op))
     numbers = (*map(np.int32, (heads, kv_heads, dim, tokens // batch)), np.int64(length), *last)
-    args = (*pointers, site.constant(rotary.inverse_frequencies(op, dim)), outs[0].address, *numbers)
+    args = (*pointers, site.constant(rotary.inverse_frequencies(op, dim)), outs[0].address, *numbers, site.fault())
     return [blocks(f"rope_kv_{kind}", "rope", (tokens, heads + 2 * kv_heads), THREADS, args, site)]
 
 
@@ -299,7 +304,8 @@ def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Laun
         return split_decode(kind, q.address, cache, batch, heads, outs[0].address, site)
     pointers = (q.address, positions.address, keys.address, values.address, outs[0].address)
     numbers = (*map(np.int32, (heads, kv_heads, dim, tokens // batch)), np.int64(length))
-    return [blocks(f"attention_{kind}", "attention", (tokens, heads), THREADS, (*pointers, *numbers), site)]
+    args = (*pointers, *numbers, site.fault())
+    return [blocks(f"attention_{kind}", "attention", (tokens, heads), THREADS, args, site)]
 
 
 @launch_rule("decode_attention")
@@ -328,13 +334,14 @@ def need_dim(op: Op, dim: int) -> None:
 @dataclass(frozen=True, slots=True)
 class Pages:
     """Where the keys of a sequence lie: addresses of the block tables and of the lengths (i32), the rows of a page, the
-    pages of a table, and elements from page to page."""
+    pages of a table, elements from page to page, and how many pages there are."""
 
     blocks: int
     lengths: int
     rows: int
     each: int
     stride: int
+    count: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,8 +366,8 @@ def split_decode(kind: str, q: int, cache: DecodeCache, batch: int, heads: int, 
     parts = site.scratch(4 * batch * heads * splits * (cache.dim + 2))
     shape = map(np.int32, (heads, cache.kv_heads, cache.dim, cache.length))
     p = cache.pages
-    places = (*map(np.int64, cache.strides), np.int32(p.rows), np.int32(p.each), np.int64(p.stride))
-    args = (q, cache.keys, cache.values, p.blocks, p.lengths, cache.positions, parts, *shape, *places)
+    places = (*map(np.int64, cache.strides), np.int32(p.rows), np.int32(p.each), np.int64(p.stride), np.int32(p.count))
+    args = (q, cache.keys, cache.values, p.blocks, p.lengths, cache.positions, parts, *shape, *places, site.fault())
     combine = (parts, out, np.int32(heads), np.int32(cache.dim), np.int32(splits))
     return [
         blocks(f"decode_split_{kind}", "attention", (batch, heads, splits), THREADS, args, site),

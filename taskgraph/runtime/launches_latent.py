@@ -37,7 +37,7 @@ def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Laun
 @launch_rule("paged_latent_rope")
 def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
     pages, rows, _ = ins[-1].shape
-    return _rope(op, ins, outs[0], (np.int64(pages * rows),), site)
+    return _rope(op, ins, outs[0], (np.int64(pages * rows), np.int32(op.integer("context"))), site)
 
 
 def _rope(op: Op, ins: Sequence[Buffer], out: Buffer, places: tuple[np.integer[Any], ...], site: Site) -> Launches:
@@ -47,7 +47,7 @@ def _rope(op: Op, ins: Sequence[Buffer], out: Buffer, places: tuple[np.integer[A
     sizes = map(np.int32, (heads, dim, latents.shape[2] - turned, turned))
     last = (np.float32(op.number("eps")), np.int32(bool(op.attr("interleaved"))), np.float32(rotary.size(op)))
     name = f"{op.kind}_{float_type(op, q, kv, norm, latents, out)}"
-    args = (*(t.address for t in ins), inverse, out.address, *sizes, *places, *last)
+    args = (*(t.address for t in ins), inverse, out.address, *sizes, *places, *last, site.fault())
     return [Launch(name, "latent", (tokens, heads + 1), THREADS, args)]
 
 
@@ -57,26 +57,26 @@ def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Laun
     need_i64(op, positions)
     batch, length, _ = latents.shape
     pointers = [t.address for t in ins]
-    return _attention(op, ins, outs[0], pointers, (np.int32(q.shape[0] // batch), np.int64(length)))
+    return _attention(op, ins, outs[0], pointers, (np.int32(q.shape[0] // batch), np.int64(length)), site)
 
 
 @launch_rule("paged_latent_decode")
 def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
     q, *others = ins
-    return _attention(op, ins, outs[0], [q.address, 0, *(t.address for t in others)], _pages(*ins[1:4]))
+    return _attention(op, ins, outs[0], [q.address, 0, *(t.address for t in others)], _pages(*ins[1:4]), site)
 
 
 @launch_rule("paged_latent_prefill")
 def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
-    return _attention(op, ins, outs[0], [t.address for t in ins], _pages(*ins[2:5]))
+    return _attention(op, ins, outs[0], [t.address for t in ins], _pages(*ins[2:5]), site)
 
 
 def _pages(lengths: Buffer, tables: Buffer, latents: Buffer) -> tuple[np.integer[Any], ...]:
-    return tuple(map(np.int32, (lengths.shape[0], latents.shape[1], tables.shape[1])))
+    return tuple(map(np.int32, (lengths.shape[0], latents.shape[1], tables.shape[1], latents.shape[0])))
 
 
 def _attention(
-    op: Op, ins: Sequence[Buffer], out: Buffer, pointers: Sequence[int], places: tuple[np.integer[Any], ...]
+    op: Op, ins: Sequence[Buffer], out: Buffer, pointers: Sequence[int], places: tuple[np.integer[Any], ...], site: Site
 ) -> Launches:
     q, *_, latents, up = ins
     (tokens, heads, dim), turned = q.shape, op.integer("rotary")
@@ -84,6 +84,6 @@ def _attention(
     at_most(op, "channels of a latent", rank, _MAX_RANK)
     at_most(op, "rotary channels", turned, _MAX_DIM)
     sizes = map(np.int32, (heads, dim, rank, turned, out.shape[1] // heads))
-    args = (*pointers, out.address, *sizes, *places, np.float32(op.number("scale")))
+    args = (*pointers, out.address, *sizes, *places, np.float32(op.number("scale")), site.fault())
     kernel = "paged_latent_attention" if op.kind.startswith("paged") else "latent_attention"
     return [Launch(f"{kernel}_{float_type(op, q, latents, up, out)}", "latent", (tokens, heads), THREADS, args)]

@@ -96,12 +96,14 @@ class Bench:
         self.kind, self.origin = "simulated", ""
         self._given = given
         self._tensors: dict[str, Any] | None = None
+        self._looked = False
 
     def open(self, plan: Plan) -> Executable:
         """The plan captured, bound and warm."""
         executable = compile(self.graph, plan, self.backend, self.functions, self._device)
         try:
             executable.bind(self._values())
+            self._look(executable)
             executable.launch()
             timeline = executable.timeline()
         except BaseException:
@@ -111,6 +113,12 @@ class Bench:
         here = machine() if self.backend == "cpu" else timeline.origin
         self.origin = here if timeline.kind == "measured" else timeline.origin
         return executable
+
+    def _look(self, executable: Executable) -> None:
+        """See once what custom ops do: in a plan that packs, what one must not do would change another's result."""
+        if not self._looked and any(op.kind == "call" for op in self.graph.ops):
+            executable.check({"call"})
+        self._looked = True
 
     def _values(self) -> dict[str, Any]:
         if self._tensors is None:

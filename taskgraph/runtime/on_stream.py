@@ -42,9 +42,13 @@ def _takes_stream(function: Function) -> bool:
 
 
 def named_error(op: str, error: Exception, stream: Any) -> Exception:
-    """What went wrong while `op` was captured, as one of our errors that names it."""
+    """What went wrong while `op` was captured, or ran (no stream), as one of our errors that names it."""
     if isinstance(error, ExecutionError) and error.op == op:
         return error
+    if stream is None:
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        failed = driver.is_driver_error(error) or isinstance(error, CudaError)
+        return CudaError(f"op {op!r}: {text}") if failed else ExecutionError(f"op {op!r} failed: {text}", op=op)
     if isinstance(error, CudaError):
         return CudaError(f"op {op!r} broke the capture: {error} {_RULE}", error.code)
     text = " ".join(f"{type(error).__name__}: {error}".split())

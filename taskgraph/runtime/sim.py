@@ -1,6 +1,6 @@
 """The sim backend: any plan on any device spec, no tensors; its clock is the evaluator's."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -14,7 +14,9 @@ from taskgraph.schedule.planner import replay_times
 class SimExecutable:
     """Advances a simulated clock; `elapsed_s` adds up the replays so far."""
 
-    def __init__(self, graph: Graph, plan: Plan, functions: Mapping[str, Callable[..., Any]]) -> None:
+    def __init__(
+        self, graph: Graph, plan: Plan, functions: Mapping[str, Callable[..., Any]], check: bool = False
+    ) -> None:
         simulated = plan.timeline.kind == "simulated"  # with the prices that it was planned with, measured ones too
         self._timeline = plan.timeline if simulated else replay_times(graph, plan)
         self._turns, self._closed = Turns(graph.name), False
@@ -48,6 +50,9 @@ class SimExecutable:
     def timeline(self) -> Timeline:
         """The simulated timeline of one replay."""
         return self._timeline
+
+    def check(self, kinds: Collection[str] | None = None) -> None:
+        """Nothing to look at: the sim backend has no tensors."""
 
     def close(self) -> None:
         """Nothing to free; later launches raise."""
