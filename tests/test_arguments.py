@@ -190,7 +190,7 @@ def function_calls(s: Shop) -> dict[str, Call]:
             "functions": {}, "fresh": True, "progress": None}  # fmt: skip
     changes = {"sm_count": 64, "flops_per_s": {"f32": 1e12}}
     paths = {name: s.folder / f"{name}.out" for name in ("trace", "report")}
-    made = {"functions": None, "device": None, "group": None, "ways": None}
+    made = {"functions": None, "device": None, "group": None, "ways": None, "check": False}
     return {
         "devices.get": (tg.devices.get, {"device": "h100_sxm"}),
         "devices.make": (tg.devices.make, {"base": "h100_sxm", "name": "x", **changes}),
