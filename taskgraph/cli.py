@@ -29,8 +29,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-_screen = Console(highlight=False)
-_status = Console(stderr=True, highlight=False)
+_screen = Console(highlight=False, emoji=False)
+_status = Console(stderr=True, highlight=False, emoji=False)
 
 
 def main() -> None:
@@ -311,7 +311,9 @@ def plan(
     batch: Annotated[int, typer.Option(min=1, help="sequences in the step")] = 256,
     context: Annotated[int, typer.Option(min=1, help="tokens that each sequence has in its cache")] = 1024,
     tokens: Annotated[int, typer.Option(min=1, help="new tokens a sequence: 1 is decode, more is prefill")] = 1,
-    dtype: Annotated[str, typer.Option(help="of weights, cache and products: bf16, f16 or f32")] = "bf16",
+    dtype: Annotated[
+        str, typer.Option(help="of weights, cache and products: bf16, f16, f32, or auto: bf16, on cpu the faster here")
+    ] = "auto",
     ranks: Annotated[int, typer.Option(min=1, help="devices that share every layer (tensor parallel)")] = 1,
     expert_parallel: Annotated[
         bool, typer.Option("--expert-parallel", help="ranks hold whole experts, not a part of each")
@@ -326,6 +328,10 @@ def plan(
     from taskgraph.schedule.verify import resident_bytes
 
     _check_outputs(out, trace, report)
+    if dtype == "auto":
+        from taskgraph.models.dtypes import pick
+
+        dtype = pick("auto").dtype if device == "cpu" else "bf16"
     size = tuning.StepSize(batch, context, tokens, dtype, ranks, expert_parallel)
     begin = time.perf_counter()
     graph = tuning.graph_of(model, size)

@@ -98,3 +98,16 @@ def test_what_autotune_remembers_is_used_until_told_otherwise() -> None:
     assert len(said) == 1 and tuned.at in said[0] and tuned.kind in said[0]
     assert KnownPlans(use_remembered=False, say=said.append)(graph, "cpu").made_by != tuned.plan.made_by
     assert len(said) == 1
+
+
+@pytest.mark.model
+def test_a_step_planned_by_name_is_that_of_the_checkpoint(smollm2_gguf: Path) -> None:
+    from taskgraph.models.weights import open_checkpoint
+
+    with open_checkpoint(smollm2_gguf) as checkpoint:
+        config = checkpoint.config
+    by_name, by_file = (
+        replace(llama.step_graph(each, batch=1, tokens=1, cache=256), name="step")
+        for each in (load_config("smollm2"), config)
+    )
+    assert by_name.fingerprint == by_file.fingerprint
