@@ -130,8 +130,8 @@ class PlanBook:
 
 
 def status_body(service: Service, book: PlanBook, name: str, known: str = "") -> dict[str, Any]:
-    """What GET /v1/status gives: the status, the last step, and its plan unless the client has the one of digest
-    `known`."""
+    """What GET /v1/status gives: the status, the last step, and its plan unless its digest is in
+    `known`, which are the client's, with commas."""
     status = status_of(service)
     body: dict[str, Any] = {"model": name, **asdict(status)}
     found = None if status.last is None else book.of(status.last)
@@ -139,4 +139,4 @@ def status_body(service: Service, book: PlanBook, name: str, known: str = "") ->
         return {**body, "last": None, "plan": None}
     view, note = found
     body["last"] |= {"digest": view.digest, "predicted_s": view.predicted_s, "remark": note}
-    return {**body, "plan": None if view.digest == known else asdict(view)}
+    return {**body, "plan": None if view.digest in known.split(",") else asdict(view)}

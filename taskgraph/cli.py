@@ -29,8 +29,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-_screen = Console(highlight=False)
-_status = Console(stderr=True, highlight=False)
+_screen = Console(highlight=False, emoji=False)
+_status = Console(stderr=True, highlight=False, emoji=False)
 
 
 def main() -> None:
