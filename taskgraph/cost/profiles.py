@@ -269,13 +269,13 @@ class ProfileDB:
                 connection.close()
         except sqlite3.OperationalError as error:
             raise ProfileError(
-                f"profile database {str(self.path)!r} cannot be used: {_said(error)}. Make it writable, or give another "
-                "path."
+                f"profile database {str(self.path)!r} cannot be used: {_said(error)}. Make it writable, or "
+                "give another path."
             ) from error
         except sqlite3.DatabaseError as error:
             raise ProfileError(
-                f"profile database {str(self.path)!r} is damaged: {_said(error)}. Move it away; times will be measured "
-                "anew."
+                f"profile database {str(self.path)!r} is damaged: {_said(error)}. Move it away; times will "
+                "be measured anew."
             ) from error
         except (OSError, ValueError) as error:  # ValueError: a path with a NUL
             if isinstance(error, TaskgraphError):
