@@ -17,6 +17,12 @@ from taskgraph.schedule.planner import plan
 
 CASES = {name: case for name, case in test_runtime.CASES.items() if "rows" not in name.split()[1:]}
 
+GENERAL = {
+    "embedding", "gemm", "rmsnorm", "rope", "swiglu", "add", "argmax", "copy", "slice_rows", "concat_rows", "gated_add",
+    "all_gather", "all_reduce", "reduce_scatter", "attention", "attention decode",
+}  # fmt: skip
+"""Cases whose reference holds for other sizes too; of the rest only shape and dtype are compared."""
+
 
 def mutants(tensor: Tensor) -> list[Tensor]:
     """The tensor with every axis one longer or shorter, gone or doubled, one axis more, and of every other dtype."""
@@ -62,7 +68,8 @@ def test_inputs_of_another_shape_or_dtype_are_refused_or_right(case: str) -> Non
                 continue
             made = other.tensor[other.outputs[0]]
             assert (got.shape, got.dtype) == (made.shape, TORCH_DTYPE[made.dtype]), changed
-            if all(t.dtype == torch.float32 for t in values.values() if t.is_floating_point()):
+            plain = all(t.dtype == torch.float32 for t in values.values() if t.is_floating_point())
+            if plain and case in GENERAL:
                 want = reference(test_runtime.widened(values))
                 torch.testing.assert_close(got.float(), want.float().reshape(got.shape), atol=1e-3, rtol=1e-3)
                 compared += 1
