@@ -10,7 +10,7 @@ INSTALL := $(PIP) install -c constraints.txt $(if $(TORCH_INDEX),--extra-index-u
 TO_RUN := $(VENV)/.installed-to-run
 TO_TEST := $(VENV)/.installed-to-test
 
-.PHONY: setup develop run test lint fast clean
+.PHONY: setup develop browser run test lint fast clean
 setup: $(TO_RUN)
 develop: $(TO_TEST)
 
@@ -38,7 +38,15 @@ lint: develop
 fast: develop
 	$(BIN)/python -m pytest -m "not slow and not model"
 
-test: develop lint
+# The tests of the page want one. Where it cannot be had they are skipped, and say so.
+browser:
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! command -v chromedriver >/dev/null; then \
+	  echo "== install Chromium by apt for the test of the page (about 100 MB; once)"; \
+	  (export DEBIAN_FRONTEND=noninteractive; timeout 120 apt-get update -qq && timeout 300 apt-get install -qq -y \
+	    --no-install-recommends chromium chromium-driver) >/dev/null 2>&1 </dev/null \
+	  || echo "== no Chromium could be installed; the test of the page will be skipped"; fi
+
+test: develop browser lint
 	$(BIN)/python -m pytest
 
 clean:

@@ -1,7 +1,8 @@
 """Who may ask the server what, and a line for each that did.
 
-`Gate` stands before the app: it numbers requests, refuses those that a browser sends on behalf of another site, asks
-for a key where keys are set, and writes the access log (logger `taskgraph.access`: no prompts, no keys).
+`AccessLog` numbers requests and writes the access log (logger `taskgraph.access`: no prompts, no keys). Behind it
+stands `Gate`, which refuses requests that a browser sends on behalf of another site, and asks for a key where keys are
+set.
 """
 
 import ipaddress
@@ -17,15 +18,19 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from taskgraph.errors import BackendUnavailable
+from taskgraph.errors import BackendUnavailable, RequestError
 from taskgraph.models.keys import KeyRing
 from taskgraph.models.protocol import ApiError
 
 log = logging.getLogger("taskgraph.access")
 OPEN_PATHS = frozenset({"/", "/health"})
 """What needs no key: the page, which has no secrets, and whether the server is alive."""
+POLLED = "/v1/status"
+"""What the page asks for all the time: the log has it at its level DEBUG, unless it was refused."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
 _LOCAL_NAMES = frozenset({"localhost", "ip6-localhost"})
+_READING = frozenset({"GET", "HEAD", "OPTIONS"})
 _SHOWN = 200
 """Characters of a path that the log shows."""
 
@@ -34,7 +39,7 @@ _SHOWN = 200
 class Access:
     """Who may use a server: with `keys` those who have one. `origins` are the sites whose pages may, in a browser ("*":
     all); `hosts` are the names under which it may be called (empty: any), which stops a page that has its own name
-    point here (DNS rebinding). `ended` hears the path and status of every response."""
+    point here (DNS rebinding)."""
 
     keys: KeyRing | None = None
     origins: tuple[str, ...] = ()
@@ -52,22 +57,42 @@ def is_loopback(host: str) -> bool:
 
 
 def access_of(host: str, keys: KeyRing | None, origins: tuple[str, ...] = ()) -> Access:
-    """The rules of a server that listens on `host`; BackendUnavailable for an address that others can reach, and no
-    keys. Without keys it answers to this machine's own names only."""
+    """The rules of a server that listens on `host`; BackendUnavailable for an address that others can reach, or all
+    sites as origins, and no keys; RequestError for an origin that is none. Without keys it answers to this machine's
+    own names only."""
     if keys is None and not is_loopback(host):
         raise BackendUnavailable(
             f"{host} can be reached from other machines, and there is no API key: anyone could use the model. Make one "
             "(taskgraph api-key NAME --file keys.txt) and give --api-key-file keys.txt, or stay on 127.0.0.1."
         )
+    sites = tuple(map(_origin, origins))
+    if keys is None and "*" in sites:
+        raise BackendUnavailable(
+            "--cors-origin '*' lets every page that a browser here opens use the model, and there is no API key. Give "
+            "--api-key-file too (taskgraph api-key NAME --file keys.txt), or name the sites."
+        )
     names = frozenset({"127.0.0.1", "::1", host.strip("[]"), *_LOCAL_NAMES}) if keys is None else frozenset[str]()
-    return Access(keys, origins, names)
+    return Access(keys, sites, names)
 
 
-class Gate:
-    """ASGI middleware of an `Access`; `ended` hears the path and the status of every response."""
+def _origin(text: str) -> str:
+    """An origin as browsers send it; RequestError when they never send one like it."""
+    origin = text.strip().lower().removesuffix("/")
+    if origin != "*" and not _ORIGIN.fullmatch(origin):
+        raise RequestError(
+            f"--cors-origin {text[:80]!r} is no origin: give scheme, name and port alone, like https://chat.example or "
+            "http://localhost:3000, or '*' for all."
+        )
+    scheme, _, place = origin.partition("://")
+    default = {"http": ":80", "https": ":443"}.get(scheme, "")
+    return f"{scheme}://{place.removesuffix(default)}" if place and default else origin
 
-    def __init__(self, app: ASGIApp, access: Access, ended: Callable[[str, int], None] | None = None) -> None:
-        self._app, self._access, self._ended = app, access, ended
+
+class AccessLog:
+    """ASGI middleware that numbers requests and logs each when it has ended; `ended` hears its path and status."""
+
+    def __init__(self, app: ASGIApp, ended: Callable[[str, int], None] | None = None) -> None:
+        self._app, self._ended = app, ended
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -86,29 +111,42 @@ class Gate:
                 MutableHeaders(scope=message)["X-Request-Id"] = number
             await send(message)
 
-        who = ""
         try:
-            try:
-                who = self._checked(scope, headers)
-            except ApiError as error:
-                how = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
-                await JSONResponse(error.body(), error.status, how)(scope, receive, numbered)
-            else:
-                await self._app(scope, receive, numbered)
+            await self._app(scope, receive, numbered)
         finally:
             if self._ended is not None:
                 self._ended(scope["path"], status)
-            log.info(
-                "id=%s key=%s method=%s path=%s status=%d ms=%.1f%s", number, who or "-", _plain(scope["method"]),
+            polled = scope["path"] == POLLED and status == 200  # once a second and page
+            log.log(
+                logging.DEBUG if polled else logging.INFO,
+                "id=%s key=%s method=%s path=%s status=%d ms=%.1f%s",
+                number, state.get("key") or "-", _plain(scope["method"]),
                 _plain(scope.get("raw_path", b"").decode("latin-1") or scope["path"]), status,
                 1e3 * (time.perf_counter() - begin), _tokens(state),
             )  # fmt: skip
 
+
+class Gate:
+    """ASGI middleware of an `Access`."""
+
+    def __init__(self, app: ASGIApp, access: Access) -> None:
+        self._app, self._access = app, access
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app: ASGIApp = self._app
+        if scope["type"] == "http":
+            try:
+                scope.setdefault("state", {})["key"] = self._checked(scope, Headers(scope=scope))
+            except ApiError as error:
+                how = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
+                app = JSONResponse(error.body(), error.status, how)
+        await app(scope, receive, send)
+
     def _checked(self, scope: Scope, headers: Headers) -> str:
         """The name of the key that was used, "" without; ApiError when the request may not pass."""
-        self._check_site(headers)
+        self._check_site(scope["method"], headers)
         keys = self._access.keys
-        if keys is None or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
+        if keys is None or scope["path"] in OPEN_PATHS:
             return ""
         kind, _, secret = headers.get("authorization", "").partition(" ")
         found = keys.find(secret.strip()) if kind.lower() == "bearer" else None
@@ -120,15 +158,20 @@ class Gate:
             raise ApiError(403, "this API key may read /metrics only.", code="insufficient_permissions")
         return found.name
 
-    def _check_site(self, headers: Headers) -> None:
-        """No page of another site may use a server through its visitor's browser, which names the page's origin."""
+    def _check_site(self, method: str, headers: Headers) -> None:
+        """No page of another site may use a server through its visitor's browser, which names the page's origin, or
+        says at least that it is another's. Reading without an origin is harmless: the page cannot see what it gets."""
         host, hosts = _host(headers.get("host", "")), self._access.hosts
         if hosts and host not in hosts:
             raise ApiError(421, "this server does not answer to that Host; use 127.0.0.1 or localhost.")
         origin, origins = headers.get("origin"), self._access.origins
-        if origin is None or origin in origins or "*" in origins:
+        if origin in origins or "*" in origins:
             return
-        if urlsplit(origin).netloc != headers.get("host"):
+        if origin is None:
+            foreign = method not in _READING and headers.get("sec-fetch-site") in ("cross-site", "same-site")
+        else:
+            foreign = urlsplit(origin).netloc != headers.get("host")
+        if foreign:
             raise ApiError(403, "pages of other origins may not use this server; --cors-origin allows one.")
 
 

@@ -5,6 +5,7 @@ in all, and repeated or formatted strings. Its loops over the messages themselve
 """
 
 import datetime
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -73,6 +74,7 @@ class _Counter:
         return counted
 
 
+@functools.cache
 def _environment() -> Any:
     """Jinja's sandbox as transformers.utils.chat_template_utils sets it up, with bounds."""
     from jinja2 import nodes, utils

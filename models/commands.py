@@ -22,8 +22,8 @@ from taskgraph.models.traces import DATASETS, Arrival, Percentiles, Report, pois
 if TYPE_CHECKING:
     from taskgraph.models.keys import KeyRing
 
-_screen = Console(highlight=False)
-_status = Console(stderr=True, highlight=False)
+_screen = Console(highlight=False, emoji=False)
+_status = Console(stderr=True, highlight=False, emoji=False)
 
 
 def register(app: typer.Typer) -> None:
@@ -157,7 +157,8 @@ def api_key(
     taskgraph api-key prometheus --role metrics --file keys.txt
     taskgraph serve smollm2 --host 0.0.0.0 --api-key-file keys.txt
 
-    The file has a line a key: name, role and a salted SHA-256. Remove a line, and start the server again, to end a key.
+    The file has a line a key: name, role and a salted SHA-256. To end a key remove its
+    line and send the server SIGHUP, or start it again.
     """
     from taskgraph.models.keys import add_key
 

@@ -115,7 +115,7 @@ def read_config(
         head_dim=head_dim,
         intermediate_size=keys.count("feed_forward_length"),
         vocab_size=len(tokens),
-        norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
+        norm_eps=_meant(keys.number("attention.layer_norm_rms_epsilon")),
         rope_theta=theta,
         max_context=keys.count("context_length"),
         tie_embeddings=tied,
@@ -170,3 +170,9 @@ def _check_head(keys: Body, head_dim: int) -> None:
     if not neutral(window, 0):
         wide = keys.count("attention.sliding_window") >= keys.count("context_length")
         keys.need(wide, "attention.sliding_window", "attention within a window is not supported")
+
+
+def _meant(value: float) -> float:
+    """The shortest decimal of a number that the file holds as f32: 1e-5, as every config.json has it. Products in f32
+    are the same, and so is the step's graph, to which saved plans and remembered winners belong."""
+    return float(str(np.float32(value)))

@@ -17,11 +17,12 @@ from taskgraph.errors import KeyFileError
 
 ROLES = ("all", "metrics")
 """What a key may do: everything, or read /metrics only."""
-_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _HASH = re.compile(r"sha256:([0-9a-f]{32}):([0-9a-f]{64})")
 _PREFIX = "tg-"
 _MOST_BYTES = 512
 """No key is longer; more is not hashed."""
+_MOST_FILE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,9 @@ class ApiKey:
     def of(cls, secret: str, name: str, role: str) -> Self:
         """The line for a key; KeyFileError for a name or a role that cannot be."""
         if not _NAME.fullmatch(name):
-            raise KeyFileError(f"a key's name is 1 to 64 letters, digits, '.', '_' or '-'; got {name[:80]!r}.")
+            raise KeyFileError(
+                f"a key's name is 1 to 64 letters, digits, '.', '_' or '-', a letter or digit first; got {name[:80]!r}."
+            )
         if role not in ROLES:
             raise KeyFileError(f"a key's role is one of {', '.join(ROLES)}; got {role[:80]!r}.")
         salt = secrets.token_bytes(16)
@@ -48,11 +51,12 @@ class ApiKey:
         return f"{self.name} {self.role} sha256:{self.salt.hex()}:{self.digest.hex()}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class KeyRing:
-    """The keys that a server takes."""
+    """The keys that a server takes, and the file that they are from."""
 
     keys: tuple[ApiKey, ...]
+    path: Path | None = None
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -60,7 +64,12 @@ class KeyRing:
         keys = _read(Path(path))
         if not keys:
             raise KeyFileError(f"{path}: no API key is in it; `taskgraph api-key NAME --file FILE` adds one.")
-        return cls(tuple(keys.values()))
+        return cls(tuple(keys.values()), Path(path))
+
+    def reload(self) -> None:
+        """Read the file again, for the requests from now on. KeyFileError, and the keys stay, when it is damaged."""
+        if self.path is not None:
+            self.keys = self.load(self.path).keys
 
     def find(self, secret: str) -> ApiKey | None:
         """The entry of a key that a client sent. It takes as long for a right key as for a wrong one."""
@@ -77,10 +86,14 @@ def _digest(salt: bytes, secret: str) -> bytes:
 
 def _read(path: Path) -> dict[str, ApiKey]:
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            data = file.read(_MOST_FILE_BYTES + 1)
+        text = data.decode("utf-8-sig")
     except (OSError, ValueError) as error:
         why = (error.strerror if isinstance(error, OSError) else None) or "no text file"
         raise KeyFileError(f"{path}: cannot be read as a file of API keys: {why}.") from error
+    if len(data) > _MOST_FILE_BYTES:
+        raise KeyFileError(f"{path}: more than {_MOST_FILE_BYTES} bytes, so no file of API keys.")
     keys: dict[str, ApiKey] = {}
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip() or line.startswith("#"):

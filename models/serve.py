@@ -20,13 +20,15 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from taskgraph.errors import BackendUnavailable, ExecutionError
-from taskgraph.models.access import Access, Gate, access_of
+from taskgraph.errors import BackendUnavailable, ExecutionError, TaskgraphError
+from taskgraph.models.access import Access, AccessLog, Gate, access_of
 from taskgraph.models.answers import Answer, all_or_none
+from taskgraph.models.keys import KeyRing
 from taskgraph.models.metrics import CONTENT_TYPE, Metrics
+from taskgraph.models.page import page_headers, page_text
 from taskgraph.models.protocol import ApiError, Body, ChatBody, CompletionBody, parsed
 from taskgraph.models.service import Service
-from taskgraph.models.status import PlanBook, status_body
+from taskgraph.models.status import READY, PlanBook, status_body, status_of
 from taskgraph.models.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -34,12 +36,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What an app serves: the engine, the model's name and tokenizer, and the most bytes of a request's body."""
+    """What an app serves: the engine, the model's name and tokenizer, the most bytes of a request's body, and the most
+    seconds that it may take to come."""
 
     service: Service
     tokenizer: Tokenizer
     name: str
     most_body_bytes: int = 1 << 20
+    most_body_s: float = 60.0
     metrics: Metrics = field(init=False)
 
     def __post_init__(self) -> None:
@@ -54,14 +58,15 @@ class Served:
 def create_app(served: Served, access: Access | None = None) -> FastAPI:
     """The app, open to whom `access` says (default: all who reach it, but no pages of other sites); the owner of
     `served.service` closes it when the app has ended."""
-    app = FastAPI(title="taskgraph", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title="taskgraph", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     rules = access or Access()
+    app.add_middleware(Gate, access=rules)
     if rules.origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=rules.origins, allow_methods=["GET", "POST"],
             allow_headers=["Authorization", "Content-Type", "X-Request-Id"], expose_headers=["X-Request-Id"],
         )  # fmt: skip
-    app.add_middleware(Gate, access=rules, ended=served.metrics.responded)
+    app.add_middleware(AccessLog, ended=served.metrics.responded)
     card = {
         "id": served.name,
         "object": "model",
@@ -70,7 +75,7 @@ def create_app(served: Served, access: Access | None = None) -> FastAPI:
         "max_model_len": served.context,
     }
 
-    book = PlanBook(served.service)
+    book, page = PlanBook(served.service), page_text()
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
@@ -89,11 +94,15 @@ def create_app(served: Served, access: Access | None = None) -> FastAPI:
         _check_model(name, served)
         return card
 
+    @app.api_route("/", methods=["GET", "HEAD"])
+    async def front() -> Response:
+        return Response(page, media_type="text/html", headers=page_headers(page))
+
     @app.get("/v1/status")
     def status(plan: str = "") -> JSONResponse:
         return JSONResponse(status_body(served.service, book, served.name, plan), headers={"Cache-Control": "no-store"})
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> JSONResponse:
         return _health(served.service)
 
@@ -109,13 +118,12 @@ def create_app(served: Served, access: Access | None = None) -> FastAPI:
 
 def _health(service: Service) -> JSONResponse:
     """200 while requests are taken, else 503; with how full the engine is."""
-    engine, pool = service.engine, service.engine.cache.device
+    now = status_of(service)
     facts = {
-        "status": "ok" if service.ready else "failed" if service.failure else "stopping",
-        "open": service.open, "most_open": service.most_open, "pages": pool.pages, "pages_held": pool.held,
-        "steps": engine.stats.steps, "tokens": engine.stats.tokens,
+        "status": now.state, "open": now.open, "most_open": now.most_open, "pages": now.pages,
+        "pages_held": now.pages_held, "steps": now.steps, "tokens": now.tokens,
     }  # fmt: skip
-    return JSONResponse(facts, 200 if service.ready else 503)
+    return JSONResponse(facts, 200 if now.state == READY else 503)
 
 
 async def _refused(_: Request, error: Exception) -> JSONResponse:
@@ -128,7 +136,7 @@ async def _no_route(request: Request, error: Exception) -> JSONResponse:
     asked = f"{request.method} {request.url.path[:200]}"
     code, message = None, f"{asked}: {error.detail}."
     if error.status_code in (404, 405):
-        code, allowed = "not_supported", (error.headers or {}).get("allow", "")
+        code, allowed = "not_supported", (error.headers or {}).get("Allow", "")
         way = f"use {allowed}" if allowed else "it has /v1/completions, /v1/chat/completions and /v1/models"
         message = f"{asked} is not supported by this server; {way}."
     return JSONResponse(ApiError(error.status_code, message, code=code).body(), error.status_code, error.headers)
@@ -143,7 +151,7 @@ async def _left(_: Request, error: Exception) -> Response:
 
 
 async def _answer(request: Request, served: Served, kind: type[Body]) -> Response:
-    body = parsed(kind, await _read(request, served.most_body_bytes))
+    body = parsed(kind, await _read(request, served))
     _check_model(body.model, served)
     if not served.service.ready:
         raise ApiError(503, "the server is shutting down or has failed; try another.")
@@ -158,14 +166,22 @@ async def _answer(request: Request, served: Served, kind: type[Body]) -> Respons
     return await _left(request, ClientDisconnect()) if whole is None else JSONResponse(whole)
 
 
-async def _read(request: Request, most: int) -> bytes:
-    """The body, if it has `most` bytes at most; no more of it is read."""
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > most:
-            raise ApiError(413, f"the body has more than {most} bytes; send less.")
-        parts.append(part)
+async def _read(request: Request, served: Served) -> bytes:
+    """The body, if it has as many bytes as may be, and comes in time; no more of it is read."""
+    most, parts, size = served.most_body_bytes, [], 0
+    too_large = ApiError(413, f"the body has more than {most} bytes; send less.")
+    said = request.headers.get("content-length", "")
+    if said.isdecimal() and int(said[:20]) > most:
+        raise too_large
+    try:
+        async with asyncio.timeout(served.most_body_s):
+            async for part in request.stream():
+                size += len(part)
+                if size > most:
+                    raise too_large
+                parts.append(part)
+    except TimeoutError as error:
+        raise ApiError(408, f"the body did not come within {served.most_body_s:g} s; send it at once.") from error
     return b"".join(parts)
 
 
@@ -232,8 +248,9 @@ def run_server(
     """Serve until SIGINT or SIGTERM, and close the service; ExecutionError when the engine fails, which also ends it.
 
     From the signal on no new requests are taken; those that run get `drain_s` seconds to end and are cancelled after
-    them, or at a second signal; `say` hears what is waited for. `started` is called with the port, which port 0 leaves
-    to the system. BackendUnavailable for an address that others can reach when `access` has no keys."""
+    them, or at a second signal; `say` hears what is waited for. SIGHUP has the keys' file read again. `started` is
+    called with the port, which port 0 leaves to the system. BackendUnavailable for an address that others can reach
+    when `access` has no keys."""
     rules = access_of(host, None) if access is None else access
     if rules.keys is None:
         access_of(host, None)
@@ -242,7 +259,9 @@ def run_server(
         server = _Server(uvicorn.Config(app, log_level="warning", lifespan="off", server_header=False))
         if started is not None:
             started(listener.getsockname()[1])
-        asyncio.run(_until_stopped(server, served.service, listener, drain_s, say or (lambda _: None)))
+        tell = say or (lambda _: None)
+        server.keys, server.say = rules.keys, tell
+        asyncio.run(_until_stopped(server, served.service, listener, drain_s, tell))
     served.service.close()
     failure = served.service.failure
     if failure is not None:
@@ -250,9 +269,27 @@ def run_server(
 
 
 class _Server(uvicorn.Server):
-    """A server that ends by SIGINT and SIGTERM, and does not raise them again when it has; `hurried` by a second."""
+    """A server that ends by SIGINT and SIGTERM, and does not raise them again when it has; `hurried` by a second.
+    SIGHUP has it read its keys again, if it has any."""
 
-    hurried = False
+    hurried = reread = False
+    keys: KeyRing | None = None
+    say: Callable[[str], None] = staticmethod(lambda text: None)
+
+    def handle_hangup(self, sig: int, frame: FrameType | None) -> None:
+        self.reread = True
+
+    def read_keys(self) -> None:
+        """Read the keys again, if that was asked for."""
+        if self.keys is None or not self.reread:
+            return
+        self.reread = False
+        try:
+            self.keys.reload()
+        except TaskgraphError as error:
+            self.say(f"the keys stay as they are: {error}")
+        else:
+            self.say(f"read the keys again: {len(self.keys.keys)} of {self.keys.path}")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.hurried = self.should_exit
@@ -263,7 +300,10 @@ class _Server(uvicorn.Server):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {signal.SIGINT: self.handle_exit, signal.SIGTERM: self.handle_exit}
+        if self.keys is not None:
+            handlers[signal.SIGHUP] = self.handle_hangup
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         try:
             yield
         finally:
@@ -280,6 +320,7 @@ async def _until_stopped(
 ) -> None:
     async def drain() -> None:
         while not (server.should_exit or service.stopped.is_set()):
+            server.read_keys()
             await asyncio.sleep(0.05)
         server.should_exit = True
         await _drain(server, service, drain_s, say)

@@ -29,8 +29,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-_screen = Console(highlight=False)
-_status = Console(stderr=True, highlight=False)
+_screen = Console(highlight=False, emoji=False)
+_status = Console(stderr=True, highlight=False, emoji=False)
 
 
 def main() -> None:
@@ -187,13 +187,16 @@ def run(
             session.run(ids[-1:], [len(ids) - 1])
     with session:
         known.check_used()
-        stream = tokenizer.stream_decoder()
+        from taskgraph.models.textstream import TextStream
+
+        ends = frozenset(tokenizer.eos_ids)
+        stream = TextStream(tokenizer, (), ends)
         begin, count = time.perf_counter(), 0
-        for token in session.generate(ids, max_new_tokens, frozenset(tokenizer.eos_ids)):
+        for token in session.generate(ids, max_new_tokens, ends):
             count += 1
             _screen.print(stream.push(token), end="", markup=False, soft_wrap=True)
         seconds = time.perf_counter() - begin
-        _screen.print("\n")
+        _screen.print(stream.flush(), "\n", sep="", markup=False, soft_wrap=True)
         rows, (prefill_s, decode_s) = _summary(session, ids, count, seconds)
         _print_summary(rows, f"{config.name}, {dtype}, on {where}")
         _screen.print(f"dtype {dtype} ({picked.why})", markup=False, soft_wrap=True)
@@ -308,7 +311,9 @@ def plan(
     batch: Annotated[int, typer.Option(min=1, help="sequences in the step")] = 256,
     context: Annotated[int, typer.Option(min=1, help="tokens that each sequence has in its cache")] = 1024,
     tokens: Annotated[int, typer.Option(min=1, help="new tokens a sequence: 1 is decode, more is prefill")] = 1,
-    dtype: Annotated[str, typer.Option(help="of weights, cache and products: bf16, f16 or f32")] = "bf16",
+    dtype: Annotated[
+        str, typer.Option(help="of weights, cache and products: bf16, f16, f32, or auto: bf16, on cpu the faster here")
+    ] = "auto",
     ranks: Annotated[int, typer.Option(min=1, help="devices that share every layer (tensor parallel)")] = 1,
     expert_parallel: Annotated[
         bool, typer.Option("--expert-parallel", help="ranks hold whole experts, not a part of each")
@@ -323,6 +328,10 @@ def plan(
     from taskgraph.schedule.verify import resident_bytes
 
     _check_outputs(out, trace, report)
+    if dtype == "auto":
+        from taskgraph.models.dtypes import pick
+
+        dtype = pick("auto").dtype if device == "cpu" else "bf16"
     size = tuning.StepSize(batch, context, tokens, dtype, ranks, expert_parallel)
     begin = time.perf_counter()
     graph = tuning.graph_of(model, size)

@@ -166,11 +166,14 @@ class _Many(Type):
     def one(self, value: Any) -> tuple[Any, ...]:
         if not isinstance(value, (list, tuple)):
             raise Bad(0, f"is {shown(value)}; it must be a list")
+        if not value:
+            return ()
+        given = list(value)
         try:
-            made = self.inner.column(list(value)) if value else []
+            made = self.inner.column(given)
         except Bad as bad:
             raise Bad(0, bad.text, f".{bad.index}{bad.path}") from None
-        if type(value) is tuple and all(map(operator.is_, value, made)):
+        if type(value) is tuple and (made is given or all(map(operator.is_, value, made))):
             return value
         return tuple(made)
 

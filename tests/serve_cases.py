@@ -116,14 +116,17 @@ def make_served(
 
 
 def main() -> None:
-    """Serve on a free port and print it; arguments: step_s, drain_s, fails_at."""
+    """Serve on a free port and print it; arguments: step_s, drain_s, fails_at, and a file of API keys, if any."""
     from taskgraph.errors import TaskgraphError
+    from taskgraph.models.access import access_of
+    from taskgraph.models.keys import KeyRing
 
     step_s, drain_s, fails_at = (float(text) for text in sys.argv[1:4])
     served = make_served(step_s=step_s, fails_at=int(fails_at))
     try:
         tell = partial(print, flush=True)
-        run_server(served, "127.0.0.1", 0, drain_s=drain_s, started=tell, say=tell)
+        rules = access_of("127.0.0.1", KeyRing.load(sys.argv[4])) if len(sys.argv) > 4 else None
+        run_server(served, "127.0.0.1", 0, drain_s=drain_s, access=rules, started=tell, say=tell)
     except TaskgraphError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

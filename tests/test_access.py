@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from serve_cases import make_served
 
 import taskgraph as tg
-from taskgraph.models.access import Access, Gate, access_of, is_loopback
+from taskgraph.models.access import Access, AccessLog, Gate, access_of, is_loopback
 from taskgraph.models.keys import ApiKey, KeyRing, add_key, readable_by_others
 from taskgraph.models.serve import Served, create_app, run_server
 
@@ -226,7 +226,7 @@ def test_nothing_that_a_client_writes_breaks_the_log(path: bytes, method: str, n
             "type": "http", "method": method, "path": path.decode("latin-1"), "raw_path": path,
             "headers": [(b"x-request-id", number)],
         }  # fmt: skip
-        asyncio.run(Gate(app, Access())(scope, None, send))  # type: ignore[arg-type]
+        asyncio.run(AccessLog(Gate(app, Access()))(scope, None, send))  # type: ignore[arg-type]
     finally:
         log.removeHandler(handler)
         log.level = before

@@ -56,6 +56,11 @@ def two_ops() -> tg.Graph:
     return b.build()
 
 
+def fills(x: Any, out: Any) -> None:
+    """A custom op of one input and one output."""
+    out.copy_(x)
+
+
 GRAPH = two_ops()
 PLAN = tg.plan(GRAPH, "h100_sxm", "list")
 PLACE = Place("cpu", "m", "none", "v", "cpu")
@@ -131,7 +136,7 @@ def builder_calls(s: Shop) -> dict[str, Call]:
         "GraphBuilder.weight": (b.weight, {"name": "i", "shape": (4, 4), "dtype": "f32"}),
         "GraphBuilder.state": (b.state, {"name": "i", "shape": (4, 4), "dtype": "f32"}),
         "GraphBuilder.op": (b.op, {"kind": "custom", "attrs": {"k": 1}, **made}),
-        "GraphBuilder.call": (b.call, {"function": two_ops, "split_axes": [0], "split_multiple": 1, **made}),
+        "GraphBuilder.call": (b.call, {"function": fills, "split_axes": [0], "split_multiple": 1, **made}),
         "GraphBuilder.repeat": (repeat, {"count": 2, "name": "layer"}),
         "Loop": (carry, {"init": s.x, "name": "i", "value": s.y, "inside": ...}),
         "GraphBuilder.output": (lambda value: b.output(value), {"value": s.x}),
@@ -185,7 +190,7 @@ def function_calls(s: Shop) -> dict[str, Call]:
             "functions": {}, "fresh": True, "progress": None}  # fmt: skip
     changes = {"sm_count": 64, "flops_per_s": {"f32": 1e12}}
     paths = {name: s.folder / f"{name}.out" for name in ("trace", "report")}
-    made = {"functions": None, "device": None, "group": None, "ways": None}
+    made = {"functions": None, "device": None, "group": None, "ways": None, "check": False}
     return {
         "devices.get": (tg.devices.get, {"device": "h100_sxm"}),
         "devices.make": (tg.devices.make, {"base": "h100_sxm", "name": "x", **changes}),

@@ -178,14 +178,14 @@ def test_damaged_settings_of_tokens(tmp_path: Path, name: str) -> None:
     folder = write_folder(tmp_path / "m")
     content: Any = {"eos_token_id": [257, 3], "bos_token_id": 256} if name.startswith("generation") else SETTINGS
     text = json.dumps(content).encode()
-    held(5, lambda rng: mutated_json(rng, content, text), folder / name, lambda n: use_tokenizer(folder))
+    held(5, lambda rng: mutated_json(rng, content, text), folder / name, lambda n: use_tokenizer(folder, n))
 
 
-def use_tokenizer(folder: Path) -> None:
+def use_tokenizer(folder: Path, number: int) -> None:
     tokenizer = Tokenizer.from_folder(folder)
     assert all(tokenizer.encode(tokenizer.decode([number], specials=True)) for number in tokenizer.eos_ids)
     tokenizer.decode(tokenizer.encode("ab<|end|> a"))
-    if tokenizer.chat_template is not None:
+    if tokenizer.chat_template is not None and number % 8 == 0:
         tokenizer.chat("a")
 
 
@@ -200,7 +200,7 @@ def test_damaged_tokenizers(tmp_path: Path) -> None:
     vocabulary = content["model"]["vocab"]
     content["model"]["vocab"] = {key: i for key, i in vocabulary.items() if key in ("a", "b", "ab") or i > 240}
     text = json.dumps(content).encode()
-    held(6, lambda rng: mutated_json(rng, content, text), folder / "tokenizer.json", lambda n: use_tokenizer(folder))
+    held(6, lambda rng: mutated_json(rng, content, text), folder / "tokenizer.json", lambda n: use_tokenizer(folder, n))
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json", "tokenizer.json"])

@@ -1,5 +1,6 @@
 """Plans that are there already are used: files, and what autotune remembers."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 import taskgraph as tg
+from taskgraph import cli
 from taskgraph.models import llama
 from taskgraph.models.config import load_config
 from taskgraph.models.known_plans import KnownPlans
@@ -98,3 +100,81 @@ def test_what_autotune_remembers_is_used_until_told_otherwise() -> None:
     assert len(said) == 1 and tuned.at in said[0] and tuned.kind in said[0]
     assert KnownPlans(use_remembered=False, say=said.append)(graph, "cpu").made_by != tuned.plan.made_by
     assert len(said) == 1
+
+
+@pytest.mark.model
+def test_a_step_planned_by_name_is_that_of_the_checkpoint(smollm2_gguf: Path) -> None:
+    from taskgraph.models.weights import open_checkpoint
+
+    with open_checkpoint(smollm2_gguf) as checkpoint:
+        config = checkpoint.config
+    by_name, by_file = (
+        replace(llama.step_graph(each, batch=1, tokens=1, cache=256), name="step")
+        for each in (load_config("smollm2"), config)
+    )
+    assert by_name.fingerprint == by_file.fingerprint
+
+
+def test_the_serving_engine_uses_a_saved_plan_for_the_bucket_whose_it_is(tmp_path: Path) -> None:
+    from taskgraph.models.engine import cpu_engine
+    from taskgraph.models.paged import Bucket, PageShape, step_graph
+    from taskgraph.models.requests import Request
+    from taskgraph.models.scheduler import Limits
+
+    limits, file, said = Limits(2, 16, chunks=1, context=32), tmp_path / "bucket.json", list[str]()
+    graph = step_graph(CONFIG, Bucket(2), PageShape(4, 32, 32), "f32")
+    replace(tg.plan(graph, "cpu", "list"), made_by="by hand").sealed().save(file)
+    known = KnownPlans([file], use_remembered=False, say=said.append)
+    answers = []
+    for planner in (known, None):
+        with cpu_engine(CONFIG, weights(), limits, pages=4, dtype="f32", planner=planner) as engine:
+            engine.runner.warm()
+            answers.append([done.tokens for done in engine.run([Request([1, 2], max_tokens=3)] * 2)])
+    known.check_used()
+    assert len(said) == 1 and "by hand" in said[0] and answers[0] == answers[1]
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Exit code of `taskgraph ARGUMENTS`, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["taskgraph", *arguments])
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def test_plan_shares_a_model_out_over_ranks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "rank.json"
+    sizes = ["--batch", "64", "--context", "512", "--scheduler", "list"]
+    assert command(monkeypatch, "plan", "llama-3-70b", "--ranks", "8", "--dtype", "f16", *sizes, "--out", str(out)) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "8 x h100_sxm" in text and "each of 8 ranks keeps" in text and "of the 80 GB" in text
+    graph = llama.step_graph(load_config("llama-3-70b"), batch=64, tokens=1, cache=512, dtype="f16", tensor_parallel=8)
+    tg.verify(tg.Plan.load(out), graph)  # also: it fits the memory of one
+    assert command(monkeypatch, "plan", "llama-3-70b", *sizes) == 0
+    assert "--ranks 4 would share it out" not in text
+    alone = " ".join(capsys.readouterr().out.split())
+    assert "note: the step keeps" in alone and "--ranks 2 would share it out" in alone
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["plan", "llama-3-8b", "--ranks", "3"], "32 heads"),
+        (["plan", "llama-3-8b", "--dtype", "f8"], "f8"),
+        (["plan", "llama-3-8b", "--ranks", "2", "--device", "l40s"], "link"),
+        (["plan", "llama-3-8b", "--expert-parallel"], "--ranks 2"),
+        (["run", "smollm2", "--plan", "nowhere.json"], "nowhere.json"),
+        (["bench-serve", "llama-3-8b", "--device", "h100_sxm", "--dataset", "sharegpt", "--plan", "x.json"], "--plan"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_what_cannot_be_planned_or_used_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], word: str
+) -> None:
+    assert command(monkeypatch, *arguments) == 2
+    error = capsys.readouterr().err.strip()
+    assert word in error and len(error.splitlines()) == 1

@@ -2,10 +2,14 @@
 
 import json
 import os
+import re
+import shlex
+import shutil
 import statistics
 import subprocess
 import sys
 import time
+import tomllib
 import zipfile
 from importlib import metadata
 from importlib.util import find_spec
@@ -86,6 +90,7 @@ def test_wheel_holds_every_source_and_data_file(wheel: Path) -> None:
     wanted = {str(p.relative_to(ROOT)) for p in (ROOT / "taskgraph").rglob("*.py")}
     for part in ("models", "cuda"):
         files = [*(ROOT / part).rglob("*.py"), *(ROOT / part).rglob("*.json"), *(ROOT / part).rglob("*.cu")]
+        files += (ROOT / part).rglob("*.html")
         wanted |= {f"taskgraph/{p.relative_to(ROOT)}" for p in files}
     wanted |= {f"taskgraph/{p.relative_to(ROOT)}" for p in (ROOT / "cuda").glob("virtual/*") if p.is_file()}
     assert not {name for name in wanted if "__pycache__" not in name} - names
@@ -141,6 +146,14 @@ def test_import_takes_at_most_300_ms_over_nothing(tmp_path: Path) -> None:
 # -- what the base install can do ------------------------------------------------------------------------------------
 
 
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def declared(extra: str) -> list[str]:
+    """What pyproject.toml asks for, with one of its extras."""
+    return [*PROJECT["dependencies"], *PROJECT["optional-dependencies"].get(extra, [])]
+
+
 def required(extra: str = "") -> set[str]:
     """The distributions that the package needs, directly or not, without its extras or with one of them."""
     found: set[str] = set()
@@ -153,7 +166,7 @@ def required(extra: str = "") -> set[str]:
         seen.add((name, wanted))
         found.add(canonicalize_name(name))
         try:
-            lines = metadata.requires(name) or []
+            lines = declared(wanted) if name == "taskgraph-gpu" else metadata.requires(name) or []
         except metadata.PackageNotFoundError:
             continue
         for need in map(Requirement, lines):
@@ -244,3 +257,40 @@ def test_a_missing_extra_is_one_line_that_names_it(base: Path, arguments: list[s
     done = command(base, *arguments)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert f"taskgraph-gpu[{extra}]" in done.stderr, done.stderr
+
+
+# -- the install lines of the README -----------------------------------------------------------------------------------
+
+
+def install_lines() -> list[list[str]]:
+    """Every `pip install` that the README shows as a command."""
+    lines = (line.strip() for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("    "))
+    return [shlex.split(line) for line in lines if "pip install" in line]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", install_lines(), ids=" ".join)
+def test_the_install_line_of_the_readme_works_in_a_checkout(line: list[str], source: Path) -> None:
+    shutil.copy(ROOT / "constraints.txt", source)
+    assert line[:4] == ["python", "-m", "pip", "install"] and "." in line
+    options = ["--dry-run", "--no-deps", "--quiet", *isolation()]
+    done = subprocess.run(
+        [sys.executable, *line[1:], *options], cwd=source, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_readme_and_the_makefile_install_from_the_checkout() -> None:
+    assert install_lines()
+    extras = set(PROJECT["optional-dependencies"])
+    made = re.findall(r"-e '\.\[([\w,]+)\]'", (ROOT / "Makefile").read_text())
+    shown = re.findall(r"'\.\[([\w,]+)\]'", (ROOT / "README.md").read_text())
+    assert made and {extra for text in [*made, *shown] for extra in text.split(",")} <= extras
+    to_run = set(made[0].split(","))
+    assert "test" not in to_run and "test" in made[1].split(",")
+
+
+def test_what_running_needs_leaves_out_what_only_tests_need() -> None:
+    to_run = set().union(*(required(extra) for extra in ("hub", "serve", "guided")))
+    assert not to_run & {"ray", "dask", "ortools", "mypy", "pytest", "transformers", "scipy", "pyarrow"}
+    assert {"torch", "numba", "fastapi", "uvicorn"} <= to_run

@@ -67,6 +67,28 @@ def test_poison_is_not_shared_by_its_prefix() -> None:
         assert engine.cache.device.free == engine.cache.device.pages, "nothing is findable"
 
 
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_one_logit_that_is_no_finite_number_is_enough(dtype: str, value: float) -> None:
+    """Of a vocabulary of 160, and neither the first nor the last; greedy, drawn, and told."""
+    asks = [{}, {"sampling": Sampling(temperature=0.8, top_k=3, seed=1)}, {"logprobs": 2}]
+    weights = cases.weights(dtype, poisoned=False)
+    weights["lm_head"][77] = value
+    if value == float("inf"):  # times hidden values of both signs it would be NaN
+        weights["lm_head"][77] = 0.0
+        weights["lm_head"][77, 0] = value
+    with cpu_engine(cases.config(), weights, cases.LIMITS, pages=16, dtype=dtype) as engine:
+        for ask in asks:
+            for prompt in ([1, 2, 3], [9] * 40):
+                try:
+                    (done,) = engine.run([Request(prompt, 3, **ask)])
+                except tg.ExecutionError as error:
+                    assert "request" in str(error) and "no finite numbers" in str(error)
+                else:  # minus infinity is a token that cannot be, and no error
+                    assert value > 0 and 77 not in done.tokens
+        assert engine.cache.device.held == 0
+
+
 def test_a_session_says_it_too() -> None:
     with (
         Session(cases.config(), cases.weights(), dtype="f32", cache=64) as session,

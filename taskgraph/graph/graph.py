@@ -404,14 +404,7 @@ class GraphBuilder:
         check_work(name, instance(f"the work of op {name!r}", work, Work, GraphError))
         if demand is not None:
             instance(f"the demand of op {name!r}", demand, Demand, GraphError, "Make one with taskgraph.demand(...).")
-        for value in (*sequence(f"inputs of op {name!r}", inputs, GraphError), *sequence("writes", writes, GraphError)):
-            self._own(value, f"op {name!r}")
-        for each in sequence(f"outputs of op {name!r}", outputs, GraphError):
-            instance(f"an output of op {name!r}", each, TensorSpec, GraphError, "Make one with taskgraph.spec(...).")
-        for each in sequence(f"after= of op {name!r}", after, GraphError):
-            text(f"after= of op {name!r}", each, GraphError)
-        for key in instance(f"the attributes of op {name!r}", attrs or {}, Mapping, GraphError):
-            text(f"an attribute of op {name!r}", key, GraphError)
+        self._check_parts(f"op {name!r}", (inputs, writes), outputs, after, attrs or {})
         made = tuple(self._tensor(o.name, o.shape, o.dtype, "activation") for o in outputs)
         views = {i: v.view for i, v in enumerate(inputs) if v.view is not None}
         parts: dict[str, Attr] = {ROWS: rows_attr(views)} if views else {}
@@ -452,6 +445,8 @@ class GraphBuilder:
         batch, or None where a slice needs the whole; every output carries it on its first axis. `split_multiple` is
         what slices must be multiples of.
         """
+        for what, given in (("inputs", inputs), ("outputs", outputs)):
+            sequence(f"{what} of a custom op", given, GraphError)
         key = register_function(callable_of("the function of a custom op", function, GraphError))
         attrs: dict[str, Attr] = {"function": key}
         if split_axes is not None:
@@ -504,6 +499,21 @@ class GraphBuilder:
         tensor = Tensor(called, shape, dtype, role)  # type: ignore[arg-type]  # a list becomes a tuple there
         self._add_tensor(tensor)
         return Value(self, tensor)
+
+    def _check_parts(self, whose: str, values: Sequence[object], outputs: object, after: object, attrs: object) -> None:
+        """GraphError unless these are lists of values of this builder, of specs and of names, and named attributes."""
+        for each in values:
+            for value in sequence(f"inputs and writes of {whose}", each, GraphError):
+                self._own(value, whose)
+        for made in sequence(f"outputs of {whose}", outputs, GraphError):
+            if not isinstance(made, TensorSpec):
+                raise GraphError(f"an output of {whose} is {shown(made)}; make one with taskgraph.spec(...).")
+        for name in sequence(f"after= of {whose}", after, GraphError):
+            text(f"after= of {whose}", name, GraphError)
+        if not isinstance(attrs, Mapping):
+            raise GraphError(f"the attributes of {whose} are {shown(attrs)}; they must be a mapping.")
+        for key in attrs:
+            text(f"an attribute of {whose}", key, GraphError)
 
     def _own(self, value: Value, taker: str) -> Value:
         """`value` if it is one of this builder; GraphError names who would take it."""
