@@ -21,15 +21,16 @@ from benchmarks.peers import (
     TORCH_DTYPES,
     LlamaCpp,
     Run,
-    bf16_gguf,
     compiled_run,
     has_llama_cpp,
+    plain_gguf,
     prompt,
     transformers_models,
     transformers_run,
 )
 from taskgraph.models import llama
 from taskgraph.models.config import ModelConfig
+from taskgraph.models.dtypes import DTYPES, pick
 from taskgraph.models.hub import smollm2_path
 from taskgraph.models.weights import open_checkpoint
 from taskgraph.runtime.cpu import CpuExecutable
@@ -48,6 +49,7 @@ Cases: prefill of {PROMPT} tokens, batch 1, logits of the last token only; one d
                 the better of the two, case by case
   llama_cpp     llama.cpp through llama-cpp-python, where it is installed: the weights as a BF16 GGUF (made once, in
                 the user's cache), flash attention on; null where it is absent, or for a model that is no GGUF
+  llama_cpp_f32 the same with an F32 GGUF
   torch_compile the better transformers model under torch.compile, with --compile (minutes of compilation; null for
                 what fails, or takes longer than --compile-limit)
 
@@ -60,6 +62,10 @@ examples:
   python -m benchmarks.llm --json
   python -m benchmarks.llm --cases decode_1 --rounds 30 --dtype f32
 """
+
+
+LLAMA_CPP = {"llama_cpp": "bf16", "llama_cpp_f32": "f32"}
+"""Contenders that are llama.cpp, and the dtype of their GGUF."""
 
 
 def model_runs(
@@ -95,8 +101,8 @@ def differences(ours: "torch.Tensor", runs: Mapping[str, Run]) -> str:
 
     exact = runs["transformers_float32"]().reshape(-1)
     found = {"taskgraph": ours, "transformers bf16": runs["transformers_bfloat16"]()}
-    if "llama_cpp" in runs:
-        found["llama.cpp"] = torch.from_numpy(np.ctypeslib.as_array(runs["llama_cpp"](), (len(exact),)).copy())
+    for name in (name for name in LLAMA_CPP if name in runs):
+        found[name] = torch.from_numpy(np.ctypeslib.as_array(runs[name](), (len(exact),)).copy())
     parts = [f"{n} {float((t.reshape(-1).float() - exact).norm() / exact.norm()):.2%}" for n, t in found.items()]
     return "logits, distance from transformers fp32 over their norm: " + ", ".join(parts)
 
@@ -105,29 +111,32 @@ def measure(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, A
     """Tokens/s of every contender and case."""
     import torch
 
+    picked = pick(args.dtype)
+    say(f"taskgraph in {picked.dtype} ({picked.why})")
     say("loading weights")
     source = smollm2_path() if args.model == "smollm2" else Path(args.model)
     with open_checkpoint(source) as checkpoint:
         config = checkpoint.config
-        weights = llama.load_weights(config, checkpoint, args.dtype)
+        weights = llama.load_weights(config, checkpoint, picked.dtype)
         models = {} if args.no_peers else transformers_models(checkpoint)
-    other = None
+    others: dict[str, LlamaCpp] = {}
     if models and has_llama_cpp() and source.suffix == ".gguf":
-        other = LlamaCpp(bf16_gguf(source), len(os.sched_getaffinity(0)))
+        for name, kind in LLAMA_CPP.items():
+            others[name] = LlamaCpp(plain_gguf(source, kind), len(os.sched_getaffinity(0)))
     seconds: dict[str, dict[str, list[float]]] = {}
     verdicts: dict[str, str] = {}
     for case in args.cases:
         with ExitStack() as stack:
             say(f"{case}: planning and capturing")
-            executables, plans = model_runs(config, weights, args.dtype, case)
+            executables, plans = model_runs(config, weights, picked.dtype, case)
             for executable in executables.values():
                 stack.callback(executable.close)
             verdicts[case] = plans["taskgraph"].verdict.choice
             runs: dict[str, Run] = {name: executable.launch for name, executable in executables.items()}
             runs["eager"] = executables["sequential"].eager
             runs |= {f"transformers_{d}": transformers_run(model, config, case) for d, model in models.items()}
-            if other is not None:
-                runs["llama_cpp"], close = other.run(config, case)
+            for name, other in others.items():
+                runs[name], close = other.run(config, case)
                 stack.callback(close)
             if args.compile and models:
                 runs |= compiled(runs, models, config, case, args.compile_limit, say)
@@ -137,12 +146,13 @@ def measure(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, A
             say(f"{case}: measuring")
             lead = 0 if case == PREFILL else 1  # a prefill step is long enough to warm itself
             seconds[case] = interleaved(runs, rounds=args.rounds, budget_s=args.budget, pause_s=0.01, lead=lead)
-    if other is not None:
+    for other in others.values():
         other.close()
     return {
         **rates_of(seconds),
         "verdict": verdicts,
-        "dtype": args.dtype,
+        "dtype": picked.dtype,
+        "dtype_why": picked.why,
         "machine": f"{machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads",
     }
 
@@ -177,7 +187,7 @@ def rates_of(seconds: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, 
     best = {case: max(row[case] or 0.0 for row in by_dtype.values()) for case in seconds} if by_dtype else None
     spreads = {name: {case: spread(runs[name]) for case, runs in seconds.items() if name in runs} for name in names}
     return {
-        **dict.fromkeys(("torch_compile", "llama_cpp")),
+        **dict.fromkeys(("torch_compile", *LLAMA_CPP)),
         **rate,
         "transformers": best,
         "transformers_by_dtype": by_dtype,
@@ -187,15 +197,16 @@ def rates_of(seconds: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, 
 
 def table_of(result: dict[str, Any]) -> Table:
     """One row for each case."""
-    table = Table(title="SmolLM2-135M, tokens/s (measured, median)", caption=result["machine"])
+    told = f"{result['machine']}; taskgraph in {result['dtype']} ({result['dtype_why']})"
+    table = Table(title="SmolLM2-135M, tokens/s (measured, median)", caption=told)
     peers = {f"transformers_{d}": row for d, row in result["transformers_by_dtype"].items()}
     ours = {name: result[name] for name in ("taskgraph", "sequential", "eager")}
-    columns = {**ours, **peers, **{name: result[name] for name in ("torch_compile", "llama_cpp") if result[name]}}
+    columns = {**ours, **peers, **{name: result[name] for name in ("torch_compile", *LLAMA_CPP) if result[name]}}
     titles = {"transformers_bfloat16": "transformers\nbf16", "transformers_float32": "transformers\nfp32"}
     table.add_column("case")
     for name in columns:
         table.add_column(titles.get(name, name.replace("_", ".")), justify="right")
-    against = [name for name in ("eager", "transformers", "llama_cpp") if result[name]]
+    against = [name for name in ("eager", "transformers", *LLAMA_CPP) if result[name]]
     for name in against:
         table.add_column(f"gain over\n{name.replace('_', '.')}", justify="right")
     table.add_column("plan")
@@ -217,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--model", default="smollm2", help="smollm2, or a checkpoint of the Llama family")
     parser.add_argument("--cases", nargs="+", choices=list(TOKENS), default=list(TOKENS), help="which cases to run")
-    parser.add_argument("--dtype", choices=("bf16", "f32"), default="bf16", help="of taskgraph's graphs (default bf16)")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of taskgraph's graphs (auto: faster here)")
     parser.add_argument("--rounds", type=count, default=15, help="interleaved rounds of a case (default 15)")
     parser.add_argument("--budget", type=positive, default=4.0, help="stop a case after these seconds (default 4)")
     parser.add_argument("--no-peers", action="store_true", help="taskgraph alone")

@@ -137,22 +137,23 @@ def has_llama_cpp() -> bool:
     return find_spec("llama_cpp") is not None
 
 
-def bf16_gguf(source: Path) -> Path:
-    """The checkpoint as a BF16 GGUF in the user's cache; vectors stay float32, as llama.cpp's converter has them."""
-    target = platformdirs.user_cache_path("taskgraph") / "benchmarks" / f"{source.stem}-to-bf16.gguf"
+def plain_gguf(source: Path, kind: str = "bf16") -> Path:
+    """The checkpoint as a GGUF of `kind` ("bf16" or "f32") in the user's cache; vectors are float32 in both, as
+    llama.cpp's converter has them."""
+    target = platformdirs.user_cache_path("taskgraph") / "benchmarks" / f"{source.stem}-to-{kind}.gguf"
     if target.is_file() and target.stat().st_mtime >= source.stat().st_mtime:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_suffix(".partial")
     try:
-        _write_bf16(source, partial)
+        _write_plain(source, partial, kind)
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
     return target
 
 
-def _write_bf16(source: Path, target: Path) -> None:
+def _write_plain(source: Path, target: Path, kind: str) -> None:
     import gguf
 
     reader = gguf.GGUFReader(source)
@@ -162,15 +163,15 @@ def _write_bf16(source: Path, target: Path) -> None:
         if not key.startswith(own):
             listed = field.types[0] == gguf.GGUFValueType.ARRAY
             writer.add_key_value(key, field.contents(), field.types[0], field.types[-1] if listed else None)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
-    kind = gguf.GGMLQuantizationType.BF16
+    writer.add_file_type({"bf16": gguf.LlamaFileType.MOSTLY_BF16, "f32": gguf.LlamaFileType.ALL_F32}[kind])
+    stored_as = {"bf16": gguf.GGMLQuantizationType.BF16, "f32": gguf.GGMLQuantizationType.F32}[kind]
     for stored in reader.tensors:
         shape = [int(n) for n in reversed(stored.shape)]
         data = gguf.quants.dequantize(stored.data, stored.tensor_type).astype(np.float32).reshape(shape)
         if len(shape) == 1:
             writer.add_tensor(stored.name, data)
         else:
-            writer.add_tensor(stored.name, gguf.quants.quantize(data, kind), raw_dtype=kind)
+            writer.add_tensor(stored.name, gguf.quants.quantize(data, stored_as), raw_dtype=stored_as)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

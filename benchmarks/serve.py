@@ -14,9 +14,10 @@ import numpy as np
 from rich.table import Table
 
 from benchmarks import count, interleaved, machine, measured_main, one_line, positive, spread
-from benchmarks.peers import TORCH_DTYPES, LlamaCpp, bf16_gguf, has_llama_cpp, transformers_models
+from benchmarks.peers import TORCH_DTYPES, LlamaCpp, has_llama_cpp, plain_gguf, transformers_models
 from taskgraph.models import llama
 from taskgraph.models.config import ModelConfig, load_config
+from taskgraph.models.dtypes import DTYPES, pick
 from taskgraph.models.engine import Engine, cpu_engine
 from taskgraph.models.hub import smollm2_path
 from taskgraph.models.requests import Request
@@ -31,7 +32,8 @@ EPILOG = """\
 Requests: random tokens, prompts of 8 to 128, outputs of 8 to 64, all there at the start, greedy, no stop token. The
 figure of each contender is the output tokens of all requests over the seconds until the last one has ended.
 
-  taskgraph     the serving engine: continuous batching, chunked prefill, paged cache; bf16; plans made before
+  taskgraph     the serving engine: continuous batching, chunked prefill, paged cache; in the
+                dtype that is faster here, or in --dtype; plans made before
   transformers  generate() on left-padded batches of equal size in the order of the requests, each until its longest
                 output is done; the best of the batch sizes, in the better dtype of a short trial
   llama_cpp     llama.cpp through llama-cpp-python, where it is installed: the weights as a BF16 GGUF (made once, in
@@ -95,7 +97,7 @@ def llama_cpp_runs(
     stack: ExitStack, source: Path, requests: Sequence[Request], slots: Sequence[int]
 ) -> dict[str, "Kept"]:
     """llama.cpp with each number of slots, on all cores; `stack` frees it."""
-    model = LlamaCpp(bf16_gguf(source), len(os.sched_getaffinity(0)))
+    model = LlamaCpp(plain_gguf(source), len(os.sched_getaffinity(0)))
     stack.callback(model.close)
     longest, runs = max(len(r.prompt) + r.max_tokens for r in requests), {}
     for slot in slots:
@@ -140,11 +142,13 @@ def measure(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, A
     """Tokens/s of every contender."""
     import torch
 
+    picked = pick(args.dtype)
+    say(f"taskgraph in {picked.dtype} ({picked.why})")
     say("loading weights")
     source = smollm2_path() if args.model == "smollm2" else Path(args.model)
     with open_checkpoint(source) as checkpoint:
         config = checkpoint.config
-        weights = llama.load_weights(config, checkpoint, "bf16")
+        weights = llama.load_weights(config, checkpoint, picked.dtype)
         models = {} if args.no_peers else transformers_models(checkpoint)
     requests = make_requests(config, args.requests)
     tokens = sum(r.max_tokens for r in requests)
@@ -179,6 +183,8 @@ def measure(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, A
         "transformers_by_batch": by_size["transformers"],
         "llama_cpp_by_slots": by_size["llama_cpp"],
         "transformers_dtype": dtype,
+        "dtype": picked.dtype,
+        "dtype_why": picked.why,
         "llama_cpp_alike": next((first_alike(answers, each.answers) for each in other.values()), None),
         "engine_us_per_step_256": 1e6 * engine_seconds(256, args.engine_steps),
         "host_s_per_step": host / steps,
@@ -199,7 +205,7 @@ def table_of(result: Mapping[str, Any]) -> Table:
     for name in ("contender", "tokens/s", "taskgraph over it"):
         table.add_column(name, justify="left" if name == "contender" else "right")
     ours = result["taskgraph_tok_s"]
-    table.add_row("taskgraph", f"{ours:,.1f}", "")
+    table.add_row(f"taskgraph, {result['dtype']}", f"{ours:,.1f}", "")
     peers = {f"transformers, batch {n}, {result['transformers_dtype']}": r
              for n, r in result["transformers_by_batch"].items()}  # fmt: skip
     peers |= {f"llama.cpp, {n} slots, bf16": r for n, r in result["llama_cpp_by_slots"].items()}
@@ -219,6 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "benchmarks.serve", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="smollm2", help="smollm2, or a checkpoint of the Llama family")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of taskgraph (default: the faster one here)")
     parser.add_argument("--requests", type=count, default=64, help="how many (default 64)")
     parser.add_argument(
         "--sequences", type=count, default=48, help="sequences that the engine runs at once (default 48)"

@@ -5,6 +5,7 @@ The gguf package reads the same; it takes seconds for a vocabulary, an array of 
 
 import math
 import mmap
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -208,13 +209,14 @@ def block_sizes() -> dict[int, tuple[int, int]]:
 
 
 class MappedGguf:
-    """A GGUF file, mapped into memory until `close`."""
+    """A GGUF file, mapped into memory until `close`; `info` says what file that is, whatever its path is later."""
 
     def __init__(self, path: Path) -> None:
         if not path.is_file():
             raise WeightsError(f"no GGUF file at {str(path)!r}; check the path.")
         try:
             with path.open("rb") as file:
+                self.info = os.fstat(file.fileno())
                 self._map: mmap.mmap | bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except ValueError:  # an empty file cannot be mapped
             self._map = b""

@@ -132,8 +132,9 @@ class GgufCheckpoint(_Closing):
 
     @property
     def identity(self) -> str:
-        """What the file is, for weights made of it: where, since when, its size and the digest of its header."""
-        info = self._path.resolve().stat()
+        """What the file was when it was opened, for weights made of it: which, since when, its size and the digest of
+        its header."""
+        info = self._file.info
         head = hashlib.sha256(self._file.head()).hexdigest()
         return f"{info.st_dev} {info.st_ino} {info.st_size} {info.st_mtime_ns} {info.st_ctime_ns} {head}"
 

@@ -17,9 +17,16 @@ def rates(dtype: str, fixed: bool, **by_way: tuple[float, ...]) -> list[Rate]:
     return [Rate(dtype, fixed, m, way, s) for way, row in by_way.items() for m, s in zip(sizes, row, strict=True)]
 
 
-def test_the_fastest_way_is_chosen_at_every_number_of_rows() -> None:
+def test_the_fastest_way_is_chosen_for_few_rows_and_for_many() -> None:
     found = choose.choose("bf16", True, rates("bf16", True, dot=(9.0, 9.0, 9.0), packed=(1.0, 10.0, 20.0)))
-    assert found == [Choice("bf16", True, 1, "dot"), Choice("bf16", True, 6, "packed")]
+    assert found == [Choice("bf16", True, 1, "dot"), Choice("bf16", True, 65, "packed")]
+    found = choose.choose("bf16", False, rates("bf16", False, plain=(1.0, 1.0, 9.0), f32=(2.0, 2.0, 1.0)))
+    assert found == [Choice("bf16", False, 1, "f32"), Choice("bf16", False, 65, "plain")]
+
+
+def test_few_rows_go_by_a_way_whose_sums_do_not_depend_on_the_batch() -> None:
+    found = choose.choose("bf16", True, rates("bf16", True, tile=(1.0, 1.0, 1.0), packed=(5.0, 5.0, 1.0)))
+    assert found == [Choice("bf16", True, 1, "tile")]
 
 
 def test_a_way_that_is_hardly_faster_is_not_worth_a_copy() -> None:

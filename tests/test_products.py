@@ -66,6 +66,22 @@ def test_the_weight_may_lie_either_way_round(ways: Ways) -> None:
         assert distance(made, x.double() @ w.double()) < 1e-2
 
 
+@pytest.mark.parametrize(("way", "dtype"), [("dot", "bf16"), ("tile", "bf16"), ("tile", "f32"), ("tile", "f16")])
+def test_a_row_of_a_product_does_not_depend_on_the_rows_beside_it(way: str, dtype: str) -> None:
+    """To the bit: nor on the threads, or how the product is cut for caches."""
+    if way not in products.able():
+        pytest.skip(f"this processor has no way {way!r}")
+    torch.manual_seed(4)
+    kind = TORCH_DTYPE[dtype]
+    x, w = torch.randn(130, 1100).to(kind), torch.randn(70, 1100).to(kind)
+    whole = run(Product(x, w, None, None, torch.empty(130, 70, dtype=kind), True, 2), products.forced(way))
+    for first, last in ((0, 1), (3, 5), (7, 20), (64, 128)):
+        out = torch.empty(last - first, 70, dtype=kind)
+        assert torch.equal(
+            run(Product(x[first:last], w, None, None, out, True, 1), products.forced(way)), whole[first:last]
+        )
+
+
 def test_a_graph_runs_by_the_way_that_is_given(ways: Ways) -> None:
     torch.manual_seed(2)
     for rows in (1, 65):

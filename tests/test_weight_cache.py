@@ -73,6 +73,17 @@ def test_a_changed_file_of_the_same_size_is_converted_again(tmp_path: Path, cach
     assert not torch.equal(after["embed"], before["embed"])
 
 
+def test_a_file_that_is_replaced_while_open_keeps_its_weights(tmp_path: Path, cache: Path) -> None:
+    """The opened file's weights are loaded, and not kept as those of the file that has its path now."""
+    path, other = tmp_path / "x.gguf", tmp_path / "y.gguf"
+    old, new = write_gguf(path), write_gguf(other, tensors=gguf_tensors(seed=1))
+    with open_checkpoint(path) as checkpoint:
+        other.replace(path)
+        first = llama.load_weights(checkpoint.config, checkpoint, "f32")["embed"]
+    assert torch.equal(first, torch.from_numpy(old["token_embd.weight"]))
+    assert torch.equal(load(path)["embed"], torch.from_numpy(new["token_embd.weight"]))
+
+
 @pytest.mark.parametrize("damage", ["truncated", "emptied", "flipped", "swapped", "header", "not a file"])
 def test_a_damaged_cache_file_is_made_again(
     tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture, damage: str

@@ -12,13 +12,20 @@ from collections.abc import Callable, Sequence
 from functools import cache as memo
 from functools import partial
 from pathlib import Path
+from statistics import geometric_mean
 
 from taskgraph import cache
 from taskgraph.runtime import load
 from taskgraph.runtime.ways import Choice, Rate, Ways
 
 ROWS = (1, 8, 32, 128, 512)
-"""Rows at which ways are compared; between two of them a way changes at their geometric mean."""
+"""Rows at which ways are compared."""
+
+FEW = 64
+"""Up to so many rows a weight that stays is multiplied by one way, whose sums run over k in order whatever rows stand
+beside a row: a request's tokens do not depend on the batch. The most rows of a decode step are bound by memory."""
+
+STEADY = ("dot", "tile")
 
 _INNER, _OUTER = 1024, 1024
 _COLD_BYTES = 48 << 20
@@ -115,18 +122,26 @@ def measure(rows: Sequence[int] = ROWS, seconds: float = _SECONDS) -> Ways:
 
 
 def choose(dtype: str, fixed: bool, rates: Sequence[Rate]) -> list[Choice]:
-    """The fastest way at every number of rows; it changes only where that is worth another copy of the weight."""
-    choices: list[Choice] = []
-    before = 0
-    for rows in sorted({r.rows for r in rates}):
-        at = {r.way: r.flops_per_s for r in rates if r.rows == rows}
-        best = max(at, key=lambda way: at[way])
-        if not choices:
-            choices.append(Choice(dtype, fixed, 1, best))
-        elif at[choices[-1].way] < _WORTH * at[best]:
-            choices.append(Choice(dtype, fixed, int((before * rows) ** 0.5) + 1, best))
-        before = rows
+    """The fastest way for few rows, a steady one for a weight that stays, and for many: another one only where that is
+    worth another copy of the weight."""
+    few = [r for r in rates if r.rows <= FEW and (r.way in STEADY or not fixed)]
+    first = _fastest(few)
+    choices = [Choice(dtype, fixed, 1, first)]
+    many = [r for r in rates if r.rows > FEW]
+    if many:
+        best = _fastest(many)
+        if _mean(many, first) < _WORTH * _mean(many, best):
+            choices.append(Choice(dtype, fixed, FEW + 1, best))
     return choices
+
+
+def _fastest(rates: Sequence[Rate]) -> str:
+    return max({r.way: None for r in rates}, key=lambda way: _mean(rates, way))
+
+
+def _mean(rates: Sequence[Rate], way: str) -> float:
+    """Flops a second of a way, each number of rows counted alike."""
+    return geometric_mean(r.flops_per_s for r in rates if r.way == way)
 
 
 def _rates(dtype: str, fixed: bool, way: str, rows: Sequence[int], seconds: float) -> list[Rate]:

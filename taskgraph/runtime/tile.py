@@ -209,8 +209,10 @@ class _Loop:
         return self.multiply_add(builder, [_load(builder, row, 4, _F32) for row in x], high, sums)
 
     def emit(self, builder: Any, args: Any) -> None:
-        """The loop, and the sums into `out`, or with `more` onto what stands there."""
+        """The loop, and the sums into `out`; with `more` they begin at what stands there, as if it were one loop."""
         x, x_stride, w, steps, out, out_stride, more = args
+        places = [[self.place(builder, out, out_stride, r, v) for v in range(self.vectors)] for r in range(self.rows)]
+        begin = [[self.started(builder, place, more) for place in row] for row in places]
         entry, loop = builder.basic_block, builder.append_basic_block()
         after = builder.append_basic_block()
         builder.branch(loop)
@@ -226,21 +228,27 @@ class _Loop:
         new = self.step(builder, rows, w_at, sums)
         following = builder.add(step, ir.Constant(_I64, 1))
         step.add_incoming(following, loop)
-        for phis, values in zip(sums, new, strict=True):
-            for phi, value in zip(phis, values, strict=True):
-                phi.add_incoming(ir.Constant(kind, [0.0] * self.target.lanes), entry)
+        for phis, values, firsts in zip(sums, new, begin, strict=True):
+            for phi, value, first in zip(phis, values, firsts, strict=True):
+                phi.add_incoming(first, entry)
                 phi.add_incoming(value, loop)
         builder.cbranch(builder.icmp_signed("<", following, steps), loop, after)
         builder.position_at_end(after)
-        for r, values in enumerate(new):
-            row = builder.add(out, builder.mul(out_stride, ir.Constant(_I64, r)))
-            for v, value in enumerate(values):
-                offset = ir.Constant(_I64, 4 * (self.first + v * self.target.lanes))
-                address = builder.inttoptr(builder.add(row, offset), kind.as_pointer())
-                before = builder.load(address)
-                before.align = 4
-                start = builder.select(more, before, ir.Constant(kind, [0.0] * self.target.lanes))
-                builder.store(builder.fadd(start, value), address).align = 4
+        for row, values in zip(places, new, strict=True):
+            for place, value in zip(row, values, strict=True):
+                builder.store(value, place).align = 4
+
+    def place(self, builder: Any, out: Any, out_stride: Any, row: int, vector: int) -> Any:
+        """Where a vector of sums is kept."""
+        address = builder.add(out, builder.mul(out_stride, ir.Constant(_I64, row)))
+        address = builder.add(address, ir.Constant(_I64, 4 * (self.first + vector * self.target.lanes)))
+        return builder.inttoptr(address, self.floats().as_pointer())
+
+    def started(self, builder: Any, place: Any, more: Any) -> Any:
+        """The first value of a vector of sums."""
+        before = builder.load(place)
+        before.align = 4
+        return builder.select(more, before, ir.Constant(self.floats(), [0.0] * self.target.lanes))
 
     def fetch(self, builder: Any, w: Any) -> None:
         """Ask for the panel's words ahead: the hardware's prefetcher stops at pages, this one does not."""
