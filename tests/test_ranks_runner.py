@@ -31,6 +31,7 @@ from taskgraph.models.ranks_runner import RanksRunner, packed, ranks_engine
 from taskgraph.models.requests import Request, Sampling
 from taskgraph.models.scheduler import Limits
 from taskgraph.models.service import Service
+from taskgraph.models.status import PlanBook, status_of
 from taskgraph.models.weights import open_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -132,11 +133,16 @@ def test_ranks_with_a_disk_give_what_one_gives_and_an_idle_rank_is_missed(folder
                 runner.write_page(3, wrong)
         with Service(engine) as service:
             assert service.ready
+            last = status_of(service).last
+            shown = None if last is None else PlanBook(service).of(last)
+            assert last is not None and last.seconds is not None and last.seconds > 0
+            assert shown is not None and "all_reduce" in {kind for _, kind, *_ in shown[0].spans}
             os.kill(runner.ranks.pids[0] or 0, signal.SIGKILL)
             assert service.stopped.wait(20)
             assert "Rank 0 of 2 died (exit code -9)" in str(service.failure)
         with pytest.raises(RankLost, match="Rank 0 of 2 died"):
             runner.check()
+        assert runner.planned_step(last.bucket) is None  # whoever watches hears nothing of it
 
 
 def test_a_batch_is_small_on_its_way(folder: Path) -> None:
