@@ -25,6 +25,8 @@ from taskgraph.models.protocol import ApiError
 log = logging.getLogger("taskgraph.access")
 OPEN_PATHS = frozenset({"/", "/health"})
 """What needs no key: the page, which has no secrets, and whether the server is alive."""
+POLLED = "/v1/status"
+"""What the page asks for all the time: the log has it at its level DEBUG, unless it was refused."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
 _LOCAL_NAMES = frozenset({"localhost", "ip6-localhost"})
@@ -114,7 +116,9 @@ class AccessLog:
         finally:
             if self._ended is not None:
                 self._ended(scope["path"], status)
-            log.info(
+            polled = scope["path"] == POLLED and status == 200  # once a second and page
+            log.log(
+                logging.DEBUG if polled else logging.INFO,
                 "id=%s key=%s method=%s path=%s status=%d ms=%.1f%s",
                 number, state.get("key") or "-", _plain(scope["method"]),
                 _plain(scope.get("raw_path", b"").decode("latin-1") or scope["path"]), status,

@@ -10,6 +10,7 @@ from prometheus_client.registry import Collector
 
 from taskgraph.models.requests import CANCELLED, FAILED, LENGTH, STOP, Completion
 from taskgraph.models.service import Service
+from taskgraph.models.status import READY, status_of
 
 _TTFT_S = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0)
 _TPOT_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
@@ -28,21 +29,20 @@ class _Now(Collector):
         self._service = service
 
     def collect(self) -> Iterable[Metric]:
-        service, engine = self._service, self._service.engine
-        scheduler, pool, stats = engine.scheduler, engine.cache.device, engine.stats
+        now = status_of(self._service)
         for name, what, value in (
-            ("up", "1 while requests are taken, 0 when the server stops or has failed", service.ready),
-            ("requests_running", "requests whose sequence is in the engine", engine.running),
-            ("requests_waiting", "requests that wait for room in a step or in the cache", engine.waiting),
-            ("kv_pages", "pages of the KV cache on the device", pool.pages),
-            ("kv_pages_used", "pages of the KV cache that sequences hold", pool.held),
+            ("up", "1 while requests are taken, 0 when the server stops or has failed", now.state == READY),
+            ("requests_running", "requests whose sequence is in the engine", now.running),
+            ("requests_waiting", "requests that wait for room in a step or in the cache", now.waiting),
+            ("kv_pages", "pages of the KV cache on the device", now.pages),
+            ("kv_pages_used", "pages of the KV cache that sequences hold", now.pages_held),
         ):
             yield GaugeMetricFamily(f"taskgraph_{name}", what, float(value))
         for name, what, total in (
-            ("steps", "steps that were launched", stats.steps),
-            ("prompt_tokens", "tokens of prompts that were computed", stats.prompt_tokens),
-            ("generated_tokens", "tokens that were generated", stats.tokens),
-            ("preemptions", "sequences that gave up their pages to others", scheduler.preemptions),
+            ("steps", "steps that were launched", now.steps),
+            ("prompt_tokens", "tokens of prompts that were computed", now.prompt_tokens),
+            ("generated_tokens", "tokens that were generated", now.tokens),
+            ("preemptions", "sequences that gave up their pages to others", now.preemptions),
         ):
             yield CounterMetricFamily(f"taskgraph_{name}", what, float(total))
 

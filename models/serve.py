@@ -28,7 +28,7 @@ from taskgraph.models.metrics import CONTENT_TYPE, Metrics
 from taskgraph.models.page import page_headers, page_text
 from taskgraph.models.protocol import ApiError, Body, ChatBody, CompletionBody, parsed
 from taskgraph.models.service import Service
-from taskgraph.models.status import PlanBook, status_body
+from taskgraph.models.status import READY, PlanBook, status_body, status_of
 from taskgraph.models.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -118,13 +118,12 @@ def create_app(served: Served, access: Access | None = None) -> FastAPI:
 
 def _health(service: Service) -> JSONResponse:
     """200 while requests are taken, else 503; with how full the engine is."""
-    engine, pool = service.engine, service.engine.cache.device
+    now = status_of(service)
     facts = {
-        "status": "ok" if service.ready else "failed" if service.failure else "stopping",
-        "open": service.open, "most_open": service.most_open, "pages": pool.pages, "pages_held": pool.held,
-        "steps": engine.stats.steps, "tokens": engine.stats.tokens,
+        "status": now.state, "open": now.open, "most_open": now.most_open, "pages": now.pages,
+        "pages_held": now.pages_held, "steps": now.steps, "tokens": now.tokens,
     }  # fmt: skip
-    return JSONResponse(facts, 200 if service.ready else 503)
+    return JSONResponse(facts, 200 if now.state == READY else 503)
 
 
 async def _refused(_: Request, error: Exception) -> JSONResponse:

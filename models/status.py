@@ -13,18 +13,22 @@ from taskgraph.models.runner import Planned, PlanRunner, Ran
 from taskgraph.models.service import Service
 from taskgraph.observe.explain import lane_place, remark, verdict_sentence
 
+READY, FAILED, STOPPING = "ok", "failed", "stopping"
+"""States of a service."""
 MOST_KEPT = 32
 """Plans that are kept as the page draws them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """A service at one moment. Tokens, steps and pre-emptions count since it began; pages are the device's, those that
-    `idle` say hold blocks that a later prompt may begin with. `last` is the step that ended last, where the runner's
-    steps are plans; `dtype` is empty where it is unknown."""
+    """A service now. Tokens, steps and pre-emptions count since it began; `open` requests run or wait, or have
+    an answer that is not taken yet. Pages are the device's; `pages_idle` hold blocks that a later prompt may begin
+    with. `last` is the step that ended last, where the runner's steps are plans; `dtype` is empty where it is unknown.
+    """
 
     state: str
     uptime_s: float
+    open: int
     running: int
     waiting: int
     most_running: int
@@ -48,8 +52,9 @@ def status_of(service: Service) -> Status:
     engine, pool = service.engine, service.engine.cache.device
     runner = engine.runner if isinstance(engine.runner, PlanRunner) else None
     return Status(
-        state="ok" if service.ready else "failed" if service.failure else "stopping",
+        state=READY if service.ready else FAILED if service.failure else STOPPING,
         uptime_s=service.uptime_s,
+        open=service.open,
         running=engine.running,
         waiting=engine.waiting,
         most_running=engine.limits.sequences,

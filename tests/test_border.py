@@ -16,9 +16,11 @@ import pytest
 import taskgraph as tg
 from taskgraph.cost import fitted
 from taskgraph.cost.fitted import Calibration
-from taskgraph.errors import CalibrationError, DeviceError, GraphError, PlanError, TaskgraphError
+from taskgraph.cost.profiles import OpKey, OpTime, Place
+from taskgraph.errors import CalibrationError, DeviceError, GraphError, PlanError, ProfileError, TaskgraphError
 from taskgraph.graph import device as specs
 from taskgraph.graph.device import Device
+from taskgraph.runtime import tune
 
 MUTATIONS = 10_000
 VALUES: tuple[Any, ...] = (
@@ -223,3 +225,35 @@ def test_equal_graphs_from_python_and_from_files_have_one_fingerprint() -> None:
     assert made[0] == made[1] == made[2] and {hash(t) for t in made} == {hash(made[0])}
     again = tg.Graph.from_json(GRAPH.to_json())
     assert again.fingerprint == GRAPH.fingerprint
+
+
+@pytest.mark.slow
+def test_damaged_profile_databases_are_profile_errors(tmp_path: Path) -> None:
+    """Bytes of the file are changed, cut or doubled: its rows are read, or a ProfileError says what to do."""
+    place = Place("cpu", "m", "none", "v", "cpu")
+    store = tg.ProfileDB(tmp_path / "good.sqlite3")
+    store.record(place, [OpTime(OpKey("add", f"{i} -> {i}", "f32"), 1 + i % 4, 1e-3, 1e-5, 7) for i in range(40)])
+    store.table(place)
+    good, rnd, refused = store.path.read_bytes(), random.Random(2), 0
+    for number in range(1000):
+        path = tmp_path / f"{number}.sqlite3"
+        damaged = bytearray(good)
+        for _ in range(rnd.choice([1, 1, 4, 64])):
+            damaged[rnd.randrange(len(damaged))] = rnd.randrange(256)
+        path.write_bytes(bytes(damaged) if number % 10 else bytes(damaged)[: rnd.randrange(len(damaged))])
+        try:
+            for points in tg.ProfileDB(path).table(place).values():
+                assert all(sms >= 1 and 0 < median_s < math.inf and spread_s >= 0 for sms, median_s, spread_s in points)
+        except ProfileError as error:
+            refused += 1
+            assert "\n" not in str(error)
+        for left in tmp_path.glob(f"{number}.sqlite3*"):
+            left.unlink()
+    assert refused
+
+
+@pytest.mark.parametrize("text", NO_DOCUMENTS, ids=range(len(NO_DOCUMENTS)))
+def test_a_damaged_winner_is_no_winner(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "winner.json"
+    path.write_bytes(text.encode(errors="surrogatepass"))
+    assert tune._remembered(path, GRAPH) is None

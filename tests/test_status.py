@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -140,3 +141,18 @@ def test_status_can_be_asked_for_while_steps_run(served: Served) -> None:
         assert (after.tokens, after.steps) >= (before.tokens, before.steps)
         assert 0 <= after.pages_held <= after.pages
         assert after.running + after.waiting <= 6
+
+
+def test_the_pages_polls_are_no_lines_of_the_access_log(caplog: pytest.LogCaptureFixture) -> None:
+    served = make_served()
+    try:
+        with caplog.at_level(logging.INFO, "taskgraph.access"):
+            status(served)
+            get(served, "/v1/models")
+        assert [record.getMessage().count("path=/v1/models ") for record in caplog.records] == [1]
+        caplog.clear()
+        with caplog.at_level(logging.DEBUG, "taskgraph.access"):
+            status(served)
+        assert "path=/v1/status" in caplog.text
+    finally:
+        served.service.close()

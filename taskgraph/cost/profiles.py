@@ -269,11 +269,13 @@ class ProfileDB:
                 connection.close()
         except sqlite3.OperationalError as error:
             raise ProfileError(
-                f"profile database {str(self.path)!r} cannot be used: {error}. Make it writable, or give another path."
+                f"profile database {str(self.path)!r} cannot be used: {_said(error)}. Make it writable, or "
+                "give another path."
             ) from error
         except sqlite3.DatabaseError as error:
             raise ProfileError(
-                f"profile database {str(self.path)!r} is damaged: {error}. Move it away; times will be measured anew."
+                f"profile database {str(self.path)!r} is damaged: {_said(error)}. Move it away; times will "
+                "be measured anew."
             ) from error
         except (OSError, ValueError) as error:  # ValueError: a path with a NUL
             if isinstance(error, TaskgraphError):
@@ -309,6 +311,11 @@ def _default_path() -> Path:
         with cache.keeping("profiles", path):
             cache.write_atomically(path, own.read_bytes())
     return path
+
+
+def _said(error: sqlite3.Error) -> str:
+    """What SQLite said, in one line: it quotes the statement that it found."""
+    return " ".join(ascii(str(error))[1:-1].replace("\\n", " ").split())[:200]
 
 
 def _home(place: Place) -> tuple[str, str, str, str, str]:

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from threading import RLock
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
@@ -14,13 +15,14 @@ class GraphBank(Generic[Key]):
     """Executables that `make` gives for a key, within `budget_bytes` of their own memory.
 
     The one in use always stays, so a single executable may exceed the budget. `made` counts calls of `make`: one
-    that grows while serving means keys that were not warmed up, or a budget that is too small.
+    that grows while serving means keys that were not warmed up, or a budget that is too small. Several threads may ask.
     """
 
     def __init__(self, make: Callable[[Key], Executable], budget_bytes: float = float("inf")) -> None:
         self._make, self._budget_bytes = make, budget_bytes
         self._kept: OrderedDict[Key, Executable] = OrderedDict()
         self.made = self.evicted = 0
+        self._guard = RLock()
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -30,17 +32,18 @@ class GraphBank(Generic[Key]):
 
     def __getitem__(self, key: Key) -> Executable:
         """The executable of `key`, made if it is not kept; the longest unused ones are closed to make room."""
-        found = self._kept.get(key)
-        if found is not None:
-            self._kept.move_to_end(key)
-            return found
-        made = self._kept[key] = self._make(key)
-        self.made += 1
-        while len(self._kept) > 1 and self.memory_bytes > self._budget_bytes:
-            _, oldest = self._kept.popitem(last=False)
-            oldest.close()
-            self.evicted += 1
-        return made
+        with self._guard:
+            found = self._kept.get(key)
+            if found is not None:
+                self._kept.move_to_end(key)
+                return found
+            made = self._kept[key] = self._make(key)
+            self.made += 1
+            while len(self._kept) > 1 and self.memory_bytes > self._budget_bytes:
+                _, oldest = self._kept.popitem(last=False)
+                oldest.close()
+                self.evicted += 1
+            return made
 
     @property
     def memory_bytes(self) -> int:
@@ -49,8 +52,9 @@ class GraphBank(Generic[Key]):
 
     def close(self) -> None:
         """Close every executable; a second call does nothing."""
-        while self._kept:
-            self._kept.popitem()[1].close()
+        with self._guard:
+            while self._kept:
+                self._kept.popitem()[1].close()
 
     def __enter__(self) -> Self:
         return self
