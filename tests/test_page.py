@@ -114,7 +114,6 @@ def engine() -> Engine:
 
 @pytest.fixture(scope="module")
 def tiny(engine: Engine) -> Iterator[Served]:
-    engine.run([Request([1, 2, 3], max_tokens=3)])  # functions compile here, and not while a browser waits
     with Service(engine) as service:
         yield Served(service, byte_tokenizer(), "tiny")
 
