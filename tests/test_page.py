@@ -249,10 +249,13 @@ def test_a_chat_is_streamed_and_the_numbers_move(tab: Tab, start: Start, tiny: S
     assert made > 0
     tab.until(lambda: f"{made} tokens generated" in tab.text("totals").replace(",", ""))
     tab.until(lambda: (tab.number("running"), tab.number("waiting"), tab.number("held")) == (0, 0, 0))
-    curve = tab.at("curve").get_attribute("d")
-    assert curve is not None
-    heights = {float(y) for y in re.findall(r"[ML][\d.-]+ ([\d.]+)", curve)}
-    assert 100.0 in heights and min(heights) < 100  # idle, and not
+
+    def idle_and_not() -> bool:
+        curve = tab.at("curve").get_attribute("d") or ""
+        heights = {float(y) for y in re.findall(r"[ML][\d.-]+ ([\d.]+)", curve)}
+        return 100.0 in heights and min(heights) < 100
+
+    tab.until(idle_and_not)
     assert tab.complaints() == []
     assert tab.hosts() == {"127.0.0.1"}
 
