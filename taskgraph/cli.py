@@ -400,7 +400,7 @@ def doctor(
     from importlib import metadata
 
     from taskgraph.runtime import choose, kinds
-    from taskgraph.runtime.probe import cache_path, disturbance, probed_when
+    from taskgraph.runtime.probe import PROBE_AGAIN, cache_path, disturbance, probed_when
 
     if probe:
         cache_path().unlink(missing_ok=True)
@@ -418,7 +418,8 @@ def doctor(
         table.add_row("  read, all cores (measured)", format_quantity(cpu.hbm_bytes_per_s, "B/s"))
         table.add_row("  read, one core (measured)", format_quantity(cpu.sm_hbm_bytes_per_s, "B/s"))
         table.add_row("  dispatch of an op (measured)", format_seconds(cpu.launch_seconds))
-        table.add_row("  probe", disturbance(cpu) or probed_when())
+        disturbed = disturbance(cpu)
+        table.add_row("  probe", f"{disturbed}; {PROBE_AGAIN} when it is quiet" if disturbed else probed_when())
         table.add_row("  kernels compiled for", kinds.compiled_for())
     except DeviceError as error:
         table.add_row("cpu backend", str(error))

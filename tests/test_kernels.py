@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 
+import taskgraph as tg
 from taskgraph.runtime import kernels
 from taskgraph.runtime.tile import DOT
 
@@ -88,6 +89,23 @@ def test_embedding_and_argmax(dtype: torch.dtype, threads: int) -> None:
     x[2, 2999] = 9.0
     kernels.argmax(bits(x), best.numpy(), threads)
     assert best.tolist() == [int(np.argmax(row.float().numpy())) for row in x]
+
+
+def test_argmax_of_nan_is_its_first_place_on_every_backend(dtype: torch.dtype, threads: int) -> None:
+    """torch's rule: a NaN is the largest, and of several the first."""
+    x = torch.randn(64, 515).to(dtype)
+    x[torch.rand(x.shape) < 0.004] = float("nan")
+    x[0], x[1, 0], x[2, 514], x[3] = float("nan"), float("nan"), float("nan"), float("-inf")
+    assert 5 < x.isnan().any(1).sum() < 64
+    best = torch.empty(64, dtype=torch.int64)
+    kernels.argmax(bits(x), best.numpy(), threads)
+    assert torch.equal(best, x.argmax(1))
+    b = tg.GraphBuilder("rows")
+    b.output(tg.ops.argmax(b.input("x", tuple(x.shape), "bf16" if dtype == torch.bfloat16 else "f32"), name="best"))
+    graph = b.build()
+    where = {"backend": "cuda", "device": "virtual:h100_sxm"}
+    with tg.compile(graph, tg.plan(graph, "h100_sxm", "sequential"), **where) as exe:
+        assert exe(x=x)["best.out"].tolist() == x.argmax(1).tolist()
 
 
 def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

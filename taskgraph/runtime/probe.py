@@ -178,9 +178,7 @@ def cached_probe() -> Device:
         device = probe()
         share = load.others_share(begin, load.now())
         if share > load.QUIET:
-            text = (
-                f"not kept: others had {share:.0%} of the cores while it was measured; {PROBE_AGAIN} when it is quiet"
-            )
+            text = f"not kept: others had {share:.0%} of the cores while it was measured"
             return replace(device, sources=(*device.sources, (_DISTURBED, text)))
         with cache.keeping("the probe", path):
             cache.write_atomically(path, json.dumps(device.to_dict(), sort_keys=True))
