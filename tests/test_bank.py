@@ -90,7 +90,8 @@ def batches_on_virtual() -> None:
             for batch in (1, 4, 1, 64, 4, 1):
                 check(bank, batch)
             assert bank.evicted >= 2 and bank.memory_bytes <= 10_000
-            assert bank[4].memory_bytes == 3 * 4 * FEATURES * 4, "input, output, arena; the weight is not its own"
+            tensors, reports = 3 * 4 * FEATURES * 4, 2 * 8
+            assert bank[4].memory_bytes == tensors + reports, "input, output, arena, a word an op; not the weight"
 
 
 def test_a_bind_to_other_memory_updates_the_graph_in_place(on_virtual: Call) -> None:

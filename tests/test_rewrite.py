@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import taskgraph as tg
-from taskgraph import ops
+from taskgraph import ops, record
 from taskgraph.errors import GraphError
 from taskgraph.graph import device as specs
 from taskgraph.graph.graph import Graph, GraphBuilder, Value
@@ -378,7 +378,8 @@ def test_writes_to_disjoint_rows_of_a_state_are_free_and_others_ordered() -> Non
 def test_split_is_a_value_that_goes_through_json() -> None:
     graph = llama.step_graph(TINY, batch=4, tokens=2, cache=8)
     split = rewrite.Split.of({"layer/qkv_proj": (2, 6), "layer/attention": (1, 3), "layer/rope": (1, 3)})
-    again = rewrite.Split.from_json(json.loads(json.dumps(asdict(split)))["parts"])
+    text = json.dumps(asdict(split))
+    again = record.decode(rewrite.Split, text, GraphError, "a split", "Split again.")
     assert again == split
     assert hash(again) == hash(split)
     assert rewrite.apply(graph, again) == rewrite.apply(graph, split)

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -108,6 +108,9 @@ class Double:
         took = self.world.seconds(self.plan) * float(np.exp(self.world.noise * self.world.draw.standard_normal()))
         self.elapsed_s += took
         self.world.now_s += took
+
+    def check(self, kinds: Collection[str] | None = None) -> None:
+        """Its ops do nothing that could be seen."""
 
     def timeline(self) -> Timeline:
         self.launch()

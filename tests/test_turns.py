@@ -132,6 +132,14 @@ def test_a_signal_handler_that_calls_the_executable_is_refused() -> None:
     assert "still inside a call" in str(seen[0])
 
 
+@pytest.fixture
+def python_hears_interrupts() -> Iterator[None]:
+    """Python's own handler of Ctrl-C, whatever this process was started with or other tests have left."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before if before is not None else signal.SIG_DFL)
+
+
 def interrupting(times: int, seconds: float) -> Call:
     """An op that presses Ctrl-C that often while it runs."""
 
@@ -144,6 +152,7 @@ def interrupting(times: int, seconds: float) -> Call:
     return slow
 
 
+@pytest.mark.usefixtures("python_hears_interrupts")
 def test_an_interrupted_replay_ends_and_the_next_is_right() -> None:
     with custom(interrupting(1, 0.2)) as exe, opened() as other:
         other(x=torch.zeros(8, 64), w=W)
@@ -154,6 +163,7 @@ def test_an_interrupted_replay_ends_and_the_next_is_right() -> None:
             assert right(other, 3)
 
 
+@pytest.mark.usefixtures("python_hears_interrupts")
 def test_a_second_interrupt_leaves_an_op_that_does_not_end() -> None:
     with custom(interrupting(2, 0.5)) as exe:
         with pytest.raises(KeyboardInterrupt):
