@@ -140,21 +140,35 @@ def python_hears_interrupts() -> Iterator[None]:
     signal.signal(signal.SIGINT, before if before is not None else signal.SIG_DFL)
 
 
-def interrupting(times: int, seconds: float) -> Call:
-    """An op that presses Ctrl-C that often while it runs."""
+def press_ctrl_c() -> None:
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
-    def slow(x: torch.Tensor, out: torch.Tensor) -> None:
-        for _ in range(times if x[0] > 0 else 0):
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-            time.sleep(seconds)
-        out.copy_(x)
 
-    return slow
+def main_thread_is_in(function: str) -> bool:
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    while frame is not None and frame.f_code.co_name != function:
+        frame = frame.f_back
+    return frame is not None
+
+
+def interrupt_until_main_is_in(function: str) -> None:
+    """Once, but again for a signal that came just before the main thread began to wait: that does not wake it."""
+    while not main_thread_is_in(function):
+        press_ctrl_c()
+        until = time.monotonic() + 1.0
+        while not main_thread_is_in(function) and time.monotonic() < until:
+            time.sleep(0.001)
 
 
 @pytest.mark.usefixtures("python_hears_interrupts")
 def test_an_interrupted_replay_ends_and_the_next_is_right() -> None:
-    with custom(interrupting(1, 0.2)) as exe, opened() as other:
+    def slow(x: torch.Tensor, out: torch.Tensor) -> None:
+        if x[0] > 0:
+            press_ctrl_c()
+            time.sleep(0.2)
+        out.copy_(x)
+
+    with custom(slow) as exe, opened() as other:
         other(x=torch.zeros(8, 64), w=W)
         for _ in range(3):
             with pytest.raises(KeyboardInterrupt):
@@ -165,13 +179,23 @@ def test_an_interrupted_replay_ends_and_the_next_is_right() -> None:
 
 @pytest.mark.usefixtures("python_hears_interrupts")
 def test_a_second_interrupt_leaves_an_op_that_does_not_end() -> None:
-    with custom(interrupting(2, 0.5)) as exe:
+    given_up = threading.Event()
+
+    def stubborn(x: torch.Tensor, out: torch.Tensor) -> None:
+        if x[0] > 0:
+            interrupt_until_main_is_in("settled")  # it waits for this op to end
+            press_ctrl_c()
+            given_up.wait(60)
+        out.copy_(x)
+
+    with custom(stubborn) as exe:
         with pytest.raises(KeyboardInterrupt):
             exe(x=torch.ones(4))
         with pytest.raises(ExecutionError, match="compile the plan again"):
             exe(x=-torch.ones(4))
-    with custom(interrupting(0, 0.0)) as exe:
-        assert exe(x=torch.ones(4))["y"].tolist() == [1.0] * 4
+        given_up.set()
+    with custom(stubborn) as exe:
+        assert exe(x=-torch.ones(4))["y"].tolist() == [-1.0] * 4
 
 
 # --------------------------------------------------------------------------------------------- children
