@@ -21,14 +21,14 @@ from benchmarks import machine, one_line, print_json, whole
 from taskgraph.graph import device as specs
 from taskgraph.graph.device import Device, Geometry
 from taskgraph.graph.graph import Graph, GraphBuilder, Value
-from taskgraph.runtime import virtual
-from taskgraph.runtime.cuda import CudaExecutable
-from taskgraph.runtime.impls import TORCH_DTYPE
+from taskgraph.rewrite import split_batch
+from taskgraph.runtime.cpu.dense import TORCH_DTYPE
+from taskgraph.runtime.gpu import virtual
+from taskgraph.runtime.gpu.executable import CudaExecutable
 from taskgraph.schedule.evaluate import NO_HOLDS, Assignment, Layout
 from taskgraph.schedule.plan import Plan
 from taskgraph.schedule.planner import plan_from, replay_times
 from taskgraph.schedule.problem import make_problem
-from taskgraph.schedule.rewrite import split_batch
 
 DEVICE = "virtual:h100_sxm"
 SIDE = 32

@@ -30,10 +30,10 @@ from benchmarks.peers import (
 )
 from taskgraph.models import llama
 from taskgraph.models.config import ModelConfig
-from taskgraph.models.dtypes import DTYPES, pick
 from taskgraph.models.hub import smollm2_path
 from taskgraph.models.weights import open_checkpoint
-from taskgraph.runtime.cpu import CpuExecutable
+from taskgraph.runtime.cpu.executable import CpuExecutable
+from taskgraph.runtime.dtypes import DTYPES, pick
 
 if TYPE_CHECKING:
     import torch

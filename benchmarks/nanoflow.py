@@ -17,7 +17,7 @@ from benchmarks import one_line, positive, print_json, whole
 from taskgraph.cost.model import OpTable, op_table
 from taskgraph.models.config import load_config
 from taskgraph.models.parallel import mixed_step
-from taskgraph.schedule.nanobatch import UNSPLIT, Split, apply
+from taskgraph.rewrite.nanobatch import UNSPLIT, Split, apply
 
 EPILOG = """\
 One iteration of 2048 tokens, all layers: for the 70B two thirds of them decode at context 1024, as in the paper's table

@@ -15,7 +15,7 @@ import numpy as np
 import platformdirs
 
 from taskgraph.models.config import ModelConfig
-from taskgraph.models.requests import Request
+from taskgraph.serving.requests import Request
 
 if TYPE_CHECKING:
     from taskgraph.models.weights import Checkpoint

@@ -8,7 +8,7 @@ import random
 
 import numpy as np
 
-from taskgraph.schedule.project import Project, make_project
+from taskgraph.schedule.rcpsp.project import Project, make_project
 
 GRID = {  # activities: (network complexities, resource factors, resource strengths)
     30: ((1.5, 1.8, 2.1), (0.25, 0.5, 0.75, 1.0), (0.2, 0.5, 0.7, 1.0)),

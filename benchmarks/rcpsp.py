@@ -24,10 +24,10 @@ from rich.table import Table
 from benchmarks import count, machine, one_line, positive, print_json, progen, whole
 from taskgraph.errors import PlanError, TaskgraphError
 from taskgraph.record import read_text
-from taskgraph.schedule import exact
-from taskgraph.schedule.evolve import solve_auto
-from taskgraph.schedule.passes import solve_list
-from taskgraph.schedule.project import Project, Schedule, chain_bound, check, make_project
+from taskgraph.schedule.rcpsp import exact
+from taskgraph.schedule.rcpsp.evolve import solve_auto
+from taskgraph.schedule.rcpsp.passes import solve_list
+from taskgraph.schedule.rcpsp.project import Project, Schedule, chain_bound, check, make_project
 
 EPILOG = """\
 PATH is a folder or a zip that holds .sm files and, where optima are known, optimum/optimum.csv. Instances are solved

@@ -17,9 +17,9 @@ import taskgraph as tg
 from benchmarks import count, machine, one_line, positive, print_json, seconds_of, whole
 from taskgraph.graph.device import Device
 from taskgraph.schedule.evaluate import NO_HOLDS, Assignment, Layout, evaluate
-from taskgraph.schedule.lists import layouts, pack
 from taskgraph.schedule.problem import Problem, make_problem
-from taskgraph.schedule.rules import FROM
+from taskgraph.schedule.solve.lists import layouts, pack
+from taskgraph.schedule.solve.rules import FROM
 
 if TYPE_CHECKING:
     import networkx

@@ -17,13 +17,13 @@ from benchmarks import count, interleaved, machine, measured_main, one_line, pos
 from benchmarks.peers import TORCH_DTYPES, LlamaCpp, has_llama_cpp, plain_gguf, transformers_models
 from taskgraph.models import llama
 from taskgraph.models.config import ModelConfig, load_config
-from taskgraph.models.dtypes import DTYPES, pick
-from taskgraph.models.engine import Engine, cpu_engine
 from taskgraph.models.hub import smollm2_path
-from taskgraph.models.requests import Request
-from taskgraph.models.scheduler import Limits
-from taskgraph.models.simulate import simulated_engine
 from taskgraph.models.weights import open_checkpoint
+from taskgraph.runtime.dtypes import DTYPES, pick
+from taskgraph.serving.engine import Engine, cpu_engine
+from taskgraph.serving.requests import Request
+from taskgraph.serving.scheduler import Limits
+from taskgraph.serving.simulate.simulate import simulated_engine
 
 if TYPE_CHECKING:
     import torch

@@ -14,11 +14,11 @@ from benchmarks import count, one_line, positive, print_json, whole
 from benchmarks.nanoflow import OPTIMAL_FLOPS_PER_S, free_costs
 from taskgraph.cost.model import op_table
 from taskgraph.models.config import load_config
-from taskgraph.models.requests import Request
-from taskgraph.models.scheduler import Limits
-from taskgraph.models.simulate import SimRunner, StepShape, pages_of, simulated_engine
-from taskgraph.models.stepgrid import VARIANTS, GridSeconds, StepGrid
-from taskgraph.models.traces import DATASETS, Lengths
+from taskgraph.serving.requests import Request
+from taskgraph.serving.scheduler import Limits
+from taskgraph.serving.simulate.simulate import SimRunner, StepShape, pages_of, simulated_engine
+from taskgraph.serving.simulate.stepgrid import VARIANTS, GridSeconds, StepGrid
+from taskgraph.serving.simulate.traces import DATASETS, Lengths
 
 EPILOG = """\
 Whole traces go through the engine and its scheduler: continuous batching to 2048 tokens a step, decode first, paged

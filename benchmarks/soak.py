@@ -44,11 +44,11 @@ def tiny_served(*, pages: int = 14, host_pages: int = 20, sequences: int = 6, mo
 
     from taskgraph.models import llama
     from taskgraph.models.config import from_hf
-    from taskgraph.models.engine import cpu_engine
-    from taskgraph.models.scheduler import Limits
-    from taskgraph.models.serve import Served
-    from taskgraph.models.service import Service
     from taskgraph.models.tokenizer import Tokenizer as Ours
+    from taskgraph.serving.engine import cpu_engine
+    from taskgraph.serving.http.app import Served
+    from taskgraph.serving.scheduler import Limits
+    from taskgraph.serving.service import Service
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     raw = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
@@ -75,7 +75,7 @@ def tiny_served(*, pages: int = 14, host_pages: int = 20, sequences: int = 6, mo
 
 def serve() -> None:
     """Serve on a free port, which is printed; at the end a line with what the engine did and has left."""
-    from taskgraph.models.serve import run_server
+    from taskgraph.serving.http.app import run_server
 
     served = tiny_served()
     run_server(served, "127.0.0.1", 0, drain_s=10.0, started=lambda port: print(port, flush=True))

@@ -15,7 +15,7 @@ from benchmarks import count, interleaved, machine, one_line, positive, print_js
 from taskgraph.jit import njit
 from taskgraph.models import llama
 from taskgraph.models.config import load_config
-from taskgraph.runtime.fill import fill
+from taskgraph.tune.fill import fill
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,7 +69,7 @@ def decode() -> tg.Graph:
 
 def check(graph: tg.Graph, tuned: tg.Tuned, rounds: int) -> dict[str, list[float]]:
     """Seconds of the winner and of every distinct candidate, measured apart from autotune."""
-    from taskgraph.runtime.tune import candidates
+    from taskgraph.tune.autotune import candidates
 
     plans = {plan.made_by: plan for plan in candidates(graph, tuned.plan.device, 1.0, 0)}
     plans["winner"] = tuned.plan

@@ -12,8 +12,8 @@ import torch
 import taskgraph as tg
 from taskgraph.models import llama
 from taskgraph.models.config import ModelConfig, load_config
-from taskgraph.models.known_plans import KnownPlans
-from taskgraph.models.session import Session
+from taskgraph.serving.known_plans import KnownPlans
+from taskgraph.serving.session import Session
 
 CACHE = 64
 

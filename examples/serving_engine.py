@@ -1,6 +1,6 @@
 """The serving engine from Python: several requests at once, streamed, one of them sampled, one cancelled.
 
-The model is tiny and its weights are random; `taskgraph.models.local.open_local("smollm2")` opens a real one.
+The model is tiny and its weights are random; `taskgraph.serving.local.open_local("smollm2")` opens a real one.
 Run it with `python examples/serving_engine.py`.
 """
 
@@ -11,9 +11,9 @@ import torch
 
 from taskgraph.models import llama
 from taskgraph.models.config import load_config
-from taskgraph.models.engine import cpu_engine
-from taskgraph.models.requests import Request, Sampling
-from taskgraph.models.scheduler import Limits
+from taskgraph.serving.engine import cpu_engine
+from taskgraph.serving.requests import Request, Sampling
+from taskgraph.serving.scheduler import Limits
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import taskgraph as tg
 from taskgraph.models.config import ModelConfig
 from taskgraph.models.layer import Layer
 from taskgraph.models.llama import LOGITS, NEXT, attention_of, layers, sampled
-from taskgraph.schedule.rewrite import with_collectives
+from taskgraph.rewrite import with_collectives
 
 __all__ = ["LOGITS", "NEXT", "mixed_step"]
 

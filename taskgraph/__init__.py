@@ -37,11 +37,11 @@ if TYPE_CHECKING:
     from taskgraph.observe.trace import write_trace
     from taskgraph.observe.tuned import explain_tuned
     from taskgraph.runtime.backend import Executable, compile
-    from taskgraph.runtime.tune import Tuned, autotune
     from taskgraph.schedule.audit import audit
     from taskgraph.schedule.plan import Bounds, Lane, Period, Plan, Span, Step, Timeline, Verdict
     from taskgraph.schedule.planner import plan
     from taskgraph.schedule.verify import verify
+    from taskgraph.tune.autotune import Tuned, autotune
 
 __version__ = "0.1.0"
 
@@ -62,7 +62,7 @@ _HOME = {
     "taskgraph.schedule.verify": "verify",
     "taskgraph.observe.tuned": "explain_tuned",
     "taskgraph.runtime.backend": "Executable compile",
-    "taskgraph.runtime.tune": "Tuned autotune",
+    "taskgraph.tune.autotune": "Tuned autotune",
     "taskgraph.observe.explain": "explain",
     "taskgraph.observe.report": "write_report",
     "taskgraph.observe.trace": "write_trace",

@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from paged_cases import PAGES, SIZE
 
 from taskgraph import ops
 from taskgraph.graph.graph import GraphBuilder, Value
+from tests.paged_cases import PAGES, SIZE
 
 Tensors = dict[str, torch.Tensor]
 Make = Callable[[GraphBuilder, str], Value]

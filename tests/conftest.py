@@ -27,12 +27,12 @@ def smollm2_gguf() -> Path:
 @contextmanager
 def virtual_process(device: Any = "virtual:h100_sxm", **changes: Any) -> Iterator[Call]:
     """A process whose CUDA driver is the virtual one: call(function, *args) runs there and gives result or error."""
-    from taskgraph.runtime import virtual
+    from taskgraph.runtime.gpu import virtual
 
     virtual.driver_library(), virtual.kernel_library()  # built here, so that a missing compiler says so
     context = multiprocessing.get_context("forkserver")  # imports once, before any driver is loaded
     context.set_forkserver_preload(
-        ["torch", "pytest", "taskgraph.runtime.cuda", "cuda.core", "benchmarks.capture_rules"]
+        ["torch", "pytest", "taskgraph.runtime.gpu.executable", "cuda.core", "benchmarks.capture_rules"]
     )
     with ProcessPoolExecutor(1, context, initializer=_load, initargs=(device, changes)) as pool:
         yield lambda function, *args: pool.submit(_called, function, *args).result()
@@ -47,7 +47,7 @@ def _called(function: Call, *args: Any) -> Any:
 
 
 def _load(device: Any, changes: dict[str, Any]) -> None:
-    from taskgraph.runtime import virtual
+    from taskgraph.runtime.gpu import virtual
 
     virtual.load(device, **changes)
 

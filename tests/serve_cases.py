@@ -11,12 +11,12 @@ from tokenizers import AddedToken, decoders, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import models as raw_models
 
-from taskgraph.models.engine import Engine
-from taskgraph.models.kv_cache import PagedCache
-from taskgraph.models.scheduler import Batch, Ints, Limits
-from taskgraph.models.serve import Served, run_server
-from taskgraph.models.service import Service
 from taskgraph.models.tokenizer import Tokenizer
+from taskgraph.serving.cache.pages import PagedCache
+from taskgraph.serving.engine import Engine
+from taskgraph.serving.http.app import Served, run_server
+from taskgraph.serving.scheduler import Batch, Ints, Limits
+from taskgraph.serving.service import Service
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<|turn|>' + m['role'] + ':' + m['content'] }}{% endfor %}"
@@ -118,8 +118,8 @@ def make_served(
 def main() -> None:
     """Serve on a free port and print it; arguments: step_s, drain_s, fails_at, and a file of API keys, if any."""
     from taskgraph.errors import TaskgraphError
-    from taskgraph.models.access import access_of
-    from taskgraph.models.keys import KeyRing
+    from taskgraph.serving.http.access import access_of
+    from taskgraph.serving.http.keys import KeyRing
 
     step_s, drain_s, fails_at = (float(text) for text in sys.argv[1:4])
     served = make_served(step_s=step_s, fails_at=int(fails_at))

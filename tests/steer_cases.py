@@ -8,9 +8,9 @@ import torch
 
 from taskgraph.models import llama
 from taskgraph.models.config import ModelConfig, from_hf
-from taskgraph.models.engine import Engine
-from taskgraph.models.requests import Completion, Request, Sampling
-from taskgraph.models.scheduler import Limits
+from taskgraph.serving.engine import Engine
+from taskgraph.serving.requests import Completion, Request, Sampling
+from taskgraph.serving.scheduler import Limits
 
 NAN_TOKEN, INF_TOKEN, SOUND = 159, 158, 150
 LIMITS = Limits(sequences=4, tokens=24, chunks=2, context=128)

@@ -13,7 +13,7 @@ import taskgraph as tg
 from taskgraph import ops
 from taskgraph.cost.profiles import OpKey, OpTime, Place
 from taskgraph.runtime.sim import SimExecutable
-from taskgraph.runtime.tune import Trial
+from taskgraph.tune.autotune import Trial
 
 WRONG: tuple[Any, ...] = (
     None, object(), [], {}, (), -1, 0, 2**70, -(2**70), 1.5, math.nan, math.inf, "", "x", "a\nb", "\ud800", b"x", True,

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 import taskgraph as tg
 from benchmarks import interleaved, nanoflow_table, overhead, schedule, serve, spread, tune
 from benchmarks.peers import Slot, next_rows
-from taskgraph.runtime import tune as runtime_tune
-from taskgraph.runtime.measure import Budget
+from taskgraph.tune import autotune as runtime_tune
+from taskgraph.tune.measure import Budget
 
 
 def run(capsys: pytest.CaptureFixture[str], main: Callable[[Sequence[str]], int], *argv: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from taskgraph.cost.profiles import OpKey, OpTime, Place
 from taskgraph.errors import CalibrationError, DeviceError, GraphError, PlanError, ProfileError, TaskgraphError
 from taskgraph.graph import device as specs
 from taskgraph.graph.device import Device
-from taskgraph.runtime import tune
+from taskgraph.tune import autotune
 
 MUTATIONS = 10_000
 VALUES: tuple[Any, ...] = (
@@ -256,4 +256,4 @@ def test_damaged_profile_databases_are_profile_errors(tmp_path: Path) -> None:
 def test_a_damaged_winner_is_no_winner(text: str, tmp_path: Path) -> None:
     path = tmp_path / "winner.json"
     path.write_bytes(text.encode(errors="surrogatepass"))
-    assert tune._remembered(path, GRAPH) is None
+    assert autotune._remembered(path, GRAPH) is None

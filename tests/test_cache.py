@@ -245,7 +245,7 @@ def test_compiled_functions_need_no_place(
 
 
 def test_the_driver_that_cannot_be_built_says_where(homes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from taskgraph.runtime import virtual
+    from taskgraph.runtime.gpu import virtual
 
     barred(homes, "cache")
     monkeypatch.setattr(cache, "temporary_folder", lambda: None)

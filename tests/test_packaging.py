@@ -19,7 +19,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from taskgraph.cli import app
+from taskgraph.cli.main import app
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -205,8 +205,8 @@ def command(base: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """`taskgraph ARGUMENTS` with what the base install brings."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(base), str(ROOT)])}
     return subprocess.run(
-        [sys.executable, "-m", "taskgraph.cli", *arguments], cwd=base, env=environment, capture_output=True, text=True,
-        check=False,
+        [sys.executable, "-m", "taskgraph.cli.main", *arguments], cwd=base, env=environment,
+        capture_output=True, text=True, check=False,
     )  # fmt: skip
 
 

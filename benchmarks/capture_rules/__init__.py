@@ -6,7 +6,7 @@ whose driver is the virtual one: `python -m benchmarks.capture --json`.
 
 from benchmarks.capture_rules import capture, graphs, partitions, work
 from benchmarks.capture_rules.world import RULES, Rule, World
-from taskgraph.runtime import driver, virtual
+from taskgraph.runtime.gpu import driver, virtual
 
 __all__ = ["RULES", "Rule", "World", "capture", "check_rules", "graphs", "partitions", "work"]
 

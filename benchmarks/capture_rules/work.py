@@ -4,7 +4,7 @@ import numpy as np
 from cuda.bindings import driver as cu
 
 from benchmarks.capture_rules.world import EVENTS, EXECUTION, GUIDE, MEMORY, STREAMS, N, World, rule
-from taskgraph.runtime import driver
+from taskgraph.runtime.gpu import driver
 
 
 @rule(STREAMS)

@@ -8,7 +8,7 @@ from typing import Any
 
 from cuda.bindings import driver as cu
 
-from taskgraph.runtime import driver, virtual
+from taskgraph.runtime.gpu import driver, virtual
 
 GUIDE = "CUDA Programming Guide"
 CAPTURE = f"{GUIDE}, CUDA Graphs: stream capture"

@@ -326,7 +326,7 @@ def iter_specs() -> Iterator[Device]:
 @cache
 def _this_machine() -> Device:
     """The CPU as the probe measured it. The probe needs torch and quiet threads, so it is a process of its own."""
-    command = [sys.executable, "-m", "taskgraph.runtime.probe"]
+    command = [sys.executable, "-m", "taskgraph.runtime.cpu.probe"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path.home())
     if done.returncode != 0:
         tail = done.stderr.strip().splitlines()[-1:] or ["no message"]

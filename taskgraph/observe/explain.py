@@ -16,7 +16,7 @@ from taskgraph.cost.fitted import UNFITTED_BAND
 from taskgraph.errors import PlanError
 from taskgraph.graph.op import RESOURCES
 from taskgraph.record import number
-from taskgraph.runtime.probe import PROBE_AGAIN, disturbance
+from taskgraph.runtime.cpu.probe import PROBE_AGAIN, disturbance
 from taskgraph.schedule.plan import Plan, Span
 from taskgraph.schedule.verify import check_readable
 from taskgraph.units import format_quantity, format_seconds

@@ -7,7 +7,7 @@ from rich.text import Text
 from taskgraph.errors import PlanError
 from taskgraph.observe.explain import measured_seconds, remark, text_console
 from taskgraph.record import instance
-from taskgraph.runtime.tune import Trial, Tuned
+from taskgraph.tune.autotune import Trial, Tuned
 from taskgraph.units import format_seconds
 
 _WIDTH = 120

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 from taskgraph.errors import BackendUnavailable, PlanError
 from taskgraph.graph.graph import Graph
 from taskgraph.record import instance, shown
-from taskgraph.runtime.ways import Ways
+from taskgraph.runtime.cpu.ways import Ways
 from taskgraph.schedule.plan import Plan, Timeline
 from taskgraph.schedule.verify import verify
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from taskgraph.runtime.distributed import Group
 
 BACKENDS = {
-    "cpu": "taskgraph.runtime.cpu:CpuExecutable",
+    "cpu": "taskgraph.runtime.cpu.executable:CpuExecutable",
     "sim": "taskgraph.runtime.sim:SimExecutable",
-    "cuda": "taskgraph.runtime.cuda:CudaExecutable",
+    "cuda": "taskgraph.runtime.gpu.executable:CudaExecutable",
 }
 
 _WITH_RANKS = ("cpu", "cuda")

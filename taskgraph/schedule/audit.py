@@ -7,13 +7,13 @@ from dataclasses import replace
 from taskgraph.cost.model import op_table
 from taskgraph.errors import PlanError
 from taskgraph.graph.graph import Graph
-from taskgraph.schedule import lists
 from taskgraph.schedule.bounds import lower_bounds
 from taskgraph.schedule.evaluate import evaluate
-from taskgraph.schedule.explore import legal_sizes
 from taskgraph.schedule.plan import Plan
 from taskgraph.schedule.planner import error_band, replay_times
 from taskgraph.schedule.problem import Costs, make_problem
+from taskgraph.schedule.solve import lists
+from taskgraph.schedule.solve.explore import legal_sizes
 from taskgraph.schedule.verify import TUNED, verify
 
 TOLERANCE = 1e-6

@@ -16,7 +16,7 @@ from taskgraph.errors import PlanError
 from taskgraph.graph.device import Device, Geometry, Partition
 from taskgraph.graph.graph import Graph
 from taskgraph.record import as_path, decode, instance, read_text, shown, typed
-from taskgraph.schedule.nanobatch import UNSPLIT, Split, apply
+from taskgraph.rewrite.nanobatch import UNSPLIT, Split, apply
 
 SCHEMA = 3
 KINDS = ("simulated", "measured", "published")

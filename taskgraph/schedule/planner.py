@@ -16,13 +16,13 @@ from taskgraph.jit import njit
 from taskgraph.ops import COLLECTIVES, check_op
 from taskgraph.record import function as called
 from taskgraph.record import instance, integer, number, rows, shown
-from taskgraph.schedule import lists, proof, rules
 from taskgraph.schedule.arena import assign
 from taskgraph.schedule.bounds import lower_bounds
 from taskgraph.schedule.evaluate import Assignment, Evaluation, Layout, evaluate
-from taskgraph.schedule.explore import Candidate, explore, legal_sizes
 from taskgraph.schedule.plan import Lane, Period, Plan, Span, Step, Timeline, Verdict, uncollected
 from taskgraph.schedule.problem import Costs, Problem, make_problem
+from taskgraph.schedule.solve import lists, proof, rules
+from taskgraph.schedule.solve.explore import Candidate, explore, legal_sizes
 
 SCHEDULERS = ("auto", "sequential", "list", "search", "exact")
 LARGE = 20_000

@@ -1,0 +1,384 @@
+"""The serving engine: requests in, tokens out, whatever runs the batches.
+
+A step forms the next batch while the one before runs, then waits for that one, feeds its tokens to the next, launches
+it, and hands out the tokens while it runs. So the host's work hides behind the device's; a sequence that ends by a
+stop token is noticed one step late, which costs one token.
+"""
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Required, Self, TypedDict, Unpack
+
+import numpy as np
+
+import taskgraph as tg
+from taskgraph.errors import ExecutionError, RequestError
+from taskgraph.models.config import ModelConfig
+from taskgraph.models.paged import COLUMNS, PageShape
+from taskgraph.runtime.dtypes import dtype_of
+from taskgraph.serving.cache.disk import DiskTier
+from taskgraph.serving.cache.pages import PagedCache, block_keys
+from taskgraph.serving.known_plans import Planner
+from taskgraph.serving.requests import (
+    CANCELLED,
+    FAILED,
+    LENGTH,
+    STOP,
+    Chance,
+    Completion,
+    Request,
+    StepOutput,
+    checked,
+    number,
+    whole,
+)
+from taskgraph.serving.runners.planned import CpuRunner, PagedRunner, Runner
+from taskgraph.serving.sampling import Chances
+from taskgraph.serving.scheduler import FREE, Batch, Ints, Limits, Scheduler, Taken, Waiting
+from taskgraph.serving.steering import Steer
+
+if TYPE_CHECKING:
+    import torch
+
+_NOTHING = StepOutput(np.empty(0, np.int64), np.empty(0, np.int64))
+_STEP_RAISED = "a step raised; the engine dropped what it had."
+
+
+@dataclass(slots=True)
+class Stats:
+    """Counts and seconds since the engine began, on its runner's clock; `hidden_s` is the part of the host's work
+    `host_s` that ran beside a step."""
+
+    steps: int = 0
+    tokens: int = 0
+    prompt_tokens: int = 0
+    host_s: float = 0.0
+    hidden_s: float = 0.0
+
+
+class Engine:
+    """Serves requests by continuous batching over a runner and a paged cache."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        cache: PagedCache,
+        limits: Limits,
+        *,
+        vocabulary: int,
+        prefix_sharing: bool = True,
+        expected_output: float | None = None,
+        most_waiting: int = 100_000,
+    ) -> None:
+        """`expected_output` is how many tokens a request gives, to begin with; the engine goes on to learn it. Without
+        it a request is let in when there is room for its max_tokens, so that none is ever pre-empted."""
+        self.runner, self.cache, self.limits = runner, cache, limits
+        self.scheduler = Scheduler(limits, cache, prefix_sharing=prefix_sharing, expected_output=expected_output)
+        self.stats = Stats()
+        self.vocabulary, self._most_waiting = vocabulary, most_waiting
+        self._numbers = itertools.count()
+        self._arrived: deque[Waiting] = deque()
+        self._cancelled: deque[int] = deque()
+        self._running: Batch | None = None
+        self._failed = ""
+        self._first_s = np.full(limits.sequences, np.nan)
+
+    @property
+    def most_tokens(self) -> int:
+        """The most tokens of a prompt and its answer that can be served: the context's, or all of a smaller cache."""
+        return min(self.limits.context, self.cache.device.pages * self.cache.page_size)
+
+    @property
+    def running(self) -> int:
+        """Requests that have a sequence, on the device or parked."""
+        return int((self.scheduler.state != FREE).sum())
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have none yet."""
+        return len(self._arrived) + len(self.scheduler.waiting)
+
+    # -- for clients, from any thread ----------------------------------------------------------------
+
+    def submit(self, request: Request, arrival_s: float | None = None) -> int:
+        """Queue a request; returns its number. RequestError when it can never be served, or too many wait."""
+        request = checked(request, self.limits.context, self.vocabulary)
+        prompt = np.asarray(request.prompt)
+        need = -(-(len(prompt) + request.max_tokens) // self.cache.page_size)
+        if need > self.cache.device.pages:
+            raise RequestError(
+                f"{len(prompt)} prompt tokens and max_tokens {request.max_tokens} need {need} pages; the cache has "
+                f"{self.cache.device.pages}. Lower max_tokens or give the engine more pages.",
+                "max_tokens",
+            )
+        if request.logprobs is not None and not hasattr(self.runner, "chances"):
+            kind = type(self.runner).__name__
+            raise RequestError(f"logprobs is not supported by this engine: a {kind} has no logits.", "logprobs")
+        if self.waiting >= self._most_waiting:
+            raise RequestError(f"{self._most_waiting} requests wait already; try again later.")
+        keys = block_keys(prompt, self.cache.page_size) if self.scheduler.prefix_sharing else []
+        arrival = self.runner.now() if arrival_s is None else number("arrival_s", arrival_s, -1e18, 1e18, "seconds")
+        waiting = Waiting(next(self._numbers), request, prompt, arrival, keys, steer=Steer.of(request))
+        self._arrived.append(waiting)
+        return waiting.number
+
+    def cancel(self, number: int) -> None:
+        """End a request in the next step; nothing happens if it has ended."""
+        self._cancelled.append(whole("the number of a request", number))
+
+    # -- the loop ------------------------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step has something to do."""
+        scheduler = self.scheduler
+        waits = self._arrived or scheduler.waiting or scheduler.refused
+        return bool(waits or self._running or (scheduler.state != FREE).any())
+
+    def step(self) -> StepOutput:
+        """Launch the next batch, and hand out what the one before gave.
+
+        What the runner raises is raised here, and what was under way is lost: until `abort` every later step is an
+        ExecutionError."""
+        if self._failed:
+            raise ExecutionError(f"a step has failed ({self._failed}); abort() ends its requests and clears up.")
+        try:
+            return self._step()
+        except BaseException as error:
+            self._failed = f"{type(error).__name__}: {error}"
+            raise
+
+    def _step(self) -> StepOutput:
+        begin = self.runner.now()
+        ended = self._admit()
+        batch = self.scheduler.form()
+        formed = self.runner.now()
+        before, samples, chances = self._running, None, None
+        if before is not None:
+            self._running = None  # also when it failed
+            samples, ended_s = self.runner.wait()
+            chances = getattr(self.runner, "chances", None)
+            self.cache.landed(before.moves)
+            self.stats.hidden_s += max(min(formed, ended_s) - begin, 0.0)
+        launched = self.runner.now()
+        if batch is not None:
+            if samples is not None:
+                # a sequence that got none has ended, as will be noticed when this batch runs
+                batch.tokens[batch.fed] = np.clip(samples[batch.source], 0, self.vocabulary - 1)
+            batch = self.scheduler.steer(batch)
+            self.runner.launch(batch)
+            self.stats.steps += 1
+        elif before is None:
+            self.cache.settle()  # nothing runs: all that waits, waits for the disk
+        self._running = batch
+        output = _NOTHING if before is None or samples is None else self._take(before, samples, chances)
+        done = self.runner.now()
+        self.stats.host_s += formed - begin + done - launched
+        self.stats.hidden_s += done - launched if batch is not None else 0.0
+        return replace(output, finished=(*ended, *output.finished)) if ended else output
+
+    def run(self, requests: Iterable[Request] = ()) -> list[Completion]:
+        """Serve `requests`, and all that was submitted before, to the end; completions by request number.
+
+        One that fails has the reason "failed" and says why in `error`; ExecutionError, with the first of these, when
+        not one request came to its end."""
+        for request in requests:
+            self.submit(request)
+        finished: list[Completion] = []
+        while self.busy:
+            finished += self.step().finished
+        finished.sort(key=lambda c: c.request)
+        if finished and all(c.reason == FAILED for c in finished):
+            raise ExecutionError(f"all of {len(finished)} requests failed; the first: {finished[0].error}")
+        return finished
+
+    def replay(self, trace: Sequence[tuple[float, Request]]) -> list[Completion]:
+        """Serve (arrival, request) pairs in the order of arrival, each submitted when the clock reaches it."""
+        finished: list[Completion] = []
+        begin, coming = self.runner.now(), deque(sorted(trace, key=lambda pair: pair[0]))
+        while coming or self.busy:
+            while coming and begin + coming[0][0] <= self.runner.now():
+                arrival, request = coming.popleft()
+                self.submit(request, begin + arrival)
+            if self.busy:
+                finished += self.step().finished
+            else:
+                self.runner.sleep_until(begin + coming[0][0])
+        return sorted(finished, key=lambda c: c.request)
+
+    def abort(self) -> list[Completion]:
+        """End every request with what it has and the reason "failed"; what clears up after a step that raised."""
+        self._running, self._failed = None, ""
+        rows = np.flatnonzero(self.scheduler.state != FREE)
+        ended = [self._end(row, FAILED, _STEP_RAISED) for row in rows.tolist()]
+        self.cache.forget()
+        waiting, now = [*self.scheduler.waiting, *self._arrived], self.runner.now()
+        self.scheduler.waiting.clear()
+        self._arrived.clear()
+        return ended + [Completion(w.number, (), FAILED, w.arrival_s, now, now, _STEP_RAISED) for w in waiting]
+
+    # -- parts of a step -------------------------------------------------------------------------------
+
+    def _admit(self) -> list[Completion]:
+        """Take in what clients did since the last step; returns the requests that they cancelled."""
+        while self._arrived:
+            self.scheduler.waiting.append(self._arrived.popleft())
+        now = self.runner.now()
+        ended = [Completion(w.number, (), FAILED, w.arrival_s, now, now, error) for w, error in self.scheduler.refused]
+        self.scheduler.refused.clear()
+        while self._cancelled:
+            number = self._cancelled.popleft()
+            rows = np.flatnonzero((self.scheduler.state != FREE) & (self.scheduler.number == number))
+            if len(rows):
+                ended.append(self._end(int(rows[0]), CANCELLED))
+            for waiting in [w for w in self.scheduler.waiting if w.number == number]:
+                self.scheduler.waiting.remove(waiting)
+                ended.append(Completion(number, (), CANCELLED, waiting.arrival_s, now, now))
+        return ended
+
+    def _take(self, batch: Batch, samples: Ints, chances: Chances | None) -> StepOutput:
+        scheduler = self.scheduler
+        taken = scheduler.take(batch, samples, self.vocabulary)
+        numbers = scheduler.number[taken.rows]
+        now = self.runner.now()
+        fresh = taken.rows[np.isnan(self._first_s[taken.rows])]
+        self._first_s[fresh] = now
+        self.stats.tokens += len(taken.rows)
+        self.stats.prompt_tokens += batch.prefill
+        told = {} if chances is None else self._told(taken, chances)
+        ended = [self._end(row, LENGTH) for row in taken.full] + [self._end(row, STOP) for row in taken.stopped]
+        ended += [self._end(row, FAILED, error) for row, error in taken.failed.items()]
+        return StepOutput(numbers, taken.tokens, tuple(ended), told)
+
+    def _told(self, taken: Taken, chances: Chances) -> dict[int, Chance]:
+        """The chances of the rows of a step's output; their sequences keep them too."""
+        place = {sample: i for i, sample in enumerate(taken.samples.tolist())}
+        told = {}
+        for i, sample in enumerate(chances.samples.tolist()):
+            at = place.get(sample)
+            steer = None if at is None else self.scheduler.steers[int(taken.rows[at])]
+            if at is None or steer is None or steer.logprobs < 0:
+                continue  # its sequence has ended
+            top = zip(
+                chances.top_tokens[i, : steer.logprobs].tolist(),
+                chances.top_logprobs[i, : steer.logprobs].tolist(),
+                strict=True,
+            )
+            told[at] = Chance(int(taken.tokens[at]), float(chances.logprobs[i]), tuple(top))
+            steer.chances.append(told[at])
+        return told
+
+    def _end(self, row: int, reason: str, error: str = "") -> Completion:
+        """Free a row, with the tokens that are known. The pages of one that failed are no other's to find."""
+        scheduler, length = self.scheduler, int(self.scheduler.given[row])
+        tokens = tuple(scheduler.tokens[row, scheduler.prompt[row] : length].tolist())
+        now, first_s = self.runner.now(), float(self._first_s[row])
+        self._first_s[row] = np.nan
+        steer = scheduler.steers[row]
+        waiting = scheduler.retire(row, length, tainted=reason == FAILED)
+        if reason in (LENGTH, STOP):
+            scheduler.learn(len(tokens))
+        return Completion(
+            waiting.number, tokens, reason, waiting.arrival_s, now if np.isnan(first_s) else first_s, now, error,
+            tuple(steer.chances) if steer is not None else (),
+        )  # fmt: skip
+
+    # -- life ------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Wait for the batch that runs and free everything; requests that have not ended are dropped."""
+        running, self._running = self._running, None
+        try:
+            if running is not None:
+                self.runner.wait()
+        finally:
+            if self.cache.disk is not None:
+                self.cache.disk.close()
+            self.runner.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Options(TypedDict, total=False):
+    """What an engine over pages may be told.
+
+    `pages` of `page_size` tokens (a multiple of 32) are the device's; `host_pages`, and `disk_pages` in the folder
+    `disk`, are the tiers behind it. The others are those of `Engine`.
+    """
+
+    pages: Required[int]
+    page_size: int
+    host_pages: int
+    disk: Path | None
+    disk_pages: int
+    prefix_sharing: bool
+    expected_output: float | None
+    most_waiting: int
+
+
+def paged_engine(
+    make: Callable[[PageShape], PagedRunner],
+    limits: Limits,
+    vocabulary: int,
+    *,
+    pages: int,
+    page_size: int = 32,
+    host_pages: int = 0,
+    disk: Path | None = None,
+    disk_pages: int = 0,
+    prefix_sharing: bool = True,
+    expected_output: float | None = None,
+    most_waiting: int = 100_000,
+) -> Engine:
+    """An engine over the runner that `make` gives for these pages, as `Options` says. RequestError when they
+    contradict each other."""
+    for name, value in (
+        ("pages", pages),
+        ("page_size", page_size),
+        ("host_pages", host_pages),
+        ("disk_pages", disk_pages),
+    ):
+        whole(name, value)
+    if expected_output is not None:
+        number("expected_output", expected_output, 0.0, 1e12, "how many tokens a request gives")
+    if page_size < 1 or page_size % COLUMNS or pages < 1 or host_pages < 0 or (disk is None) != (disk_pages < 1):
+        raise RequestError(
+            f"{pages} pages of {page_size} tokens, {host_pages} on the host, {disk_pages} in {disk}: give at least one "
+            f"page, a multiple of {COLUMNS} tokens, and a folder if and only if there are pages on disk."
+        )
+    runner = make(PageShape(pages, page_size, limits.context, host_pages))
+    tier = None if disk is None else DiskTier(disk, disk_pages, runner.read_page, runner.write_page)
+    return Engine(
+        runner, PagedCache(pages, page_size, host_pages, tier), limits, vocabulary=vocabulary,
+        prefix_sharing=prefix_sharing, expected_output=expected_output, most_waiting=most_waiting,
+    )  # fmt: skip
+
+
+def cpu_engine(
+    config: ModelConfig,
+    weights: "Mapping[str, torch.Tensor]",
+    limits: Limits,
+    *,
+    dtype: str = "auto",
+    device: "str | tg.Device" = "cpu",
+    planner: "Planner | None" = None,
+    **options: Unpack[Options],
+) -> Engine:
+    """An engine on this machine's cores. `weights` are those of `llama.load_weights` in `dtype` ("auto": theirs)."""
+    dtype = dtype_of(weights, dtype)
+    return paged_engine(
+        lambda shape: CpuRunner(config, weights, shape, limits, dtype=dtype, device=device, planner=planner),
+        limits,
+        config.vocab_size,
+        **options,
+    )

@@ -1,0 +1,347 @@
+"""What executes the engine's batches: the one seam between the engine and a backend."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+import taskgraph as tg
+from taskgraph.models import llama, paged
+from taskgraph.models.config import ModelConfig
+from taskgraph.models.paged import Bucket, PageShape
+from taskgraph.runtime.bank import GraphBank
+from taskgraph.serving import sampling
+from taskgraph.serving.known_plans import Planner
+from taskgraph.serving.sampling import Chances
+from taskgraph.serving.scheduler import Batch, Ints, Limits
+
+if TYPE_CHECKING:
+    import torch
+
+    from taskgraph.runtime.distributed import Group
+
+
+class Runner(Protocol):
+    """Executes one batch at a time, in the order of `launch`.
+
+    One that has logits also has `chances`, the `sampling.Chances` of the batch that was waited for last, or None."""
+
+    @property
+    def planned(self) -> int:
+        """Steps planned and captured so far; more of them while serving mean buckets that were not warm."""
+        ...
+
+    def warm(self) -> None:
+        """Plan and capture now what batches will need."""
+        ...
+
+    def check(self) -> None:
+        """Raise, while no batch runs, if none can run any more."""
+        ...
+
+    def now(self) -> float:
+        """Seconds on the runner's clock: this machine's, or a simulated one."""
+        ...
+
+    def launch(self, batch: Batch) -> None:
+        """Start a batch and return at once."""
+        ...
+
+    def wait(self) -> tuple[Ints, float]:
+        """The samples of the batch launched last, and when it ended; -1 for a row whose logits have no likeliest."""
+        ...
+
+    def sleep_until(self, at_s: float) -> None:
+        """Let the clock reach `at_s`; there is nothing to run before it."""
+        ...
+
+    def close(self) -> None:
+        """Free everything."""
+        ...
+
+
+class PagedRunner(Runner, Protocol):
+    """A runner with host pages that a disk tier can read and write, also while a batch runs."""
+
+    def read_page(self, page: int) -> bytes:
+        """The bytes of a host page in every layer."""
+        ...
+
+    def write_page(self, page: int, data: bytes) -> None:
+        """Give a host page these bytes; ValueError if they are not as many as a page has."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """A step that ended: its bucket, and the measured seconds from its launch until its samples were known; None where
+    a clock says nothing, as on a virtual device."""
+
+    bucket: Bucket
+    seconds: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """The plan of a bucket's steps, and the kind of every op in it."""
+
+    plan: tg.Plan
+    kinds: Mapping[str, str]
+
+
+@runtime_checkable
+class PlanRunner(Protocol):
+    """A runner whose steps are plans, and that tells which."""
+
+    dtype: str
+    last: Ran | None
+
+    def planned_step(self, bucket: Bucket) -> Planned | None:
+        """The plan of the bucket's steps, also while one runs; None if it cannot be had any more."""
+        ...
+
+
+def ladder(most: int) -> tuple[int, ...]:
+    """Bucket sizes up to `most`: powers of two and, from 16 on, the halves between them."""
+    sizes = [0, *(2**i for i in range(5)), *(n for i in range(4, 24) for n in (3 << (i - 1), 1 << (i + 1)))]
+    return (*(n for n in sizes if n < most), most)
+
+
+class CpuRunner:
+    """Runs batches on this machine: a captured plan a bucket, from the graph bank, launched from a thread. `GpuRunner`
+    does the same on a GPU.
+
+    `weights` are those of `llama.load_weights`; `device` is "cpu" unless told, or one like it with fewer cores.
+    Executables together hold at most `budget_bytes` of their own. With a `group` this is one rank's runner: `weights`
+    are its shard (`shards.load_shard`), `device` has the link that the ranks measure, and all ranks must be given the
+    same batches; rank 0 alone draws. `whole_experts`: ranks share out the experts of a layer, not each one's features.
+    `planner` makes the plans of the steps, or knows them (`KnownPlans`).
+    """
+
+    backend: ClassVar[str] = "cpu"
+    _run_on: str | None = None
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, "torch.Tensor"],
+        shape: PageShape,
+        limits: Limits,
+        *,
+        dtype: str = "bf16",
+        device: "str | tg.Device | None" = None,
+        scheduler: str = "auto",
+        budget_bytes: float = 2e9,
+        group: "Group | None" = None,
+        whole_experts: bool = False,
+        planner: "Planner | None" = None,
+    ) -> None:
+        self._plan: Planner = planner or tg.plan
+        self.config, self.shape, self.dtype = config, shape, dtype
+        self.scheduler, self._group, self._ranks = scheduler, group, 1 if group is None else group.size
+        self._expert_rank = group.rank if group is not None and whole_experts else None
+        self.device = device or ("cpu" if group is None else _device_of(group))
+        self.bank: GraphBank[Bucket] = GraphBank(self._make, budget_bytes)
+        self._bound = self._placed(weights, self._rooms())
+        self._limits, self._decode = limits, ladder(limits.sequences)
+        self._prefill = (*(n for n in (16 << i for i in range(16)) if n < limits.tokens), limits.tokens)
+        self._thread = ThreadPoolExecutor(1, "taskgraph-runner")
+        self._running: Future[tuple[Ints, float]] | None = None
+        self.chances: Chances | None = None
+        self.last: Ran | None = None
+        self._plans: dict[Bucket, tg.Plan] = {}
+
+    # -- captured steps ----------------------------------------------------------------------------
+
+    def _rooms(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the pages of every layer, on the device and on the host ("host_...")."""
+        share, pools = self.config.share(self._ranks, self._expert_rank), {"": self.shape.pages}
+        if self.shape.host_pages:
+            pools["host_"] = self.shape.host_pages
+        return {
+            f"{mark}{prefix}{name}": room
+            for prefix, pages in pools.items()
+            for mark in llama.layout(self.config).marks()
+            for name, room in self.shape.room(share, pages).items()
+        }
+
+    def _placed(self, weights: "Mapping[str, torch.Tensor]", rooms: Mapping[str, tuple[int, ...]]) -> Mapping[str, Any]:
+        """Weights, and pages of zeros, where steps bind them."""
+        import torch
+
+        kind = {"bf16": torch.bfloat16, "f32": torch.float32}[self.dtype]
+        return {**weights, **{name: torch.zeros(shape, dtype=kind) for name, shape in rooms.items()}}
+
+    def _make(self, bucket: Bucket) -> "tg.Executable":
+        from taskgraph.runtime.distributed import one_plan
+
+        graph = self._graph(bucket)
+        plan = one_plan(graph, self._group, lambda: self._plan(graph, self.device, self.scheduler))
+        self._plans[bucket] = plan
+        executable = tg.compile(graph, plan, self.backend, device=self._run_on, group=self._group)
+        wanted = {t.name for t in graph.flat().with_role("weight", "state")}
+        executable.bind({name: t for name, t in self._bound.items() if name in wanted})
+        return executable
+
+    def _graph(self, bucket: Bucket) -> tg.Graph:
+        return paged.step_graph(self.config, bucket, self.shape, self.dtype, self._ranks, self._expert_rank)
+
+    def planned_step(self, bucket: Bucket) -> Planned | None:
+        plan = self._plans.get(bucket)
+        if plan is None:
+            return None
+        return Planned(plan, {op.name: op.kind for op in plan.sliced(self._graph(bucket)).flat().ops})
+
+    def bucket(self, batch: Batch) -> Bucket:
+        """The smallest bucket that holds the batch."""
+        decode = min(n for n in self._decode if n >= batch.decode)
+        if not batch.chunks and (decode or not batch.moves):
+            return Bucket(decode, moves=bool(batch.moves))
+        prefill = min(n for n in self._prefill if n >= batch.prefill and self._chunks(n) >= batch.chunks)
+        return Bucket(decode, prefill, self._chunks(prefill), bool(batch.moves))
+
+    def _chunks(self, prefill: int) -> int:
+        """Chunks that a bucket of so many rows of prefill has."""
+        return self._limits.chunks if prefill == self._prefill[-1] else min(max(prefill // 16, 1), self._limits.chunks)
+
+    def buckets(self) -> list[Bucket]:
+        """Every bucket that a step without moving pages can have."""
+        mixed = (Bucket(d, p, self._chunks(p)) for d in self._decode for p in self._prefill)
+        return [*(Bucket(d) for d in self._decode if d), *mixed]
+
+    @property
+    def planned(self) -> int:
+        return self.bank.made
+
+    def warm(self, buckets: Iterable[Bucket] | None = None) -> None:
+        """Plan and capture these buckets now (all that do not move pages, unless told), so that no step has to."""
+        for bucket in self.buckets() if buckets is None else buckets:
+            executable: Any = self.bank[bucket]
+            self._give(executable, _clear)
+            executable.launch()
+
+    # -- steps -------------------------------------------------------------------------------------
+
+    def now(self) -> float:
+        return time.perf_counter()
+
+    def check(self) -> None:
+        """This process has all that it needs."""
+
+    def launch(self, batch: Batch) -> None:
+        from taskgraph.runtime.cpu.kernels import release_threads
+
+        release_threads()  # of the engine's own thread: a pool there would slow the lanes' pools down
+        self._running = self._thread.submit(self.run, batch)
+
+    def wait(self) -> tuple[Ints, float]:
+        assert self._running is not None
+        return self._running.result()
+
+    def sleep_until(self, at_s: float) -> None:
+        time.sleep(max(at_s - self.now(), 0.0))
+
+    def run(self, batch: Batch) -> tuple[Ints, float]:
+        """Execute a batch in this thread: its samples, and when it ended."""
+        bucket = self.bucket(batch)
+        executable: Any = self.bank[bucket]
+        self._give(executable, lambda inputs: _fill(inputs, batch, bucket))
+        begin_s = self.now()
+        executable.launch()
+        rows = np.concatenate([np.arange(batch.decode), bucket.decode + np.arange(batch.chunks)])
+        samples: Ints = self._rows(executable, llama.NEXT, rows).numpy()
+        self.last = Ran(bucket, self._measured_s(begin_s))
+        self.chances = None
+        if self._group is None or self._group.rank == 0:
+            samples = np.clip(samples, 0, self.config.vocab_size - 1)
+            samples = sampling.likeliest(samples, self._entries(executable, llama.LOGITS, rows, samples))
+            if batch.draws is not None:
+                logits = self._rows(executable, llama.LOGITS, rows[batch.draws.samples])
+                samples[batch.draws.samples], self.chances = sampling.sample(logits, batch.draws)
+        return samples, self.now()
+
+    def _measured_s(self, begin_s: float) -> float | None:
+        """What a step that began then has taken."""
+        return self.now() - begin_s
+
+    def _give(self, executable: Any, write: "Callable[[Mapping[str, torch.Tensor]], None]") -> None:
+        """Let `write` write the inputs of a step."""
+        write(executable.inputs)
+
+    def _rows(self, executable: Any, name: str, rows: Ints) -> "torch.Tensor":
+        """Those rows of an output of the step launched last."""
+        found: torch.Tensor = executable.outputs[name][rows]
+        return found
+
+    def _entries(self, executable: Any, name: str, rows: Ints, columns: Ints) -> "torch.Tensor":
+        """One entry of each of those rows of an output of the step launched last."""
+        found: torch.Tensor = executable.outputs[name][rows, columns]
+        return found
+
+    def read_page(self, page: int) -> bytes:
+        return b"".join(part.tobytes() for part in self._host_page(page))
+
+    def write_page(self, page: int, data: bytes) -> None:
+        parts = self._host_page(page)
+        size = parts[0].nbytes
+        if len(data) != size * len(parts):
+            raise ValueError(f"{len(data)} bytes where a page has {size * len(parts)}")
+        for i, part in enumerate(parts):
+            part[:] = np.frombuffer(data, np.uint8, size, i * size)
+
+    def _host_page(self, page: int) -> list[npt.NDArray[np.uint8]]:
+        import torch
+
+        pools = (self._on_host(name) for name in self._bound if name.rpartition("/")[2].startswith("host_"))
+        return [pool[page].view(torch.uint8).numpy().reshape(-1) for pool in pools]
+
+    def _on_host(self, name: str) -> "torch.Tensor":
+        """The host pages of that name, in place."""
+        found: torch.Tensor = self._bound[name]
+        return found
+
+    def close(self) -> None:
+        self._thread.shutdown()
+        self.bank.close()
+
+
+def _device_of(group: "Group") -> tg.Device:
+    from taskgraph.runtime.distributed import rank_device
+
+    return rank_device(group)
+
+
+def _clear(inputs: "Mapping[str, torch.Tensor]") -> None:
+    """Rows of no sequence everywhere."""
+    for name, tensor in inputs.items():
+        tensor.fill_(-1 if name in ("slots", "page_out", "page_in", "page_copy") else 0)
+
+
+def _fill(inputs: "Mapping[str, torch.Tensor]", batch: Batch, bucket: Bucket) -> None:
+    """Write the batch into the buffers of its bucket."""
+    _clear(inputs)
+    at = {name: tensor.numpy() for name, tensor in inputs.items()}
+    d, first = batch.decode, bucket.decode
+    for name, values in (("tokens", batch.tokens), ("positions", batch.positions), ("slots", batch.slots)):
+        at[name][:d] = values[:d]
+        at[name][first : first + batch.prefill] = values[d:]
+    if bucket.decode:
+        at["decode_lengths"][:d] = batch.lengths[:d]
+        at["decode_blocks"][:d, : batch.blocks.shape[1]] = batch.blocks[:d]
+    if bucket.prefill:
+        n = batch.chunks
+        at["prefill_starts"][: n + 1] = batch.starts
+        at["prefill_starts"][n + 1 :] = batch.starts[-1]
+        at["prefill_lengths"][:n] = batch.lengths[d:]
+        at["prefill_blocks"][:n, : batch.blocks.shape[1]] = batch.blocks[d:]
+        at["samples"][:d] = np.arange(d)
+        at["samples"][first : first + n] = first + batch.starts[1:] - 1
+    if bucket.moves:
+        moves = {"page_out": batch.moves.out, "page_in": batch.moves.back, "page_copy": batch.moves.copies}
+        for name, pairs in moves.items():
+            if pairs:
+                at[name][: len(pairs)] = pairs

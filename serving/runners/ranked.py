@@ -1,0 +1,174 @@
+"""The serving engine over ranks: every one runs the same batches in its own process, and rank 0 gives the samples.
+
+A batch is pickled once, without what only the scheduler reads. A thread sends it and waits for all ranks, so that the
+engine forms the next batch meanwhile.
+"""
+
+import pickle
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Unpack
+
+import numpy as np
+
+from taskgraph.errors import GraphError, RankLost
+from taskgraph.models.config import ModelConfig
+from taskgraph.models.paged import Bucket, PageShape
+from taskgraph.serving.engine import Engine, Options, paged_engine
+from taskgraph.serving.runners.planned import CpuRunner, Planned, Ran
+from taskgraph.serving.runners.ranks import Ranks
+from taskgraph.serving.sampling import Chances
+from taskgraph.serving.scheduler import Batch, Ints, Limits
+
+if TYPE_CHECKING:
+    import torch
+
+    from taskgraph.runtime.distributed import Group
+
+Load = Callable[["Group"], Mapping[str, "torch.Tensor"]]
+"""Gives the weights of the group's rank, in its process; can be pickled."""
+
+
+class RanksRunner:
+    """Runs batches on `ranks`, each with a `RankActor`; owns them. RankLost from `wait` or `check` when one is gone."""
+
+    def __init__(self, ranks: Ranks, dtype: str = "bf16") -> None:
+        self.ranks, self.dtype = ranks, dtype
+        self._thread = ThreadPoolExecutor(1, "taskgraph-ranks")
+        self._running: Future[list[Any]] | None = None
+        self.chances: Chances | None = None
+        self.last: Ran | None = None
+
+    @property
+    def planned(self) -> int:
+        return int(self._call("planned")[0])
+
+    def warm(self) -> None:
+        for bucket in self._call("buckets")[0]:  # a call each, so that no rank is late
+            self._call("warm", bucket)
+
+    def check(self) -> None:
+        self.ranks.check()
+
+    def now(self) -> float:
+        return time.perf_counter()
+
+    def launch(self, batch: Batch) -> None:
+        self._running = self._thread.submit(self.ranks.call, "run", packed(batch))
+
+    def wait(self) -> tuple[Ints, float]:
+        assert self._running is not None
+        samples, self.chances, self.last = self._running.result()[0]
+        return samples, self.now()
+
+    def planned_step(self, bucket: Bucket) -> Planned | None:
+        try:
+            found: Planned | None = self._call("planned_step", bucket)[0]
+        except (RankLost, RuntimeError):  # the ranks, or the thread that calls them, are gone: the engine says why
+            return None
+        return found
+
+    def sleep_until(self, at_s: float) -> None:
+        time.sleep(max(at_s - self.now(), 0.0))
+
+    def read_page(self, page: int) -> bytes:
+        return b"".join(self._call("read_page", page))
+
+    def write_page(self, page: int, data: bytes) -> None:
+        if len(data) % self.ranks.size:
+            raise ValueError(f"{len(data)} bytes, which {self.ranks.size} ranks do not share")
+        self._call("write_page", page, data)
+
+    def _call(self, method: str, *args: Any) -> list[Any]:
+        """Between batches: one call at a time reaches the ranks."""
+        return self._thread.submit(self.ranks.call, method, *args).result()
+
+    def close(self) -> None:
+        self._thread.shutdown()
+        self.ranks.close()
+
+
+def packed(batch: Batch) -> bytes:
+    """What a rank needs of the batch."""
+    nothing = np.empty(0, np.int64)
+    kept = replace(batch, owner=nothing, place=nothing, epoch=nothing, fed=nothing, source=nothing)
+    return pickle.dumps(kept, pickle.HIGHEST_PROTOCOL)
+
+
+class RankActor:
+    """One rank's runner, in its process."""
+
+    def __init__(self, runner: CpuRunner, group: "Group") -> None:
+        self._runner, self._group = runner, group
+
+    def run(self, batch: bytes) -> tuple[Ints, Chances | None, Ran | None] | None:
+        """Execute a batch; the samples, their chances and the step are those of rank 0."""
+        samples, _ = self._runner.run(pickle.loads(batch))
+        return (samples, self._runner.chances, self._runner.last) if self._group.rank == 0 else None
+
+    def planned_step(self, bucket: Bucket) -> Planned | None:
+        return self._runner.planned_step(bucket) if self._group.rank == 0 else None
+
+    def planned(self) -> int:
+        return self._runner.planned
+
+    def buckets(self) -> list[Bucket]:
+        return self._runner.buckets()
+
+    def warm(self, bucket: Bucket) -> None:
+        self._runner.warm([bucket])
+
+    def read_page(self, page: int) -> bytes:
+        return self._runner.read_page(page)
+
+    def write_page(self, page: int, data: bytes) -> None:
+        """Take this rank's part."""
+        size = len(data) // self._group.size
+        self._runner.write_page(page, data[self._group.rank * size : (self._group.rank + 1) * size])
+
+
+@dataclass(frozen=True, slots=True)
+class _Make:
+    """How a rank's process makes its actor."""
+
+    config: ModelConfig
+    load: Load
+    limits: Limits
+    shape: PageShape
+    dtype: str
+    whole_experts: bool
+
+    def __call__(self, group: "Group") -> RankActor:
+        runner = CpuRunner(
+            self.config, self.load(group), self.shape, self.limits, dtype=self.dtype, group=group,
+            whole_experts=self.whole_experts,
+        )  # fmt: skip
+        return RankActor(runner, group)
+
+
+def ranks_engine(
+    config: ModelConfig,
+    load: Load,
+    limits: Limits,
+    ranks: int,
+    *,
+    dtype: str = "bf16",
+    whole_experts: bool = False,
+    timeout_s: float = 60.0,
+    **options: Unpack[Options],
+) -> Engine:
+    """An engine over `ranks` processes on this machine; `config` is the whole model's, and `load(group)` gives a
+    rank's weights there (`shards.load_shard`). With `whole_experts` ranks share out the experts of a layer, not the
+    features of each. GraphError when the ranks cannot share the model; RankLost when one dies, or is later than
+    `timeout_s`."""
+    if whole_experts and config.experts is None:
+        raise GraphError(f"{config.name} has no experts to share out; leave expert parallelism off.")
+    config.share(ranks, 0 if whole_experts else None)
+
+    def make(shape: PageShape) -> RanksRunner:
+        started = _Make(config, load, limits, shape, dtype, whole_experts)
+        return RanksRunner(Ranks(ranks, started, timeout_s=timeout_s), dtype)
+
+    return paged_engine(make, limits, config.vocab_size, **options)

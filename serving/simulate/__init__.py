@@ -1,0 +1,1 @@
+"""Serving without a machine: traces, and engines whose batches take the time that plans predict."""

@@ -1,0 +1,179 @@
+"""Serving without a machine: the engine's batches take the time that a plan predicts, and give no tokens."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+import taskgraph as tg
+from taskgraph.errors import PlanError
+from taskgraph.models.config import ModelConfig
+from taskgraph.models.parallel import mixed_step
+from taskgraph.runtime.bank import GraphBank
+from taskgraph.serving.cache.pages import PagedCache
+from taskgraph.serving.engine import Engine
+from taskgraph.serving.runners.planned import ladder
+from taskgraph.serving.scheduler import Batch, Ints, Limits
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class StepShape:
+    """What a step's time depends on: sequences that decode and the keys each sees on average, tokens of prefill, their
+    chunks, and the keys that a chunk's last token sees on average."""
+
+    decode: int
+    decode_context: int
+    prefill: int
+    chunks: int
+    prefill_context: int
+
+    @staticmethod
+    def of(batch: Batch) -> "StepShape":
+        """The shape of a batch."""
+        seen, d = batch.lengths, batch.decode
+        decode_context = int(seen[:d].mean()) if d else 0
+        return StepShape(d, decode_context, batch.prefill, batch.chunks, int(seen[d:].mean()) if batch.chunks else 0)
+
+
+class PlannedSeconds:
+    """Simulated seconds of a step: the makespan of `tg.plan` for its shape, rounded up, on one rank's device.
+
+    `context_step` is what contexts are rounded up to. Plans are kept in a graph bank of the sim backend.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        device: str | tg.Device,
+        *,
+        tensor_parallel: int = 1,
+        scheduler: str = "auto",
+        context_step: int = 256,
+    ) -> None:
+        self.config, self.device, self.tensor_parallel, self.scheduler = config, device, tensor_parallel, scheduler
+        self.context_step = context_step
+        self.bank: GraphBank[StepShape] = GraphBank(self._make)
+
+    def __call__(self, shape: StepShape) -> float:
+        executable = self.bank[self.rounded(shape)]
+        return executable.timeline().makespan_s
+
+    def rounded(self, shape: StepShape) -> StepShape:
+        """The shape that is planned for `shape`: every number rounded up, prefill to equal chunks."""
+
+        def up(n: int, step: int) -> int:
+            return -(-n // step) * step
+
+        decode = up(shape.decode, 16) if shape.decode > 16 else min(n for n in ladder(16) if n >= shape.decode)
+        chunks = min(n for n in ladder(max(shape.chunks, 1)) if n >= shape.chunks)
+        each = up(-(-shape.prefill // chunks), 32) if chunks else 0
+        contexts = (
+            max(up(n, self.context_step), m) for n, m in ((shape.decode_context, 1), (shape.prefill_context, each))
+        )
+        decode_context, prefill_context = contexts
+        return StepShape(
+            decode, decode_context if decode else 0, each * chunks, chunks, prefill_context if chunks else 0
+        )
+
+    def _make(self, shape: StepShape) -> tg.Executable:
+        graph = mixed_step(
+            self.config,
+            tensor_parallel=self.tensor_parallel,
+            decode_tokens=shape.decode,
+            decode_context=shape.decode_context,
+            prefill_tokens=shape.prefill,
+            prefill_context=shape.prefill_context,
+            prefill_sequences=max(shape.chunks, 1),
+        )
+        return tg.compile(graph, tg.plan(graph, self.device, self.scheduler), "sim")
+
+
+class SimRunner:
+    """A runner whose clock is simulated: a step takes `seconds` of its shape, or as long as its pages take over PCIe.
+
+    `host_s` is what the engine's own work takes; it hides behind a step that is longer. Samples are all token 0.
+    `launched` keeps the shape of every step and the seconds of its copies.
+    """
+
+    def __init__(
+        self,
+        seconds: Callable[[StepShape], float],
+        *,
+        page_bytes: float = 0.0,
+        copy_bytes_per_s: float = 25e9,
+        host_s: float = 0.0,
+    ) -> None:
+        self._seconds, self._host_s = seconds, host_s
+        self._page_s = page_bytes / copy_bytes_per_s
+        self._clock_s = self._ends_s = self.busy_s = 0.0
+        self._samples: Ints = np.empty(0, np.int64)
+        self.launched: list[tuple[StepShape, float]] = []
+
+    planned = 0
+
+    def warm(self) -> None:
+        """Nothing to plan."""
+
+    def check(self) -> None:
+        """Nothing can be lost."""
+
+    def now(self) -> float:
+        return self._clock_s
+
+    def launch(self, batch: Batch) -> None:
+        copies = max(len(batch.moves.out), len(batch.moves.back)) * self._page_s
+        shape = StepShape.of(batch)
+        self.launched.append((shape, copies))
+        step = self._seconds(shape) if len(batch.tokens) else 0.0
+        took = max(step, copies, self._host_s)
+        self.busy_s += took
+        self._ends_s = self._clock_s + took
+        self._samples = np.zeros(len(batch.owner), np.int64)
+
+    def wait(self) -> tuple[Ints, float]:
+        self._clock_s = max(self._clock_s, self._ends_s)
+        return self._samples, self._ends_s
+
+    def sleep_until(self, at_s: float) -> None:
+        self._clock_s = max(self._clock_s, at_s)
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+def page_bytes(config: ModelConfig, page_size: int, itemsize: int = 2) -> int:
+    """Keys and values, or latents, of one page, in every layer, of the whole model."""
+    latent = config.latent
+    each = latent.rank + latent.rotary if latent else 2 * config.kv_heads * config.head_dim
+    return config.layers * each * page_size * itemsize
+
+
+def pages_of(
+    config: ModelConfig, device: str | tg.Device, *, tensor_parallel: int = 1, page_size: int = 16, share: float = 0.9
+) -> int:
+    """Pages that `share` of the ranks' memory holds beside the weights in 16 bits; PlanError if there is none."""
+    memory = share * tensor_parallel * tg.devices.get(device).memory_bytes - 2 * config.parameters
+    pages = int(memory // page_bytes(config, page_size))
+    if pages < 1:
+        raise PlanError(f"{config.name} does not fit {tensor_parallel} ranks; give it more.")
+    return pages
+
+
+def simulated_engine(
+    config: ModelConfig,
+    seconds: Callable[[StepShape], float],
+    *,
+    pages: int,
+    page_size: int = 16,
+    host_pages: int = 0,
+    limits: Limits | None = None,
+    host_s: float = 0.0,
+    expected_output: float | None = None,
+) -> Engine:
+    """An engine over a SimRunner; it shares no prefixes, because its prompts are lengths and not texts."""
+    limits = limits or Limits(sequences=1024, tokens=2048, chunks=64, context=config.max_context)
+    runner = SimRunner(seconds, page_bytes=page_bytes(config, page_size), host_s=host_s)
+    cache = PagedCache(pages, page_size, host_pages)
+    return Engine(
+        runner, cache, limits, vocabulary=config.vocab_size, prefix_sharing=False, expected_output=expected_output
+    )

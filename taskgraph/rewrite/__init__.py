@@ -1,0 +1,22 @@
+"""Rewrites: from a graph a new graph that computes the same. The planner chooses among them.
+
+Nano-batches (`split_batch`), the collectives of a tensor-parallel layer (`with_collectives`), and tensors that live
+on the host (`offload`, `save_to_host`).
+"""
+
+from taskgraph.rewrite.collectives import collective_choices, collective_variants, with_collectives
+from taskgraph.rewrite.nanobatch import Split, SplitInfo, apply, split_batch, splittable
+from taskgraph.rewrite.offload import offload, save_to_host
+
+__all__ = [
+    "Split",
+    "SplitInfo",
+    "apply",
+    "collective_choices",
+    "collective_variants",
+    "offload",
+    "save_to_host",
+    "split_batch",
+    "splittable",
+    "with_collectives",
+]

@@ -1,0 +1,1 @@
+"""The CPU backend: lanes are threads pinned to cores."""

@@ -1,0 +1,57 @@
+"""Collectives on a CPU, through the group of the executable (gloo). A collective of one rank is a copy."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+
+from taskgraph.errors import BackendUnavailable
+from taskgraph.graph.op import Op
+from taskgraph.ops import COLLECTIVES
+from taskgraph.runtime.cpu.binders import BINDERS, Entry, Site, Tensors
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def _bind(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
+    x, out = ins[0], outs[0]
+    if op.integer("ranks") == 1:
+        return partial(out.copy_, x)
+    if site.group is None:
+        raise BackendUnavailable(f"op {op.name!r}: {op.kind} over {op.attr('ranks')} ranks needs a group of them.")
+    wide = torch.float32 if x.dtype in _HALF and op.kind != "all_gather" else x.dtype
+    if op.kind == "all_reduce":
+        total = _staged(out, wide)
+        return _in_turn([partial(total.copy_, x), partial(site.group.all_reduce, total), *_back(out, total)])
+    run = site.group.all_gather if op.kind == "all_gather" else site.group.reduce_scatter
+    axis = op.integer("axis")
+    source, target = x.movedim(axis, 0), out.movedim(axis, 0)  # torch joins and shares along the first axis
+    sent, got = _staged(source, wide), _staged(target, wide)
+    return _in_turn([*_back(sent, source), partial(run, got, sent), *_back(target, got)])
+
+
+for _kind in COLLECTIVES:
+    BINDERS[_kind] = _bind
+
+
+def _staged(view: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The view itself where it is contiguous and of that dtype, else a buffer; sums of halves are made in float32."""
+    if view.is_contiguous() and view.dtype == dtype:
+        return view
+    return torch.empty(view.shape, dtype=dtype)
+
+
+def _back(target: torch.Tensor, source: torch.Tensor) -> list[Entry]:
+    """The copy from source to target, if they are two."""
+    return [] if target is source else [partial(target.copy_, source)]
+
+
+def _in_turn(entries: Sequence[Entry]) -> Entry:
+    if len(entries) == 1:
+        return entries[0]
+
+    def run() -> None:
+        for entry in entries:
+            entry()
+
+    return run

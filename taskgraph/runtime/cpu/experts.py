@@ -1,0 +1,104 @@
+"""Mixture of experts on a CPU: routing, and products of each expert with the rows that come to it."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own convention
+
+from taskgraph.graph.op import Op
+from taskgraph.runtime.cpu.binders import Entry, Site, Tensors, binder
+from taskgraph.runtime.cpu.products import Linear, room_for
+
+
+@binder("route")
+def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
+    logits, *rest = ins
+    correction, slots = ([t for t in rest if (t.dtype == torch.int32) is whether] for whether in (False, True))
+    groups, kept = op.integer("groups"), op.integer("top_groups")
+    shape = (groups, kept) if kept < groups else None
+    numbers = (op.integer("top_k"), bool(op.attr("normalize")), op.number("scale"), shape)
+    sigmoid, first = op.attr("scoring") == "sigmoid", op.integer("first")
+    whole = outs[0] if outs[0].shape == logits.shape else torch.empty(logits.shape)
+    biased, going = (which[0] if which else None for which in (correction, slots))
+    route = partial(_route, logits, biased, going, whole, sigmoid, *numbers)
+    if whole is outs[0]:
+        return route
+    mine = whole.narrow(1, first, outs[0].shape[1])
+
+    def held() -> None:
+        route()
+        outs[0].copy_(mine)
+
+    return held
+
+
+def _route(
+    logits: torch.Tensor,
+    correction: torch.Tensor | None,
+    slots: torch.Tensor | None,
+    out: torch.Tensor,
+    sigmoid: bool,
+    top_k: int,
+    normalize: bool,
+    scale: float,
+    groups: tuple[int, int] | None,
+) -> None:
+    """The weights of the chosen experts into `out`, zeros elsewhere; `groups` is (how many, how many are kept)."""
+    scores = logits.float().sigmoid() if sigmoid else logits.float().softmax(-1)
+    choice = scores if correction is None else scores + correction
+    if groups is not None:
+        choice = _within_best_groups(choice, *groups)
+    chosen = choice.topk(top_k, dim=-1).indices
+    weights = scores.gather(1, chosen)
+    if normalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    out.zero_().scatter_(1, chosen, weights * scale)
+    if slots is not None:
+        out.masked_fill_((slots < 0).unsqueeze(1), 0.0)
+
+
+def _within_best_groups(choice: torch.Tensor, groups: int, kept: int) -> torch.Tensor:
+    """-inf outside the `kept` groups whose two best scores sum highest."""
+    grouped = choice.view(len(choice), groups, -1)
+    best = grouped.topk(2, dim=-1).values.sum(-1).topk(kept, dim=-1).indices
+    out = torch.ones(len(choice), groups, dtype=torch.bool).scatter_(1, best, False)
+    return grouped.masked_fill(out.unsqueeze(-1), float("-inf")).view(choice.shape)
+
+
+@binder("experts")
+def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
+    x, routing, gate_up, down, *residual = ins
+    total = torch.empty(x.shape, dtype=torch.float32)
+    fixed = set(op.inputs[2:4]) <= site.constants and room_for(2 * (gate_up.nbytes + down.nbytes))
+    first, second = (
+        [Linear(op.name, w, fixed, site.threads, site.ways) for w in weights] for weights in (gate_up, down)
+    )
+    return partial(_experts, x, routing, first, second, residual[0] if residual else None, total, outs[0])
+
+
+def _experts(
+    x: torch.Tensor,
+    routing: torch.Tensor,
+    gate_up: Sequence[Linear],
+    down: Sequence[Linear],
+    residual: torch.Tensor | None,
+    total: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """Sums in float32 over the experts that some token goes to, each on its own tokens only."""
+    total.zero_() if residual is None else total.copy_(residual)
+    where = routing.t().nonzero()
+    counts = torch.bincount(where[:, 0], minlength=len(gate_up)).tolist()
+    for expert, rows in enumerate(torch.split(where[:, 1], counts)):
+        if len(rows):
+            gate, up = gate_up[expert](x[rows]).chunk(2, dim=-1)
+            made = down[expert](F.silu(gate) * up)
+            total.index_add_(0, rows, made.float() * routing[rows, expert, None])
+    out.copy_(total)
+
+
+@binder("gated_add")
+def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
+    x, gate, base = ins
+    return lambda: torch.addcmul(base, x, gate.sigmoid(), out=outs[0])

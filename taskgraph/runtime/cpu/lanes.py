@@ -1,0 +1,231 @@
+"""The lanes of the CPU backend: persistent threads pinned to core sets, and the replay of programs on them."""
+
+import operator
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from itertools import count
+from typing import Any, ClassVar
+
+import torch
+from numba.core.compiler_lock import global_compiler_lock
+
+from taskgraph.errors import ExecutionError
+from taskgraph.runtime.cpu import kernels
+from taskgraph.runtime.turns import here
+
+Entry = Callable[[], Any]
+
+
+class Lane:
+    """A persistent thread pinned to a core set, shared by all executables that have a lane there.
+
+    One thread a core set and lane number, however many plans are captured: pools of idle threads that outnumber the
+    cores would slow every parallel op down. Turns are numbered, so that a replay that was interrupted can tell which
+    lanes have begun and which have ended.
+    """
+
+    _alive: ClassVar[dict[tuple[tuple[int, ...], int], "Lane"]] = {}
+    _guard: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(self, key: tuple[tuple[int, ...], int]) -> None:
+        self.program: list[Entry] = []
+        self.failed: tuple[int, BaseException] | None = None
+        self.turn = self.ended = 0
+        self.abandoned = False
+        self._key, self._users = key, 0
+        self._start, self._done = threading.Lock(), threading.Lock()
+        self._start.acquire()
+        self._done.acquire()
+        self.start, self.wait = self._start.release, self._done.acquire
+        self._closing = False
+        cores, number = key
+        name = f"taskgraph-lane-{number}"
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._work, args=(cores,), name=name, daemon=True)
+        self._thread.start()
+        self._ready.wait()  # its pool has begun: no fork comes in between
+
+    @classmethod
+    def open(cls, cores: Sequence[int], number: int) -> "Lane":
+        """Lane `number` on `cores`, started if it is the first there."""
+        key = (tuple(cores), number)
+        with cls._guard:
+            lane = cls._alive.get(key)
+            if lane is None:
+                lane = cls._alive[key] = cls(key)
+            lane._users += 1
+            return lane
+
+    @classmethod
+    def forget_all(cls) -> None:
+        """In a forked child, where none of the threads is."""
+        cls._alive, cls._guard = {}, threading.Lock()
+
+    def close(self) -> None:
+        """One user less; the last one stops the thread."""
+        with self._guard:
+            self._users -= 1
+            if self._users or self.abandoned:
+                return
+            del self._alive[self._key]
+            self._closing = True
+            self._start.release()
+            self._thread.join()
+
+    def abandon(self) -> None:
+        """Leave the thread to an op that does not end; executables made later get another."""
+        with self._guard:
+            if self._alive.get(self._key) is self:
+                del self._alive[self._key]
+            self.abandoned = True
+
+    def settle(self, turn: int, program: list[Entry]) -> None:
+        """After an interruption: see to it that the lane runs, or has run, `program` in that turn."""
+        if self.turn != turn:
+            self.turn, self.program = turn, program
+        if self.ended != turn and self._start.locked():
+            self._start.release()  # a lane that runs already finds nothing new when it comes back
+
+    def settled(self, turn: int) -> None:
+        """Wait until that turn has ended, with both locks as they are between turns."""
+        while self.ended != turn:
+            time.sleep(1e-3)
+        self._done.acquire(blocking=False)
+        while not self._start.locked():
+            time.sleep(1e-4)
+
+    def _work(self, cores: Sequence[int]) -> None:
+        broken: BaseException | None = None
+        here.op_depth = 1
+        here.cores = cores
+        try:
+            kernels.bind_threads(cores)
+            torch.set_num_threads(len(cores))
+        except BaseException as error:  # handed to whoever replays first: a dead lane would hang them
+            broken = error
+        self._ready.set()
+        with torch.inference_mode():
+            while True:
+                self._start.acquire()
+                if self._closing:
+                    break
+                turn = self.turn
+                if turn == self.ended:
+                    continue
+                entries = iter(self.program)
+                try:
+                    if broken is not None:
+                        next(entries)
+                        raise broken
+                    for run in entries:
+                        run()
+                except BaseException as error:
+                    at = len(self.program) - operator.length_hint(entries) - 1
+                    self.failed = (at, error)
+                    self._drain(at + 1)
+                self._done.release()
+                self.ended = turn
+        kernels.release_threads()
+
+    def _drain(self, at: int) -> None:
+        """Keep the other lanes going after an error: take and give every remaining lock, run no op."""
+        for entry in self.program[at:]:
+            if isinstance(getattr(entry, "__self__", None), _LOCK):
+                entry()
+
+
+_LOCK = type(threading.Lock())
+_TURNS = count(1)
+
+
+class _Replays:
+    """One replay at a time: executables share the lanes and the cores."""
+
+    lock = threading.Lock()
+
+
+def alone() -> threading.Lock:
+    """The lock that whoever runs ops holds."""
+    return _Replays.lock
+
+
+def replay(lanes: Sequence[Lane], programs: Sequence[list[Entry]]) -> list[tuple[int, int, BaseException]]:
+    """Run every lane's program; (lane, number of the entry, error) of those that failed.
+
+    An interruption (KeyboardInterrupt) is raised when the ops under way have ended; a second one, at once: then the
+    lanes are abandoned, and every executable that has them says so from then on.
+    """
+    with _Replays.lock:
+        kernels.release_threads()  # the caller's own pool would slow the lanes' pools down
+        for lane in lanes:
+            if lane.abandoned:
+                raise ExecutionError("a replay was interrupted while an op did not end; compile the plan again.", op="")
+        turn = next(_TURNS)
+        try:
+            for lane, program in zip(lanes, programs, strict=True):
+                lane.program, lane.turn = program, turn
+                lane.start()
+            for lane in lanes:
+                lane.wait()
+        except BaseException:
+            _end(lanes, programs, turn)
+            raise
+        failed = [(i, *lane.failed) for i, lane in enumerate(lanes) if lane.failed is not None]
+        for lane in lanes:
+            lane.failed = None
+    return failed
+
+
+def _end(lanes: Sequence[Lane], programs: Sequence[list[Entry]], turn: int) -> None:
+    """Bring an interrupted turn to its end: lanes wait for each other, so all of them must have begun."""
+    try:
+        for lane, program in zip(lanes, programs, strict=True):
+            lane.settle(turn, program)
+        for lane in lanes:
+            lane.settled(turn)
+            lane.failed = None
+    except BaseException:
+        for lane in lanes:
+            lane.abandon()
+        raise
+
+
+# ------------------------------------------------------------------------------------------------- forks
+
+
+_FORK_WAIT_S = 10.0
+"""How long a fork waits for a replay of another thread to end."""
+_held: list[Callable[[], None]] = []
+"""What the fork that is under way gives back afterwards."""
+
+
+def _before_fork() -> None:
+    """A child has one thread: what others of this process hold would stay held there, also inside libgomp, and the pool
+    of the calling thread would be one of threads that are not there. An op that forks waits for nobody."""
+    _held.clear()
+    global_compiler_lock.acquire()
+    _held.append(global_compiler_lock.release)
+    if not here.op_depth:
+        locks = (_Replays.lock, Lane._guard)
+        _held.extend(lock.release for lock in locks if lock.acquire(timeout=_FORK_WAIT_S))
+    kernels.release_threads()
+
+
+def _in_parent() -> None:
+    while _held:
+        _held.pop()()
+    cores = getattr(here, "cores", None)
+    if cores is not None:
+        kernels.bind_threads(cores)
+
+
+def _in_child() -> None:
+    while _held:
+        _held.pop()()
+    Lane.forget_all()
+    _Replays.lock = threading.Lock()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_in_parent, after_in_child=_in_child)

@@ -1,0 +1,566 @@
+"""The only door to cuda.core: what the driver can do, contexts of SM partitions, streams, memory, kernels, graphs.
+
+Rules of green contexts that this module keeps: one split for all partitions of a geometry, counts read back; streams
+from cuda.core's green contexts only, non-blocking; a green context is never made current to a thread.
+"""
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn
+
+from taskgraph import cache
+from taskgraph.errors import BackendUnavailable, CaptureMismatch, CudaError, ExecutionError, PlanError
+from taskgraph.graph.device import Geometry
+from taskgraph.runtime.gpu import virtual
+from taskgraph.runtime.turns import forks
+
+CAPTURE_INFO, GREEN_STREAMS, UNEQUAL_SPLITS = 12030, 12050, 13010
+"""Drivers that brought what we stand on: cuStreamGetCaptureInfo_v3 (12.3), by which a capture is read while it is made;
+cuGreenCtxStreamCreate (12.5; the green contexts of 12.4 have streams only while they are current to a thread); unequal
+splits and workqueues (13.1)."""
+_LADDER = {"none": "plain streams", "equal": "equal partitions", "unequal": "unequal partitions"}
+
+
+@dataclass(frozen=True, slots=True)
+class Capability:
+    """What the cuda backend found, as data. `partitions` is "none", "equal" or "unequal"; `virtual` names the virtual
+    device, whose times are simulated; `reason` says why there is no device."""
+
+    device: str = ""
+    driver_version: int = 0
+    sm_count: int = 0
+    compute_capability: tuple[int, int] = (0, 0)
+    partitions: str = "none"
+    workqueues: bool = False
+    virtual: str = ""
+    reason: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def available(self) -> bool:
+        """Whether a device can be used."""
+        return not self.reason
+
+    def describe(self) -> str:
+        """One line for people and results."""
+        if self.reason:
+            return self.reason
+        version = _version(self.driver_version)
+        kind = "simulated" if self.virtual else "real"
+        queues = "balanced workqueues" if self.workqueues else "no workqueues"
+        return f"{self.device} ({kind}), {self.sm_count} SMs, driver {version}: {_LADDER[self.partitions]}, {queues}"
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def probe() -> Capability:
+    """What this process can use; never raises for what is merely absent."""
+    try:
+        metadata.version("cuda-core")
+        from cuda.bindings import driver as cu
+        from cuda.core import Device
+    except (ImportError, metadata.PackageNotFoundError):
+        return Capability(reason="cuda.core is not installed; pip install 'taskgraph-gpu[cuda]'")
+    try:
+        status, version = cu.cuDriverGetVersion()
+    except Exception as error:  # cuda.pathfinder has no public type for "there is no driver"
+        if type(error).__name__ != "DynamicLibNotFoundError":
+            raise
+        return Capability(reason="no NVIDIA driver on this machine")
+    if int(status) or int(cu.cuInit(0)[0]):
+        return Capability(reason="the NVIDIA driver does not start", driver_version=int(version))
+    if version < CAPTURE_INFO:
+        told = f"driver {_version(int(version))} is older than 12.3; update it"
+        return Capability(reason=told, driver_version=int(version))
+    status, count = cu.cuDeviceGetCount()
+    if int(status) or not count:
+        return Capability(reason="the driver sees no device", driver_version=int(version))
+    device = Device(0)
+    control = virtual.loaded()
+    return Capability(
+        device=device.name,
+        driver_version=int(version),
+        sm_count=device.properties.multiprocessor_count,
+        compute_capability=tuple(device.compute_capability),
+        partitions="unequal" if version >= UNEQUAL_SPLITS else "equal" if version >= GREEN_STREAMS else "none",
+        workqueues=version >= UNEQUAL_SPLITS,
+        virtual=control.device.name if control else "",
+        notes=tuple(_notes()),
+    )
+
+
+def _notes() -> Iterator[str]:
+    """Settings of the environment under which partitions mean less (CUDA driver API, "Green Contexts")."""
+    share = os.environ.get("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE")
+    if share not in (None, "100"):
+        yield f"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE is {share}: kernels may use SMs outside their partition; unset it"
+    if "CUDA_DEVICE_MAX_CONNECTIONS" not in os.environ:
+        yield "CUDA_DEVICE_MAX_CONNECTIONS is not set: with more than 8 lanes some share a connection; set it to 32"
+
+
+# ------------------------------------------------------------------------------------------------ errors
+
+
+@contextmanager
+def driver_errors(what: str) -> Iterator[None]:
+    """Give errors of cuda.core our type, with what the virtual driver says about them."""
+    try:
+        yield
+    except Exception as error:
+        raise_typed(what, error)
+
+
+def is_driver_error(error: Exception) -> bool:
+    """Whether it is one of cuda.core."""
+    return type(error).__name__ in ("CUDAError", "NVRTCError")
+
+
+def typed(what: str, error: Exception) -> CudaError:
+    """An error of cuda.core as ours."""
+    return _error(what, str(error))
+
+
+def raise_typed(what: str, error: Exception) -> NoReturn:
+    """Raise an error of cuda.core as ours; any other as it is."""
+    if not is_driver_error(error):
+        raise error
+    raise typed(what, error) from error
+
+
+def check(what: str, result: Sequence[Any]) -> Any:
+    """The value of a cuda.bindings call, or CudaError."""
+    status, *values = result
+    if int(status):
+        raise _error(what, status.name)
+    return values[0] if len(values) == 1 else values
+
+
+def _error(what: str, text: str) -> CudaError:
+    code = text.split(":")[0].split("\n")[0].strip()
+    control = virtual.loaded()
+    detail = f" ({control.report().last_refusal})" if control else ""
+    return CudaError(f"{what}: {code}{detail}.", code)
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+
+class Memory:
+    """Bytes on the device, or pinned on the host where `pinned`; its owner closes it."""
+
+    def __init__(self, nbytes: int, pinned: bool = False) -> None:
+        from cuda.bindings import driver as cu
+
+        self.nbytes, self.pinned, self._born = nbytes, pinned, forks()
+        if pinned:
+            self.address = int(check(f"pin {nbytes} bytes", cu.cuMemHostAlloc(nbytes, 0)))
+        else:
+            self.address = int(check(f"allocate {nbytes} bytes", cu.cuMemAlloc(nbytes)))
+
+    def close(self) -> None:
+        """Free it; a second call does nothing. A device that was lost has nothing to free, nor a forked child."""
+        from cuda.bindings import driver as cu
+
+        address, self.address = self.address, 0
+        if address and self._born == forks():
+            (cu.cuMemFreeHost if self.pinned else cu.cuMemFree)(address)
+
+
+def clear(memory: Memory) -> None:
+    """Fill it with zeros."""
+    from cuda.bindings import driver as cu
+
+    check(f"clear {memory.nbytes} bytes", cu.cuMemsetD8(memory.address, 0, memory.nbytes))
+
+
+def upload(address: int, host: int, nbytes: int) -> None:
+    """Copy from host memory; returns when it is done."""
+    from cuda.bindings import driver as cu
+
+    check(f"copy {nbytes} bytes to the device", cu.cuMemcpyHtoD(address, host, nbytes))
+
+
+def download(host: int, address: int, nbytes: int) -> None:
+    """Copy to host memory; returns when it is done."""
+    from cuda.bindings import driver as cu
+
+    check(f"copy {nbytes} bytes to the host", cu.cuMemcpyDtoH(host, address, nbytes))
+
+
+def copy_on(stream: Any, target: int, source: int, nbytes: int) -> None:
+    """Copy in stream order, by a copy engine."""
+    from cuda.bindings import driver as cu
+
+    check(f"copy {nbytes} bytes", cu.cuMemcpyAsync(target, source, nbytes, stream.handle))
+
+
+# ------------------------------------------------------------------------------------------------ kernels
+
+
+def kernel_folder() -> Path:
+    """The .cu files of the package."""
+    return virtual.sources() / "kernels"
+
+
+def compiled(source: Path, arch: str) -> bytes:
+    """The cubin of one .cu file by NVRTC, from the cache where it was compiled before."""
+    from cuda.core import Program, ProgramOptions
+
+    headers = sorted(source.parent.glob("*.cuh"))
+    digest = hashlib.blake2b(repr((arch, metadata.version("cuda-core"), _nvrtc_version())).encode(), digest_size=12)
+    for path in (source, *headers):
+        digest.update(path.read_bytes())
+    target = cache.place("cubin", f"{source.stem}-{digest.hexdigest()}.cubin")
+    if target.exists():
+        return target.read_bytes()
+    options = ProgramOptions(arch=arch, std="c++17", include_path=str(source.parent), name=source.name)
+    with driver_errors(f"compile {source.name} for {arch}"):
+        code = bytes(Program(source.read_text(), "c++", options).compile("cubin").code)
+    with cache.keeping("compiled kernels", target):
+        cache.write_atomically(target, code)
+    return code
+
+
+def _nvrtc_version() -> tuple[int, int]:
+    from cuda.bindings import nvrtc
+
+    _, major, minor = nvrtc.nvrtcVersion()
+    return int(major), int(minor)
+
+
+# -------------------------------------------------------------------------------------------------- device
+
+
+@dataclass(frozen=True, slots=True)
+class Partitioned:
+    """The contexts of a geometry, one a partition; `exact` is False where the driver cannot partition."""
+
+    contexts: tuple[Any, ...]
+    sm_counts: tuple[int, ...]
+    exact: bool
+
+
+@dataclass(slots=True)
+class Gpu:
+    """Device 0 of this process, opened once and shared by all executables."""
+
+    capability: Capability
+    device: Any
+    _kernels: dict[str, Any] = field(default_factory=dict)
+    _modules: dict[Path, Any] = field(default_factory=dict)
+    _threads: threading.local = field(default_factory=threading.local)
+    _born: int = field(default_factory=forks)
+    _open: ClassVar["Gpu | None"] = None
+
+    @classmethod
+    def open(cls, device: str | None = None) -> "Gpu":
+        """The device: a real one, or the virtual one that `device` names. BackendUnavailable when there is none."""
+        if cls._open is not None and cls._open._born != forks():
+            raise BackendUnavailable(
+                "this process was forked from one that uses CUDA, and a CUDA context does not survive a fork; start "
+                'processes by multiprocessing.get_context("spawn").'
+            )
+        if virtual.is_virtual(device) and device is not None:
+            virtual.load(device)
+        if cls._open is None:
+            found = probe()
+            if not found.available:
+                raise BackendUnavailable(
+                    f'the cuda backend: {found.reason}. Try device="virtual:h100_sxm" (simulated), or backend="sim".'
+                )
+            from cuda.core import Device
+
+            cls._open = cls(found, Device(0))
+        gpu = cls._open
+        if gpu.capability.virtual and not virtual.is_virtual(device) and device is not None:
+            raise BackendUnavailable(
+                f"this process runs on the virtual device {gpu.capability.virtual!r}, not {device!r}."
+            )
+        gpu.use()
+        return gpu
+
+    def use(self) -> None:
+        """Make the device current to this thread, once."""
+        if not getattr(self._threads, "current", False):
+            with driver_errors("make the device current"):
+                self.device.set_current()
+            self._threads.current = True
+
+    @classmethod
+    def reset(cls) -> None:
+        """Forget the device after it was lost: its primary context is destroyed and retained again, so that the next
+        `open` starts afresh. All executables must be closed; a device that the system lost stays lost."""
+        from cuda.bindings import driver as cu
+
+        cls._open = None
+        check("reset the device", cu.cuDevicePrimaryCtxReset(0))
+        check("retain the device", cu.cuDevicePrimaryCtxRetain(0))
+
+    @property
+    def arch(self) -> str:
+        """What NVRTC compiles for."""
+        major, minor = self.capability.compute_capability
+        return f"sm_{major}{minor}"
+
+    def kernel(self, name: str, source: str | Path) -> Any:
+        """The kernel of that name from a .cu file (a stem of the package's, or a path); compiled at first use."""
+        if name not in self._kernels:
+            path = source if isinstance(source, Path) else kernel_folder() / f"{source}.cu"
+            if path not in self._modules:
+                from cuda.core import ObjectCode
+
+                self._modules[path] = ObjectCode.from_cubin(compiled(path, self.arch))
+            with driver_errors(f"load kernel {name}"):
+                self._kernels[name] = self._modules[path].get_kernel(name)
+        return self._kernels[name]
+
+    def stream(self, context: Any = None) -> Any:
+        """A non-blocking stream of a context (default: the whole device)."""
+        from cuda.core import StreamOptions
+
+        options = StreamOptions(nonblocking=True)
+        with driver_errors("create a stream"):
+            return self.device.create_stream(options=options) if context is None else context.create_stream(options)
+
+    def foreign(self, stream: Any) -> Any:
+        """A stream of another library, by its `__cuda_stream__`; that library keeps owning it."""
+        if not hasattr(stream, "__cuda_stream__"):
+            raise ExecutionError(f"a {type(stream).__name__} is no stream: it has no `__cuda_stream__`.", op="")
+        return self.device.create_stream(stream)
+
+    def event(self, timing: bool = False) -> Any:
+        """An event; with `timing` its time can be read."""
+        from cuda.core import EventOptions
+
+        with driver_errors("create an event"):
+            return self.device.create_event(EventOptions(timing_enabled=timing))
+
+    def partition(self, geometry: Geometry) -> Partitioned:
+        """Contexts of the partitions of `geometry`; None stands for the whole device.
+
+        BackendUnavailable when this driver cannot make them; CaptureMismatch when it makes others than asked for."""
+        sizes = geometry.sizes
+        if sum(sizes) > self.capability.sm_count:
+            raise PlanError(
+                f"the plan has {' + '.join(map(str, sizes))} SMs; {self.capability.device} has "
+                f"{self.capability.sm_count}. Plan for this device."
+            )
+        if sizes == (self.capability.sm_count,) or self.capability.partitions == "none":
+            whole = (self.capability.sm_count,) * len(sizes)
+            return Partitioned((None,) * len(sizes), whole, exact=whole == sizes)
+        if self.capability.partitions == "equal" and len(set(sizes)) > 1:
+            raise BackendUnavailable(
+                f"partitions of {' + '.join(map(str, sizes))} SMs need driver 13.1; this is "
+                f"{_version(self.capability.driver_version)}. Plan equal partitions, or update the driver."
+            )
+        groups = self._split(sizes)
+        counts = tuple(group.sm_count for group in groups)
+        if counts != sizes:
+            raise CaptureMismatch(f"the driver split {counts} SMs; the plan has {sizes}.", "partitions")
+        return Partitioned(tuple(self._green(group, len(sizes)) for group in groups), counts, exact=True)
+
+    def _split(self, sizes: tuple[int, ...]) -> list[Any]:
+        """One split call for all groups: separate splits of a device overlap."""
+        from cuda.core import SMResourceOptions
+
+        with driver_errors(f"split {self.capability.sm_count} SMs into {' + '.join(map(str, sizes))}"):
+            resource = self.device.resources.sm
+            if self.capability.partitions == "unequal":
+                # Coscheduling of fewer SMs than the default permits sizes that are no multiple of 8 on 9.0 and later.
+                fine = next((step for step in (8, 4, 2) if all(size % step == 0 for size in sizes)), None)
+                groups, _ = resource.split(SMResourceOptions(count=sizes, coscheduled_sm_count=fine))
+                return list(groups)
+            groups, _ = resource.split(SMResourceOptions(count=sizes))  # equal groups: SplitByCount
+            if len(groups) < len(sizes):
+                raise CaptureMismatch(f"the driver made {len(groups)} partitions of {sizes[0]} SMs.", "partitions")
+            return list(groups[: len(sizes)])
+
+    def _green(self, group: Any, lanes: int) -> Any:
+        from cuda.core import ContextOptions, WorkqueueResourceOptions
+
+        resources = [group]
+        with driver_errors(f"create a green context of {group.sm_count} SMs"):
+            if self.capability.workqueues:
+                queue = self.device.resources.workqueue
+                queue.configure(WorkqueueResourceOptions("green_ctx_balanced", lanes))
+                resources.append(queue)
+            return self.device.create_context(ContextOptions(resources=resources))
+
+    def memory_bytes(self, free: bool = False) -> int:
+        """Bytes of the device's memory; with `free`, those that nobody holds."""
+        from cuda.bindings import driver as cu
+
+        left, whole = check("ask for the memory", cu.cuMemGetInfo())
+        return int(left if free else whole)
+
+    def sync(self) -> None:
+        """Wait for everything; the errors of the work show here."""
+        from cuda.bindings import driver as cu
+
+        check("wait for the device", cu.cuCtxSynchronize())
+
+
+# -------------------------------------------------------------------------------------------------- graphs
+
+
+@dataclass(frozen=True, slots=True)
+class NodeFacts:
+    """What the driver says about a captured node: its kind ("kernel", "memcpy", ...), its kernel's name and the
+    context it will run in (0: not told)."""
+
+    handle: int
+    kind: str
+    kernel: str = ""
+    context: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class GraphFacts:
+    """A captured graph as the driver gives it back."""
+
+    nodes: tuple[NodeFacts, ...]
+    edges: tuple[tuple[int, int], ...]
+
+
+class Capture:
+    """A stream capture in thread-local mode that starts on `origin`; `graph` is there after `end`."""
+
+    def __init__(self, origin: Any) -> None:
+        with driver_errors("begin the capture"):
+            self.builder = origin.create_graph_builder()
+            self.builder.begin_building("thread_local")
+        self.closed = False
+        self._origin = origin
+
+    def end(self) -> None:
+        """End it; CudaError when the driver refuses, for instance for a lane that was not joined."""
+        self.closed = True
+        with driver_errors("end the capture"):
+            self.builder.end_building()
+
+    def abandon(self) -> None:
+        """End it whatever state it is in, after an error."""
+        from cuda.bindings import driver as cu
+
+        if self.closed:
+            return
+        self.closed = True
+        status, graph = cu.cuStreamEndCapture(self._origin.handle)  # the builder refuses to end an invalid capture
+        if not int(status) and int(graph):
+            cu.cuGraphDestroy(graph)
+
+    @property
+    def handle(self) -> Any:
+        """The CUgraph."""
+        return self.builder.graph_definition.handle
+
+    def instantiate(self) -> Any:
+        """The executable graph."""
+        with driver_errors("instantiate the graph"):
+            return self.builder.complete()
+
+    def close(self) -> None:
+        """Free the captured graph; executables made from it live on."""
+        self.abandon()
+        with _ignored():
+            self.builder.close()
+
+
+@contextmanager
+def _ignored() -> Iterator[None]:
+    """Errors of the driver while cleaning up after an error."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__name__ not in ("CUDAError", "RuntimeError"):
+            raise
+
+
+def last_nodes(stream: Any) -> tuple[int, ...]:
+    """The nodes that the next node captured on `stream` will follow."""
+    from cuda.bindings import driver as cu
+
+    _, _, _, nodes, _, count = check("read the capture", cu.cuStreamGetCaptureInfo(stream.handle))
+    return tuple(int(node) for node in nodes[:count])
+
+
+def capturing(stream: Any) -> bool:
+    """Whether a capture that `stream` belongs to is going on and still valid."""
+    from cuda.bindings import driver as cu
+
+    code, state, *_ = cu.cuStreamGetCaptureInfo(stream.handle)
+    return not int(code) and int(state) == int(cu.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_ACTIVE)
+
+
+def captured_handles(stream: Any) -> tuple[int, ...]:
+    """All nodes captured so far by the capture that `stream` belongs to; CudaError when there is none any more."""
+    from cuda.bindings import driver as cu
+
+    state, _, graph, _, _, _ = check("read the capture", cu.cuStreamGetCaptureInfo(stream.handle))
+    if int(state) != int(cu.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_ACTIVE):
+        raise _error("read the capture", "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED")
+    return tuple(int(node) for node in _listed(cu.cuGraphGetNodes, graph))
+
+
+def _listed(call: Callable[..., Any], handle: Any) -> list[Any]:
+    _, count = check("count", call(handle))
+    if not count:
+        return []
+    values, count = check("list", call(handle, count))
+    return list(values[:count])
+
+
+def read_graph(handle: Any) -> GraphFacts:
+    """Nodes with their kernels and contexts, and edges."""
+    from cuda.bindings import driver as cu
+
+    kernels: dict[int, str] = {}
+
+    def facts(node: Any) -> NodeFacts:
+        kind = check("node type", cu.cuGraphNodeGetType(node)).name.rpartition("TYPE_")[2].lower()
+        if kind != "kernel":
+            return NodeFacts(int(node), kind)
+        params = check("node parameters", cu.cuGraphKernelNodeGetParams(node))
+        kernel = int(params.kern) or int(params.func)
+        if kernel not in kernels:
+            named = cu.cuKernelGetName(params.kern) if int(params.kern) else cu.cuFuncGetName(params.func)
+            kernels[kernel] = check("kernel name", named).decode()
+        return NodeFacts(int(node), kind, kernels[kernel], int(params.ctx))
+
+    nodes = tuple(facts(node) for node in _listed(cu.cuGraphGetNodes, handle))
+    *_, count = check("count edges", cu.cuGraphGetEdges(handle))
+    if not count:
+        return GraphFacts(nodes, ())
+    begins, ends, _, count = check("list edges", cu.cuGraphGetEdges(handle, count))
+    edges = tuple((int(a), int(b)) for a, b in zip(begins[:count], ends[:count], strict=True))
+    return GraphFacts(nodes, edges)
+
+
+def record_external(event: Any, stream: Any) -> None:
+    """Capture a node that records `event` at every launch of the graph."""
+    from cuda.bindings import driver as cu
+
+    flag = cu.CUevent_record_flags.CU_EVENT_RECORD_EXTERNAL
+    check("record an event", cu.cuEventRecordWithFlags(event.handle, stream.handle, int(flag)))
+
+
+def launch_kernel(stream: Any, kernel: Any, grid: tuple[int, ...], block: int, args: Sequence[Any]) -> None:
+    """Launch or capture one kernel."""
+    from cuda.core import LaunchConfig, launch
+
+    with driver_errors("launch a kernel"):
+        launch(stream, LaunchConfig(grid=grid, block=block), kernel, *args)
+
+
+def seconds_between(first: Any, second: Any) -> float:
+    """Seconds between two recorded events with timing."""
+    with driver_errors("read an event"):
+        return float(second - first) / 1e3

@@ -1,0 +1,556 @@
+"""The CUDA backend: a plan becomes one CUDA graph whose nodes sit in the green contexts of its partitions.
+
+Capture forks from an origin stream to every lane by events, runs each op on its lane, and joins all lanes. Then the
+graph is read back from the driver and compared with the plan; a difference is CaptureMismatch, never a wrong graph.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from taskgraph.errors import CudaError, ExecutionError, GraphError, PlanError
+from taskgraph.graph.graph import Graph
+from taskgraph.graph.op import Op, Tensor
+from taskgraph.ops import COLLECTIVES
+from taskgraph.runtime.buffers import Region, changed_names, check_apart, host_tensor, written_names
+from taskgraph.runtime.check import Watch
+from taskgraph.runtime.distributed import Group, check_collectives
+from taskgraph.runtime.gpu import driver, experts, latent, paged, torch_ops, virtual  # noqa: F401
+from taskgraph.runtime.gpu.arrays import DeviceArray, DeviceSpace, device_buffer
+from taskgraph.runtime.gpu.collectives import collective
+from taskgraph.runtime.gpu.dense import Buffer, CopyLaunch, Launch, Launches, launches, seen
+from taskgraph.runtime.gpu.driver import Gpu, Memory
+from taskgraph.runtime.gpu.on_stream import bound_call, named_error
+from taskgraph.runtime.gpu.readback import compare
+from taskgraph.runtime.gpu.sites import Faults, LaneSite
+from taskgraph.runtime.turns import Turns, in_op
+from taskgraph.schedule.plan import Plan, Span, Timeline
+from taskgraph.schedule.planner import replay_times
+
+
+@dataclass(frozen=True, slots=True)
+class CaptureReport:
+    """What was captured and found equal to the plan."""
+
+    nodes: int
+    edges: int
+    kernels: int
+    partitions: tuple[int, ...]
+    capability: str
+    updated: bool = False
+    """The executable graph was updated in place; else it was instantiated."""
+
+
+class CudaExecutable:
+    """A plan captured on a GPU, real or virtual. Buffers are device memory that is allocated before capture.
+
+    Several threads may call it: a call waits for those before it, so that its answers belong to its inputs.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        plan: Plan,
+        functions: Mapping[str, Callable[..., Any]],
+        device: str | None = None,
+        group: Group | None = None,
+        check: bool = False,
+    ) -> None:
+        self._checks = check
+        self._graph, self._plan, self._functions, self._group = graph.flat(), plan, dict(functions), group
+        self._turns = Turns(self._graph.name)
+        self._ops = {op.name: op for op in self._graph.ops}
+        self._written = written_names(self._graph)
+        self._closed = True
+        self._memory: list[Memory] = []
+        self._exec: Any = None
+        if plan.device.kind != "gpu":
+            raise PlanError(f"the plan is for {plan.device.name}, which is no GPU; plan with device='h100_sxm', say.")
+        check_collectives(self._graph, plan, group)
+        self._gpu = Gpu.open(device)
+        if plan.device.sm_count > self._gpu.capability.sm_count:
+            raise PlanError(
+                f"the plan is for {plan.device.name} with {plan.device.sm_count} SMs; "
+                f"{self._gpu.capability.device} has {self._gpu.capability.sm_count}. Plan for this device."
+            )
+        self._torch = not self._gpu.capability.virtual and torch_ops.available()
+        self._given: dict[str, Buffer] = {}
+        self._kept: dict[str, Any] = {}
+        self._sites: dict[int, LaneSite] = {}
+        self._scratch: list[list[Memory]] = [[] for _ in plan.lanes]
+        self._set: set[str] = set()
+        self._inputs = {t.name for t in self._graph.with_role("input")}
+        self._closed, self._stale = False, True
+        try:
+            self._open_lanes()
+            self._buffers = self._allocate()
+            self._faults = Faults([step.op for step in plan.steps], self._own(8 * len(plan.steps), pinned=True))
+        except BaseException:
+            self.close()
+            raise
+
+    # -- lanes and buffers -----------------------------------------------------------------------
+
+    def _open_lanes(self) -> None:
+        """A context for each partition that a lane uses, one split a geometry, and a stream for each lane."""
+        self._partitions = [self._gpu.partition(geometry) for geometry in self._plan.geometries]
+        self.origin = self._gpu.stream()
+        self._stream_type = type(self.origin)
+        self._streams = []
+        for lane in self._plan.lanes:
+            context = self._partitions[lane.geometry].contexts[lane.partition]
+            self._streams.append(self._gpu.stream(context))
+        self._contexts = [int(stream.context.handle) for stream in self._streams]
+
+    def _own(self, nbytes: int, pinned: bool = False) -> Memory:
+        memory = Memory(max(nbytes, 1), pinned)
+        self._memory.append(memory)
+        return memory
+
+    def _allocate(self) -> dict[str, Buffer]:
+        """Inputs, outputs, states, weights each on their own; activations in the arena. What a copy op moves between
+        host and device lies in pinned host memory on the host's side."""
+        tensors, pinned = self._graph.tensor, self._pinned()
+        self._arena = self._own(self._plan.arena_bytes)
+        arena = self._arena.address
+        buffers = {
+            slot.tensor: Buffer(arena + slot.offset, tensors[slot.tensor].shape, tensors[slot.tensor].dtype)
+            for slot in self._plan.arena
+        }
+        for name in dict.fromkeys([*sorted(self._inputs), *self._graph.outputs]):
+            t = tensors[name]
+            if t.role in ("input", "activation"):
+                memory = self._own(t.nbytes, name in pinned)
+                buffers[name] = Buffer(memory.address, t.shape, t.dtype, memory.pinned)
+        return buffers
+
+    def _pinned(self) -> set[str]:
+        """What lies on the host: inputs and states that are copied to the device, and outputs and states that are
+        copied to the host."""
+        moves = [op for op in self._graph.ops if op.kind in ("copy", "copy_pages")]
+        sources = {op.inputs[0] for op in moves if op.attr("direction") == "h2d"}
+        targets = {
+            op.outputs[0] if op.kind == "copy" else op.inputs[1] for op in moves if op.attr("direction") == "d2h"
+        }
+        given = {t.name for t in self._graph.with_role("input", "weight", "state")}
+        return (sources & given) | (targets & (given | set(self._graph.outputs)))
+
+    def _buffer(self, name: str) -> Buffer:
+        return self._given.get(name) or self._buffers[name]
+
+    @property
+    def outputs(self) -> Mapping[str, DeviceArray]:
+        """The output buffers by tensor name; each replay overwrites them."""
+        with self._turns.next():
+            self._begin()
+            return {name: DeviceArray(self._buffer(name), self) for name in self._graph.outputs}
+
+    @property
+    def inputs(self) -> Mapping[str, DeviceArray]:
+        """The input buffers by tensor name."""
+        with self._turns.next():
+            self._begin()
+            return {name: DeviceArray(self._buffer(name), self) for name in sorted(self._inputs)}
+
+    @property
+    def memory_bytes(self) -> int:
+        """Device and pinned memory that it holds itself: arena, inputs, outputs, scratch, and what it uploaded."""
+        return sum(memory.nbytes for memory in self._memory)
+
+    def state(self, name: str) -> DeviceArray:
+        """A bound weight or state as it is now on the device."""
+        with self._turns.next():
+            self._begin()
+            if name not in self._given:
+                raise GraphError(f"{name!r} is not bound; bind() it first.")
+            return DeviceArray(self._given[name], self)
+
+    def bind(self, tensors: Mapping[str, Any] | None = None, **named: Any) -> None:
+        """Use device tensors in place (`__cuda_array_interface__`, torch's CUDA tensors); upload host tensors once,
+        into memory of our own.
+
+        GraphError, and nothing is bound, when a name is unknown, a shape or dtype differs, or the memory cannot be used
+        so; at the next replay, when what it writes to shares memory with anything else."""
+        with self._turns.next():
+            self._begin()
+            self._bind({**(tensors or {}), **named})
+
+    def _begin(self) -> None:
+        """At the start of a call, inside its turn: ExecutionError when closed; the device is current afterwards."""
+        if self._closed:
+            raise ExecutionError("the executable is closed; compile the plan again.", op="")
+        self._gpu.use()
+
+    def _bind(self, values: Mapping[str, Any]) -> None:
+        checked = [(self._declared(name), value, self._checked(name, value)) for name, value in values.items()]
+        for declared, value, given in checked:
+            name = declared.name
+            if isinstance(given, Buffer):
+                self._kept[name] = value
+                self._stale = self._stale or self._given.get(name) != given
+                self._given[name] = given
+            else:
+                self._let_go(name)
+                self._upload(declared, given)
+            self._set.add(name)
+
+    def _checked(self, name: str, value: Any) -> Buffer | torch.Tensor:
+        """The device memory to use in place, or the host tensor to upload."""
+        declared = self._declared(name)
+        buffer = device_buffer(declared, value, "write" if name in self._written else "read")
+        if buffer is None and declared.role == "activation":
+            raise GraphError(f"output {name!r} was given a host tensor; bind device memory, or read outputs[{name!r}].")
+        return host_tensor(declared, value, "copy") if buffer is None else buffer
+
+    def _let_go(self, name: str) -> None:
+        """Stop using memory of others for `name`: what is uploaded next goes into our own."""
+        if self._kept.pop(name, None) is not None:
+            del self._given[name]
+            self._stale = True
+
+    def _declared(self, name: str) -> Tensor:
+        declared = self._graph.tensor.get(name)
+        if declared is None or (declared.role == "activation" and name not in self._graph.outputs):
+            raise GraphError(f"graph {self._graph.name!r} has no input, weight, state or output {name!r}.")
+        return declared
+
+    def _upload(self, declared: Tensor, host: torch.Tensor) -> None:
+        """Copy a host tensor into a buffer of ours, made at its first use."""
+        name = declared.name
+        if name not in self._given and name not in self._buffers:
+            memory = self._own(declared.nbytes, name in self._pinned())
+            self._given[name] = Buffer(memory.address, declared.shape, declared.dtype, memory.pinned)
+            self._stale = True
+        driver.upload(self._buffer(name).address, host.data_ptr(), declared.nbytes)
+
+    # -- capture ---------------------------------------------------------------------------------
+
+    def _launches(self) -> list[Launches | Callable[[Any], None]]:
+        """What every step runs, bound to its buffers; scratch and constants are allocated here, before capture."""
+        missing = [t.name for t in self._graph.with_role("weight", "state") if t.name not in self._given]
+        if missing:
+            raise GraphError(
+                f"{len(missing)} weights or states are not bound, the first is {missing[0]!r}; bind() them."
+            )
+        changed, names = changed_names(self._graph), {*self._given, *self._inputs, *self._graph.outputs}
+        found = {name: self._buffer(name) for name in names}
+        check_apart(Region(b.address, b.nbytes, name, name in changed) for name, b in found.items())
+        return [self._bound(i, self._ops[step.op]) for i, step in enumerate(self._plan.steps)]
+
+    def _bound(self, i: int, op: Op) -> Launches | Callable[[Any], None]:
+        ins, outs = seen(op, [self._buffer(n) for n in op.inputs]), [self._buffer(n) for n in op.outputs]
+        if op.kind == "call":
+            return bound_call(op, self._functions, *([DeviceArray(b, self) for b in side] for side in (ins, outs)))
+        if op.kind in COLLECTIVES and self._group is not None and op.integer("ranks") > 1:
+            return collective(op, DeviceArray(ins[0], self), DeviceArray(outs[0], self), self._group)
+        if self._torch and op.kind in torch_ops.TORCH_OPS:
+            sides = [[DeviceArray(b, self) for b in side] for side in (ins, outs)]
+            return torch_ops.bound(op, sides[0], sides[1], self._plan.sms(i), self._streams[self._plan.steps[i].lane])
+        scratch = self._scratch[self._plan.steps[i].lane]
+        site = self._sites.setdefault(i, LaneSite(self._plan.sms(i), self._own, scratch, self._faults.address(i)))
+        made = launches(op, ins, outs, site.again())
+        for launch in made:
+            if not isinstance(launch, CopyLaunch):
+                self._gpu.kernel(launch.kernel, launch.source)  # compiled and loaded before capture
+        return made
+
+    def capture(self) -> None:
+        """Capture, compare, instantiate now; else the first replay does it, and one after `bind` moved a buffer.
+
+        CudaError, which names the op, when one does what a capture forbids, and ExecutionError when its function
+        raises; the capture is ended then, and the executable can be used again."""
+        with self._turns.next():
+            self._begin()
+            self._capture()
+
+    def _capture(self) -> None:
+        if not self._stale:
+            return
+        bound = self._launches()
+        capture, owners = self._captured(bound, None)
+        try:
+            facts = driver.read_graph(capture.handle)
+            compare(self._plan, facts, owners, self._contexts)
+            self._tell_times(owners)
+            updated = self._renew(capture)
+        finally:
+            capture.close()
+        kernels = sum(node.kind == "kernel" for node in facts.nodes)
+        sizes = tuple(size for made in self._partitions for size in made.sm_counts)
+        capability = self._gpu.capability.describe()
+        self.report = CaptureReport(len(facts.nodes), len(facts.edges), kernels, sizes, capability, updated)
+        self._stale = False
+
+    def _renew(self, capture: driver.Capture) -> bool:
+        """Update the executable graph in place where CUDA allows it (True); else instantiate a new one."""
+        if self._exec is not None:
+            try:
+                with driver.driver_errors("update the graph"):
+                    self._exec.update(capture.builder)
+                return True
+            except CudaError as error:
+                if error.code != "CUDA_ERROR_GRAPH_EXEC_UPDATE_FAILURE":
+                    raise
+                self._exec.close()
+        self._exec = capture.instantiate()
+        return False
+
+    def _captured(
+        self, bound: Sequence[Launches | Callable[[Any], None]], marks: Sequence[tuple[Any, Any]] | None
+    ) -> tuple[driver.Capture, list[list[int]]]:
+        """Capture all steps; gives the nodes of each step. `marks` are events around every step."""
+        steps = self._plan.steps
+        wanted = {wait for step in steps for wait in step.waits}
+        done: dict[int, Any] = {}
+        owners: list[list[int]] = []
+        capture = driver.Capture(self.origin)
+        try:
+            fork = self._record(self.origin)
+            entered: set[int] = set()
+            for i, (step, entry) in enumerate(zip(steps, bound, strict=True)):
+                stream = self._streams[step.lane]
+                if step.lane not in entered:
+                    entered.add(step.lane)
+                    self._wait(stream, fork)
+                for wait in step.waits:
+                    self._wait(stream, done[wait])
+                if marks:
+                    driver.record_external(marks[i][0], stream)
+                owners.append(self._run(step.op, entry, stream))
+                if marks:
+                    driver.record_external(marks[i][1], stream)
+                if i in wanted:
+                    done[i] = self._record(stream)
+            for lane in sorted(entered):
+                self._wait(self.origin, self._record(self._streams[lane]))
+            capture.end()
+        except BaseException:
+            capture.close()
+            raise
+        return capture, owners
+
+    def _record(self, stream: Any) -> Any:
+        event = self._gpu.event()
+        with driver.driver_errors("record an event"):
+            stream.record(event)
+        return event
+
+    def _wait(self, stream: Any, event: Any) -> None:
+        with driver.driver_errors("wait for an event"):
+            stream.wait(event)
+
+    def _run(self, op: str, entry: Launches | Callable[[Any], None], stream: Any) -> list[int]:
+        """Launch one step; the nodes it became."""
+        try:
+            if not callable(entry):
+                return [node for launch in entry for node in self._launched(launch, stream)]
+            before = set(driver.captured_handles(stream))
+            with in_op():
+                entry(stream)
+            return [node for node in driver.captured_handles(stream) if node not in before]
+        except Exception as error:
+            raise named_error(op, error, stream) from error
+
+    def _launched(self, launch: Launch | CopyLaunch, stream: Any) -> tuple[int, ...]:
+        self._send(launch, stream)
+        return driver.last_nodes(stream)
+
+    def _send(self, launch: Launch | CopyLaunch, stream: Any) -> None:
+        if isinstance(launch, CopyLaunch):
+            driver.copy_on(stream, launch.target, launch.source, launch.nbytes)
+        else:
+            kernel = self._gpu.kernel(launch.kernel, launch.source)
+            driver.launch_kernel(stream, kernel, launch.grid, launch.block, launch.args)
+
+    def _tell_times(self, owners: Sequence[Sequence[int]]) -> None:
+        """Give the virtual driver the evaluator's time of every op, in equal parts to the op's nodes."""
+        control = virtual.loaded()
+        if control is None:
+            return
+        spans = replay_times(self._graph, self._plan).spans
+        nodes: list[int] = []
+        seconds: list[float] = []
+        for span, mine in zip(spans, owners, strict=True):
+            nodes += mine
+            seconds += [(span.end_s - span.start_s) / len(mine)] * len(mine)
+        control.node_seconds(nodes, seconds)
+
+    # -- replay ----------------------------------------------------------------------------------
+
+    def launch(self, stream: object = None) -> None:
+        """Replay once in the order of `stream` (anything with `__cuda_stream__`) and return at once; without one,
+        replay on a stream of our own and wait for it.
+
+        ExecutionError names an op that was given a token, position, slot or page that does not exist; after a replay on
+        `stream`, the next launch says so. Nothing outside its buffers was touched, but its outputs mean nothing."""
+        with self._turns.next():
+            self._begin()
+            self._launch(stream)
+
+    def check(self, kinds: Collection[str] | None = None) -> None:
+        """Replay once, op by op and uncaptured, and look at what each op does: see `Executable.check`."""
+        with self._turns.next():
+            self._begin()
+            self._check(kinds)
+
+    def _check(self, kinds: Collection[str] | None) -> None:
+        bound = self._launches()
+        names = {*self._given, *self._inputs, *self._graph.outputs}
+        own = {name: DeviceSpace(self._buffer(name).address, self._buffer(name).nbytes) for name in names}
+        watch = Watch(self._graph, self._plan, DeviceSpace(self._arena.address, self._arena.nbytes), own)
+        for step, entry in zip(self._plan.steps, bound, strict=True):
+            op, stream = self._ops[step.op], self._streams[step.lane]
+            run = partial(self._run_now, step.op, entry, stream)
+            watch.run(op, run, kinds is None or op.kind in kinds)
+
+    def _run_now(self, op: str, entry: Launches | Callable[[Any], None], stream: Any) -> None:
+        """Launch one step outside any capture, and wait for it."""
+        try:
+            if callable(entry):
+                with in_op():
+                    entry(stream)
+            else:
+                for launch in entry:
+                    self._send(launch, stream)
+            stream.sync()
+            self._faults.check()
+        except Exception as error:
+            raise named_error(op, error, None) from error
+
+    def _launch(self, stream: object = None) -> None:
+        if self._checks:
+            self._check(None)
+            return
+        self._capture()
+        self._faults.check()  # of replays on streams of others, which nobody has waited for here
+        what = f"replay {self._graph.name!r}"
+        if stream is None:
+            with driver.driver_errors(what):
+                self._exec.launch(self.origin)
+                self.origin.sync()
+            self._faults.check()
+            return
+        given = stream if isinstance(stream, self._stream_type) else self._gpu.foreign(stream)
+        try:
+            self._exec.launch(given)
+        except Exception as error:
+            driver.raise_typed(what, error)
+
+    def replay_seconds(self, launches: int = 1) -> float:
+        """Seconds of one replay, the mean of `launches` in a row, between two events. On a virtual device they are
+        simulated, and the replays compute nothing."""
+        with self._turns.next():
+            self._begin()
+            self._capture()
+            begin, end = self._gpu.event(timing=True), self._gpu.event(timing=True)
+            control = virtual.loaded()
+            with driver.driver_errors(f"replay {self._graph.name!r}"), control.dry() if control else nullcontext():
+                self.origin.record(begin)
+                for _ in range(launches):
+                    self._exec.launch(self.origin)
+                self.origin.record(end)
+                self.origin.sync()
+            return driver.seconds_between(begin, end) / launches
+
+    @property
+    def kind(self) -> str:
+        """What its times are: "measured", or "simulated" on a virtual device."""
+        return "simulated" if self._gpu.capability.virtual else "measured"
+
+    def __call__(self, tensors: Mapping[str, Any] | None = None, **named: Any) -> dict[str, torch.Tensor]:
+        """Copy the given inputs into their buffers, bind weights and states, replay, return copies of the outputs."""
+        with self._turns.next():
+            self._begin()
+            self._bind({**(tensors or {}), **named})
+            missing = sorted(self._inputs - self._set)
+            if missing:
+                raise GraphError(
+                    f"input {missing[0]!r} of graph {self._graph.name!r} was never given; pass or bind() it."
+                )
+            self._launch()
+            return {name: DeviceArray(self._buffer(name), self).cpu() for name in self._graph.outputs}
+
+    def timeline(self) -> Timeline:
+        """Replay a second graph once, with event records around every op, and read them.
+
+        Measured on a real device; on the virtual one the times are simulated."""
+        with self._turns.next():
+            self._begin()
+            self._capture()
+            return self._timeline()
+
+    def _timeline(self) -> Timeline:
+        steps = self._plan.steps
+        marks = [(self._gpu.event(timing=True), self._gpu.event(timing=True)) for _ in steps]
+        capture, owners = self._captured(self._launches(), marks)
+        executable = None
+        try:
+            self._tell_times(owners)
+            executable = capture.instantiate()
+            begin = self._gpu.event(timing=True)
+            with driver.driver_errors("replay with events"):
+                self.origin.record(begin)
+                executable.launch(self.origin)
+                self.origin.sync()
+            self._faults.check()
+            spans = [
+                Span(s.op, s.lane, driver.seconds_between(begin, a), driver.seconds_between(begin, b))
+                for s, (a, b) in zip(steps, marks, strict=True)
+            ]
+        finally:
+            if executable is not None:
+                executable.close()
+            capture.close()
+        zero = min(span.start_s for span in spans)
+        shifted = tuple(Span(s.op, s.lane, s.start_s - zero, s.end_s - zero) for s in spans)
+        return Timeline(self.kind, self._gpu.capability.describe(), shifted)
+
+    # -- life ------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Free graph, streams, contexts and memory in reverse order; a second call does nothing.
+
+        It waits for a call that another thread is in. A forked child only drops its copies."""
+        if self._turns.forked:
+            self._closed = self._stale = True
+            self._memory, self._given, self._kept, self._sites = [], {}, {}, {}
+            return
+        with self._turns.next():
+            self._gpu.use()
+            self._close()
+
+    @property
+    def closed(self) -> bool:
+        """Whether its memory is gone."""
+        return self._closed
+
+    def _close(self) -> None:
+        self._closed = self._stale = True
+        if self._exec is not None:
+            self._exec.close()
+            self._exec = None
+        for stream in reversed([getattr(self, "origin", None), *getattr(self, "_streams", [])]):
+            if stream is not None:
+                stream.close()
+        self.origin, self._streams = None, []
+        for made in reversed(getattr(self, "_partitions", [])):
+            for context in made.contexts:
+                if context is not None:
+                    context.close()
+        self._partitions = []
+        for memory in reversed(self._memory):
+            memory.close()
+        self._memory, self._given, self._kept, self._sites = [], {}, {}, {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

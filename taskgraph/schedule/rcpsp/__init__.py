@@ -1,0 +1,1 @@
+"""Project scheduling (RCPSP, MRCPSP): what small graphs are solved and bounded by."""

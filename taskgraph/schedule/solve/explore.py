@@ -1,0 +1,276 @@
+"""explore(): layouts and nano-batches tried side by side; the better half gets the next share of the budget."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+
+from taskgraph.errors import GraphError, PlanError
+from taskgraph.graph.device import Device
+from taskgraph.graph.graph import Graph
+from taskgraph.ops import COLLECTIVES
+from taskgraph.rewrite.nanobatch import UNSPLIT, Split, apply, splittable
+from taskgraph.schedule.bounds import lower_bounds, sm_seconds
+from taskgraph.schedule.evaluate import Assignment, Evaluation, Layout, evaluate
+from taskgraph.schedule.problem import Costs, Problem, make_problem
+from taskgraph.schedule.solve import lists
+from taskgraph.schedule.solve.annealing import Space, State, anneal, realise, search_layouts, starts
+from taskgraph.schedule.solve.cycles import Cycle, cycle_of, plain_cycle, polish, written_out
+
+WINDOW = 8
+"""Iterations of a repeated body that the search looks at; the decisions then hold for all of them."""
+SPLIT_GAIN = 1.01
+_TABLE = 2_000_000
+"""The most (op, SM count) pairs that a search looks at."""
+_FIRST, _RESLICE, _LAST, _DISPATCHED = 0.4, 0.3, 0.3, 0.3
+"""Shares of the budget: of the rounds together, of single ops' slices, of the last arm; of each of these for
+dispatched schedules."""
+_RESLICED_FROM_S = 5.0
+_TRIES, _WORTH, _WARM = 24, 1e-3, 2e-3
+"""Other slices for single ops: how many are tried at most, what share of the whole area is worth it, and the heat."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A schedule of a graph, which is what `split` made of the one that was asked for; all take `proved_s` or more."""
+
+    label: str
+    graph: Graph
+    problem: Problem
+    assignment: Assignment
+    evaluation: Evaluation
+    split: Split = UNSPLIT
+    proved_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Arm:
+    """One split on one layout, and how far it has come. The space is a window of the repeat."""
+
+    split: Split
+    graph: Graph
+    layout: Layout
+    space: Space
+    state: State | None = None
+    cycle: Cycle | None = None
+
+    def judged(self) -> float:
+        """The seconds of its best schedule; slices, which cost memory and launches, must win by SPLIT_GAIN."""
+        seconds = min((s.seconds for s in (self.state, self.cycle) if s is not None), default=np.inf)
+        return seconds * SPLIT_GAIN if self.split.parts else seconds
+
+
+def explore(
+    graph: Graph, device: Device, costs: Costs, budget_s: float, seed: int, limit_s: float, nano_batches: bool
+) -> Candidate | None:
+    """The best schedule found in about `budget_s`; None where no arm can be better than `limit_s` by its bounds.
+
+    Arms are the layouts of `search_layouts`, and on the first of them the slicings of the batch. All arms run for a
+    while, the better half goes on, until one is left: successive halving (Karnin, Koren and Somekh 2013).
+    """
+    arms = list(_arms(graph, device, costs, limit_s, nano_batches))
+    if not arms:
+        return None
+    if len(arms) == 1:
+        return _realised(_advanced(arms[0], budget_s, seed), device, costs, seed)
+    rounds = (len(arms) - 1).bit_length()
+    for turn in range(rounds):
+        share = _FIRST * budget_s / rounds / len(arms)
+        arms = sorted((_advanced(arm, share, seed + turn) for arm in arms), key=_Arm.judged)
+        arms = arms[: (len(arms) + 1) // 2]
+    best = arms[0]
+    if best.split.parts and budget_s >= _RESLICED_FROM_S:
+        best = _resliced(graph, best, device, costs, _RESLICE * budget_s, seed + rounds)
+    return _realised(_advanced(best, _LAST * budget_s, seed + rounds), device, costs, seed)
+
+
+def _resliced(graph: Graph, best: _Arm, device: Device, costs: Costs, budget_s: float, seed: int) -> _Arm:
+    """The arm with other slices for single ops, one after another, where that helps: first those that save area."""
+    names = {op.name for op in graph.ops}
+    mine = _areas(best.graph, device, costs)
+    worth, base = _WORTH * sum(mine.values()), best.split.parts[0][1]
+    halves = Split.of([part for size in base for part in (size // 2, size - size // 2) if part])
+    options = []
+    for made in [UNSPLIT, halves, *slicings(graph)]:
+        for name, area in _areas(apply(graph, made), device, costs).items():
+            large = name in names and mine.get(name, 0.0) > 10 * worth
+            if large and area < mine[name] + (10 * worth if made == halves else -worth):
+                options.append((area - mine[name], name, made))
+    options = sorted(options, key=lambda o: o[0])[:_TRIES]
+    for turn, (_, name, made) in enumerate(options):
+        with suppress(GraphError):  # an op takes no cut within one of its units
+            arm = _with_slices(graph, best, name, made, device, costs)
+            assert arm.cycle is not None
+            cycle = polish(arm.space, _layout(arm), [arm.cycle], budget_s / len(options), seed + turn, _WARM)
+            best = replace(arm, cycle=cycle) if cycle.seconds < best.judged() / SPLIT_GAIN else best
+    return best
+
+
+def _layout(arm: _Arm) -> Layout:
+    """The arm's layout with the borders that its state has moved."""
+    assert arm.state is not None
+    return replace(arm.layout, geometries=arm.state.layout(arm.layout).geometries)
+
+
+def _with_slices(graph: Graph, arm: _Arm, name: str, made: Split, device: Device, costs: Costs) -> _Arm:
+    """The arm with the op `name` in the slices of `made`; every decision that it had stays with its slice."""
+    sizes = made.parts[0][1] if made.parts else (sum(arm.split.parts[0][1]),)
+    split = Split((*(part for part in arm.split.parts if name not in part[0]), ((name,), sizes)))
+    sliced = apply(graph, split)
+    space = _space(sliced, device, costs, WINDOW)
+    assert arm.state is not None and arm.cycle is not None
+    old = _like(arm.graph, sliced)
+    lowest = space.lowest_mode()
+    state = replace(
+        arm.state, mode=np.maximum(arm.state.mode[old], lowest), row=arm.state.row[old], delay=arm.state.delay[old]
+    )
+    mode, nudge = np.maximum(arm.cycle.mode[old], lowest), np.arange(len(old)) * 1e-6
+    cycle = Cycle(arm.cycle.place[old] + nudge, arm.cycle.lane[old], mode)
+    return _Arm(split, sliced, arm.layout, space, state, cycle)
+
+
+def _like(before: Graph, after: Graph) -> np.ndarray:
+    """For every op of `after` the op of `before` that it is most like: the same slice, or the one at its place."""
+    slices: dict[str, list[int]] = {}
+    for i, op in enumerate(before.ops):
+        slices.setdefault(op.name.partition("#")[0], []).append(i)
+    count = Counter(op.name.partition("#")[0] for op in after.ops)
+    seen: Counter[str] = Counter()
+    found, last = [], 0
+    for op in after.ops:
+        stem = op.name.partition("#")[0]
+        if stem in slices:
+            last = slices[stem][seen[stem] * len(slices[stem]) // count[stem]]
+            seen[stem] += 1
+        found.append(last)
+    return np.array(found)
+
+
+def _areas(graph: Graph, device: Device, costs: Costs) -> dict[str, float]:
+    """The least SM-seconds of the slices of every op together, by the op's name."""
+    problem = make_problem(graph, device, device.partition_sizes(), costs)
+    areas: dict[str, float] = {}
+    for op, area in zip(graph.ops, sm_seconds(problem).tolist(), strict=True):
+        stem = op.name.partition("#")[0]
+        areas[stem] = areas.get(stem, 0.0) + area
+    return areas
+
+
+def slicings(graph: Graph) -> list[Split]:
+    """Splits of the batch of most of the work into two to four slices, of multiples of 128 where it is large."""
+    info = splittable(graph)
+    weight: Counter[int] = Counter()
+    for i, op in enumerate(graph.ops):
+        if op.name in info:
+            turns = graph.repeat.count if graph.repeat and graph.repeat.first <= i < graph.repeat.last else 1
+            weight[info[op.name].batch] += turns * (int(op.work.flops + op.work.hbm_bytes) + 1)
+    if not weight:
+        return []
+    batch = weight.most_common(1)[0][0]
+    unit = 128 if batch >= 512 else max(1, batch // 8)
+    pairs = [(first, batch - first) for first in range(unit, batch // 2 + 1, unit) if first >= batch / 8]
+    more = [_even(batch, count, unit) for count in (3, 4) if batch >= count * unit]
+    return [Split.of(sizes) for sizes in dict.fromkeys([*pairs, *more])]
+
+
+def _even(batch: int, count: int, unit: int) -> tuple[int, ...]:
+    """`batch` in `count` slices of about the same multiple of `unit`, the smaller ones first."""
+    cuts = [round(batch * i / count / unit) * unit for i in range(count)] + [batch]
+    return tuple(sorted(b - a for a, b in pairwise(cuts)))
+
+
+def _arms(graph: Graph, device: Device, costs: Costs, limit_s: float, nano_batches: bool) -> Iterator[_Arm]:
+    layouts, measured = search_layouts(device), False
+    for at, made in enumerate([UNSPLIT, *(slicings(graph) if nano_batches and device.kind == "gpu" else ())]):
+        sliced = apply(graph, made)
+        if at and sliced is graph:
+            continue
+        space = _space(sliced, device, costs, WINDOW)
+        measured = measured or (at == 0 and not _guessed(space))
+        if _bound(space) >= limit_s or (measured and _guessed(space)):
+            continue
+        for layout in layouts if at == 0 else layouts[:1]:
+            if int(space.problem.sizes[space.lowest_mode()].max()) <= layout.rows[:, 2].max():
+                yield _Arm(made, sliced, layout, space)
+
+
+def _guessed(space: Space) -> bool:
+    """Whether some op has a price that is not measured; slices are not compared with what was, unless all are."""
+    return any("measured" not in source.split(" ")[0] for source in space.problem.sources)
+
+
+def _bound(space: Space) -> float:
+    """A bound on the whole graph's time from a window's: the area on the SMs grows with the iterations."""
+    problem = space.problem
+    weight = np.where(space.inside, space.total / space.window, 1.0)
+    return max(lower_bounds(problem).chain_s, float((sm_seconds(problem) * weight).sum() / problem.sm_count))
+
+
+def _advanced(arm: _Arm, budget_s: float, seed: int) -> _Arm:
+    """The arm after another `budget_s`."""
+    space, layout = arm.space, arm.layout
+    begin = starts(space, layout) if arm.state is None else [arm.state]
+    state = anneal(space, layout, begin, _DISPATCHED * budget_s, seed)
+    cycles = [cycle_of(space, layout, state), plain_cycle(space, layout, state)]
+    if arm.cycle is not None:
+        cycles.append(arm.cycle)
+    cycle = polish(space, _layout(replace(arm, state=state)), cycles, (1 - _DISPATCHED) * budget_s, seed)
+    return replace(arm, state=state, cycle=cycle)
+
+
+def _realised(arm: _Arm, device: Device, costs: Costs, seed: int) -> Candidate:
+    """The better one of the arm's two schedules on the whole graph."""
+    assert arm.state is not None and arm.cycle is not None
+    whole = _space(arm.graph, device, costs, None)
+    best, times = realise(whole, arm.layout, arm.state)
+    if np.isfinite(arm.cycle.seconds):
+        fixed = written_out(whole, best.layout, arm.cycle)
+        # A deadlock that spans more iterations than the window has is possible, if only just: then the other one it is.
+        with suppress(PlanError):
+            fixed_times = evaluate(whole.problem, fixed)
+            if fixed_times.makespan_s < times.makespan_s:
+                by_start = np.lexsort((np.arange(whole.problem.n), fixed_times.end_s, fixed_times.start_s))
+                best, times = replace(fixed, order=by_start), fixed_times
+    label = f"search on {lists.label(best.layout)}{_sliced(arm.split)}, seed {seed}"
+    return Candidate(label, arm.graph, whole.problem, best, times, arm.split)
+
+
+def _sliced(split: Split) -> str:
+    return "".join(f", slices of {' + '.join(map(str, sizes))}" for _, sizes in split.parts)
+
+
+# ---------------------------------------------------------------------------------------- what the search sees
+
+
+def _space(graph: Graph, device: Device, costs: Costs, window: int | None) -> Space:
+    """The space of a graph, or of `window` iterations of its repeat: one decision for each op of the body."""
+    repeat = graph.repeat
+    tied = np.array([op.kind in COLLECTIVES and op.integer("ranks") > 1 for op in graph.ops])
+    if repeat is None:
+        return replace(Space.flat(make_problem(graph, device, legal_sizes(len(graph.ops), device), costs)), tied=tied)
+    count = min(window or repeat.count, repeat.count)
+    flat = (graph if count == repeat.count else replace(graph, repeat=replace(repeat, count=count))).flat()
+    whole = len(graph.ops) + (repeat.last - repeat.first) * (repeat.count - 1)
+    problem = make_problem(flat, device, legal_sizes(whole, device), costs)
+    first, last, n = repeat.first, repeat.last, len(graph.ops)
+    decision = np.concatenate([np.arange(first), np.tile(np.arange(first, last), count), np.arange(last, n)])
+    turn = np.repeat(np.arange(count), last - first)
+    iteration = np.concatenate([np.zeros(first, np.int64), turn, np.full(n - last, count - 1)])
+    inside = (decision >= first) & (decision < last)
+    return Space(problem, decision, _kin(graph), iteration, inside, tied, count, repeat.count)
+
+
+def _kin(graph: Graph) -> np.ndarray:
+    """Slices of one op, "up#0" and "up#1", have one number."""
+    stems = [op.name.partition("#")[0] for op in graph.ops]
+    number = {stem: i for i, stem in enumerate(dict.fromkeys(stems))}
+    return np.array([number[stem] for stem in stems])
+
+
+def legal_sizes(ops: int, device: Device) -> tuple[int, ...] | None:
+    """Every legal SM count, as far as the tables of a graph of this size stay small; None for the usual few."""
+    every = device.partition_sizes()
+    return every if ops * len(every) <= _TABLE else None

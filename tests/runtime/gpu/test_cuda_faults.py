@@ -1,0 +1,171 @@
+"""Faults on the virtual driver: each becomes a typed error, everything is freed, and the backend can start again."""
+
+import gc
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import Call, virtual_process
+
+import taskgraph as tg
+from taskgraph.errors import BackendUnavailable, CudaError, PlanError
+from taskgraph.graph import device as specs
+from taskgraph.graph.device import Device, Geometry
+from taskgraph.runtime.gpu import driver, virtual
+from taskgraph.runtime.gpu.executable import CudaExecutable
+from taskgraph.schedule.evaluate import Layout
+from taskgraph.schedule.plan import Plan
+from taskgraph.schedule.planner import plan_from
+from taskgraph.schedule.problem import make_problem
+from taskgraph.schedule.solve.lists import pack
+
+X, W = (torch.randn(32, 32, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+WANTED = X @ W + 2 * X
+
+
+def graph() -> tg.Graph:
+    b = tg.GraphBuilder("two-branches")
+    x, w = b.input("x", (32, 32), "f32"), b.weight("w", (32, 32), "f32")
+    left, right = tg.ops.gemm(x, w, name="left"), tg.ops.add(x, x, name="right")
+    b.output(tg.ops.add(left, right, name="sum"))
+    return b.build()
+
+
+def isolated(device: Device, *sizes: int) -> Plan:
+    """A list schedule on partitions of `sizes`."""
+    problem = make_problem(graph(), device, sorted({*sizes}))
+    found = pack(problem, Layout.isolated(Geometry.of(*sizes)))
+    assert found is not None
+    return plan_from(graph(), device, problem, found, "test")
+
+
+def control() -> virtual.Control:
+    found = virtual.loaded()
+    assert found is not None
+    return found
+
+
+def held() -> dict[str, int]:
+    """What is alive in the driver, kernels aside: they are loaded once and stay."""
+    gc.collect()
+    report = control().report()
+    live = {kind: n for kind, n in report.live.items() if kind not in ("kernel", "library")}
+    return {**live, "bytes": report.allocated_bytes, "allocations": report.allocations}
+
+
+def opened(plan: Plan) -> CudaExecutable:
+    exe = tg.compile(graph(), plan, "cuda", device=f"virtual:{plan.device.name}")
+    assert isinstance(exe, CudaExecutable)
+    return exe
+
+
+def works(plan: Plan) -> str:
+    """Run the plan, compare its result; the capability that its report says."""
+    with opened(plan) as exe:
+        torch.testing.assert_close(exe(x=X, w=W)["sum.out"], WANTED, rtol=1e-4, atol=1e-4)
+        return exe.report.capability
+
+
+# ---------------------------------------------------------------------------------- faults of one replay
+
+
+def test_every_allocation_may_fail(on_virtual: Call) -> None:
+    assert on_virtual(fail_each_allocation) >= 3
+
+
+def fail_each_allocation() -> int:
+    plan = isolated(specs.get("h100_sxm"), 64, 64)
+    works(plan)
+    before = held()
+    for count in range(1, 100):
+        control().set(fail_alloc=count)
+        try:
+            works(plan)
+        except CudaError as error:
+            assert error.code == "CUDA_ERROR_OUT_OF_MEMORY"
+            assert "bytes: CUDA_ERROR_OUT_OF_MEMORY (" in str(error) and "injected" in str(error)
+        else:
+            control().set(fail_alloc=0)
+            break
+        assert held() == before
+    works(plan)
+    return count - 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "code"), [("fail_launch", "CUDA_ERROR_LAUNCH_FAILED"), ("lose_device", "CUDA_ERROR_UNKNOWN")]
+)
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_replay_that_fails_is_typed_and_the_backend_starts_again(
+    on_virtual: Call, fault: str, code: str, at: int
+) -> None:
+    on_virtual(fail_replay, fault, code, at)
+
+
+def fail_replay(fault: str, code: str, at: int) -> None:
+    plan = isolated(specs.get("h100_sxm"), 64, 64)
+    works(plan)
+    before = held()
+    exe = opened(plan)
+    exe(x=X, w=W)
+    control().set(**{fault: at})
+    with pytest.raises(CudaError, match="replay 'two-branches'") as caught:
+        exe.launch()
+    assert caught.value.code == code
+    with pytest.raises(CudaError):
+        exe(x=X)  # the error sticks until the device is reset
+    exe.close()
+    driver.Gpu.reset()
+    assert held() == before
+    works(plan)
+    assert held() == before
+
+
+def test_memory_that_is_not_there_is_said(on_virtual: Call) -> None:
+    on_virtual(ask_for_too_much)
+
+
+def ask_for_too_much() -> None:
+    before = held()
+    driver.Gpu.open()
+    with pytest.raises(CudaError, match=r"allocate 200000000000 bytes.*of 80000000000 are free"):
+        driver.Memory(200_000_000_000)
+    assert held() == before
+
+
+# ------------------------------------------------------------------------------------ other drivers, devices
+
+
+@pytest.mark.parametrize(
+    ("version", "rung", "unequal"),
+    [
+        (12000, "", ""),
+        (12040, "plain streams", ""),
+        (12050, "equal partitions", r"64 \+ 48 SMs need driver 13\.1; this is 12\.5"),
+        (13000, "equal partitions", r"64 \+ 48 SMs need driver 13\.1; this is 13\.0"),
+        (13010, "unequal partitions", ""),
+    ],
+)
+def test_the_capability_ladder(version: int, rung: str, unequal: str) -> None:
+    """Each driver runs what it can, says what it is, and refuses the rest with the way out."""
+    with virtual_process(driver_version=version) as call:
+        if not rung:
+            with pytest.raises(BackendUnavailable, match=r"driver 12\.0 is older than 12\.3; update it"):
+                call(works, isolated(specs.get("h100_sxm"), 64, 64))
+            return
+        assert f": {rung}, " in call(works, isolated(specs.get("h100_sxm"), 64, 64))
+        if unequal:
+            with pytest.raises(BackendUnavailable, match=unequal):
+                call(works, isolated(specs.get("h100_sxm"), 64, 48))
+        else:
+            call(works, isolated(specs.get("h100_sxm"), 64, 48))
+
+
+SLICE = specs.make("h100_sxm", name="h100_slice", sm_count=16, memory_bytes=10_000_000_000)
+
+
+def test_a_small_device_as_mig_makes_it() -> None:
+    with virtual_process(SLICE) as call:
+        assert "16 SMs" in call(works, isolated(SLICE, 8, 8))
+        with pytest.raises(PlanError, match=r"132 SMs.*has 16"):
+            call(works, isolated(replace(specs.get("h100_sxm"), name="h100_slice"), 64, 64))
