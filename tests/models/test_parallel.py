@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_families
-import test_llama
 import torch
 
 import taskgraph as tg
@@ -29,6 +27,7 @@ from taskgraph.schedule import planner
 from taskgraph.schedule.verify import collectives_in_turn
 from taskgraph.serving.runners.ranks import Ranks
 from taskgraph.serving.session import Session
+from tests.models import test_families, test_llama
 
 Tensors = dict[str, torch.Tensor]
 RANK = tg.devices.make("h100_sxm", "rank", kind="cpu", sm_count=1, sm_granularity=1, sm_min=1)

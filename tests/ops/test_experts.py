@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_rewrite import TINY, assert_equal, random_tensors, run, simulate
 
 import taskgraph as tg
 from taskgraph import ops, rewrite
@@ -25,6 +24,7 @@ from taskgraph.ops import active_experts, latent_flops
 from taskgraph.runtime.cpu.dense import TORCH_DTYPE, Site, bind
 from taskgraph.tune.fill import fill
 from tests.cases_experts import HEADS, PLAIN, RANK, ROTARY, VALUES, latent_attention_reference
+from tests.rewrite.test_rewrite import TINY, assert_equal, random_tensors, run, simulate
 
 MOE_TINY = replace(
     TINY, family="qwen2_moe", experts=Experts(6, 2, 16, normalize=True, shared_size=24, shared_gate=True)

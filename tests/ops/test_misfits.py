@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import pytest
-import test_runtime
 import torch
 
 import taskgraph as tg
@@ -14,6 +13,7 @@ from taskgraph.ops.rules import shapes_of
 from taskgraph.runtime.cpu.binders import TORCH_DTYPE
 from taskgraph.schedule.planner import plan
 from tests.paged_cases import PLACES
+from tests.runtime import test_runtime
 
 CASES = {name: case for name, case in test_runtime.CASES.items() if "rows" not in name.split()[1:]}
 

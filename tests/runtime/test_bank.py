@@ -5,7 +5,6 @@ from typing import Any
 
 import hypothesis.strategies as st
 import torch
-from conftest import Call
 from hypothesis import given, settings
 
 import taskgraph as tg
@@ -13,6 +12,7 @@ from taskgraph.runtime.bank import GraphBank
 from taskgraph.runtime.gpu import driver
 from taskgraph.runtime.gpu.arrays import DeviceTensors
 from taskgraph.runtime.gpu.executable import CudaExecutable
+from tests.conftest import Call
 
 FEATURES = 16
 WEIGHT = torch.randn(FEATURES, FEATURES, generator=torch.Generator().manual_seed(3))

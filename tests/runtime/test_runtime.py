@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import cases_experts
 import numpy as np
 import pytest
 import torch
@@ -23,6 +22,7 @@ from taskgraph.runtime.cpu.dense import BINDERS, TORCH_DTYPE
 from taskgraph.runtime.cpu.executable import CpuExecutable
 from taskgraph.schedule.plan import Plan
 from taskgraph.schedule.planner import plan
+from tests import cases_experts
 from tests.paged_cases import CASES as PAGED_CASES
 from tests.paged_cases import PLACES, keys_of, values_of
 

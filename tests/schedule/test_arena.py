@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_verify import H100, sequential
 
 from taskgraph.graph.device import Geometry
 from taskgraph.graph.graph import Graph, GraphBuilder, Value
@@ -15,6 +14,7 @@ from taskgraph.graph.op import Work, spec
 from taskgraph.schedule import arena
 from taskgraph.schedule.plan import Lane, Span, Step
 from taskgraph.schedule.verify import verify
+from tests.schedule.test_verify import H100, sequential
 from tests.strategies import graphs
 
 PAIRS = arena._PAIRS

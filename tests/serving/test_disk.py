@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_engine import Drawn, empty, prompts, tiny  # noqa: F401 - a fixture
 
 from taskgraph.models import llama
 from taskgraph.models.config import ModelConfig
@@ -18,6 +17,7 @@ from taskgraph.serving.engine import Engine
 from taskgraph.serving.requests import Request
 from taskgraph.serving.runners.planned import CpuRunner
 from taskgraph.serving.scheduler import Limits
+from tests.serving.test_engine import Drawn, empty, prompts, tiny  # noqa: F401 - a fixture
 
 SIZE, CONTEXT = 32, 128
 

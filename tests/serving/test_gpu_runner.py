@@ -5,8 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from conftest import Call
-from test_cuda import DEVICE, held, model_tensors
 
 from taskgraph.models.config import load_config
 from taskgraph.models.llama import step_graph
@@ -16,6 +14,8 @@ from taskgraph.serving.engine import cpu_engine
 from taskgraph.serving.requests import Request, Sampling
 from taskgraph.serving.runners.gpu import gpu_engine
 from taskgraph.serving.scheduler import Limits
+from tests.conftest import Call
+from tests.runtime.gpu.test_cuda import DEVICE, held, model_tensors
 
 TINY = replace(
     load_config("smollm2-135m"), hidden_size=64, layers=2, heads=4, kv_heads=2, head_dim=16, intermediate_size=96,

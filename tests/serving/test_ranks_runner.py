@@ -17,10 +17,6 @@ from typing import Any
 
 import httpx
 import pytest
-from test_engine import empty, prompts
-from test_parallel import saved
-from test_serve_local import alone, call
-from test_serve_local import folder as folder
 
 from taskgraph.errors import GraphError, PlanError, RankLost, TaskgraphError, WeightsError
 from taskgraph.models import llama
@@ -33,6 +29,10 @@ from taskgraph.serving.requests import Request, Sampling
 from taskgraph.serving.runners.ranked import RanksRunner, packed, ranks_engine
 from taskgraph.serving.scheduler import Limits
 from taskgraph.serving.service import Service
+from tests.models.test_parallel import saved
+from tests.serving.http.test_serve_local import alone, call
+from tests.serving.http.test_serve_local import folder as folder
+from tests.serving.test_engine import empty, prompts
 
 ROOT = Path(__file__).parents[2]
 LIMITS = Limits(sequences=3, tokens=16, chunks=2, context=128)

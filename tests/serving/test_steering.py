@@ -7,10 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import steer_cases as cases
 import torch
-from conftest import Call
-from test_cuda import DEVICE
 
 import taskgraph as tg
 from taskgraph.models import llama
@@ -19,6 +16,9 @@ from taskgraph.serving.requests import Chance, Completion, Request, Sampling
 from taskgraph.serving.runners.gpu import gpu_engine
 from taskgraph.serving.runners.ranked import ranks_engine
 from taskgraph.serving.session import Session
+from tests import steer_cases as cases
+from tests.conftest import Call
+from tests.runtime.gpu.test_cuda import DEVICE
 
 
 def cpu(dtype: str = "f32", poisoned: bool = True, **options: Any) -> Engine:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Call
 from typer.testing import CliRunner
 
 import taskgraph as tg
@@ -15,6 +14,7 @@ from taskgraph.graph import device as specs
 from taskgraph.runtime.gpu import dense, driver
 from taskgraph.runtime.gpu.driver import Capability
 from taskgraph.tune import gpucheck
+from tests.conftest import Call
 
 DEVICE = "virtual:h100_sxm"
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_profiles import profiles_of
 
 import taskgraph as tg
 from taskgraph import ops
@@ -28,6 +27,7 @@ from taskgraph.tune import measure
 from taskgraph.tune.autotune import autotune, candidates
 from taskgraph.tune.fill import fill
 from taskgraph.tune.measure import Budget, noise_floor, on_partition
+from tests.cost.test_profiles import profiles_of
 from tests.strategies import devices, graphs
 
 CPU = specs.make("h100_sxm", name="two cores", kind="cpu", sm_count=2, sm_granularity=1, sm_min=1, launch_seconds=1e-6)

@@ -13,9 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Call
-from test_experts import LATENT_TINY
-from test_runtime import CASES, STATES, TOLERANCE, random_tensors, widened
 
 import taskgraph as tg
 from benchmarks import capture, capture_rules
@@ -39,7 +36,10 @@ from taskgraph.schedule.planner import replay_times
 from taskgraph.serving.session import Session, step_seconds
 from taskgraph.tune import gpucheck
 from taskgraph.tune.fill import fill
+from tests.conftest import Call
+from tests.ops.test_experts import LATENT_TINY
 from tests.paged_cases import keys_of, values_of
+from tests.runtime.test_runtime import CASES, STATES, TOLERANCE, random_tensors, widened
 
 DEVICE = capture.DEVICE
 KERNELS = sorted(driver.kernel_folder().glob("*.cu"))

@@ -5,9 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Call
-from test_cuda import run_plan
-from test_experts import LATENT_TINY, MOE_TINY
 
 import taskgraph as tg
 from taskgraph import ops
@@ -17,6 +14,9 @@ from taskgraph.models.config import ModelConfig, Yarn
 from taskgraph.models.llama import step_graph
 from taskgraph.runtime.cpu.dense import TORCH_DTYPE
 from taskgraph.runtime.gpu.dense import Buffer, launches
+from tests.conftest import Call
+from tests.ops.test_experts import LATENT_TINY, MOE_TINY
+from tests.runtime.gpu.test_cuda import run_plan
 
 Tensors = dict[str, torch.Tensor]
 

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import Call, virtual_process
 
 import taskgraph as tg
 from taskgraph.errors import BackendUnavailable, CudaError, PlanError
@@ -18,6 +17,7 @@ from taskgraph.schedule.plan import Plan
 from taskgraph.schedule.planner import plan_from
 from taskgraph.schedule.problem import make_problem
 from taskgraph.schedule.solve.lists import pack
+from tests.conftest import Call, virtual_process
 
 X, W = (torch.randn(32, 32, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
 WANTED = X @ W + 2 * X

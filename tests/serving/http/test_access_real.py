@@ -14,7 +14,6 @@ from typing import Any
 import httpx
 import pytest
 from rich.console import Console
-from test_access import ASK, FULL, RING, ask, bearer
 
 import taskgraph as tg
 from taskgraph.cli import main, serve
@@ -22,6 +21,7 @@ from taskgraph.serving.http.access import Access, access_of
 from taskgraph.serving.http.app import Served, create_app
 from taskgraph.serving.http.keys import KeyRing, add_key
 from tests.serve_cases import make_served
+from tests.serving.http.test_access import ASK, FULL, RING, ask, bearer
 
 SITE = "https://chat.example"
 

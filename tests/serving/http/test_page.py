@@ -17,8 +17,6 @@ from selenium.webdriver import Chrome, ChromeOptions, ChromeService, Keys
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.wait import WebDriverWait
-from test_serve import get
-from test_status import tiny_engine
 
 from taskgraph.models.paged import Bucket
 from taskgraph.serving.cache.pages import PagedCache
@@ -32,6 +30,8 @@ from taskgraph.serving.runners.planned import Planned, Ran
 from taskgraph.serving.scheduler import Limits
 from taskgraph.serving.service import Service
 from tests.serve_cases import CONTEXT, PAGE, VOCABULARY, FormulaRunner, byte_tokenizer, make_served
+from tests.serving.http.test_serve import get
+from tests.serving.http.test_status import tiny_engine
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 DRIVERS = ("chromedriver", "chromium-driver")

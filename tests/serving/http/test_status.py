@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_serve import body, get, together
 
 import taskgraph as tg
 from taskgraph.models import llama
@@ -20,6 +19,7 @@ from taskgraph.serving.requests import Request
 from taskgraph.serving.scheduler import Limits
 from taskgraph.serving.service import Service
 from tests.serve_cases import PAGE, byte_tokenizer, make_served
+from tests.serving.http.test_serve import body, get, together
 
 VOCABULARY = 258
 
