@@ -25,6 +25,20 @@ def split_by_count_may_give_fewer_groups(w: World) -> None:
     assert (count, rest.sm.smCount) == (1, 60)
 
 
+@rule("measured on an H200, driver 13.0")
+def the_least_groups_are_fewer_than_their_quotient(w: World) -> None:
+    groups, count, rest = w.ok("cuDevSmResourceSplitByCount", 16, w.whole(), 0, 8)
+    assert ([g.sm.smCount for g in groups[:count]], rest.sm.smCount) == ([8] * 15, 12)
+
+
+@rule("measured on an H200, driver 13.0")
+def a_descriptor_over_several_groups_and_the_rest(w: World) -> None:
+    groups, count, rest = w.ok("cuDevSmResourceSplitByCount", 16, w.whole(), 0, 8)
+    for mine, sms in ((groups[:5], 40), (groups[5:8], 24), ([*groups[8:count], rest], 68)):
+        green = w.ok("cuGreenCtxCreate", w.ok("cuDevResourceGenerateDesc", mine, len(mine)), 0, 1)
+        assert w.ok("cuGreenCtxGetDevResource", green, SM).sm.smCount == sms
+
+
 @rule(GREEN)
 def split_by_count_of_more_than_there_is_fails(w: World) -> None:
     w.expect("ERROR_INVALID_RESOURCE_CONFIGURATION", "cuDevSmResourceSplitByCount", 1, w.whole(), 0, 133)

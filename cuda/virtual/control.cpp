@@ -79,6 +79,7 @@ static void settings_line(const std::string& line) {
         {"origin", [](Settings& to, const std::string& v) { to.origin = v; }},
         {"sm_count", [](Settings& to, const std::string& v) { to.sm_count = std::stoul(v); }},
         {"sm_min", [](Settings& to, const std::string& v) { to.sm_min = std::stoul(v); }},
+        {"sm_groups", [](Settings& to, const std::string& v) { to.sm_groups = std::stoul(v); }},
         {"sm_align", [](Settings& to, const std::string& v) { to.sm_align = std::stoul(v); }},
         {"cc_major", [](Settings& to, const std::string& v) { to.cc_major = std::stoul(v); }},
         {"cc_minor", [](Settings& to, const std::string& v) { to.cc_minor = std::stoul(v); }},

@@ -79,6 +79,8 @@ ENTRY(cuDevSmResourceSplitByCount, 12040, 12040, DevResource* result, unsigned* 
     if (flags & SPLIT_IGNORE_COSCHEDULING) least = align = std::min(2u, s.sm_align);
     unsigned each = std::max(least, (min_count + align - 1) / align * align);
     unsigned possible = input->sm.sm_count / each;
+    // Some clusters of SMs have less than a multiple of the least group: an H200 gives 15 groups of 8 and a rest of 12.
+    if (s.sm_groups && each == s.sm_min && input->sm.sm_count == s.sm_count) possible = std::min(possible, s.sm_groups);
     if (possible == 0)
         refuse(INVALID_RESOURCE_CONFIGURATION, "%u SMs rounded up to %u do not fit the %u of the input", min_count, each,
                input->sm.sm_count);

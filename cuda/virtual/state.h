@@ -222,7 +222,7 @@ struct Allocation {
 
 struct Settings {
     std::string device = "h100_sxm", origin;
-    unsigned sm_count = 132, sm_min = 8, sm_align = 8, cc_major = 9, cc_minor = 0, version = 13050, warp = 32;
+    unsigned sm_count = 132, sm_min = 8, sm_align = 8, sm_groups = 0, cc_major = 9, cc_minor = 0, version = 13050, warp = 32;
     unsigned max_threads = 1024, shared_bytes = 49152, sm_threads = 2048;
     size_t memory_bytes = 80000000000ull;
     uint64_t seed = 1;

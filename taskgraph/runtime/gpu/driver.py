@@ -18,25 +18,25 @@ from taskgraph import cache
 from taskgraph.errors import BackendUnavailable, CaptureMismatch, CudaError, ExecutionError, PlanError
 from taskgraph.graph.device import Geometry
 from taskgraph.runtime.gpu import virtual
+from taskgraph.runtime.gpu.division import divided
 from taskgraph.runtime.turns import forks
 
-CAPTURE_INFO, GREEN_STREAMS, UNEQUAL_SPLITS = 12030, 12050, 13010
+CAPTURE_INFO, GREEN_STREAMS, WORKQUEUES = 12030, 12050, 13010
 """Drivers that brought what we stand on: cuStreamGetCaptureInfo_v3 (12.3), by which a capture is read while it is made;
-cuGreenCtxStreamCreate (12.5; the green contexts of 12.4 have streams only while they are current to a thread); unequal
-splits and workqueues (13.1)."""
-_LADDER = {"none": "plain streams", "equal": "equal partitions", "unequal": "unequal partitions"}
+cuGreenCtxStreamCreate (12.5; the green contexts of 12.4 have streams only while they are current to a thread);
+workqueues, and splits into groups of any sizes (13.1)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Capability:
-    """What the cuda backend found, as data. `partitions` is "none", "equal" or "unequal"; `virtual` names the virtual
+    """What the cuda backend found, as data. `partitions` says whether there are any; `virtual` names the virtual
     device, whose times are simulated; `reason` says why there is no device."""
 
     device: str = ""
     driver_version: int = 0
     sm_count: int = 0
     compute_capability: tuple[int, int] = (0, 0)
-    partitions: str = "none"
+    partitions: bool = False
     workqueues: bool = False
     virtual: str = ""
     reason: str = ""
@@ -54,7 +54,8 @@ class Capability:
         version = _version(self.driver_version)
         kind = "simulated" if self.virtual else "real"
         queues = "balanced workqueues" if self.workqueues else "no workqueues"
-        return f"{self.device} ({kind}), {self.sm_count} SMs, driver {version}: {_LADDER[self.partitions]}, {queues}"
+        ladder = "any partition" if self.partitions else "plain streams"
+        return f"{self.device} ({kind}), {self.sm_count} SMs, driver {version}: {ladder}, {queues}"
 
 
 def _version(number: int) -> str:
@@ -90,8 +91,8 @@ def probe() -> Capability:
         driver_version=int(version),
         sm_count=device.properties.multiprocessor_count,
         compute_capability=tuple(device.compute_capability),
-        partitions="unequal" if version >= UNEQUAL_SPLITS else "equal" if version >= GREEN_STREAMS else "none",
-        workqueues=version >= UNEQUAL_SPLITS,
+        partitions=version >= GREEN_STREAMS,
+        workqueues=version >= WORKQUEUES,
         virtual=control.device.name if control else "",
         notes=tuple(_notes()),
     )
@@ -241,7 +242,8 @@ def _nvrtc_version() -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class Partitioned:
-    """The contexts of a geometry, one a partition; `exact` is False where the driver cannot partition."""
+    """The contexts of a geometry, one a partition, and the SMs that each has: at least those that were asked for.
+    `exact` is False where some has more, and where the driver cannot partition."""
 
     contexts: tuple[Any, ...]
     sm_counts: tuple[int, ...]
@@ -346,48 +348,30 @@ class Gpu:
     def partition(self, geometry: Geometry) -> Partitioned:
         """Contexts of the partitions of `geometry`; None stands for the whole device.
 
-        BackendUnavailable when this driver cannot make them; CaptureMismatch when it makes others than asked for."""
+        PlanError when the device does not divide so; CaptureMismatch when the driver makes others than asked for."""
         sizes = geometry.sizes
         if sum(sizes) > self.capability.sm_count:
             raise PlanError(
                 f"the plan has {' + '.join(map(str, sizes))} SMs; {self.capability.device} has "
                 f"{self.capability.sm_count}. Plan for this device."
             )
-        if sizes == (self.capability.sm_count,) or self.capability.partitions == "none":
+        if sizes == (self.capability.sm_count,) or not self.capability.partitions:
             whole = (self.capability.sm_count,) * len(sizes)
             return Partitioned((None,) * len(sizes), whole, exact=whole == sizes)
-        if self.capability.partitions == "equal" and len(set(sizes)) > 1:
-            raise BackendUnavailable(
-                f"partitions of {' + '.join(map(str, sizes))} SMs need driver 13.1; this is "
-                f"{_version(self.capability.driver_version)}. Plan equal partitions, or update the driver."
-            )
-        groups = self._split(sizes)
-        counts = tuple(group.sm_count for group in groups)
-        if counts != sizes:
-            raise CaptureMismatch(f"the driver split {counts} SMs; the plan has {sizes}.", "partitions")
-        return Partitioned(tuple(self._green(group, len(sizes)) for group in groups), counts, exact=True)
-
-    def _split(self, sizes: tuple[int, ...]) -> list[Any]:
-        """One split call for all groups: separate splits of a device overlap."""
-        from cuda.core import SMResourceOptions
-
         with driver_errors(f"split {self.capability.sm_count} SMs into {' + '.join(map(str, sizes))}"):
-            resource = self.device.resources.sm
-            if self.capability.partitions == "unequal":
-                # Coscheduling of fewer SMs than the default permits sizes that are no multiple of 8 on 9.0 and later.
-                fine = next((step for step in (8, 4, 2) if all(size % step == 0 for size in sizes)), None)
-                groups, _ = resource.split(SMResourceOptions(count=sizes, coscheduled_sm_count=fine))
-                return list(groups)
-            groups, _ = resource.split(SMResourceOptions(count=sizes))  # equal groups: SplitByCount
-            if len(groups) < len(sizes):
-                raise CaptureMismatch(f"the driver made {len(groups)} partitions of {sizes[0]} SMs.", "partitions")
-            return list(groups[: len(sizes)])
+            shares = divided(self.device.resources.sm, sizes, self.capability)
+        contexts = tuple(self._green(share, len(sizes)) for share in shares)
+        counts = tuple(int(context.resources.sm.sm_count) for context in contexts)
+        if any(made < size for made, size in zip(counts, sizes, strict=True)):
+            raise CaptureMismatch(f"the driver made partitions of {counts} SMs; the plan has {sizes}.", "partitions")
+        return Partitioned(contexts, counts, exact=counts == sizes)
 
-    def _green(self, group: Any, lanes: int) -> Any:
+    def _green(self, share: Sequence[Any], lanes: int) -> Any:
+        """A green context over several groups of SMs of one split."""
         from cuda.core import ContextOptions, WorkqueueResourceOptions
 
-        resources = [group]
-        with driver_errors(f"create a green context of {group.sm_count} SMs"):
+        resources = list(share)
+        with driver_errors(f"create a green context of {sum(group.sm_count for group in share)} SMs"):
             if self.capability.workqueues:
                 queue = self.device.resources.workqueue
                 queue.configure(WorkqueueResourceOptions("green_ctx_balanced", lanes))

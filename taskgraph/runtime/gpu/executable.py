@@ -28,6 +28,7 @@ from taskgraph.runtime.gpu.driver import Gpu, Memory
 from taskgraph.runtime.gpu.on_stream import bound_call, named_error
 from taskgraph.runtime.gpu.readback import compare
 from taskgraph.runtime.gpu.sites import Faults, LaneSite
+from taskgraph.runtime.gpu.torch_memory import TorchPool
 from taskgraph.runtime.turns import Turns, in_op
 from taskgraph.schedule.plan import Plan, Span, Timeline
 from taskgraph.schedule.planner import replay_times
@@ -78,6 +79,7 @@ class CudaExecutable:
                 f"the plan is for {plan.device.name} with {plan.device.sm_count} SMs; "
                 f"{self._gpu.capability.device} has {self._gpu.capability.sm_count}. Plan for this device."
             )
+        self._pool = TorchPool()
         self._torch = not self._gpu.capability.virtual and torch_ops.available()
         self._given: dict[str, Buffer] = {}
         self._kept: dict[str, Any] = {}
@@ -250,7 +252,8 @@ class CudaExecutable:
             return collective(op, DeviceArray(ins[0], self), DeviceArray(outs[0], self), self._group)
         if self._torch and op.kind in torch_ops.TORCH_OPS:
             sides = [[DeviceArray(b, self) for b in side] for side in (ins, outs)]
-            return torch_ops.bound(op, sides[0], sides[1], self._plan.sms(i), self._streams[self._plan.steps[i].lane])
+            with self._pool.used():
+                return torch_ops.bound(op, sides[0], sides[1], self._streams[self._plan.steps[i].lane])
         scratch = self._scratch[self._plan.steps[i].lane]
         site = self._sites.setdefault(i, LaneSite(self._plan.sms(i), self._own, scratch, self._faults.address(i)))
         made = launches(op, ins, outs, site.again())
@@ -350,7 +353,7 @@ class CudaExecutable:
             if not callable(entry):
                 return [node for launch in entry for node in self._launched(launch, stream)]
             before = set(driver.captured_handles(stream))
-            with in_op():
+            with in_op(), self._pool.used():
                 entry(stream)
             return [node for node in driver.captured_handles(stream) if node not in before]
         except Exception as error:
@@ -412,7 +415,7 @@ class CudaExecutable:
         """Launch one step outside any capture, and wait for it."""
         try:
             if callable(entry):
-                with in_op():
+                with in_op(), self._pool.used():
                     entry(stream)
             else:
                 for launch in entry:
@@ -545,6 +548,7 @@ class CudaExecutable:
         self._partitions = []
         for memory in reversed(self._memory):
             memory.close()
+        self._pool.close()
         self._memory, self._given, self._kept, self._sites = [], {}, {}, {}
 
     def __enter__(self) -> Self:

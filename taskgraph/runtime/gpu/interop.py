@@ -14,22 +14,17 @@ from taskgraph.runtime.gpu.arrays import DeviceArray
 Function = Callable[..., Any]
 
 
-def torch_op(function: Function, sms: int | None = None) -> Function:
-    """`function(*tensors)` of torch on the lane's stream. With `sms`, matrix products size their grids for that many
-    SMs: torch's experimental carve-out, which cuBLAS reads as its SM count target."""
+def torch_op(function: Function) -> Function:
+    """`function(*tensors)` of torch on the lane's stream. What torch allocates in it belongs to the executable's pool
+    (torch_memory.py), so that a replay finds it as it was captured."""
 
     @wraps(function)
     def on_lane(*arrays: DeviceArray, stream: Any) -> None:
         import torch
 
         tensors = [a.torch() for a in arrays]
-        kept = None if sms is None else torch.cuda.get_device_properties(0).multi_processor_count - sms
-        torch._C._set_sm_carveout_experimental(kept)
-        try:
-            with torch.cuda.stream(torch.cuda.ExternalStream(int(stream.handle))):  # type: ignore[no-untyped-call]
-                function(*tensors)
-        finally:
-            torch._C._set_sm_carveout_experimental(None)
+        with torch.cuda.stream(torch.cuda.ExternalStream(int(stream.handle))):  # type: ignore[no-untyped-call]
+            function(*tensors)
 
     return on_lane
 

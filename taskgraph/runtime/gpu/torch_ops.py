@@ -1,6 +1,7 @@
 """Ops that run through torch where it has CUDA: matrix products, for which cuBLAS has tensor cores and we do not.
 
 Each runs once on its lane before the capture, so that cuBLAS has its handle and the lane's own workspace by then.
+Results go into memory of ours; converted operands and workspaces into the executable's pool (torch_memory.py).
 """
 
 from collections.abc import Callable, Sequence
@@ -38,16 +39,14 @@ def available() -> bool:
     return torch.cuda.is_available()
 
 
-def bound(
-    op: Op, ins: Sequence[DeviceArray], outs: Sequence[DeviceArray], sms: int, stream: Any
-) -> Callable[..., None]:
-    """The op on a stream, warmed up on its lane's `stream`, with matrix products sized for `sms` SMs."""
+def bound(op: Op, ins: Sequence[DeviceArray], outs: Sequence[DeviceArray], stream: Any) -> Callable[..., None]:
+    """The op on a stream, warmed up on its lane's `stream`."""
     run = TORCH_OPS[op.kind]
 
     def on_tensors(*tensors: torch.Tensor) -> None:
         run(op, tensors[: len(ins)], tensors[len(ins)])
 
-    launch = torch_op(on_tensors, sms)
+    launch = torch_op(on_tensors)
     launch(*ins, *outs, stream=stream)
     stream.sync()
     return lambda lane: launch(*ins, *outs, stream=lane)

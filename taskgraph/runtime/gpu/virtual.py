@@ -34,6 +34,9 @@ _COMPUTE_CAPABILITY = {
     "a100_sxm": (8, 0), "h100_sxm": (9, 0), "h200_sxm": (9, 0), "b200_sxm": (10, 0), "l40s": (8, 9), "rtx5090": (12, 0),
 }  # fmt: skip
 """NVIDIA, "CUDA GPU compute capability"."""
+_LEAST_GROUPS = {("h100_sxm", 132): 15, ("h200_sxm", 132): 15}
+"""Device and its SMs -> how many groups of the least size it splits into, where that is less than their quotient: 15
+groups of 8 and a rest of 12 were seen on an H200 (driver 13.0), for its clusters of SMs are not all alike."""
 
 _FLAGS = ("-std=c++17", "-fPIC", "-pthread", "-U_FORTIFY_SOURCE", "-fno-strict-aliasing", "-fno-gnu-unique")
 _KERNEL_FLAGS = ("-O2", "-ffp-contract=off", "-Wno-unknown-pragmas")
@@ -174,6 +177,7 @@ class Settings:
         major, minor = compute_capability(d)
         values: dict[str, object] = {
             "device": d.name, "sm_count": d.sm_count, "sm_min": d.sm_min, "sm_align": d.sm_granularity,
+            "sm_groups": _LEAST_GROUPS.get((d.name, d.sm_count), 0),
             "cc_major": major, "cc_minor": minor, "memory_bytes": d.memory_bytes,
             "driver_version": self.driver_version, "seed": self.seed, "fail_alloc": self.fail_alloc,
             "fail_launch": self.fail_launch, "lose_device": self.lose_device,

@@ -591,4 +591,4 @@ def torch_without_cuda() -> None:
     with DeviceTensors({"x": torch.ones(16, 16), "w": torch.ones(16, 16)}, DEVICE) as held_tensors:
         arrays = [*held_tensors.values()]
         with pytest.raises(BackendUnavailable, match="no CUDA device"):
-            torch_ops.bound(graph.ops[0], arrays, arrays[:1], 64, stream)
+            torch_ops.bound(graph.ops[0], arrays, arrays[:1], stream)

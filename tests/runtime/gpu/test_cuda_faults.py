@@ -5,12 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import taskgraph as tg
 from taskgraph.errors import BackendUnavailable, CudaError, PlanError
 from taskgraph.graph import device as specs
 from taskgraph.graph.device import Device, Geometry
-from taskgraph.runtime.gpu import driver, virtual
+from taskgraph.runtime.gpu import division, driver, virtual
 from taskgraph.runtime.gpu.executable import CudaExecutable
 from taskgraph.schedule.evaluate import Layout
 from taskgraph.schedule.plan import Plan
@@ -137,28 +139,62 @@ def ask_for_too_much() -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "rung", "unequal"),
+    ("version", "rung", "made"),
     [
-        (12000, "", ""),
-        (12040, "plain streams", ""),
-        (12050, "equal partitions", r"64 \+ 48 SMs need driver 13\.1; this is 12\.5"),
-        (13000, "equal partitions", r"64 \+ 48 SMs need driver 13\.1; this is 13\.0"),
-        (13010, "unequal partitions", ""),
+        (12000, "", ()),
+        (12040, "plain streams, no workqueues", (132, 132)),
+        (12050, "any partition, no workqueues", (124, 8)),
+        (13000, "any partition, no workqueues", (124, 8)),
+        (13010, "any partition, balanced workqueues", (120, 8)),
     ],
 )
-def test_the_capability_ladder(version: int, rung: str, unequal: str) -> None:
-    """Each driver runs what it can, says what it is, and refuses the rest with the way out."""
+def test_the_capability_ladder(version: int, rung: str, made: tuple[int, ...]) -> None:
+    """Each driver runs what it can and says what it is; a partition has at least the SMs that were planned, and before
+    13.1 the rest of the split goes to one that would not fit without it."""
     with virtual_process(driver_version=version) as call:
         if not rung:
             with pytest.raises(BackendUnavailable, match=r"driver 12\.0 is older than 12\.3; update it"):
                 call(works, isolated(specs.get("h100_sxm"), 64, 64))
             return
-        assert f": {rung}, " in call(works, isolated(specs.get("h100_sxm"), 64, 64))
-        if unequal:
-            with pytest.raises(BackendUnavailable, match=unequal):
-                call(works, isolated(specs.get("h100_sxm"), 64, 48))
-        else:
-            call(works, isolated(specs.get("h100_sxm"), 64, 48))
+        assert f": {rung}" in call(works, isolated(specs.get("h100_sxm"), 64, 64))
+        call(works, isolated(specs.get("h100_sxm"), 64, 48))
+        assert call(partition_sizes, 120, 8) == made
+        if version >= 12050:
+            assert call(partition_sizes, 40, 24) == (40, 24)
+        if 12050 <= version < 13010:
+            with pytest.raises(PlanError, match=r"15 groups of 8 SMs and a rest of 12\. Plan partitions"):
+                call(partition_sizes, *[4] * 33)
+
+
+def partition_sizes(*sizes: int) -> tuple[int, ...]:
+    """The SMs of the partitions that the driver makes; the contexts are disjoint, or the virtual driver warns."""
+    made = driver.Gpu.open().partition(specs.Geometry.of(*sizes))
+    for context in made.contexts:
+        if context is not None:
+            context.close()
+    control = virtual.loaded()
+    assert control is not None and not control.report().texts("warning")
+    return made.sm_counts
+
+
+@given(
+    sizes=st.lists(st.integers(1, 16).map(lambda n: 8 * n), min_size=1, max_size=4),
+    groups=st.integers(1, 18), rest=st.integers(0, 14),
+)  # fmt: skip
+def test_partitions_are_composed_of_the_groups_of_one_split(sizes: list[int], groups: int, rest: int) -> None:
+    """Every partition gets at least its size of disjoint groups, the rest at most once; sizes that the groups hold are
+    exact; none is found only if none exists."""
+    made = division.composed(sizes, groups, 8, rest)
+    if made is None:
+        assert sum(sizes) > 8 * groups and all(
+            sum(sizes) - size + 8 * -(-max(size - rest, 0) // 8) > 8 * groups for size in sizes
+        )
+        return
+    given_sms = [8 * share.groups + rest * share.rest for share in made]
+    assert all(given >= size for given, size in zip(given_sms, sizes, strict=True))
+    assert sum(share.groups for share in made) <= groups and sum(share.rest for share in made) <= 1
+    if sum(sizes) <= 8 * groups:
+        assert given_sms == sizes
 
 
 SLICE = specs.make("h100_sxm", name="h100_slice", sm_count=16, memory_bytes=10_000_000_000)
