@@ -205,7 +205,7 @@ def command(base: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """`taskgraph ARGUMENTS` with what the base install brings."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(base), str(ROOT)])}
     return subprocess.run(
-        [sys.executable, "-m", "taskgraph.cli.main", *arguments], cwd=base, env=environment,
+        [sys.executable, "-m", "taskgraph.cli", *arguments], cwd=base, env=environment,
         capture_output=True, text=True, check=False,
     )  # fmt: skip
 

@@ -1,35 +1,71 @@
-"""The body of `taskgraph calibrate`: fit, tell the errors, write the file."""
+"""`taskgraph calibrate`: fit a device's coefficients to measurements, tell the errors, write the file."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from taskgraph.cost.calibrate import Errors, calibrate
-from taskgraph.cost.fitted import Calibration
-from taskgraph.cost.interference import TableError, table_errors
-from taskgraph.cost.measurements import read
-from taskgraph.graph.device import get
+import typer
+from rich.table import Table
+
+from taskgraph.cli.console import screen, stages
+
+if TYPE_CHECKING:
+    from taskgraph.cost.calibrate import Errors
+    from taskgraph.cost.fitted import Calibration
+    from taskgraph.cost.interference import TableError
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the command line."""
+    app.command()(calibrate)
+
+
+def calibrate(
+    tables: Annotated[list[Path], typer.Argument(help="CSV, CSV.gz or Parquet files of measurements, or their folder")],
+    device: Annotated[str, typer.Option(help="whose rows to fit; see `taskgraph devices`")],
+    out: Annotated[Path, typer.Option(help="write the coefficient file here")],
+    version: Annotated[int, typer.Option(min=1, help="version of the coefficients")] = 1,
+    source: Annotated[str, typer.Option(help="where the measurements come from")] = "not stated",
+    licence: Annotated[str, typer.Option(help="their licence")] = "not stated",
+) -> None:
+    """Fit the cost model's coefficients to measured kernels; prints the errors on held-out shapes."""
+    with stages("fit") as staged, staged.stage("fit"):
+        made = fitted(tables, device, out, version, source, licence)
+    table = Table(title=f"{device}: absolute percentage error on held-out shapes", title_justify="left")
+    for column in ("family", "rows", "formula median", "formula p90", "median", "mean", "p90"):
+        table.add_column(column)
+    for name, plain, best in made.families:
+        shown = (plain.median, plain.p90, best.median, best.mean, best.p90)
+        table.add_row(name, f"{best.rows:,}", *(f"{100 * e:.1f} %" for e in shown))
+    screen.print(table)
+    for row in made.interference:
+        screen.print(
+            f"R -> P, {row.resource}, {row.table} (published): |dP| {row.mean:.3f} mean, {row.largest:.3f} largest"
+        )
+    screen.print(f"coefficients: {out}", soft_wrap=True)
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class Fitted:
     """What a calibration found. `families` holds (name, formula alone, with correction), errors on held-out shapes."""
 
-    calibration: Calibration
-    families: tuple[tuple[str, Errors, Errors], ...]
-    interference: tuple[TableError, ...]
+    calibration: "Calibration"
+    families: "tuple[tuple[str, Errors, Errors], ...]"
+    interference: "tuple[TableError, ...]"
 
 
-def run(
-    tables: list[Path], device: str, out: Path, version: int, source: str, licence: str, progress: Callable[[str], None]
-) -> Report:
+def fitted(tables: list[Path], device: str, out: Path, version: int, source: str, licence: str) -> Fitted:
     """Calibrate `device` from tables and write its coefficient file; CalibrationError or DeviceError when it cannot."""
+    from taskgraph.cost.calibrate import calibrate
+    from taskgraph.cost.interference import table_errors
+    from taskgraph.cost.measurements import read
+    from taskgraph.graph.device import get
+
     seen: list[tuple[str, Errors, Errors]] = []
 
-    def heard(name: str, plain: Errors, corrected: Errors) -> None:
-        progress(name)
+    def heard(name: str, plain: "Errors", corrected: "Errors") -> None:
         seen.append((name, plain, corrected))
 
     made = calibrate(read(tables), get(device), {"data": source, "licence": licence}, version, heard)
     made.save(out)
-    return Report(made, tuple(seen), tuple(table_errors(made.response.by_resource())))
+    return Fitted(made, tuple(seen), tuple(table_errors(made.response.by_resource())))

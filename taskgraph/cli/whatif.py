@@ -1,11 +1,15 @@
-"""What-if studies: the best plan of a model's step on a device, and on one with more or less of something."""
+"""`taskgraph whatif`: the best plan of a step on a device, and on one with more or less of something (simulated)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+from rich.table import Table
 
 import taskgraph as tg
-from taskgraph.models.config import load_config
-from taskgraph.models.llama import step_graph
+from taskgraph.cli.console import screen
+from taskgraph.units import format_seconds
 
 RESOURCES: Mapping[str, tuple[str, ...]] = {
     "sm": ("sm_count",),
@@ -22,12 +26,12 @@ RESOURCES: Mapping[str, tuple[str, ...]] = {
 class Outcome:
     """The plan of one device; all times are simulated."""
 
-    device: tg.Device
-    plan: tg.Plan
+    device: "tg.Device"
+    plan: "tg.Plan"
     tokens_per_s: float
 
 
-def scaled(device: tg.Device, factors: Mapping[str, float]) -> tg.Device:
+def scaled(device: "tg.Device", factors: Mapping[str, float]) -> "tg.Device":
     """`device` with every resource of `factors` times its factor; DeviceError for an unknown resource."""
     unknown = sorted(set(factors) - set(RESOURCES))
     if unknown or any(not factor > 0 for factor in factors.values()):
@@ -46,7 +50,7 @@ def scaled(device: tg.Device, factors: Mapping[str, float]) -> tg.Device:
     return tg.devices.make(device, name=f"{device.name} ({named})", **changes)
 
 
-def _times(device: tg.Device, factor: float) -> tuple[tuple[str, float], ...]:
+def _times(device: "tg.Device", factor: float) -> tuple[tuple[str, float], ...]:
     return tuple((dtype, rate * factor) for dtype, rate in device.flops_per_s)
 
 
@@ -63,7 +67,7 @@ def parse_factor(text: str) -> float:
 
 def what_if(
     model: str,
-    device: tg.Device,
+    device: "tg.Device",
     factors: Mapping[str, float],
     *,
     batch: int,
@@ -72,6 +76,9 @@ def what_if(
     scheduler: str,
 ) -> tuple[Outcome, Outcome]:
     """The outcome on `device` and on its scaled twin."""
+    from taskgraph.models.config import load_config
+    from taskgraph.models.llama import step_graph
+
     graph = step_graph(load_config(model), batch=batch, tokens=tokens, cache=context)
     before, after = (
         Outcome(target, made, batch * tokens / made.makespan_s)
@@ -79,3 +86,44 @@ def what_if(
         for made in (tg.plan(graph, target, scheduler),)
     )
     return before, after
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the command line."""
+    app.command()(whatif)
+
+
+def whatif(
+    model: Annotated[str, typer.Argument(help="a known size such as llama-3-70b, a config.json, or its folder")],
+    device: Annotated[str, typer.Option(help="the device to start from")] = "h100_sxm",
+    sm: Annotated[str, typer.Option(help="SMs (and their arithmetic), as x0.5")] = "x1",
+    flops: Annotated[str, typer.Option(help="arithmetic of every SM")] = "x1",
+    hbm: Annotated[str, typer.Option(help="memory bandwidth, as x1.5")] = "x1",
+    link: Annotated[str, typer.Option(help="bandwidth between devices")] = "x1",
+    pcie: Annotated[str, typer.Option(help="bandwidth to the host")] = "x1",
+    batch: Annotated[int, typer.Option(min=1, help="sequences in the step")] = 256,
+    context: Annotated[int, typer.Option(min=1, help="tokens that each sequence has in its cache")] = 1024,
+    tokens: Annotated[int, typer.Option(min=1, help="new tokens a sequence")] = 1,
+    scheduler: Annotated[str, typer.Option(help="as for `plan`")] = "auto",
+) -> None:
+    """How the best plan of a step and its bounds move on a device with more or less of something (simulated)."""
+    given = {"sm": sm, "flops": flops, "hbm": hbm, "link": link, "pcie": pcie}
+    factors = {name: factor for name, text in given.items() if (factor := parse_factor(text)) != 1.0}
+    sizes = {"batch": batch, "context": context, "tokens": tokens}
+    pair = what_if(model, tg.devices.get(device), factors, **sizes, scheduler=scheduler)
+    table = Table(title=f"{model}, {batch} x {tokens} tokens, context {context} (simulated)", title_justify="left")
+    for column in ("", *(outcome.device.name for outcome in pair), "change"):
+        table.add_column(column, overflow="fold")
+
+    def row(what: str, number: Callable[[Outcome], float], show: Callable[[float], str]) -> None:
+        before, after = (number(outcome) for outcome in pair)
+        table.add_row(what, show(before), show(after), f"x{after / before:.3f}" if before else "")
+
+    row("step", lambda o: o.plan.makespan_s, format_seconds)
+    row("tokens/s", lambda o: o.tokens_per_s, "{:,.0f}".format)
+    row("sequential step", lambda o: o.plan.verdict.sequential_s, format_seconds)
+    row("lower bound", lambda o: o.plan.bounds.best_s, format_seconds)
+    table.add_row("binding bound", *(o.plan.bounds.binding for o in pair), "")
+    table.add_row("verdict", *(f"{o.plan.verdict.choice}, {o.plan.verdict.gain:.2f}x" for o in pair), "")
+    table.add_row("error band", *(f"±{100 * o.plan.verdict.error_band:.0f} %" for o in pair), "")
+    screen.print(table)

@@ -9,17 +9,7 @@ from pathlib import Path
 import pytest
 
 import taskgraph as tg
-from taskgraph.cli import main
-
-
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """Exit code of `taskgraph ARGUMENTS`, run in this process."""
-    monkeypatch.setattr(sys, "argv", ["taskgraph", *arguments])
-    try:
-        main.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+from tests.command_line import call
 
 
 def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,7 +98,7 @@ def test_a_write_that_fails_late_is_one_line(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tg, "write_trace", full)
+    monkeypatch.setattr("taskgraph.observe.trace.write_atomically", full)
     assert call(monkeypatch, "plan", "smollm2-135m", "--trace", str(tmp_path / "t.json")) == 2
     error = capsys.readouterr().err.strip()
     assert error.endswith("No space left on device. Choose another place.") and len(error.splitlines()) == 1
@@ -127,7 +117,7 @@ def test_run_generates_and_reports(smollm2_gguf: Path, tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
-        "taskgraph.cli.main",
+        "taskgraph.cli",
         "run",
         str(smollm2_gguf),
         "--max-new-tokens",

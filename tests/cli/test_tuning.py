@@ -1,7 +1,6 @@
 """`taskgraph tune`: a model or a graph file, tuned; what it prints and writes."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +8,11 @@ import pytest
 
 import taskgraph as tg
 from benchmarks.schedule import layered_graph
-from taskgraph.cli import main, tune
+from taskgraph.cli.steps import StepSize, graph_of
 from taskgraph.cost.profiles import ProfileDB
 from taskgraph.schedule.planner import replay_times
 from taskgraph.tune.autotune import candidates, costs_known
-
-
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """Exit code of `taskgraph tune ARGUMENTS`."""
-    monkeypatch.setattr(sys, "argv", ["taskgraph", "tune", *arguments])
-    try:
-        main.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+from tests.command_line import call
 
 
 def products(depth: int = 2) -> tg.Graph:
@@ -55,7 +45,7 @@ def test_a_graph_file_is_tuned_and_the_winner_written(
     file, out = tmp_path / "graph.json", tmp_path / "best.json"
     file.write_text(graph.to_json())
     options = ["--backend", "sim", "--device", "h100_sxm", "--budget", "60", "--database", str(tmp_path / "p.sqlite3")]
-    assert call(monkeypatch, str(file), *options, "--out", str(out), "--json") == 0
+    assert call(monkeypatch, "tune", str(file), *options, "--out", str(out), "--json") == 0
     result = last_line(capsys)
     assert (result["kind"], result["device"]) == ("simulated", "h100_sxm")
     assert result["choice"] == "packed" and result["gain"] > 1.0
@@ -82,16 +72,16 @@ def test_what_this_machine_measured_is_remembered(
     assert tuned.kind == "measured" and tuned.op_times > 0 and not tuned.remembered
     file = tmp_path / "graph.json"
     file.write_text(products().to_json())
-    assert call(monkeypatch, str(file), "--database", str(database.path), "--json") == 0
+    assert call(monkeypatch, "tune", str(file), "--database", str(database.path), "--json") == 0
     again = last_line(capsys)
     assert again["remembered"] and again["reason"] == tuned.reason
 
 
 def test_a_model_by_name_is_one_step_of_it() -> None:
-    graph = tune.graph_of("smollm2-135m", tune.StepSize(batch=2, context=32, tokens=4))
+    graph = graph_of("smollm2-135m", StepSize(batch=2, context=32, tokens=4))
     assert graph.tensor["tokens"].shape == (8,)
     with pytest.raises(tg.PlanError, match="context is 3"):
-        tune.graph_of("smollm2-135m", tune.StepSize(batch=2, context=3, tokens=4))
+        graph_of("smollm2-135m", StepSize(batch=2, context=3, tokens=4))
 
 
 @pytest.mark.parametrize(
@@ -100,13 +90,13 @@ def test_a_model_by_name_is_one_step_of_it() -> None:
 def test_bad_requests_are_one_line(
     arguments: list[str], word: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert call(monkeypatch, *arguments) == 2
+    assert call(monkeypatch, "tune", *arguments) == 2
     text = capsys.readouterr().err
     assert word in text and "Traceback" not in text
 
 
 def test_help_teaches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(monkeypatch, "--help") == 0
+    assert call(monkeypatch, "tune", "--help") == 0
     text = capsys.readouterr().out
     assert "taskgraph tune smollm2-135m" in text and "noise" in text
 

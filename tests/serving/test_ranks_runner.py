@@ -246,7 +246,7 @@ def parent(pid: int) -> int | None:
 
 @contextmanager
 def serving(folder: Path) -> Iterator[Server]:
-    command = [sys.executable, "-m", "taskgraph.cli.main", "serve", str(folder), "--port", "0", "--dtype", "f32"]
+    command = [sys.executable, "-m", "taskgraph.cli", "serve", str(folder), "--port", "0", "--dtype", "f32"]
     limits = [
         "--sequences",
         "2",

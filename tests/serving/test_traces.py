@@ -1,7 +1,6 @@
 """Traces: read, drawn, replayed; the grid of planned steps; bench-serve and the simulated benchmark."""
 
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from hypothesis import strategies as st
 
 import taskgraph as tg
 from benchmarks import serve_sim
-from taskgraph.cli import main
 from taskgraph.errors import RequestError
 from taskgraph.models.config import load_config
 from taskgraph.models.parallel import mixed_step
@@ -22,6 +20,7 @@ from taskgraph.serving.scheduler import Limits
 from taskgraph.serving.simulate.simulate import SimRunner, StepShape, simulated_engine
 from taskgraph.serving.simulate.stepgrid import CONTEXT, DECODE, TOKENS, VARIANTS, StepGrid, between, visited
 from taskgraph.serving.simulate.traces import COLUMNS, DATASETS, Arrival, Lengths, poisson, read_trace, replay
+from tests.command_line import call
 
 ROWS = [(0.5, 7, 3), (0.0, 11, 1), (2.25, 5, 9)]
 
@@ -267,15 +266,6 @@ def test_serve_sim_has_every_setting() -> None:
     assert set(serve_sim.SETTINGS) == {
         "512-512", "1024-512", "512-1024", "splitwise", "lmsys", "sharegpt", "prefill_only_512"
     }  # fmt: skip
-
-
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["taskgraph", *arguments])
-    try:
-        main.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
 
 
 SIMULATED = ["bench-serve", "llama-3.2-1b", "--device", "a100_sxm", "--plan-seconds", "0.05"]

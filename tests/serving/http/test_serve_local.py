@@ -12,11 +12,12 @@ import httpx
 import pytest
 import torch
 
-from taskgraph.cli import main, serve
+from taskgraph.cli import serve
 from taskgraph.models import llama
 from taskgraph.models.weights import open_checkpoint
 from taskgraph.serving.session import Session
 from taskgraph.serving.simulate.traces import COLUMNS
+from tests.command_line import call
 from tests.serve_cases import VOCABULARY, raw_tokenizer
 
 ROOT = Path(__file__).parents[3]
@@ -49,7 +50,7 @@ def alone(folder: Path, prompt: str, tokens: int) -> str:
 
 @pytest.mark.parametrize("device", ["cpu", "virtual:h100_sxm"])
 def test_serve_answers_what_the_model_says(folder: Path, device: str) -> None:
-    command = [sys.executable, "-m", "taskgraph.cli.main", "serve", str(folder), "--port", "0", "--dtype", "f32"]
+    command = [sys.executable, "-m", "taskgraph.cli", "serve", str(folder), "--port", "0", "--dtype", "f32"]
     command += ["--device", device]
     limits = ["--sequences", "2", "--step-tokens", "32", "--context", "64", "--no-warm", "--name", "tiny"]
     with subprocess.Popen([*command, *limits], cwd=ROOT, stderr=subprocess.PIPE, text=True) as server:
@@ -73,15 +74,6 @@ def test_serve_answers_what_the_model_says(folder: Path, device: str) -> None:
     assert server.returncode == 0 and last == "stopped"
     assert [line for line in lines if "path=/v1/completions status=200" in line and "in=5 out=16" in line] == lines[-2:]
     assert len(lines) == 3, "a line for every request"
-
-
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["taskgraph", *arguments])
-    try:
-        main.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
 
 
 def test_bench_serve_measures_a_trace(

@@ -1,0 +1,5 @@
+"""`python -m taskgraph.cli` is the command `taskgraph`."""
+
+from taskgraph.cli.main import main
+
+main()

@@ -1,0 +1,161 @@
+"""`taskgraph bench-serve`: a trace of requests, replayed on this machine or on a simulated one."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from taskgraph.cli.console import paragraphs, screen, status
+from taskgraph.cli.serve import known
+from taskgraph.errors import PlanError, RequestError
+
+if TYPE_CHECKING:
+    from taskgraph.serving.known_plans import KnownPlans
+    from taskgraph.serving.simulate.traces import Arrival, Percentiles, Report
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the command line."""
+    app.command("bench-serve", help=paragraphs(bench_serve))(bench_serve)
+
+
+def bench_serve(
+    model: Annotated[str, typer.Argument(help="a checkpoint as for `serve`; with --device a size as for `plan`")],
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="CSV: arrival_s,input_tokens,output_tokens, then lines like 0.5,120,64; or JSON lines"),
+    ] = None,
+    dataset: Annotated[str, typer.Option(help="or lengths drawn like those of splitwise, lmsys or sharegpt")] = "",
+    requests: Annotated[int, typer.Option(min=1, help="how many to draw")] = 1000,
+    rate: Annotated[float, typer.Option(min=0, help="requests a second that are drawn; 0: all at once")] = 0.0,
+    device: Annotated[str, typer.Option(help="cpu runs the model (measured); others, see `devices`, simulate")] = "cpu",
+    ranks: Annotated[int, typer.Option(min=1, help="tensor-parallel devices, or on the cpu processes")] = 1,
+    context: Annotated[int, typer.Option(min=1, help="most tokens of a request")] = 4096,
+    sequences: Annotated[int, typer.Option(min=0, help="most sequences in a step; 0 chooses: cpu 32, else 1024")] = 0,
+    step_tokens: Annotated[int, typer.Option(min=0, help="most tokens in a step; 0 chooses: cpu 256, else 2048")] = 0,
+    variant: Annotated[str, typer.Option(help="simulated: taskgraph, sequential or nanobatch_only")] = "taskgraph",
+    dtype: Annotated[str, typer.Option(help="measured: auto (the faster one here), bf16 or f32")] = "auto",
+    plan_seconds: Annotated[float, typer.Option(help="simulated: search for the plan of a step")] = 0.5,
+    seed: Annotated[int, typer.Option(help="of prompts, drawn lengths and arrivals")] = 0,
+    plans: Annotated[
+        list[Path] | None, typer.Option("--plan", help="use this plan for the step whose it is; may be repeated")
+    ] = None,
+    remembered: Annotated[
+        bool, typer.Option("--remembered/--no-remembered", help="use the winners that `taskgraph tune` found here")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
+) -> None:
+    """Replay a trace of requests offline and report throughput, TTFT, TPOT and latency.
+
+    Give --trace or --dataset. TTFT is the time to a request's first token, TPOT the time of each one after it.
+
+    \b
+    taskgraph bench-serve smollm2 --trace trace.csv
+    taskgraph bench-serve llama-2-70b --device a100_sxm --ranks 8 --dataset sharegpt --rate 20
+
+    Prompts are random tokens, and every request gives all its output tokens. On the cpu the engine runs the model and
+    times are measured; for another device steps take the time of their plans, and all times are simulated.
+    """
+    arrivals = _arrivals(trace, dataset, requests, rate, context, seed)
+    if device == "cpu":
+        asked = _Replay(model, arrivals, ranks, context, sequences or 32, step_tokens or 256, seed)
+        report = _measured(asked, dtype, known(plans, remembered, device))
+    else:
+        if plans:
+            raise PlanError("--plan is for steps that run; a simulated replay plans its own. Leave it out.")
+        asked = _Replay(model, arrivals, ranks, context, sequences or 1024, step_tokens or 2048, seed)
+        report = _simulated(asked, device, variant, plan_seconds)
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(report)))
+    else:
+        here = "this machine" if ranks == 1 else f"{ranks} ranks of this machine"
+        where = here if device == "cpu" else f"{ranks} x {device}, {variant}"
+        screen.print(_table(report, f"{model} on {where} ({report.kind})"))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Replay:
+    """What is replayed, by how many ranks, and the limits of its steps: sequences, and tokens."""
+
+    model: str
+    arrivals: "list[Arrival]"
+    ranks: int
+    context: int
+    sequences: int
+    step_tokens: int
+    seed: int
+
+    @property
+    def tokens(self) -> int:
+        """Most tokens of a step: at least one of every sequence and one of a prefill."""
+        return max(self.step_tokens, self.sequences + 1)
+
+
+def _arrivals(trace: Path | None, dataset: str, requests: int, rate: float, context: int, seed: int) -> "list[Arrival]":
+    from taskgraph.serving.simulate.traces import DATASETS, poisson, read_trace
+
+    if (trace is None) == (not dataset):
+        raise RequestError("give --trace FILE or --dataset NAME, one of them.")
+    if trace is not None:
+        return read_trace(trace)
+    if dataset not in DATASETS:
+        raise RequestError(f"no dataset {dataset!r}; there are {', '.join(DATASETS)}.")
+    return poisson(DATASETS[dataset].draw(requests, context, seed), rate or math.inf, seed)
+
+
+def _measured(asked: _Replay, dtype: str, planner: "KnownPlans") -> "Report":
+    from taskgraph.serving.local import open_local
+    from taskgraph.serving.simulate.traces import replay
+
+    with status.status("load weights, plan and capture steps"):
+        local = open_local(
+            asked.model, dtype=dtype, sequences=asked.sequences, tokens=asked.tokens, context=asked.context,
+            tensor_parallel=asked.ranks, planner=planner,
+        )  # fmt: skip
+    status.print(f"dtype {local.picked.dtype} ({local.picked.why})", soft_wrap=True)
+    with local.engine as engine, status.status("replay"):
+        return replay(engine, asked.arrivals, "measured", vocabulary=local.vocabulary, seed=asked.seed)
+
+
+def _simulated(asked: _Replay, device: str, variant: str, plan_seconds: float) -> "Report":
+    from taskgraph.models.config import load_config
+    from taskgraph.serving.scheduler import Limits
+    from taskgraph.serving.simulate.simulate import pages_of, simulated_engine
+    from taskgraph.serving.simulate.stepgrid import StepGrid
+    from taskgraph.serving.simulate.traces import replay
+
+    config = load_config(asked.model)
+    limits = Limits(asked.sequences, asked.tokens, chunks=64, context=min(asked.context, config.max_context))
+    mean = sum(a.input_tokens for a in asked.arrivals) / len(asked.arrivals)
+    grid = StepGrid(
+        config, device, tensor_parallel=asked.ranks, prompt_tokens=mean, budget_s=plan_seconds, seed=asked.seed
+    )
+    pages = pages_of(config, device, tensor_parallel=asked.ranks)
+    engine = simulated_engine(config, grid.of(variant), pages=pages, limits=limits)
+    with engine, status.status("plan and replay"):
+        return replay(engine, asked.arrivals, "simulated", vocabulary=config.vocab_size, seed=asked.seed)
+
+
+def _table(report: "Report", title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in ("", "mean", "p50", "p90", "p99"):
+        table.add_column(column, justify="right" if column else "left")
+
+    def times(what: str, p: "Percentiles | None") -> None:
+        cells = [] if p is None else [p.mean_s, p.p50_s, p.p90_s, p.p99_s]
+        table.add_row(what, *(f"{1e3 * cell:,.1f} ms" for cell in cells))
+
+    table.add_row("requests", f"{report.requests:,} in {report.seconds:,.1f} s")
+    table.add_row("requests/s", f"{report.requests_per_s:,.2f}")
+    table.add_row("tokens/s", f"{report.tokens_per_s:,.0f}")
+    table.add_row("tokens/s, middle half", f"{report.steady_tokens_per_s:,.0f}")
+    table.add_row("output tokens/s", f"{report.output_tokens_per_s:,.0f}")
+    table.add_row("steps", f"{report.steps:,}")
+    times("TTFT", report.ttft)
+    times("TPOT", report.tpot)
+    times("latency", report.latency)
+    return table

@@ -1,0 +1,84 @@
+"""`taskgraph plan`: one step of a model, planned for any device."""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import taskgraph as tg
+from taskgraph.cli.console import check_outputs, screen
+from taskgraph.cli.steps import StepSize, advice, graph_of
+
+EPILOG = """
+taskgraph plan llama-3-70b --ranks 8 --batch 256 --context 1024
+
+taskgraph plan llama-3-8b --device a100_sxm --tokens 512 --context 512 --batch 4 --dtype f16
+
+taskgraph plan smollm2 --device cpu --batch 1 --context 256 --out decode.json
+
+taskgraph run smollm2 --plan decode.json
+
+With --ranks the plan is that of one rank of a tensor-parallel group: its share of heads, features, vocabulary and
+cache, and the collectives between them. What it keeps is compared with one device's memory.
+"""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the command line."""
+    app.command(epilog=EPILOG)(plan)
+
+
+def plan(
+    model: Annotated[str, typer.Argument(help="a known size such as llama-3-70b, a config.json, or its folder")],
+    device: Annotated[str, typer.Option(help="see `taskgraph devices`")] = "h100_sxm",
+    batch: Annotated[int, typer.Option(min=1, help="sequences in the step")] = 256,
+    context: Annotated[int, typer.Option(min=1, help="tokens that each sequence has in its cache")] = 1024,
+    tokens: Annotated[int, typer.Option(min=1, help="new tokens a sequence: 1 is decode, more is prefill")] = 1,
+    dtype: Annotated[
+        str, typer.Option(help="of weights, cache and products: bf16, f16, f32, or auto: bf16, on cpu the faster here")
+    ] = "auto",
+    ranks: Annotated[int, typer.Option(min=1, help="devices that share every layer (tensor parallel)")] = 1,
+    expert_parallel: Annotated[
+        bool, typer.Option("--expert-parallel", help="ranks hold whole experts, not a part of each")
+    ] = False,
+    scheduler: Annotated[str, typer.Option(help="auto, sequential, list, search or exact")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="write the plan as JSON here")] = None,
+    trace: Annotated[Path | None, typer.Option(help="write a Perfetto trace here")] = None,
+    report: Annotated[Path | None, typer.Option(help="write the HTML report here")] = None,
+) -> None:
+    """Plan one step of a model on any device: no weights, no GPU; all times are simulated."""
+    from taskgraph.schedule.planner import utilisation
+    from taskgraph.schedule.verify import resident_bytes
+
+    check_outputs(out, trace, report)
+    if dtype == "auto":
+        from taskgraph.runtime.dtypes import pick
+
+        dtype = pick("auto").dtype if device == "cpu" else "bf16"
+    size = StepSize(batch, context, tokens, dtype, ranks, expert_parallel)
+    begin = time.perf_counter()
+    graph = graph_of(model, size)
+    made = tg.plan(graph, device, scheduler)
+    seconds = time.perf_counter() - begin
+    tg.verify(made, graph, memory=False)
+    screen.print(tg.explain(made), markup=False)
+    rate = batch * tokens / made.makespan_s
+    on = f"one {made.device.name}" if ranks == 1 else f"{ranks} x {made.device.name}"
+    screen.print(f"{rate:,.0f} tokens/s (simulated, {on}); planned and verified in {seconds:.2f} s")
+    held, room = resident_bytes(made, graph), made.device.memory_bytes
+    each = "the step" if ranks == 1 else f"each of {ranks} ranks"
+    if held > room:
+        screen.print(
+            f"note: {each} keeps {held / 1e9:.0f} GB and one {made.device.name} has {room / 1e9:.0f} GB; the times are "
+            f"those of devices with enough memory.{advice(model, size, -(-held * ranks // room))}",
+            soft_wrap=True,
+        )
+    elif ranks > 1:
+        screen.print(f"{each} keeps {held / 1e9:.0f} GB of the {room / 1e9:.0f} GB that one {made.device.name} has")
+    if out is not None:
+        made.save(out)
+    if trace is not None:
+        tg.write_trace(trace, {"predicted": made.timeline}, made)
+    if report is not None:
+        tg.write_report(report, made, {"predicted": made.timeline}, utilisation=utilisation(graph, made))

@@ -1,0 +1,79 @@
+"""Which graph a command means: a step of a model by its sizes, or a graph in a file."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import taskgraph as tg
+
+if TYPE_CHECKING:
+    from taskgraph.models.config import ModelConfig
+
+DTYPES = ("bf16", "f16", "f32")
+
+
+@dataclass(frozen=True, slots=True)
+class StepSize:
+    """A step: sequences, tokens that each has in its cache, new tokens of each, dtype, and the ranks that share it.
+
+    PlanError for sizes that contradict each other."""
+
+    batch: int
+    context: int
+    tokens: int
+    dtype: str = "bf16"
+    ranks: int = 1
+    whole_experts: bool = False
+
+    def __post_init__(self) -> None:
+        if self.context < self.tokens:
+            raise tg.PlanError(
+                f"context is {self.context}; it counts the {self.tokens} new tokens too, so make it larger."
+            )
+        if self.dtype not in DTYPES:
+            raise tg.PlanError(f"dtype is one of {', '.join(DTYPES)}; got {self.dtype!r}.")
+        if self.whole_experts and self.ranks < 2:
+            raise tg.PlanError("experts are shared out between ranks, and there is one; give --ranks 2 or more.")
+
+
+def graph_of(model: str, size: StepSize) -> "tg.Graph":
+    """The graph in a file that `Graph.to_json` wrote, or one step of a model: what one rank does of it."""
+    from taskgraph.models.llama import step_graph
+
+    if is_graph(model):
+        return tg.Graph.from_json(Path(model).read_text())
+    return step_graph(
+        config_of(model), batch=size.batch, tokens=size.tokens, cache=size.context, dtype=size.dtype,
+        tensor_parallel=size.ranks, expert_rank=0 if size.whole_experts else None,
+    )  # fmt: skip
+
+
+def is_graph(model: str) -> bool:
+    """Whether it is a file that holds a graph, not a model."""
+    path = Path(model)
+    return path.suffix == ".json" and path.is_file() and '"ops"' in path.read_text()
+
+
+def advice(model: str, size: StepSize, least: int) -> str:
+    """ " --ranks N would share it out.", with the fewest ranks from `least` on that can share the model; or nothing."""
+    config = None if is_graph(model) else config_of(model)
+    if config is None:
+        return ""
+    for ranks in range(max(least, size.ranks + 1), 65):
+        try:
+            config.share(ranks, 0 if size.whole_experts else None)
+        except tg.TaskgraphError:
+            continue
+        return f" --ranks {ranks} would share it out."
+    return ""
+
+
+def config_of(model: str) -> "ModelConfig":
+    """The config of a known size, a config.json or its folder, or a checkpoint file, whose weights are not read."""
+    from taskgraph.models.config import load_config
+    from taskgraph.models.weights import open_checkpoint
+
+    if Path(model).suffix not in (".gguf", ".safetensors"):
+        return load_config(model)
+    with open_checkpoint(model) as checkpoint:
+        return checkpoint.config
