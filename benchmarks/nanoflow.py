@@ -15,9 +15,10 @@ from rich.table import Table
 import taskgraph as tg
 from benchmarks import one_line, positive, print_json, whole
 from taskgraph.cost.model import OpTable, op_table
+from taskgraph.graph.split import UNSPLIT, Split
 from taskgraph.models.config import load_config
 from taskgraph.models.parallel import mixed_step
-from taskgraph.rewrite.nanobatch import UNSPLIT, Split, apply
+from taskgraph.rewrite.nanobatch import apply
 
 EPILOG = """\
 One iteration of 2048 tokens, all layers: for the 70B two thirds of them decode at context 1024, as in the paper's table

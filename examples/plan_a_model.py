@@ -7,7 +7,7 @@ Run it with `python examples/plan_a_model.py`; `taskgraph plan llama-3-70b --ran
 import taskgraph as tg
 from taskgraph.models.config import load_config
 from taskgraph.models.llama import step_graph
-from taskgraph.schedule.verify import resident_bytes
+from taskgraph.schedule.sliced import resident_bytes
 
 BATCH, CONTEXT, RANKS = 256, 1024, 8
 

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from taskgraph.schedule.audit import audit
     from taskgraph.schedule.plan import Bounds, Lane, Period, Plan, Span, Step, Timeline, Verdict
     from taskgraph.schedule.planner import plan
-    from taskgraph.schedule.verify import verify
+    from taskgraph.schedule.sliced import verify
     from taskgraph.tune.autotune import Tuned, autotune
 
 __version__ = "0.1.0"
@@ -59,7 +59,7 @@ _HOME = {
     "taskgraph.schedule.audit": "audit",
     "taskgraph.schedule.plan": "Bounds Lane Period Plan Span Step Timeline Verdict",
     "taskgraph.schedule.planner": "plan",
-    "taskgraph.schedule.verify": "verify",
+    "taskgraph.schedule.sliced": "verify",
     "taskgraph.observe.tuned": "explain_tuned",
     "taskgraph.runtime.backend": "Executable compile",
     "taskgraph.tune.autotune": "Tuned autotune",

@@ -14,6 +14,7 @@ from taskgraph.models import llama, paged
 from taskgraph.models.config import ModelConfig
 from taskgraph.models.paged import Bucket, PageShape
 from taskgraph.runtime.bank import GraphBank
+from taskgraph.schedule.sliced import sliced
 from taskgraph.serving import sampling
 from taskgraph.serving.known_plans import Planner
 from taskgraph.serving.sampling import Chances
@@ -194,7 +195,7 @@ class CpuRunner:
         plan = self._plans.get(bucket)
         if plan is None:
             return None
-        return Planned(plan, {op.name: op.kind for op in plan.sliced(self._graph(bucket)).flat().ops})
+        return Planned(plan, {op.name: op.kind for op in sliced(plan, self._graph(bucket)).flat().ops})
 
     def bucket(self, batch: Batch) -> Bucket:
         """The smallest bucket that holds the batch."""

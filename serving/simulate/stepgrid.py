@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 import taskgraph as tg
 from taskgraph.cost.model import op_table
+from taskgraph.graph.split import UNSPLIT, Split
 from taskgraph.models.config import ModelConfig
 from taskgraph.models.parallel import mixed_step
-from taskgraph.rewrite.nanobatch import UNSPLIT, Split, apply
+from taskgraph.rewrite.nanobatch import apply
 from taskgraph.schedule.problem import Costs
 from taskgraph.serving.simulate.simulate import StepShape
 

@@ -49,7 +49,7 @@ def plan(
 ) -> None:
     """Plan one step of a model on any device: no weights, no GPU; all times are simulated."""
     from taskgraph.schedule.planner import utilisation
-    from taskgraph.schedule.verify import resident_bytes
+    from taskgraph.schedule.sliced import resident_bytes
 
     check_outputs(out, trace, report)
     if dtype == "auto":

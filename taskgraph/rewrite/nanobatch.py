@@ -13,11 +13,10 @@ from itertools import accumulate, pairwise
 from taskgraph.errors import GraphError
 from taskgraph.graph.graph import Carry, Graph, Repeat
 from taskgraph.graph.op import ROWS, TURN, Attr, Op, Rows, Tensor, Work, rows_attr, seen_inputs
+from taskgraph.graph.split import Sizes, Split
 from taskgraph.ops import IN_TURN, SHAPE_RULES, WORK_RULES
-from taskgraph.record import typed
 from taskgraph.rewrite.batch import OpBatch, batches, moves_rows
 
-Sizes = Sequence[int]
 Bounds = tuple[int, ...]
 """The borders of slices: 0, the cuts, the end."""
 
@@ -30,30 +29,6 @@ class SplitInfo:
     units: int
     multiple: int
     batch: int
-
-
-@dataclass(frozen=True, slots=True)
-class Split:
-    """What `split_batch` is to do: pairs of op names (none: every op that can) and the sizes of their slices."""
-
-    parts: tuple[tuple[tuple[str, ...], tuple[int, ...]], ...] = ()
-
-    def __post_init__(self) -> None:
-        typed(self, GraphError)
-
-    @staticmethod
-    def of(sizes: Sizes | Mapping[str, Sizes], ops: Iterable[str] | None = None) -> "Split":
-        """The Split that `split_batch` makes of the same arguments."""
-        if isinstance(sizes, Mapping):
-            by_sizes: dict[tuple[int, ...], list[str]] = {}
-            for name, each in sizes.items():
-                by_sizes.setdefault(tuple(each), []).append(name)
-            return Split(tuple((tuple(names), each) for each, names in by_sizes.items()))
-        return Split((((() if ops is None else tuple(ops)), tuple(sizes)),))
-
-
-UNSPLIT = Split()
-"""Leaves every op whole."""
 
 
 def split_batch(graph: Graph, sizes: Sizes | Mapping[str, Sizes], ops: Iterable[str] | None = None) -> Graph:

@@ -10,7 +10,7 @@ from taskgraph.graph.graph import Graph
 from taskgraph.record import instance, shown
 from taskgraph.runtime.cpu.ways import Ways
 from taskgraph.schedule.plan import Plan, Timeline
-from taskgraph.schedule.verify import verify
+from taskgraph.schedule.sliced import sliced, verify
 
 if TYPE_CHECKING:
     from taskgraph.runtime.distributed import Group
@@ -110,5 +110,5 @@ def compile(
     checked = instance("check", check, bool, PlanError) or None
     given = (("device", device), ("group", group), ("ways", ways), ("check", checked))
     extra = {key: value for key, value in given if value is not None}
-    made: Executable = getattr(import_module(module), name)(plan.sliced(graph), plan, functions or {}, **extra)
+    made: Executable = getattr(import_module(module), name)(sliced(plan, graph), plan, functions or {}, **extra)
     return made

@@ -12,9 +12,10 @@ from taskgraph.schedule.evaluate import evaluate
 from taskgraph.schedule.plan import Plan
 from taskgraph.schedule.planner import error_band, replay_times
 from taskgraph.schedule.problem import Costs, make_problem
+from taskgraph.schedule.sliced import sliced, verify
 from taskgraph.schedule.solve import lists
 from taskgraph.schedule.solve.explore import legal_sizes
-from taskgraph.schedule.verify import TUNED, verify
+from taskgraph.schedule.verify import TUNED
 
 TOLERANCE = 1e-6
 """Relative difference of times that is no difference: sums in another order."""
@@ -46,7 +47,7 @@ def audit(plan: Plan, graph: Graph, costs: Costs = op_table) -> None:
 
 def _audit_bounds(plan: Plan, graph: Graph, costs: Costs) -> None:
     """Bounds and band are those of the SM counts that planning or searching looks at."""
-    flat = plan.sliced(graph).flat()
+    flat = sliced(plan, graph).flat()
     used = sorted({plan.sms(i) for i in range(len(plan.steps))})
     found = []
     for sizes in (None, legal_sizes(len(flat.ops), plan.device), used):

@@ -14,9 +14,8 @@ from typing import ClassVar
 from taskgraph.cache import write_atomically
 from taskgraph.errors import PlanError
 from taskgraph.graph.device import Device, Geometry, Partition
-from taskgraph.graph.graph import Graph
-from taskgraph.record import as_path, decode, instance, read_text, shown, typed
-from taskgraph.rewrite.nanobatch import UNSPLIT, Split, apply
+from taskgraph.graph.split import UNSPLIT, Split
+from taskgraph.record import as_path, decode, read_text, shown, typed
 
 SCHEMA = 3
 KINDS = ("simulated", "measured", "published")
@@ -199,11 +198,6 @@ class Plan:
     def gap(self) -> float:
         """Makespan over the best lower bound; 1.0 is proven optimal, and what a plan without bounds has."""
         return self.makespan_s / self.bounds.best_s if self.bounds.best_s else 1.0
-
-    def sliced(self, graph: Graph) -> Graph:
-        """The graph whose ops the steps name, from the one that the plan was made for."""
-        instance("the graph", graph, Graph, PlanError, "Take what GraphBuilder.build returned.")
-        return apply(graph, self.split) if self.split.parts and graph.fingerprint == self.graph else graph
 
     def partition(self, lane: int) -> Partition:
         """The partition that lane number `lane` is bound to."""

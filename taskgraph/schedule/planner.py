@@ -21,6 +21,7 @@ from taskgraph.schedule.bounds import lower_bounds
 from taskgraph.schedule.evaluate import Assignment, Evaluation, Layout, evaluate
 from taskgraph.schedule.plan import Lane, Period, Plan, Span, Step, Timeline, Verdict, uncollected
 from taskgraph.schedule.problem import Costs, Problem, make_problem
+from taskgraph.schedule.sliced import sliced
 from taskgraph.schedule.solve import lists, proof, rules
 from taskgraph.schedule.solve.explore import Candidate, explore, legal_sizes
 
@@ -163,14 +164,14 @@ def error_band(problem: Problem) -> float:
 
 def replay_times(graph: Graph, plan: Plan, costs: Costs = op_table) -> Timeline:
     """The simulated timeline of `plan` as it stands: its lanes, its order, the evaluator's clock."""
-    graph = plan.sliced(graph)
+    graph = sliced(plan, graph)
     problem, chosen, times = _replayed(graph, plan, costs, record=False)
     return _timeline(graph.flat(), plan.device, problem, chosen.order, [s.lane for s in plan.steps], times)
 
 
 def utilisation(graph: Graph, plan: Plan, costs: Costs = op_table) -> dict[str, list[tuple[float, float]]]:
     """For each resource of the device the steps (time in seconds, used share of its capacity) of a simulated replay."""
-    _, _, times = _replayed(plan.sliced(graph), plan, costs, record=True)
+    _, _, times = _replayed(sliced(plan, graph), plan, costs, record=True)
     moments = [*times.trace[:, 0].tolist(), times.makespan_s]
     return {
         name: list(zip(moments, [*times.trace[:, 1 + i].tolist(), 0.0], strict=True))
@@ -270,13 +271,13 @@ def _period(graph: Graph, start_s: np.ndarray, end_s: np.ndarray) -> Period | No
 
 def retimed(plan: Plan, graph: Graph, costs: Costs = op_table) -> Plan:
     """The plan as it stands with the times that `costs` give it: timeline, period, and the time of its choice."""
-    timeline, sliced = replay_times(graph, plan, costs), plan.sliced(graph)
+    timeline, cut = replay_times(graph, plan, costs), sliced(plan, graph)
     at = {span.op: i for i, span in enumerate(timeline.spans)}
-    order = [at[op.name] for op in sliced.flat().ops]
+    order = [at[op.name] for op in cut.flat().ops]
     start, end = (np.array([getattr(timeline.spans[i], f"{edge}_s") for i in order]) for edge in ("start", "end"))
     v, took_s = plan.verdict, timeline.makespan_s
     verdict = replace(v, packed_s=took_s) if v.choice == "packed" else replace(v, sequential_s=took_s)
-    return replace(plan, timeline=timeline, period=_period(sliced, start, end), verdict=verdict).sealed()
+    return replace(plan, timeline=timeline, period=_period(cut, start, end), verdict=verdict).sealed()
 
 
 def _waits(chosen: Assignment, lane: np.ndarray, problem: Problem) -> list[tuple[int, ...]]:

@@ -1,4 +1,5 @@
-"""verify(): the independent checker. It imports no solver; what it knows about plans, it knows alone."""
+"""The independent checker behind `tg.verify`. It imports no solver and no rewriter: what it knows about plans and
+slices, it knows alone."""
 
 import math
 from collections.abc import Callable
@@ -7,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from taskgraph.errors import GraphError, PlanError
+from taskgraph.errors import PlanError
 from taskgraph.graph.graph import Graph
 from taskgraph.ops import COLLECTIVES
 from taskgraph.record import instance
@@ -21,25 +22,21 @@ TUNED = "autotune: "
 _SLACK = 1e-9
 
 
-def verify(plan: Plan, graph: Graph, memory: bool = True) -> None:
-    """Raise PlanError at the first broken rule, naming the op or tensor.
-
-    What the plan does is checked against the graph: every op once, edges, partitions, demands, arena, memory. Of what
-    it says of itself is checked what needs no prices: all numbers are finite and none negative, spans follow order and
-    waits, no bound is above the makespan, a simulated verdict agrees with the timeline, and what a planner sealed is
-    unchanged. Whether the times are those of the cost model is for `audit`. `memory=False` leaves out the rule that
-    weights, states and arena fit the device: for studies of one device of several that will share the model.
-    """
+def check_made_for(plan: Plan, graph: Graph) -> None:
+    """PlanError unless this is a plan, of a version that can be read, for this graph."""
     instance("the plan", plan, Plan, PlanError, "Take what taskgraph.plan returned.")
     instance("the graph", graph, Graph, PlanError, "Take what GraphBuilder.build returned.")
     if plan.schema != SCHEMA:
         raise PlanError(f"the plan has schema {plan.schema}; this version knows {SCHEMA}. Plan again.")
     if plan.graph != graph.fingerprint:
         raise PlanError(f"the plan was made for graph {plan.graph_name!r}, not for this {graph.name!r}. Plan again.")
-    try:
-        flat = plan.sliced(graph).flat()
-    except GraphError as error:
-        raise PlanError(f"the plan's split does not fit the graph: {error}") from error
+
+
+def check_plan(plan: Plan, graph: Graph, sliced: Graph, memory: bool) -> None:
+    """Raise PlanError at the first broken rule (see `sliced.verify`). The steps of the plan name the ops of `sliced`,
+    which is checked to compute what `graph` does."""
+    check_made_for(plan, graph)
+    flat = sliced.flat()
     check_readable(plan)
     for rule in _RULES:
         rule(plan, flat)
@@ -317,7 +314,7 @@ def _without(claims: list[tuple[int, int, str]], start: int, end: int) -> list[t
 
 
 def _fits_memory(plan: Plan, graph: Graph) -> None:
-    held, room = resident_bytes(plan, graph), plan.device.memory_bytes
+    held, room = bytes_held(plan, graph), plan.device.memory_bytes
     if held > room:
         raise PlanError(
             f"graph {graph.name!r} keeps {held} bytes (weights, states, arena, workspace), {held - room} more than "
@@ -325,9 +322,8 @@ def _fits_memory(plan: Plan, graph: Graph) -> None:
         )
 
 
-def resident_bytes(plan: Plan, graph: Graph) -> int:
-    """Bytes on the device while the plan runs: inputs, weights, states, outputs, arena, and a workspace a lane."""
-    flat = plan.sliced(graph).flat()
+def bytes_held(plan: Plan, flat: Graph) -> int:
+    """Bytes on the device while the plan runs (see `sliced.resident_bytes`); `flat` is what its steps name."""
     held = sum(t.nbytes for t in flat.with_role("input", "weight", "state"))
     held += sum(flat.tensor[name].nbytes for name in set(flat.outputs) if flat.tensor[name].role == "activation")
     ops = {op.name: op for op in flat.ops}

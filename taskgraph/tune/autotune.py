@@ -28,7 +28,8 @@ from taskgraph.schedule.plan import Lane, Plan, Verdict
 from taskgraph.schedule.planner import AUTO_OP_S, plan, retimed
 from taskgraph.schedule.problem import make_problem
 from taskgraph.schedule.rcpsp.exact import available
-from taskgraph.schedule.verify import TUNED, verify
+from taskgraph.schedule.sliced import sliced, verify
+from taskgraph.schedule.verify import TUNED
 from taskgraph.tune.measure import LEAST_ROUNDS, Bench, Budget, Session
 from taskgraph.units import format_seconds
 
@@ -214,7 +215,7 @@ def _isolated(shared: Plan, graph: Graph, costs: Costs) -> Iterator[Plan]:
     """`shared`, lane by lane in the partitions of every split of its device that has one for each lane."""
     if len(shared.lanes) < 2 or len(shared.geometries) != 1 or len(shared.geometries[0].partitions) != 1:
         return
-    need = {op.name: op.demand.sm[0] for op in shared.sliced(graph).flat().ops if op.demand.sm}
+    need = {op.name: op.demand.sm[0] for op in sliced(shared, graph).flat().ops if op.demand.sm}
     lanes = tuple(Lane(0, i) for i in range(len(shared.lanes)))
     for split in shared.device.splits():
         fits = len(split.partitions) == len(lanes) and all(
@@ -229,7 +230,7 @@ def _isolated(shared: Plan, graph: Graph, costs: Costs) -> Iterator[Plan]:
 def _predicted(plan: Plan, graph: Graph, costs: Costs) -> Plan:
     """`plan` as it stands, with the timeline and the bounds that `costs` give it."""
     sizes = {*_sizes(plan.device), *(plan.sms(i) for i in range(len(plan.steps)))}
-    problem = make_problem(plan.sliced(graph).flat(), plan.device, sorted(sizes), costs)
+    problem = make_problem(sliced(plan, graph).flat(), plan.device, sorted(sizes), costs)
     return replace(retimed(plan, graph, costs), bounds=lower_bounds(problem)).sealed()
 
 

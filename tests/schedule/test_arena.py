@@ -13,7 +13,7 @@ from taskgraph.graph.graph import Graph, GraphBuilder, Value
 from taskgraph.graph.op import Work, spec
 from taskgraph.schedule import arena
 from taskgraph.schedule.plan import Lane, Span, Step
-from taskgraph.schedule.verify import verify
+from taskgraph.schedule.sliced import verify
 from tests.schedule.test_verify import H100, sequential
 from tests.strategies import graphs
 

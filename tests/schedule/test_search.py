@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 
 import taskgraph as tg
 from taskgraph.cost.model import op_table
+from taskgraph.graph.split import Split
 from taskgraph.models import paged
 from taskgraph.models.config import load_config
-from taskgraph.rewrite.nanobatch import Split, apply
+from taskgraph.rewrite.nanobatch import apply
 from taskgraph.schedule.planner import replay_times
+from taskgraph.schedule.sliced import sliced
 from taskgraph.schedule.solve import cycles, explore
 from taskgraph.schedule.solve.annealing import search_layouts, starts
 from tests.strategies import devices, graphs
@@ -64,8 +66,8 @@ def test_slices_are_chosen_where_only_they_overlap() -> None:
     plan = tg.plan(graph, SLOW, "search", budget_s=0.3)
     assert plan.split.parts and not whole.split.parts
     assert plan.makespan_s < 0.9 * whole.makespan_s
-    assert plan.graph == graph.fingerprint != plan.sliced(graph).fingerprint
-    assert plan.sliced(plan.sliced(graph)) == plan.sliced(graph)
+    assert plan.graph == graph.fingerprint != sliced(plan, graph).fingerprint
+    assert sliced(plan, sliced(plan, graph)) == sliced(plan, graph)
 
 
 def test_a_sliced_plan_computes_what_the_graph_does() -> None:

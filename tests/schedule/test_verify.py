@@ -12,11 +12,11 @@ from taskgraph.graph import device as specs
 from taskgraph.graph.device import Device, Geometry
 from taskgraph.graph.graph import Graph, GraphBuilder
 from taskgraph.graph.op import Demand, Work, spec
-from taskgraph.rewrite.nanobatch import Split
+from taskgraph.graph.split import Split
 from taskgraph.schedule.audit import audit
 from taskgraph.schedule.plan import Bounds, Lane, Period, Plan, Slot, Span, Step, Timeline, Verdict
 from taskgraph.schedule.planner import plan as plan_of
-from taskgraph.schedule.verify import verify
+from taskgraph.schedule.sliced import verify
 from tests.strategies import devices, graphs
 
 H100 = specs.get("h100_sxm")

@@ -11,8 +11,9 @@ import numpy as np
 from taskgraph.errors import GraphError, PlanError
 from taskgraph.graph.device import Device
 from taskgraph.graph.graph import Graph
+from taskgraph.graph.split import UNSPLIT, Split
 from taskgraph.ops import COLLECTIVES
-from taskgraph.rewrite.nanobatch import UNSPLIT, Split, apply, splittable
+from taskgraph.rewrite.nanobatch import apply, splittable
 from taskgraph.schedule.bounds import lower_bounds, sm_seconds
 from taskgraph.schedule.evaluate import Assignment, Evaluation, Layout, evaluate
 from taskgraph.schedule.problem import Costs, Problem, make_problem
