@@ -101,10 +101,10 @@ def _random_op(
         return tg.ops.copy(x, direction=str(rng.choice(["d2d", "h2d", "d2h"])), name=name, demand=pinned)
     if kind == "cache":
         fused = tg.ops.gemm(x, b.weight(f"{name}.qkv", (SIDE, 4 * 2 * 16), x.dtype), name=f"{name}.qkv")
-        return tg.ops.rope_kv(fused, at, *kv, heads=4, name=name)
+        return tg.ops.rope_kv(fused, at, *kv, spec=tg.ops.RopeSpec(4), name=name)
     if kind == "attend":
         fused = tg.ops.gemm(x, b.weight(f"{name}.qkv", (SIDE, 4 * 2 * 16), x.dtype), name=f"{name}.qkv")
-        q = tg.ops.rope_kv(fused, at, *kv, heads=4, name=f"{name}.rope")
+        q = tg.ops.rope_kv(fused, at, *kv, spec=tg.ops.RopeSpec(4), name=f"{name}.rope")
         return tg.ops.attention(q, at, *kv, name=name)
     if kind == "slice":
         return tg.ops.slice_rows(x, 1, SIDE, 3, name=name)

@@ -6,11 +6,10 @@ Its cache is one latent and one rotated key a token, which all heads share.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import taskgraph as tg
 from taskgraph.models.config import Latent, ModelConfig
-from taskgraph.models.layer import Layer, PagedAttention, Sources, yarn
+from taskgraph.models.layer import Layer, PagedAttention, Sources, stretch
 from taskgraph.models.stretch import Yarn
 
 
@@ -26,7 +25,7 @@ class LatentAttention:
 
     @staticmethod
     def of(layer: Layer, x: tg.Value) -> "LatentAttention":
-        """Of x, which is normalised."""
+        """The compressed queries, keys and values of x, which is normalised."""
         config, a = layer.config, latent_of(layer.config)
         q = _queries(layer, a, x)
         kv = layer.product(x, "kv_a", a.rank + a.rotary, "kv_a_proj")
@@ -41,15 +40,10 @@ class LatentAttention:
         """Attention over a cache of latents of its own, whose names and ops' names begin with `mark`."""
         layer, config, a = self.layer, self.layer.config, latent_of(self.layer.config)
         latents = layer.state(f"{mark}latents", positions.shape[0], cache, a.rank + a.rotary)
-        q = tg.ops.latent_rope(
-            self.q, self.kv, self.norm, positions, latents, heads=config.heads, rotary=a.rotary,
-            theta=config.rope_theta, eps=_LATENT_EPS, yarn=yarn(config), interleaved=a.interleaved,
-            name=layer.name(f"{mark}latent_rope"),
-        )  # fmt: skip
-        return tg.ops.latent_attention(
-            q, positions, latents, self.up, rotary=a.rotary, scale=_score_scale(config), context=context,
-            name=layer.name(f"{mark}attention"),
-        )  # fmt: skip
+        name, spec = layer.name(f"{mark}latent_rope"), _rope_spec(config)
+        q = tg.ops.latent_rope(self.q, self.kv, self.norm, positions, latents, spec=spec, name=name)
+        name, over = layer.name(f"{mark}attention"), tg.ops.LatentSpec(a.rotary, _score_scale(config), context)
+        return tg.ops.latent_attention(q, positions, latents, self.up, spec=over, name=name)
 
     def over_pages(
         self, positions: tg.Value, slots: tg.Value, pages: Sequence[tg.Value], context: int
@@ -57,19 +51,16 @@ class LatentAttention:
         """Attention over a cache of latents in pages; every token's place and slot are given."""
         layer, config, a = self.layer, self.layer.config, latent_of(self.layer.config)
         (latents,) = pages
-        q = tg.ops.paged_latent_rope(
-            self.q, self.kv, self.norm, positions, slots, latents, heads=config.heads, rotary=a.rotary, context=context,
-            theta=config.rope_theta, eps=_LATENT_EPS, yarn=yarn(config), interleaved=a.interleaved,
-            name=layer.name("latent_rope"),
-        )  # fmt: skip
-        over: dict[str, Any] = {"latents": latents, "up": self.up, "rotary": a.rotary}
-        over |= {"scale": _score_scale(config), "context": context}
+        places, name = tg.ops.TokenPlaces(positions, slots, context), layer.name("latent_rope")
+        spec = _rope_spec(config)
+        q = tg.ops.paged_latent_rope(self.q, self.kv, self.norm, places, latents, spec=spec, name=name)
+        over = tg.ops.LatentSpec(a.rotary, _score_scale(config), context)
         kinds = (tg.ops.paged_latent_decode, tg.ops.paged_latent_prefill)
-        return PagedAttention(q, *(partial(kind, **over) for kind in kinds))
+        return PagedAttention(q, *(partial(kind, latents=latents, up=self.up, spec=over) for kind in kinds))
 
 
 _LATENT_EPS = 1e-6
-"""Of the norms of the compressed queries, keys and values, whatever the config says of the others."""
+"""The eps of the norms of the compressed queries, keys and values, whatever the config says of the others."""
 
 
 def _queries(layer: Layer, a: Latent, x: tg.Value) -> tg.Value:
@@ -87,6 +78,11 @@ def latent_of(config: ModelConfig) -> Latent:
     if config.latent is None:
         raise tg.GraphError(f"{config.name} has no latent attention.")
     return config.latent
+
+
+def _rope_spec(config: ModelConfig) -> tg.ops.LatentRopeSpec:
+    a = latent_of(config)
+    return tg.ops.LatentRopeSpec(config.heads, a.rotary, config.rope_theta, _LATENT_EPS, stretch(config), a.interleaved)
 
 
 def _score_scale(config: ModelConfig) -> float:

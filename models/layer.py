@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import taskgraph as tg
 from taskgraph.models.config import ModelConfig
-from taskgraph.models.stretch import RopeScaling, Yarn
+from taskgraph.models.stretch import RopeScaling
 
 Names = tuple[str, ...]
 Sources = dict[str, Names | tuple[Names, ...]]
@@ -116,15 +116,9 @@ def _repeats(kinds: Sequence[object], period: int) -> bool:
     return len(kinds) % period == 0 and kinds[period:] == kinds[:-period]
 
 
-def rope_scaling(config: ModelConfig) -> tuple[float, ...]:
-    """Llama 3's rotary scaling as `ops.rope_kv` takes it; empty for the others."""
+def stretch(config: ModelConfig) -> tg.ops.Llama3Stretch | tg.ops.YarnStretch | None:
+    """The stretch of the model's rotary frequencies as ops take it."""
     s = config.rope_scaling
-    if not isinstance(s, RopeScaling):
-        return ()
-    return (s.factor, s.low_freq_factor, s.high_freq_factor, float(s.original_max_position))
-
-
-def yarn(config: ModelConfig) -> tuple[float, ...]:
-    """YaRN's numbers as `ops.rope_kv` takes them; empty for models without."""
-    s = config.rope_scaling
-    return (s.factor, s.low, s.high, s.attention) if isinstance(s, Yarn) else ()
+    if isinstance(s, RopeScaling):
+        return tg.ops.Llama3Stretch(s.factor, s.low_freq_factor, s.high_freq_factor, s.original_max_position)
+    return s if s is None else tg.ops.YarnStretch(s.factor, s.low, s.high, s.attention)

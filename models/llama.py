@@ -14,7 +14,7 @@ import taskgraph as tg
 from taskgraph.models import weight_cache
 from taskgraph.models.config import ModelConfig
 from taskgraph.models.deepseek import LatentAttention, latent_sources
-from taskgraph.models.layer import Layer, Layout, Names, PagedAttention, Sources, layout_of, rope_scaling, yarn
+from taskgraph.models.layer import Layer, Layout, Names, PagedAttention, Sources, layout_of, stretch
 from taskgraph.models.moe import expert_mlp, expert_sources
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ class GroupedAttention:
 
     @staticmethod
     def of(layer: Layer, x: tg.Value) -> "GroupedAttention":
-        """Of x, which is normalised."""
+        """The fused queries, keys and values of x, which is normalised."""
         config = layer.config
         width = (config.heads + 2 * config.kv_heads) * config.head_dim
         bias = layer.weight("qkv_bias", width) if config.qkv_bias else None
@@ -151,10 +151,8 @@ class GroupedAttention:
         layer, config = self.layer, self.layer.config
         room = (positions.shape[0], config.kv_heads, cache, config.head_dim)
         keys, values = layer.state(f"{mark}keys", *room), layer.state(f"{mark}values", *room)
-        q = tg.ops.rope_kv(
-            self.qkv, positions, keys, values, *self.norms, heads=config.heads, theta=config.rope_theta,
-            eps=config.norm_eps, scaling=rope_scaling(config), yarn=yarn(config), name=layer.name(f"{mark}rope"),
-        )  # fmt: skip
+        name = layer.name(f"{mark}rope")
+        q = tg.ops.rope_kv(self.qkv, positions, keys, values, self.norms, spec=_rope_spec(config), name=name)
         return tg.ops.attention(q, positions, keys, values, context=context, name=layer.name(f"{mark}attention"))
 
     def over_pages(
@@ -163,13 +161,14 @@ class GroupedAttention:
         """Attention over keys and values in pages; every token's place and slot are given."""
         layer, config = self.layer, self.layer.config
         keys, values = pages
-        q = tg.ops.paged_rope(
-            self.qkv, positions, slots, keys, values, *self.norms, heads=config.heads, context=context,
-            theta=config.rope_theta, eps=config.norm_eps, scaling=rope_scaling(config), yarn=yarn(config),
-            name=layer.name("rope"),
-        )  # fmt: skip
+        places, name = tg.ops.TokenPlaces(positions, slots, context), layer.name("rope")
+        q = tg.ops.paged_rope(self.qkv, places, keys, values, self.norms, spec=_rope_spec(config), name=name)
         kinds = (tg.ops.paged_decode, tg.ops.paged_prefill)
         return PagedAttention(q, *(partial(kind, keys=keys, values=values, context=context) for kind in kinds))
+
+
+def _rope_spec(config: ModelConfig) -> tg.ops.RopeSpec:
+    return tg.ops.RopeSpec(config.heads, config.rope_theta, config.norm_eps, stretch(config))
 
 
 def attention_of(layer: Layer, x: tg.Value) -> GroupedAttention | LatentAttention:

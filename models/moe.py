@@ -29,10 +29,10 @@ def _routing(layer: Layer, e: Experts, x: tg.Value) -> tg.Value:
     """Logits are stored in f32: in bf16 near ties would go to another expert. Every rank routes all tokens."""
     correction = layer.weight("router_correction", e.count, dtype="f32") if e.correction else None
     logits = layer.product(x, "router", e.count, "router_proj", out_dtype="f32")
-    return tg.ops.route(
-        logits, correction, layer.slots, top_k=e.top_k, scoring=e.scoring, normalize=e.normalize, scale=e.scale,
-        groups=e.groups, top_groups=e.top_groups, first=e.rank * e.held, held=e.held, name=layer.name("route"),
-    )  # fmt: skip
+    spec = tg.ops.RouteSpec(
+        e.top_k, e.scoring, e.normalize, e.scale, e.groups, e.top_groups, first=e.rank * e.held, held=e.held
+    )
+    return tg.ops.route(logits, correction, layer.slots, spec=spec, name=layer.name("route"))
 
 
 def _with_shared(layer: Layer, e: Experts, x: tg.Value, mixed: tg.Value) -> tg.Value:

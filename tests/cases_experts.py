@@ -17,7 +17,7 @@ HEADS, PLAIN, ROTARY, RANK, VALUES, BATCH, LENGTH = 3, 8, 4, 16, 6, 2, 16
 
 def _experts(b: GraphBuilder, d: str) -> Value:
     """In f32: the values of this table are not scaled, and their cubes lose too much in bf16 (see test_experts)."""
-    routing = ops.route(b.input("l", (5, 4), "f32"), top_k=2, normalize=False)
+    routing = ops.route(b.input("l", (5, 4), "f32"), spec=ops.RouteSpec(2, normalize=False))
     weights = b.weight("g", (4, 12, 8), "f32"), b.weight("d", (4, 8, 6), "f32")
     return ops.experts(b.input("x", (5, 8), "f32"), routing, *weights, top_k=2)
 
@@ -30,10 +30,10 @@ def _experts_reference(t: Tensors) -> torch.Tensor:
 def _latent_rope(each: int, interleaved: bool) -> Make:
     def make(b: GraphBuilder, d: str) -> Value:
         return ops.latent_rope(
-            b.input("q", (BATCH * each, HEADS * (PLAIN + ROTARY)), d), b.input("kv", (BATCH * each, RANK + ROTARY), d),
-            b.weight("norm", (RANK,), d), b.input("at", (BATCH,), "i64"),
-            b.state("keys", (BATCH, LENGTH, RANK + ROTARY), d), heads=HEADS, rotary=ROTARY, theta=500.0, eps=1e-3,
-            interleaved=interleaved,
+            b.input("q", (BATCH * each, HEADS * (PLAIN + ROTARY)), d),
+            b.input("kv", (BATCH * each, RANK + ROTARY), d), b.weight("norm", (RANK,), d),
+            b.input("at", (BATCH,), "i64"), b.state("keys", (BATCH, LENGTH, RANK + ROTARY), d),
+            spec=ops.LatentRopeSpec(HEADS, ROTARY, theta=500.0, eps=1e-3, interleaved=interleaved),
         )  # fmt: skip
 
     return make
@@ -66,7 +66,7 @@ def _latent_attention(each: int) -> Make:
         return ops.latent_attention(
             b.input("q", (BATCH * each, HEADS, PLAIN + ROTARY), d), b.input("at", (BATCH,), "i64"),
             b.state("keys", (BATCH, LENGTH, RANK + ROTARY), d), b.weight("up", (HEADS * (PLAIN + VALUES), RANK), d),
-            rotary=ROTARY, scale=0.1,
+            spec=ops.LatentSpec(ROTARY, 0.1),
         )  # fmt: skip
 
     return make
@@ -93,8 +93,9 @@ def _pages(b: GraphBuilder, d: str) -> Value:
 def _paged_rope(b: GraphBuilder, d: str) -> Value:
     return ops.paged_latent_rope(
         b.input("q", (7, HEADS * (PLAIN + ROTARY)), d), b.input("kv", (7, RANK + ROTARY), d),
-        b.weight("norm", (RANK,), d), b.input("positions_i32", (7,), "i32"), b.input("slots", (7,), "i32"),
-        _pages(b, d), heads=HEADS, rotary=ROTARY, context=64, theta=500.0, eps=1e-3,
+        b.weight("norm", (RANK,), d),
+        ops.TokenPlaces(b.input("positions_i32", (7,), "i32"), b.input("slots", (7,), "i32"), 64), _pages(b, d),
+        spec=ops.LatentRopeSpec(HEADS, ROTARY, theta=500.0, eps=1e-3),
     )  # fmt: skip
 
 
@@ -115,13 +116,13 @@ def _paged(prefill: bool) -> Make:
         tables = [*chunks, b.input("chunk_blocks", (4, 3), "i32")]
         up = b.weight("up", (HEADS * (PLAIN + VALUES), RANK), d)
         q = b.input("q", (23, HEADS, PLAIN + ROTARY), d)
-        return ops.paged_latent_prefill(q, *tables, _pages(b, d), up, rotary=ROTARY, scale=0.1, context=40)
+        return ops.paged_latent_prefill(q, *tables, _pages(b, d), up, spec=ops.LatentSpec(ROTARY, 0.1, context=40))
 
     def decode(b: GraphBuilder, d: str) -> Value:
         tables = b.input("lengths", (5,), "i32"), b.input("blocks", (5, 3), "i32")
         up = b.weight("up", (HEADS * (PLAIN + VALUES), RANK), d)
         q = b.input("q", (5, HEADS, PLAIN + ROTARY), d)
-        return ops.paged_latent_decode(q, *tables, _pages(b, d), up, rotary=ROTARY, scale=0.1, context=40)
+        return ops.paged_latent_decode(q, *tables, _pages(b, d), up, spec=ops.LatentSpec(ROTARY, 0.1, context=40))
 
     return make if prefill else decode
 
@@ -144,7 +145,9 @@ def _paged_reference(t: Tensors) -> torch.Tensor:
 
 
 def _route_slots(b: GraphBuilder, d: str) -> Value:
-    return ops.route(b.input("l", (7, 9), d), slots=b.input("slots", (7,), "i32"), top_k=2, normalize=False)
+    return ops.route(
+        b.input("l", (7, 9), d), spec=ops.RouteSpec(2, normalize=False), slots=b.input("slots", (7,), "i32")
+    )
 
 
 def _route_reference(t: Tensors) -> torch.Tensor:
@@ -154,7 +157,9 @@ def _route_reference(t: Tensors) -> torch.Tensor:
 
 
 CASES: dict[str, tuple[Make, Callable[[Tensors], torch.Tensor]]] = {
-    "route": (lambda b, d: ops.route(b.input("l", (5, 9), d), top_k=2, normalize=False), _route_reference),
+    "route": (
+        lambda b, d: ops.route(b.input("l", (5, 9), d), spec=ops.RouteSpec(2, normalize=False)), _route_reference,
+    ),
     "route slots": (_route_slots, lambda t: torch.where(t["slots"][:, None] < 0, 0.0, _route_reference(t))),
     "experts": (_experts, _experts_reference),
     "gated_add": (

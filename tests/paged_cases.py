@@ -64,7 +64,9 @@ def _rope(normed: bool) -> Callable[[GraphBuilder, str], Value]:
     def make(b: GraphBuilder, d: str) -> Value:
         norms = [b.weight(n, (DIM,), d) for n in ("q_norm", "k_norm")] if normed else []
         places = [b.input(n, (7,), "i32") for n in ("positions_i32", "slots")]
-        return ops.paged_rope(b.input("qkv", (7, 8 * DIM), d), *places, *pages(b, d), *norms, heads=4, context=64)
+        return ops.paged_rope(
+            b.input("qkv", (7, 8 * DIM), d), ops.TokenPlaces(*places, 64), *pages(b, d), norms, spec=ops.RopeSpec(4)
+        )
 
     return make
 

@@ -70,20 +70,21 @@ TUNED = tg.Tuned(PLAN, (TRIAL,), "so", "simulated", "here", 0, 1.0)
 
 
 def op_calls(s: Shop) -> dict[str, Call]:
-    paged = {"keys": s.pages, "values": s.pages2, "context": 64}
-    latent = {"rotary": 8, "scale": 0.1, "context": 32}
-    rope: dict[str, Any] = {"heads": 4, "theta": 1e4, "eps": 1e-6, "yarn": (2.0, 1.0, 3.0, 1.0)}
-    scaling = (8.0, 1.0, 4.0, 8192.0)
+    cache = {"keys": s.pages, "values": s.pages2}
+    paged = {**cache, "context": 64}
+    latent = {"spec": ops.LatentSpec(8, 0.1, 32)}
+    yarn, llama3 = ops.YarnStretch(2.0, 1.0, 3.0, 1.0), ops.Llama3Stretch(8.0, 1.0, 4.0, 8192.0)
+    rope, latent_rope = {"spec": ops.RopeSpec(4, stretch=yarn)}, {"spec": ops.LatentRopeSpec(4, 8, stretch=yarn)}
+    at = ops.TokenPlaces(s.rows32, s.each, 64)
     shared = {"ranks": 2, "axis": 0, "demand": tg.demand(sm=(1, 8))}
-    moe = {"top_k": 2, "scoring": "softmax", "normalize": True, "scale": 1.0, "groups": 1, "top_groups": 1, "first": 0}
     calls: dict[str, dict[str, Any]] = {
         "embedding": {"tokens": s.tokens, "table": s.w, "out_dtype": "f32"},
         "gemm": {"x": s.x, "w": s.w, "bias": s.bias, "residual": s.y, "transpose_w": False, "out_dtype": "f32",
-                 "demand": tg.demand(sm=4), "after": []},
+                 "demand": tg.demand(sm=4)},
         "rmsnorm": {"x": s.x, "weight": s.norm, "eps": 1e-5},
         "rope": {"x": s.q, "positions": s.tokens, "theta": 1e4},
-        "rope_kv": {"qkv": s.qkv, "positions": s.places, "keys": s.keys, "values": s.values, "q_norm": None,
-                    "k_norm": None, "scaling": (), **rope},
+        "rope_kv": {"qkv": s.qkv, "positions": s.places, "keys": s.keys, "values": s.values, "norms": (),
+                    **rope},
         "attention": {"q": s.q, "positions": s.places, "keys": s.keys, "values": s.values, "context": 32},
         "decode_attention": {"q": s.q, "kv": s.kv},
         "swiglu": {"gate_up": s.qkv},
@@ -93,28 +94,68 @@ def op_calls(s: Shop) -> dict[str, Call]:
         "concat_rows": {"parts": [s.x, s.y]},
         "slice_rows": {"x": s.x, "start": 0, "stop": 4, "step": 2},
         "all_gather": {"x": s.x, **shared}, "all_reduce": {"x": s.x, **shared}, "reduce_scatter": {"x": s.x, **shared},
-        "route": {"logits": s.logits, "correction": None, "slots": s.rows32, "held": 4, **moe},
+        "route": {"logits": s.logits, "correction": None, "slots": s.rows32, "spec": ops.RouteSpec(2)},
         "experts": {"x": s.x, "routing": s.routing, "gate_up": s.gate_up, "down": s.down, "residual": s.y, "top_k": 2,
                     "ranks": 1},
         "gated_add": {"x": s.x, "gate": s.gate, "base": s.y},
         "latent_rope": {"q": s.x, "kv": s.kv_latent, "norm": s.rank, "positions": s.places, "latents": s.latents,
-                        "rotary": 8, "interleaved": True, **rope},
+                        **latent_rope},
         "latent_attention": {"q": s.q, "positions": s.places, "latents": s.latents, "up": s.up, **latent},
-        "paged_latent_rope": {"q": s.x, "kv": s.kv_latent, "norm": s.rank, "positions": s.rows32, "slots": s.each,
-                              "latents": s.latent_pages, "rotary": 8, "context": 64, "interleaved": True, **rope},
+        "paged_latent_rope": {"q": s.x, "kv": s.kv_latent, "norm": s.rank, "places": at,
+                              "latents": s.latent_pages, **latent_rope},
         "paged_latent_decode": {"q": s.q, "lengths": s.each, "blocks": s.blocks, "latents": s.latent_pages,
                                 "up": s.up, **latent},
         "paged_latent_prefill": {"q": s.q, "starts": s.starts, "lengths": s.lengths, "blocks": s.tables,
                                  "latents": s.latent_pages, "up": s.up, **latent},
-        "paged_rope": {"qkv": s.qkv, "positions": s.rows32, "slots": s.each, "q_norm": None, "k_norm": None,
-                       **paged, "scaling": scaling, **rope, "yarn": ()},
+        "paged_rope": {"qkv": s.qkv, "places": at, **cache, "norms": [], "spec": ops.RopeSpec(4, stretch=llama3)},
         "paged_decode": {"q": s.q, "lengths": s.each, "blocks": s.blocks, **paged},
         "paged_prefill": {"q": s.q, "starts": s.starts, "lengths": s.lengths, "blocks": s.tables, **paged},
         "copy_pages": {"source": s.pages, "target": s.pages2, "pairs": s.pairs, "direction": "d2d",
                        "expected_pages": 1.5},
+        "register": {"kind": ops.KINDS["add"]},
         "apply": {"kind": "add", "inputs": [s.x, s.y], "attrs": {}, "demand": None, "after": [], "writes": []},
     }  # fmt: skip
-    return {f"ops.{name}": (getattr(ops, name), {**given, "name": "op"}) for name, given in calls.items()}
+    named = {name: given if name == "register" else {**given, "name": "op"} for name, given in calls.items()}
+    return {f"ops.{name}": (getattr(ops, name), given) for name, given in named.items()}
+
+
+def spec_calls(s: Shop) -> dict[str, Call]:
+    """The fields of what stands for several arguments of an op, each with the op that takes it."""
+    cache = {"keys": s.keys, "values": s.values}
+
+    def rope(**fields: Any) -> tg.Value:
+        return ops.rope_kv(s.qkv, s.places, **cache, spec=ops.RopeSpec(**fields), name="op")
+
+    def latent_rope(**fields: Any) -> tg.Value:
+        spec = ops.LatentRopeSpec(**fields)
+        return ops.latent_rope(s.x, s.kv_latent, s.rank, s.places, s.latents, spec=spec, name="op")
+
+    def latent(**fields: Any) -> tg.Value:
+        return ops.latent_attention(s.q, s.places, s.latents, s.up, spec=ops.LatentSpec(**fields), name="op")
+
+    def places(**fields: Any) -> tg.Value:
+        at = ops.TokenPlaces(**fields)
+        return ops.paged_rope(s.qkv, at, s.pages, s.pages2, spec=ops.RopeSpec(4), name="op")
+
+    def route(**fields: Any) -> tg.Value:
+        return ops.route(s.logits, spec=ops.RouteSpec(**fields), name="op")
+
+    turn = {"theta": 1e4, "eps": 1e-6, "stretch": None}
+    moe = {"top_k": 2, "scoring": "softmax", "normalize": True, "scale": 1.0, "groups": 1, "top_groups": 1}
+    whole = {name: getattr(ops.KINDS["embedding"], name) for name in inspect.signature(ops.Kind).parameters}
+    return {
+        "RopeSpec": (rope, {"heads": 4, **turn}),
+        "LatentRopeSpec": (latent_rope, {"heads": 4, "rotary": 8, "interleaved": True, **turn}),
+        "LatentSpec": (latent, {"rotary": 8, "scale": 0.1, "context": 32}),
+        "TokenPlaces": (places, {"positions": s.rows32, "slots": s.each, "context": 64}),
+        "RouteSpec": (route, {**moe, "first": 0, "held": 4}),
+        "YarnStretch": (ops.YarnStretch, {"factor": 2.0, "low": 1.0, "high": 3.0, "attention": 1.0}),
+        "Llama3Stretch": (
+            ops.Llama3Stretch, {"factor": 8.0, "low_freq": 1.0, "high_freq": 4.0, "original_context": 8192.0},
+        ),
+        "Kind": (ops.Kind, whole),
+        "Signature": (ops.Signature, {"axes": "22+", "must": {}, "may": {}, "groups": (), "spare": 1, "many": False}),
+    }  # fmt: skip
 
 
 def builder_calls(s: Shop) -> dict[str, Call]:
@@ -228,7 +269,7 @@ def function_calls(s: Shop) -> dict[str, Call]:
 
 def calls(folder: Path) -> dict[str, Call]:
     shop = Shop(folder)
-    return {**op_calls(shop), **builder_calls(shop), **value_calls(), **function_calls(shop)}
+    return {**op_calls(shop), **spec_calls(shop), **builder_calls(shop), **value_calls(), **function_calls(shop)}
 
 
 NAMES = sorted(calls(Path("/nowhere")))
@@ -271,17 +312,12 @@ def test_the_table_holds_every_public_name() -> None:
     }
     assert public - errors <= held, public - errors - held
     functions = {n for n in ops.__all__ if inspect.isfunction(getattr(ops, n)) and getattr(ops, n).__module__ != "x"}
-    inner = {
-        "active_experts",
-        "latent_flops",
-        "batch_axes",
-        "check_op",
-        "shape_rule",
-        "work_rule",
-    }  # take no user's data
+    inner = {"active_experts", "latent_flops", "batch_axes", "check_op", "moved", "need", "need_floats"}  # for rules
     assert functions - inner <= {name.partition(".")[2] for name in NAMES if name.startswith("ops.")}
     for name, (call, given) in calls(Path("/nowhere")).items():
-        if inspect.isfunction(call) and call.__name__ not in ("repeat", "carry", "<lambda>"):
+        if name in ops.__all__:
+            assert {*given} == {*inspect.signature(getattr(ops, name)).parameters}, name
+        elif inspect.isfunction(call) and call.__name__ not in ("repeat", "carry", "<lambda>"):
             assert {*given} <= {*inspect.signature(call).parameters} | {"sm_count", "flops_per_s"}, name
             left = {*inspect.signature(call).parameters} - {*given} - {"costs", "changes"}
             assert not left, f"{name} has arguments that nothing here replaces: {left}"

@@ -34,7 +34,7 @@ def small() -> tg.Graph:
     """Products, a custom op that pins SMs, writes a state and copies, and a loop: every field of a file is there."""
     b = tg.GraphBuilder("small")
     x, w, s = b.input("x", (8, 64), "f32"), b.weight("w", (64, 64), "f32"), b.state("s", (8, 64), "f32")
-    h, k = tg.ops.gemm(x, w, name="a"), tg.ops.gemm(x.rows(0, 8), w, name="b", after=["a"])
+    h, k = tg.ops.gemm(x, w, name="a"), tg.ops.apply("swiglu", [x.rows(0, 8)], name="b", after=["a"])
     out = [tg.spec("c.o", (8, 64), "f32")]
     work, pinned = tg.Work(flops=1e6, h2d_bytes=10), tg.demand(sm=(2, 8), pcie="20GB/s")
     (c,) = b.op("custom", [h, k, s], out, work, "c", demand=pinned, writes=[s], attrs={"sizes": (1, 2), "rate": 0.5})

@@ -1,31 +1,25 @@
-"""The standard ops of an LLM: shape, work and split rules, one table a stage, keyed by op kind.
+"""The standard ops of an LLM, one record a kind (`Kind`), and what other packages add theirs by (`register`).
 
 The public functions take and return Values of a GraphBuilder and derive outputs and work from shapes.
 A work counts what any implementation must do: the flops of the formula, and every operand moved once.
 """
 
-from taskgraph.ops.dense import (
-    NCCL_CHANNELS,
-    NCCL_SMS,
-    add,
-    all_gather,
-    all_reduce,
-    argmax,
+from taskgraph.ops.attention import (
+    TokenPlaces,
     attention,
-    concat_rows,
-    copy,
     decode_attention,
-    embedding,
-    gemm,
-    reduce_scatter,
-    rmsnorm,
+    paged_decode,
+    paged_prefill,
+    paged_rope,
     rope,
     rope_kv,
-    slice_rows,
-    swiglu,
 )
-from taskgraph.ops.experts import active_experts, experts, gated_add, route
+from taskgraph.ops.dense import add, argmax, embedding, gemm, rmsnorm, swiglu
+from taskgraph.ops.experts import RouteSpec, active_experts, experts, gated_add, route
+from taskgraph.ops.kinds import KINDS, Kind, apply, batch_axes, check_op, register
 from taskgraph.ops.latent import (
+    LatentRopeSpec,
+    LatentSpec,
     latent_attention,
     latent_flops,
     latent_rope,
@@ -33,29 +27,36 @@ from taskgraph.ops.latent import (
     paged_latent_prefill,
     paged_latent_rope,
 )
-from taskgraph.ops.paged import copy_pages, paged_decode, paged_prefill, paged_rope
-from taskgraph.ops.rules import (
-    IN_TURN,
-    SHAPE_RULES,
-    SPLIT_RULES,
-    WORK_RULES,
-    apply,
-    batch_axes,
-    check_op,
-    shape_rule,
-    work_rule,
+from taskgraph.ops.moves import (
+    COLLECTIVES,
+    NCCL_CHANNELS,
+    NCCL_SMS,
+    all_gather,
+    all_reduce,
+    concat_rows,
+    copy,
+    copy_pages,
+    reduce_scatter,
+    slice_rows,
 )
-from taskgraph.ops.signatures import COLLECTIVES, SIGNATURES
+from taskgraph.ops.rotary import Llama3Stretch, RopeSpec, YarnStretch
+from taskgraph.ops.signatures import Attrs, Signature, moved, need, need_floats
 
 __all__ = [
     "COLLECTIVES",
-    "IN_TURN",
+    "KINDS",
     "NCCL_CHANNELS",
     "NCCL_SMS",
-    "SHAPE_RULES",
-    "SIGNATURES",
-    "SPLIT_RULES",
-    "WORK_RULES",
+    "Attrs",
+    "Kind",
+    "LatentRopeSpec",
+    "LatentSpec",
+    "Llama3Stretch",
+    "RopeSpec",
+    "RouteSpec",
+    "Signature",
+    "TokenPlaces",
+    "YarnStretch",
     "active_experts",
     "add",
     "all_gather",
@@ -76,6 +77,9 @@ __all__ = [
     "latent_attention",
     "latent_flops",
     "latent_rope",
+    "moved",
+    "need",
+    "need_floats",
     "paged_decode",
     "paged_latent_decode",
     "paged_latent_prefill",
@@ -83,12 +87,11 @@ __all__ = [
     "paged_prefill",
     "paged_rope",
     "reduce_scatter",
+    "register",
     "rmsnorm",
     "rope",
     "rope_kv",
     "route",
-    "shape_rule",
     "slice_rows",
     "swiglu",
-    "work_rule",
 ]

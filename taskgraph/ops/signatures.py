@@ -1,27 +1,44 @@
-"""What every standard kind takes: its inputs by their numbers of axes, and its attributes by what they are.
+"""What an op kind takes: its inputs by their numbers of axes, and its attributes by what they are.
 
 Checked before a kind's own rules, which may therefore index shapes and read attributes as they please, whether an op
-comes from Python or from a file. A kind that is registered from elsewhere and has no line here is not checked.
+comes from Python or from a file.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from taskgraph.errors import GraphError
 from taskgraph.graph.op import ITEMSIZE, ROWS, TURN, Attr, Tensor
-from taskgraph.record import shown
+from taskgraph.record import instance, integer, one_of, shown, text
 
 Shapes = Sequence[Tensor]
-Attrs = dict[str, Attr]
 
-COLLECTIVES = ("all_gather", "all_reduce", "reduce_scatter")
 
-SCALING = ("factor", "low_freq", "high_freq", "original_context")
-"""The attributes of Llama 3's scaling of frequencies, each after "scaling_"."""
-YARN = ("factor", "low", "high", "attention")
-"""The attributes of a YaRN scaling, each after "yarn_": see `rope_kv`."""
+class Attrs(dict[str, Attr]):
+    """The static parameters of an op by name, read as what they are; GraphError for one that is missing or another."""
+
+    def integer(self, key: str) -> int:
+        """The attribute `key`, a number of something."""
+        value = self.get(key)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise GraphError(f"the attribute {key!r} is {shown(value)}; it must be an integer.")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """The attribute `key` as a float."""
+        value = self.get(key, default)
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise GraphError(f"the attribute {key!r} is {shown(value)}; it must be a number.")
+        return float(value)
+
+    def flag(self, key: str) -> bool:
+        """The attribute `key`, which is true or false."""
+        value = self.get(key)
+        if not isinstance(value, bool):
+            raise GraphError(f"the attribute {key!r} is {shown(value)}; it must be true or false.")
+        return value
 
 
 def need(condition: bool, kind: str, inputs: Shapes, text: str) -> None:
@@ -53,12 +70,19 @@ def made_dtype(kind: str, inputs: Shapes, attrs: Attrs, default: str) -> str:
     return made
 
 
+def moved(tensors: Shapes) -> float:
+    """Bytes of all `tensors`, each moved once."""
+    return float(sum(t.nbytes for t in tensors))
+
+
 def _is_integer(value: Attr, low: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= low
 
 
-def _is_number(value: Attr) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _finite(value: Attr) -> float:
+    """The value as a float, NaN where it is no finite number."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if isinstance(value, (int, float)) and number else math.nan
 
 
 COUNT, PLACE, FLAG, NUMBER, POSITIVE, SMALL, WORD, DTYPE = (
@@ -71,106 +95,75 @@ _IS: Final[Mapping[str, Callable[[Attr], bool]]] = {
     COUNT: lambda v: _is_integer(v, 1),
     PLACE: lambda v: _is_integer(v, 0),
     FLAG: lambda v: isinstance(v, bool),
-    NUMBER: _is_number,
-    POSITIVE: lambda v: _is_number(v) and v > 0,  # type: ignore[operator]
-    SMALL: lambda v: _is_number(v) and v >= 0,  # type: ignore[operator]
+    NUMBER: lambda v: not math.isnan(_finite(v)),
+    POSITIVE: lambda v: _finite(v) > 0,
+    SMALL: lambda v: _finite(v) >= 0,
     WORD: lambda v: isinstance(v, str),
     DTYPE: lambda v: isinstance(v, str) and v in ITEMSIZE,
 }
 
-
-_NONE: Final[Mapping[str, str]] = {}
+OUT_DTYPE: Final[Mapping[str, str]] = {"out_dtype": DTYPE}
 
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """`axes` of each input, "+" for any number but none and "*" for any; the last `spare` inputs may be absent, and
-    with `many` the only one may stand any number of times. `must` and `may` are attributes by name."""
+    """What a kind takes.
+
+    `axes` of each input, "+" for any number but none and "*" for any; the last `spare` inputs may be absent, and
+    with `many` the only one may stand any number of times. `must` and `may` are attributes by name, each with what it
+    can be (COUNT, NUMBER, ...); those of one of the `groups` are given together or not at all.
+    """
 
     axes: str
-    must: Mapping[str, str]
-    may: Mapping[str, str]
+    must: Mapping[str, str] = field(default_factory=dict)
+    may: Mapping[str, str] = field(default_factory=dict)
+    groups: tuple[Mapping[str, str], ...] = ()
     spare: int = 0
     many: bool = False
 
+    def __post_init__(self) -> None:
+        axes = text("the axes of a signature", self.axes, GraphError, empty=True)
+        if {*axes} - {*"0123456789+*"}:
+            raise GraphError(f"the axes of a signature are {shown(axes)}; they are digits, '+' or '*', one an input.")
+        groups = instance("the groups of a signature", self.groups, tuple, GraphError)
+        for attributes in (self.must, self.may, *groups):
+            for key, can in instance("the attributes of a signature", attributes, Mapping, GraphError).items():
+                one_of(f"what the attribute {shown(key)} can be", can, _IS, GraphError)
+        integer("spare of a signature", self.spare, GraphError, 0, len(axes))
+        instance("many of a signature", self.many, bool, GraphError)
 
-def _takes(axes: str, spare: int, may: Mapping[str, str], must: Mapping[str, str] = _NONE) -> Signature:
-    return Signature(axes, must, may, spare)
+    def check(self, kind: str, ins: Shapes, attrs: Attrs) -> None:
+        """GraphError, with the shapes, unless inputs and attributes are those."""
+        wrong = self._wrong_input(ins) or self._wrong_attribute(attrs)
+        need(not wrong, kind, ins, wrong)
 
+    def _attributes(self) -> dict[str, str]:
+        groups = {key: can for group in self.groups for key, can in group.items()}
+        return {**self.must, **self.may, **groups}
 
-_SCALING = {f"scaling_{key}": POSITIVE for key in SCALING}
-_YARN = {f"yarn_{key}": NUMBER for key in YARN}
-_ROPE = {"theta": POSITIVE, "eps": SMALL}
-_LATENT_ROPE = {"heads": COUNT, "rotary": COUNT, "interleaved": FLAG, **_ROPE}
-_LATENT = {"rotary": COUNT, "scale": NUMBER, "context": COUNT}
-_GROUPS = {"groups": COUNT, "top_groups": COUNT, "first": PLACE, "held": COUNT}
-_OUT = {"out_dtype": DTYPE}
+    def _wrong_input(self, ins: Shapes) -> str:
+        """What is wrong with the inputs; empty if nothing is."""
+        most, least = len(self.axes), len(self.axes) - self.spare
+        if not (ins if self.many else least <= len(ins) <= most):
+            return f"takes {'1 or more' if self.many else least if least == most else f'{least} to {most}'} inputs"
+        for i, t in enumerate(ins):
+            axes = self.axes[0 if self.many else i]
+            if axes != "*" and (not t.shape if axes == "+" else len(t.shape) != int(axes)):
+                return f"input {i}, {t.name!r}, must have {axes.replace('+', '1 or more')} axes"
+        return ""
 
-SIGNATURES: Final[Mapping[str, Signature]] = {
-    "embedding": _takes("12", 0, _OUT),
-    "gemm": _takes("22++", 2, _OUT, {"transpose_w": FLAG, "bias": FLAG, "residual": FLAG}),
-    "rmsnorm": _takes("+1", 0, {}, {"eps": SMALL}),
-    "rope": _takes("31", 0, {}, {"theta": POSITIVE}),
-    "rope_kv": _takes("214411", 2, _SCALING | _YARN, {"heads": COUNT, **_ROPE}),
-    "attention": _takes("3144", 0, {}, {"context": COUNT}),
-    "decode_attention": _takes("35", 0, {}),
-    "swiglu": _takes("2", 0, {}),
-    "add": _takes("**", 0, {}),
-    "argmax": _takes("2", 0, {}),
-    "copy": _takes("*", 0, {}, {"direction": WORD}),
-    "concat_rows": Signature("+", {}, {}, many=True),
-    "slice_rows": _takes("+", 0, {}, {"start": PLACE, "stop": COUNT, "step": COUNT}),
-    **{kind: _takes("+", 0, {}, {"ranks": COUNT, "axis": PLACE}) for kind in COLLECTIVES},
-    "route": _takes("211", 2, {}, {"top_k": COUNT, "scoring": WORD, "normalize": FLAG, "scale": NUMBER, **_GROUPS}),
-    "experts": _takes("22332", 1, {}, {"top_k": COUNT, "ranks": COUNT}),
-    "gated_add": _takes("222", 0, {}),
-    "latent_rope": _takes("22113", 0, _YARN, _LATENT_ROPE),
-    "latent_attention": _takes("3132", 0, {}, _LATENT),
-    "paged_latent_rope": _takes("221113", 0, _YARN, {"context": COUNT, **_LATENT_ROPE}),
-    "paged_latent_decode": _takes("31232", 0, {}, _LATENT),
-    "paged_latent_prefill": _takes("311232", 0, {}, _LATENT),
-    "paged_rope": _takes("2114411", 2, _SCALING | _YARN, {"heads": COUNT, "context": COUNT, **_ROPE}),
-    "paged_decode": _takes("31244", 0, {}, {"context": COUNT}),
-    "paged_prefill": _takes("311244", 0, {}, {"context": COUNT}),
-    "copy_pages": _takes("++2", 0, {"expected_pages": SMALL}, {"direction": WORD}),
-}  # fmt: skip
-"""Kind -> what it takes."""
-
-
-def check_signature(kind: str, ins: Shapes, attrs: Attrs) -> None:
-    """GraphError, with the shapes, unless inputs and attributes are of the kind's Signature."""
-    takes = SIGNATURES.get(kind)
-    if takes is None:
-        return
-    wrong = _wrong_input(takes, ins) or _wrong_attribute(takes, attrs)
-    if not wrong and kind == "gemm" and len(ins) != 2 + bool(attrs["bias"]) + bool(attrs["residual"]):
-        wrong = "its flags bias and residual are not as its inputs"
-    need(not wrong, kind, ins, wrong)
-
-
-def _wrong_input(takes: Signature, ins: Shapes) -> str:
-    """What is wrong with the inputs; empty if nothing is."""
-    most, least = len(takes.axes), len(takes.axes) - takes.spare
-    if not (ins if takes.many else least <= len(ins) <= most):
-        return f"takes {'1 or more' if takes.many else least if least == most else f'{least} to {most}'} inputs"
-    for i, t in enumerate(ins):
-        axes = takes.axes[0 if takes.many else i]
-        if axes != "*" and (not t.shape if axes == "+" else len(t.shape) != int(axes)):
-            return f"input {i}, {t.name!r}, must have {axes.replace('+', '1 or more')} axes"
-    return ""
-
-
-def _wrong_attribute(takes: Signature, attrs: Attrs) -> str:
-    """What is wrong with the attributes; empty if nothing is."""
-    if lost := [key for key in takes.must if key not in attrs]:
-        return f"the attribute {lost[0]!r} is missing"
-    for key, value in attrs.items():
-        wanted = takes.must.get(key) or takes.may.get(key)
-        if wanted is None and key not in (ROWS, TURN):
-            return f"there is no attribute {key!r}; there are {', '.join((*takes.must, *takes.may)) or 'none'}"
-        if wanted is not None and not _IS[wanted](value):
-            return f"{key} is {shown(value)}; it must be {wanted}"
-    for family in (_SCALING, _YARN):
-        if len(attrs.keys() & family.keys()) not in (0, len(family)):
-            return f"{', '.join(family)} go together"
-    return ""
+    def _wrong_attribute(self, attrs: Attrs) -> str:
+        """What is wrong with the attributes; empty if nothing is."""
+        if lost := [key for key in self.must if key not in attrs]:
+            return f"the attribute {lost[0]!r} is missing"
+        known = self._attributes()
+        for key, value in attrs.items():
+            wanted = known.get(key)
+            if wanted is None and key not in (ROWS, TURN):
+                return f"there is no attribute {key!r}; there are {', '.join(known) or 'none'}"
+            if wanted is not None and not _IS[wanted](value):
+                return f"{key} is {shown(value)}; it must be {wanted}"
+        for group in self.groups:
+            if len(attrs.keys() & group.keys()) not in (0, len(group)):
+                return f"{', '.join(group)} go together"
+        return ""

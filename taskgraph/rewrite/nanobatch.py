@@ -14,7 +14,7 @@ from taskgraph.errors import GraphError
 from taskgraph.graph.graph import Carry, Graph, Repeat
 from taskgraph.graph.op import ROWS, TURN, Attr, Op, Rows, Tensor, Work, rows_attr, seen_inputs
 from taskgraph.graph.split import Sizes, Split
-from taskgraph.ops import IN_TURN, SHAPE_RULES, WORK_RULES
+from taskgraph.ops import KINDS, Attrs
 from taskgraph.rewrite.batch import OpBatch, batches, moves_rows
 
 Bounds = tuple[int, ...]
@@ -177,7 +177,7 @@ class _Rewriter:
         self.awaited = {name for op in graph.ops for name in op.after}
         self.writers: dict[str, list[str]] = {}
         for op in graph.ops:
-            for name in op.writes if op.kind in IN_TURN and op.name in found else ():
+            for name in op.writes if _ordered(op) and op.name in found else ():
                 self.writers.setdefault(name, []).append(op.name)
 
     def run(self) -> Graph:
@@ -250,7 +250,7 @@ class _Rewriter:
         """The rows of the batch that units low to high of an op stand for, if those order what it does to its states:
         one op, of the same batch, writes them all. A slice of a slice keeps the turn that it has."""
         batch = self.found.get(op.name)
-        if op.kind not in IN_TURN or batch is None:
+        if not _ordered(op) or batch is None:
             return {}
         for state in (name for name in op.inputs if self.graph.tensor[name].role == "state"):
             writers = self.writers.get(state, [])
@@ -281,7 +281,7 @@ class _Rewriter:
             carries = batch is not None and batch.axes[i] is not None
             low, high = self._rows(op, i, units if carries else None, axis)
             name, view = self._take(source, axis, low, high)
-            if view is not None and op.kind != "call" and op.kind not in SHAPE_RULES and given is None:
+            if view is not None and op.kind != "call" and op.kind not in KINDS and given is None:
                 name, view = self._copied(source, low, high), None
             inputs.append(name)
             if view is not None:
@@ -308,11 +308,11 @@ class _Rewriter:
 
     def _work(self, op: Op, made: Op, outputs: Sequence[Tensor], share: float) -> Work:
         """By the rule of the kind where the op's work came from it, else in proportion."""
-        rule = WORK_RULES.get(op.kind)
-        if rule is not None:
+        kind = KINDS.get(op.kind)
+        if kind is not None:
             whole = [self.graph.tensor[name] for name in op.outputs]
-            if rule(seen_inputs(op, self.graph.tensor), whole, dict(op.attrs)) == op.work:
-                return rule(seen_inputs(made, self.tensors), outputs, dict(made.attrs))
+            if kind.work(seen_inputs(op, self.graph.tensor), whole, Attrs(op.attrs)) == op.work:
+                return kind.work(seen_inputs(made, self.tensors), outputs, Attrs(made.attrs))
         return op.work * share
 
     # -- rows of tensors -------------------------------------------------------------------------
@@ -372,7 +372,7 @@ class _Rewriter:
             views = {i: Rows(0, p.first, p.first + p.stop - p.start) for i, p in cut.items()}
             op = Op(name, "concat_rows", inputs, (out.name,), Work(), attrs=_with_rows({}, views))
         self.tensors[out.name] = out
-        op = replace(op, work=WORK_RULES[op.kind](seen_inputs(op, self.tensors), [out], dict(op.attrs)))
+        op = replace(op, work=KINDS[op.kind].work(seen_inputs(op, self.tensors), [out], Attrs(op.attrs)))
         self.sections[self._section(tensor)].append(op)
         self.joins[key] = out.name
         return out.name
@@ -432,6 +432,12 @@ class _Rewriter:
             result |= {at, *(at + cut - low for cut in inner if low <= cut <= high)}
             at += high - low
         return result
+
+
+def _ordered(op: Op) -> bool:
+    """Whether the places of the op's rows in its states are data."""
+    kind = KINDS.get(op.kind)
+    return kind is not None and kind.ordered
 
 
 def _length(tensor: Tensor, axis: int) -> int:

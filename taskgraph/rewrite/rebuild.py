@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from taskgraph.graph.graph import Graph
 from taskgraph.graph.op import Op, Tensor, seen_inputs
-from taskgraph.ops import SHAPE_RULES, WORK_RULES
+from taskgraph.ops import KINDS, Attrs
 
 
 def rebuilt(
@@ -30,7 +30,6 @@ def rebuilt(
 
 def derived(op: Op, tensors: Mapping[str, Tensor]) -> tuple[Op, Tensor]:
     """A standard op with one output, which gets its shape and the op its work from the rules of the kind."""
-    inputs, attrs = seen_inputs(op, tensors), dict(op.attrs)
-    ((shape, dtype),) = SHAPE_RULES[op.kind](inputs, attrs)
-    out = Tensor(op.outputs[0], shape, dtype)
-    return replace(op, work=WORK_RULES[op.kind](inputs, [out], attrs)), out
+    kind, inputs, attrs = KINDS[op.kind], seen_inputs(op, tensors), Attrs(op.attrs)
+    out = Tensor(op.outputs[0], *kind.shape(inputs, attrs))
+    return replace(op, work=kind.work(inputs, [out], attrs)), out

@@ -246,7 +246,7 @@ def every_kind(dtype: str, rows: int = 32) -> Graph:
     table, norm = b.weight("table", (128, width), dtype), b.weight("norm", (width,), dtype)
     x = ops.rmsnorm(ops.embedding(tokens, table, name="embed"), norm, name="normed")
     qkv = ops.gemm(x, b.weight("w_qkv", (width, 2 * heads * dim), dtype), b.weight("bias", (2 * heads * dim,), dtype))
-    q = ops.rope_kv(qkv, places, *caches, heads=heads, name="rope_kv")
+    q = ops.rope_kv(qkv, places, caches[0], caches[1], spec=ops.RopeSpec(heads), name="rope_kv")
     mixed = ops.gemm(ops.attention(q, places, *caches), b.weight("w_out", (width, heads * dim), dtype),
                      residual=x, transpose_w=True, name="mixed")  # fmt: skip
     up = ops.swiglu(ops.gemm(mixed, b.weight("w_up", (width, 2 * width), dtype)), name="up")

@@ -28,8 +28,7 @@ def node(
 
 
 def test_every_kind_has_all_its_rules() -> None:
-    kinds = set(ops.SHAPE_RULES)
-    assert kinds == set(ops.WORK_RULES) == set(ops.SPLIT_RULES) == set(BINDERS)
+    assert set(ops.KINDS) == set(BINDERS)
 
 
 def pages(b: GraphBuilder, kv_heads: int, dim: int, dtype: str) -> list[Value]:
@@ -61,7 +60,7 @@ MADE: dict[str, tuple[Maker, tuple[int, ...], str, Work]] = {
     "rope_kv": (
         lambda b: ops.rope_kv(
             b.input("qkv", (6, 48), "bf16"), b.input("p", (2,), "i64"), b.state("k", (2, 1, 16, 8), "bf16"),
-            b.state("v", (2, 1, 16, 8), "bf16"), heads=4,
+            b.state("v", (2, 1, 16, 8), "bf16"), spec=ops.RopeSpec(4),
         ),
         (6, 4, 8), "bf16", Work(flops=3 * 288, hbm_bytes=2 * 576 + 16),
     ),
@@ -78,8 +77,9 @@ MADE: dict[str, tuple[Maker, tuple[int, ...], str, Work]] = {
     ),
     "paged_rope": (
         lambda b: ops.paged_rope(
-            b.input("qkv", (6, 48), "bf16"), b.input("p", (6,), "i32"), b.input("s", (6,), "i32"),
-            *pages(b, 1, 8, "bf16"), heads=4, context=64,
+            b.input("qkv", (6, 48), "bf16"),
+            ops.TokenPlaces(b.input("p", (6,), "i32"), b.input("s", (6,), "i32"), 64), *pages(b, 1, 8, "bf16"),
+            spec=ops.RopeSpec(4),
         ),
         (6, 4, 8), "bf16", Work(flops=3 * 288, hbm_bytes=2 * 576 + 48),
     ),
@@ -104,7 +104,7 @@ MADE: dict[str, tuple[Maker, tuple[int, ...], str, Work]] = {
     ),
     "swiglu": (lambda b: ops.swiglu(b.input("x", (3, 8), "f32")), (3, 4), "f32", Work(flops=96, hbm_bytes=4 * 36)),
     "route": (
-        lambda b: ops.route(b.input("l", (3, 8), "f32"), b.weight("c", (8,), "f32"), top_k=2),
+        lambda b: ops.route(b.input("l", (3, 8), "f32"), b.weight("c", (8,), "f32"), spec=ops.RouteSpec(2)),
         (3, 8), "f32", Work(flops=4 * 24, hbm_bytes=4 * (24 + 8 + 24)),
     ),
     "experts": (
@@ -122,14 +122,14 @@ MADE: dict[str, tuple[Maker, tuple[int, ...], str, Work]] = {
     "latent_rope": (
         lambda b: ops.latent_rope(
             b.input("q", (6, 24), "bf16"), b.input("kv", (6, 12), "bf16"), b.weight("n", (8,), "bf16"),
-            b.input("p", (2,), "i64"), b.state("c", (2, 16, 12), "bf16"), heads=2, rotary=4,
+            b.input("p", (2,), "i64"), b.state("c", (2, 16, 12), "bf16"), spec=ops.LatentRopeSpec(2, 4),
         ),
         (6, 2, 12), "bf16", Work(flops=3 * 6 * 4 * 3 + 4 * 6 * 8, hbm_bytes=2 * 2 * (144 + 72) + 16 + 16),
     ),
     "latent_attention": (
         lambda b: ops.latent_attention(
             b.input("q", (2, 4, 12), "f32"), b.input("p", (2,), "i64"), b.state("c", (2, 16, 12), "f32"),
-            b.weight("u", (4 * 14, 8), "f32"), rotary=4, scale=0.3, context=10,
+            b.weight("u", (4 * 14, 8), "f32"), spec=ops.LatentSpec(4, 0.3, context=10),
         ),
         (2, 24), "f32",
         Work(flops=2 * 4 * (2 * 8 * 14 + 2 * 10 * 20), hbm_bytes=4 * (96 + 56 * 8 + 48) + 16 + 2 * 10 * 12 * 4),
@@ -137,15 +137,16 @@ MADE: dict[str, tuple[Maker, tuple[int, ...], str, Work]] = {
     "paged_latent_rope": (
         lambda b: ops.paged_latent_rope(
             b.input("q", (6, 24), "bf16"), b.input("kv", (6, 12), "bf16"), b.weight("n", (8,), "bf16"),
-            b.input("p", (6,), "i32"), b.input("s", (6,), "i32"), b.state("c", (5, 16, 12), "bf16"), heads=2, rotary=4,
-            context=64,
+            ops.TokenPlaces(b.input("p", (6,), "i32"), b.input("s", (6,), "i32"), 64),
+            b.state("c", (5, 16, 12), "bf16"), spec=ops.LatentRopeSpec(2, 4),
         ),
         (6, 2, 12), "bf16", Work(flops=3 * 6 * 4 * 3 + 4 * 6 * 8, hbm_bytes=2 * 2 * (144 + 72) + 16 + 48),
     ),
     "paged_latent_decode": (
         lambda b: ops.paged_latent_decode(
             b.input("q", (2, 4, 12), "f32"), b.input("l", (2,), "i32"), b.input("t", (2, 3), "i32"),
-            b.state("c", (5, 16, 12), "f32"), b.weight("u", (4 * 14, 8), "f32"), rotary=4, scale=0.3, context=10,
+            b.state("c", (5, 16, 12), "f32"), b.weight("u", (4 * 14, 8), "f32"),
+            spec=ops.LatentSpec(4, 0.3, context=10),
         ),
         (2, 24), "f32",
         Work(flops=2 * 4 * (2 * 8 * 14 + 2 * 10 * 20), hbm_bytes=4 * (96 + 56 * 8 + 48) + 8 + 24 + 2 * 10 * 12 * 4),
@@ -153,8 +154,8 @@ MADE: dict[str, tuple[Maker, tuple[int, ...], str, Work]] = {
     "paged_latent_prefill": (
         lambda b: ops.paged_latent_prefill(
             b.input("q", (8, 4, 12), "f32"), b.input("s", (3,), "i32"), b.input("l", (2,), "i32"),
-            b.input("t", (2, 3), "i32"), b.state("c", (5, 16, 12), "f32"), b.weight("u", (4 * 14, 8), "f32"), rotary=4,
-            scale=0.3, context=10,
+            b.input("t", (2, 3), "i32"), b.state("c", (5, 16, 12), "f32"), b.weight("u", (4 * 14, 8), "f32"),
+            spec=ops.LatentSpec(4, 0.3, context=10),
         ),
         (8, 24), "f32",
         Work(
@@ -193,17 +194,19 @@ MADE: dict[str, tuple[Maker, tuple[int, ...], str, Work]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", sorted(ops.SHAPE_RULES))
+@pytest.mark.parametrize("kind", sorted(ops.KINDS))
 def test_shape_dtype_and_work_of_every_kind(kind: str) -> None:
     make, shape, dtype, work = MADE[kind]
     b = GraphBuilder("one")
     value = make(b)
     assert (value.shape, value.dtype) == (shape, dtype)
     b.output(value)
-    op = b.build().ops[-1]
+    graph = b.build()
+    op = graph.ops[-1]
     assert op.kind == kind
     assert op.work.vector == work.vector
-    assert len(ops.SPLIT_RULES[kind]) >= len(op.inputs) or kind == "concat_rows"
+    axes = ops.batch_axes(op, [graph.tensor[name] for name in op.inputs])
+    assert axes is None or len(axes) == len(op.inputs)
 
 
 def test_d2d_copy_moves_twice_within_the_device() -> None:
@@ -224,7 +227,7 @@ MISFITS: dict[str, Callable[[GraphBuilder], Any]] = {
     "rope positions": lambda b: ops.rope(b.input("x", (3, 2, 8), "f32"), b.input("bad", (4,), "i64")),
     "rope_kv": lambda b: ops.rope_kv(
         b.input("bad", (2, 40), "f32"), b.input("p", (2,), "i64"), b.state("k", (2, 1, 16, 8), "f32"),
-        b.state("v", (2, 1, 16, 8), "f32"), heads=4,
+        b.state("v", (2, 1, 16, 8), "f32"), spec=ops.RopeSpec(4),
     ),
     "attention": lambda b: ops.attention(
         b.input("bad", (2, 3, 8), "f32"), b.input("p", (2,), "i64"), b.state("k", (2, 2, 16, 8), "f32"),
@@ -234,12 +237,12 @@ MISFITS: dict[str, Callable[[GraphBuilder], Any]] = {
         b.input("bad", (3, 4, 8), "f32"), b.state("kv", (2, 2, 16, 2, 8), "f32")
     ),
     "paged_rope": lambda b: ops.paged_rope(
-        b.input("bad", (6, 47), "f32"), b.input("p", (6,), "i32"), b.input("s", (6,), "i32"), *pages(b, 1, 8, "f32"),
-        heads=4, context=64,
+        b.input("bad", (6, 47), "f32"), ops.TokenPlaces(b.input("p", (6,), "i32"), b.input("s", (6,), "i32"), 64),
+        *pages(b, 1, 8, "f32"), spec=ops.RopeSpec(4),
     ),
     "paged_rope slots": lambda b: ops.paged_rope(
-        b.input("x", (6, 48), "f32"), b.input("p", (6,), "i32"), b.input("bad", (5,), "i32"), *pages(b, 1, 8, "f32"),
-        heads=4, context=64,
+        b.input("x", (6, 48), "f32"), ops.TokenPlaces(b.input("p", (6,), "i32"), b.input("bad", (5,), "i32"), 64),
+        *pages(b, 1, 8, "f32"), spec=ops.RopeSpec(4),
     ),
     "paged_decode": lambda b: ops.paged_decode(
         b.input("q", (3, 4, 8), "f32"), b.input("bad", (3,), "i64"), b.input("t", (3, 5), "i32"),
@@ -251,13 +254,17 @@ MISFITS: dict[str, Callable[[GraphBuilder], Any]] = {
     ),
     "copy_pages": lambda b: ops.copy_pages(*pages(b, 2, 8, "f32"), b.input("bad", (3,), "i32"), direction="h2d"),
     "swiglu": lambda b: ops.swiglu(b.input("bad", (3, 7), "f32")),
-    "route": lambda b: ops.route(b.input("bad", (3, 4), "f32"), top_k=5),
-    "route groups": lambda b: ops.route(b.input("bad", (3, 9), "f32"), top_k=2, groups=4, top_groups=2),
-    "route kept": lambda b: ops.route(b.input("bad", (3, 8), "f32"), top_k=2, groups=2, top_groups=3),
-    "route single": lambda b: ops.route(b.input("bad", (3, 8), "f32"), top_k=2, groups=8, top_groups=3),
-    "route slots": lambda b: ops.route(b.input("bad", (3, 4), "f32"), slots=b.input("s", (2,), "i32"), top_k=2),
-    "route scoring": lambda b: ops.route(b.input("bad", (3, 8), "f32"), top_k=2, scoring="tanh"),
-    "route correction": lambda b: ops.route(b.input("l", (3, 8), "f32"), b.weight("bad", (7,), "f32"), top_k=2),
+    "route": lambda b: ops.route(b.input("bad", (3, 4), "f32"), spec=ops.RouteSpec(5)),
+    "route groups": lambda b: ops.route(b.input("bad", (3, 9), "f32"), spec=ops.RouteSpec(2, groups=4, top_groups=2)),
+    "route kept": lambda b: ops.route(b.input("bad", (3, 8), "f32"), spec=ops.RouteSpec(2, groups=2, top_groups=3)),
+    "route single": lambda b: ops.route(b.input("bad", (3, 8), "f32"), spec=ops.RouteSpec(2, groups=8, top_groups=3)),
+    "route slots": lambda b: ops.route(
+        b.input("bad", (3, 4), "f32"), slots=b.input("s", (2,), "i32"), spec=ops.RouteSpec(2)
+    ),
+    "route scoring": lambda b: ops.route(b.input("bad", (3, 8), "f32"), spec=ops.RouteSpec(2, scoring="tanh")),
+    "route correction": lambda b: ops.route(
+        b.input("l", (3, 8), "f32"), b.weight("bad", (7,), "f32"), spec=ops.RouteSpec(2)
+    ),
     "experts": lambda b: ops.experts(
         b.input("x", (2, 8), "f32"), b.input("bad", (2, 3), "f32"), b.weight("g", (4, 12, 8), "f32"),
         b.weight("d", (4, 8, 6), "f32"), top_k=2,
@@ -275,33 +282,33 @@ MISFITS: dict[str, Callable[[GraphBuilder], Any]] = {
     ),
     "latent_rope": lambda b: ops.latent_rope(
         b.input("q", (6, 24), "f32"), b.input("bad", (6, 10), "f32"), b.weight("n", (8,), "f32"),
-        b.input("p", (2,), "i64"), b.state("c", (2, 16, 12), "f32"), heads=2, rotary=4,
+        b.input("p", (2,), "i64"), b.state("c", (2, 16, 12), "f32"), spec=ops.LatentRopeSpec(2, 4),
     ),
     "latent_rope odd": lambda b: ops.latent_rope(
         b.input("q", (6, 24), "f32"), b.input("kv", (6, 12), "f32"), b.weight("n", (7,), "f32"),
-        b.input("p", (2,), "i64"), b.state("bad", (2, 16, 12), "f32"), heads=2, rotary=5,
+        b.input("p", (2,), "i64"), b.state("bad", (2, 16, 12), "f32"), spec=ops.LatentRopeSpec(2, 5),
     ),
     "latent_attention": lambda b: ops.latent_attention(
         b.input("q", (2, 4, 12), "f32"), b.input("p", (2,), "i64"), b.state("c", (2, 16, 12), "f32"),
-        b.weight("bad", (4 * 14, 9), "f32"), rotary=4, scale=0.3,
+        b.weight("bad", (4 * 14, 9), "f32"), spec=ops.LatentSpec(4, 0.3),
     ),
     "latent_attention values": lambda b: ops.latent_attention(
         b.input("q", (2, 4, 12), "f32"), b.input("p", (2,), "i64"), b.state("c", (2, 16, 12), "f32"),
-        b.weight("bad", (4 * 8, 8), "f32"), rotary=4, scale=0.3,
+        b.weight("bad", (4 * 8, 8), "f32"), spec=ops.LatentSpec(4, 0.3),
     ),
     "paged_latent_rope": lambda b: ops.paged_latent_rope(
         b.input("q", (6, 24), "f32"), b.input("kv", (6, 12), "f32"), b.weight("n", (8,), "f32"),
-        b.input("p", (6,), "i32"), b.input("bad", (2,), "i32"), b.state("c", (5, 16, 12), "f32"), heads=2, rotary=4,
-        context=64,
+        ops.TokenPlaces(b.input("p", (6,), "i32"), b.input("bad", (2,), "i32"), 64), b.state("c", (5, 16, 12), "f32"),
+        spec=ops.LatentRopeSpec(2, 4),
     ),
     "paged_latent_decode": lambda b: ops.paged_latent_decode(
         b.input("q", (2, 4, 12), "f32"), b.input("bad", (2,), "i64"), b.input("t", (2, 3), "i32"),
-        b.state("c", (5, 16, 12), "f32"), b.weight("u", (4 * 14, 8), "f32"), rotary=4, scale=0.3, context=10,
+        b.state("c", (5, 16, 12), "f32"), b.weight("u", (4 * 14, 8), "f32"), spec=ops.LatentSpec(4, 0.3, context=10),
     ),
     "paged_latent_prefill": lambda b: ops.paged_latent_prefill(
         b.input("q", (8, 4, 12), "f32"), b.input("bad", (2,), "i32"), b.input("l", (2,), "i32"),
-        b.input("t", (2, 3), "i32"), b.state("c", (5, 16, 12), "f32"), b.weight("u", (4 * 14, 8), "f32"), rotary=4,
-        scale=0.3, context=10,
+        b.input("t", (2, 3), "i32"), b.state("c", (5, 16, 12), "f32"), b.weight("u", (4 * 14, 8), "f32"),
+        spec=ops.LatentSpec(4, 0.3, context=10),
     ),
     "add": lambda b: ops.add(b.input("x", (3, 8), "f32"), b.input("bad", (3, 7), "f32")),
     "add dtype": lambda b: ops.add(b.input("x", (3, 8), "f32"), b.input("bad", (3, 8), "bf16")),
@@ -322,7 +329,7 @@ def test_misfits_are_refused_by_kind_and_tensor(case: str) -> None:
 
 
 def test_misfits_table_covers_every_kind() -> None:
-    assert {case.split()[0] for case in MISFITS} == set(ops.SHAPE_RULES)
+    assert {case.split()[0] for case in MISFITS} == set(ops.KINDS)
 
 
 def test_a_file_with_wrong_outputs_of_a_standard_op_is_refused() -> None:

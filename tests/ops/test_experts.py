@@ -81,7 +81,9 @@ def test_route_takes_the_best_experts(case: dict[str, Any], corrected: bool) -> 
     given = {"l": torch.randn(tokens, experts), "c": torch.randn(experts)}
     out = evaluate(
         lambda b: ops.route(
-            b.input("l", (tokens, experts), "f32"), b.weight("c", (experts,), "f32") if corrected else None, **case
+            b.input("l", (tokens, experts), "f32"),
+            b.weight("c", (experts,), "f32") if corrected else None,
+            spec=ops.RouteSpec(**case),
         ),
         given,
     )
@@ -190,7 +192,7 @@ def latent_case(each: int, context: int, starts: list[int]) -> tuple[Make, dict[
     def make(b: GraphBuilder) -> Value:
         q, up = b.input("q", shapes["q"], "f32"), b.weight("up", shapes["up"], "f32")
         at, keys = b.input("at", (len(starts),), "i64"), b.state("keys", shapes["keys"], "f32")
-        return ops.latent_attention(q, at, keys, up, rotary=ROTARY, scale=0.3, context=context)
+        return ops.latent_attention(q, at, keys, up, spec=ops.LatentSpec(ROTARY, 0.3, context=context))
 
     return make, given, latent_attention_reference(given, 0.3)
 
@@ -216,7 +218,7 @@ def test_a_position_beyond_the_latent_cache_is_refused() -> None:
     def make(b: GraphBuilder) -> Value:
         return ops.latent_rope(
             b.input("q", (2, 24), "f32"), b.input("kv", (2, 12), "f32"), b.weight("n", (8,), "f32"),
-            b.input("p", (2,), "i64"), b.state("c", (2, 4, 12), "f32"), heads=2, rotary=4,
+            b.input("p", (2,), "i64"), b.state("c", (2, 4, 12), "f32"), spec=ops.LatentRopeSpec(2, 4),
         )  # fmt: skip
 
     given = {"q": torch.randn(2, 24), "kv": torch.randn(2, 12), "n": torch.ones(8), "c": torch.zeros(2, 4, 12)}

@@ -9,7 +9,7 @@ import taskgraph as tg
 from taskgraph.errors import BackendUnavailable, ExecutionError, GraphError
 from taskgraph.graph.graph import Graph, GraphBuilder
 from taskgraph.graph.op import ITEMSIZE, Tensor
-from taskgraph.ops.rules import shapes_of
+from taskgraph.ops import KINDS, Attrs
 from taskgraph.runtime.cpu.binders import TORCH_DTYPE
 from taskgraph.schedule.planner import plan
 from tests.paged_cases import PLACES
@@ -37,9 +37,9 @@ def rebuilt(graph: Graph, changed: Tensor) -> Graph:
     """The graph of one op with that tensor changed and its outputs derived anew."""
     op = graph.ops[-1]
     tensors = {t.name: t for t in graph.tensors} | {changed.name: changed}
-    made = shapes_of(op.kind, [tensors[name] for name in op.inputs], dict(op.attrs))
-    for name, (shape, dtype) in zip(op.outputs, made, strict=True):
-        tensors[name] = replace(tensors[name], shape=shape, dtype=dtype)
+    shape, dtype = KINDS[op.kind].output([tensors[name] for name in op.inputs], Attrs(op.attrs))
+    (name,) = op.outputs
+    tensors[name] = replace(tensors[name], shape=shape, dtype=dtype)
     return Graph(graph.name, tuple(tensors.values()), graph.ops, graph.outputs)
 
 

@@ -121,7 +121,7 @@ class Maker:
         room = (self.batch, 1, CACHE, DIM)
         keys, values = (self.b.state(f"{n}{self.count}", room, "f32") for n in ("k", "v"))
         qkv = ops.gemm(x, self.weight(HIDDEN, WIDTH))
-        q = ops.rope_kv(qkv, self.positions, keys, values, heads=HEADS)
+        q = ops.rope_kv(qkv, self.positions, keys, values, spec=ops.RopeSpec(HEADS))
         return ops.attention(q, self.positions, keys, values)
 
     def do_decode(self, x: Value, y: Value) -> Value:
@@ -297,7 +297,11 @@ def test_pages_that_two_ops_write_keep_their_whole_order() -> None:
     pages = [b.state(name, (2, 2, 32, 32), "f32") for name in ("keys", "values")]
     places = [b.input(name, (4,), "i32") for name in ("positions", "slots")]
     for name in ("a", "b"):
-        b.output(ops.paged_rope(b.input(name, (4, 96), "f32"), *places, *pages, heads=2, context=32, name=name))
+        b.output(
+            ops.paged_rope(
+                b.input(name, (4, 96), "f32"), ops.TokenPlaces(*places, 32), *pages, spec=ops.RopeSpec(2), name=name
+            )
+        )
     graph = rewrite.split_batch(b.build(), (2, 2))
     before = {
         op.name: {graph.ops[p].name for p in preds} for op, preds in zip(graph.ops, graph.predecessors(), strict=True)

@@ -24,7 +24,7 @@ def cache_graph(dtype: str = "f32") -> Graph:
     b = tg.GraphBuilder("cached")
     qkv, at, norm = b.input("qkv", (2, 64), dtype), b.input("at", (2,), "i64"), b.weight("norm", (32,), dtype)
     k, v = (b.state(name, (2, 1, 8, 16), dtype) for name in ("k", "v"))
-    q = ops.rope_kv(qkv, at, k, v, heads=2, name="rope")
+    q = ops.rope_kv(qkv, at, k, v, spec=ops.RopeSpec(2), name="rope")
     mixed = ops.attention(q, at, k, v, name="attend")
     b.output(mixed, ops.rmsnorm(mixed, norm, name="normed"))
     return b.build()

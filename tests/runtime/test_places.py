@@ -35,7 +35,9 @@ def _pages(b: GraphBuilder) -> list[Any]:
 
 
 def _rope_kv(b: GraphBuilder) -> Any:
-    return ops.rope_kv(b.input("qkv", (4, 128), "f32"), b.input("at", (2,), "i64"), *_caches(b), heads=2, name="op")
+    return ops.rope_kv(
+        b.input("qkv", (4, 128), "f32"), b.input("at", (2,), "i64"), *_caches(b), spec=ops.RopeSpec(2), name="op"
+    )
 
 
 def _attention(rows: int) -> Make:
@@ -51,7 +53,9 @@ def _ints(b: GraphBuilder, **shapes: tuple[int, ...]) -> list[Any]:
 
 def _paged_rope(b: GraphBuilder) -> Any:
     places = _ints(b, at=(2,), slots=(2,))
-    return ops.paged_rope(b.input("qkv", (2, 128), "f32"), *places, *_pages(b), heads=2, context=64, name="op")
+    return ops.paged_rope(
+        b.input("qkv", (2, 128), "f32"), ops.TokenPlaces(*places, 64), *_pages(b), spec=ops.RopeSpec(2), name="op"
+    )
 
 
 def _paged_decode(b: GraphBuilder) -> Any:
@@ -67,20 +71,20 @@ def _paged_prefill(b: GraphBuilder) -> Any:
 def _latent_rope(b: GraphBuilder) -> Any:
     given = [b.input("q", (4, 64), "f32"), b.input("kv", (4, 24), "f32"), b.weight("norm", (16,), "f32")]
     return ops.latent_rope(
-        *given, b.input("at", (2,), "i64"), b.state("c", (2, 8, 24), "f32"), heads=2, rotary=8, name="op"
+        *given, b.input("at", (2,), "i64"), b.state("c", (2, 8, 24), "f32"), spec=ops.LatentRopeSpec(2, 8), name="op"
     )
 
 
 def _latent_attention(b: GraphBuilder) -> Any:
     q, at, c = b.input("q", (4, 2, 16), "f32"), b.input("at", (2,), "i64"), b.state("c", (2, 8, 24), "f32")
-    return ops.latent_attention(q, at, c, b.weight("up", (32, 16), "f32"), rotary=8, scale=0.3, name="op")
+    return ops.latent_attention(q, at, c, b.weight("up", (32, 16), "f32"), spec=ops.LatentSpec(8, 0.3), name="op")
 
 
 def _paged_latent_rope(b: GraphBuilder) -> Any:
     given = [b.input("q", (2, 64), "f32"), b.input("kv", (2, 24), "f32"), b.weight("norm", (16,), "f32")]
     places = _ints(b, at=(2,), slots=(2,))
     pages = b.state("c", (4, 32, 24), "f32")
-    return ops.paged_latent_rope(*given, *places, pages, heads=2, rotary=8, context=64, name="op")
+    return ops.paged_latent_rope(*given, ops.TokenPlaces(*places, 64), pages, spec=ops.LatentRopeSpec(2, 8), name="op")
 
 
 def _paged_latent_decode(b: GraphBuilder) -> Any:
@@ -90,13 +94,13 @@ def _paged_latent_decode(b: GraphBuilder) -> Any:
         b.state("c", (4, 32, 24), "f32"),
     )
     up = b.weight("up", (32, 16), "f32")
-    return ops.paged_latent_decode(q, *tables, c, up, rotary=8, scale=0.3, context=64, name="op")
+    return ops.paged_latent_decode(q, *tables, c, up, spec=ops.LatentSpec(8, 0.3, context=64), name="op")
 
 
 def _paged_latent_prefill(b: GraphBuilder) -> Any:
     q, tables = b.input("q", (6, 2, 16), "f32"), _ints(b, starts=(3,), lengths=(2,), blocks=(2, 2))
     c, up = b.state("c", (4, 32, 24), "f32"), b.weight("up", (32, 16), "f32")
-    return ops.paged_latent_prefill(q, *tables, c, up, rotary=8, scale=0.3, context=64, name="op")
+    return ops.paged_latent_prefill(q, *tables, c, up, spec=ops.LatentSpec(8, 0.3, context=64), name="op")
 
 
 def _copy_pages(b: GraphBuilder) -> Any:

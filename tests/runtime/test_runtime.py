@@ -78,7 +78,7 @@ def _rope_kv(each: int, normed: bool) -> Callable[[GraphBuilder, str], Value]:
         qkv, at = b.input("qkv", (2 * each, 8 * 16), d), b.input("at", (2,), "i64")
         keys, values = b.state("keys", (2, 2, 32, 16), d), b.state("values", (2, 2, 32, 16), d)
         norms = [b.weight(n, (16,), d) for n in ("q_norm", "k_norm")] if normed else []
-        return ops.rope_kv(qkv, at, keys, values, *norms, heads=4)
+        return ops.rope_kv(qkv, at, keys, values, norms, spec=ops.RopeSpec(4))
 
     return make
 

@@ -382,7 +382,7 @@ def decode() -> Graph:
     ids, at = b.input("ids", (2,), "i64"), b.input("at", (2,), "i64")
     x = ops.embedding(ids, b.weight("table", (11, 128), "f32"))
     keys, values = b.state("keys", (2, 2, 32, 16), "f32"), b.state("values", (2, 2, 32, 16), "f32")
-    q = ops.rope_kv(x, at, keys, values, heads=4)
+    q = ops.rope_kv(x, at, keys, values, spec=ops.RopeSpec(4))
     b.output(
         ops.attention(q, at, keys, values, context=20), ops.add(b.input("n", (5,), "i32"), b.input("m", (5,), "i32"))
     )

@@ -76,7 +76,7 @@ def test_random_cases_reach_every_kind_views_and_geometries() -> None:
 
 
 def test_every_standard_kind_has_launches() -> None:
-    assert set(tg.ops.SHAPE_RULES) == set(LAUNCH_RULES)
+    assert set(tg.ops.KINDS) == set(LAUNCH_RULES)
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])

@@ -77,7 +77,7 @@ def test_bf16_steps_follow_the_cpu_backend(on_virtual: Call, config: ModelConfig
 def test_routing_equals_the_cpu_backend(on_virtual: Call, options: dict[str, Any], corrected: bool) -> None:
     b = GraphBuilder("route")
     correction = b.weight("c", (8,), "f32") if corrected else None
-    b.output(ops.route(b.input("l", (40, 8), "f32"), correction, **options))
+    b.output(ops.route(b.input("l", (40, 8), "f32"), correction, spec=ops.RouteSpec(**options)))
     assert_cuda_equals_cpu(on_virtual, b.build(), 1e-6)
 
 
@@ -87,7 +87,7 @@ def test_grouped_products_equal_the_cpu_backend(on_virtual: Call, tokens: int, t
     hidden, inner = 70, 37
     b = GraphBuilder("experts")
     x = b.input("x", (tokens, hidden), "f32")
-    routing = ops.route(b.input("l", (tokens, count), "f32"), top_k=top_k)
+    routing = ops.route(b.input("l", (tokens, count), "f32"), spec=ops.RouteSpec(top_k))
     weights = b.weight("g", (count, 2 * inner, hidden), "f32"), b.weight("d", (count, hidden, inner), "f32")
     b.output(ops.experts(x, routing, *weights, x, top_k=top_k))
     assert_cuda_equals_cpu(on_virtual, b.build(), 1e-5)
@@ -95,7 +95,7 @@ def test_grouped_products_equal_the_cpu_backend(on_virtual: Call, tokens: int, t
 
 def test_what_the_kernels_do_not_do_is_refused() -> None:
     b = GraphBuilder("many")
-    b.output(ops.route(b.input("l", (1, 600), "f32"), top_k=2))
+    b.output(ops.route(b.input("l", (1, 600), "f32"), spec=ops.RouteSpec(2)))
     (op,) = b.build().ops
     with pytest.raises(BackendUnavailable, match="512 experts; got 600"):
         launches(op, [Buffer(0, (1, 600), "f32")], [Buffer(0, (1, 600), "f32")], None)  # type: ignore[arg-type]
