@@ -17,7 +17,7 @@ from benchmarks import one_line, positive, print_json, whole
 from taskgraph.cost.model import OpTable, op_table
 from taskgraph.graph.split import UNSPLIT, Split
 from taskgraph.models.config import load_config
-from taskgraph.models.parallel import mixed_step
+from taskgraph.models.parallel import Decode, Prefill, mixed_step
 from taskgraph.rewrite.nanobatch import apply
 
 EPILOG = """\
@@ -73,9 +73,10 @@ class Case:
 
     def graph(self) -> tg.Graph:
         """One rank's iteration."""
+        sequences, context = self.prefill
         return mixed_step(
-            load_config(self.model), tensor_parallel=self.ranks, decode_tokens=self.decode, decode_context=CONTEXT,
-            prefill_tokens=TOKENS - self.decode, prefill_sequences=self.prefill[0], prefill_context=self.prefill[1],
+            load_config(self.model).share(self.ranks), Decode(self.decode, CONTEXT),
+            Prefill(TOKENS - self.decode, context, sequences),
             collectives={"o": "gather"} if self.ranks > 1 else None,
         )  # fmt: skip
 

@@ -14,7 +14,7 @@ import taskgraph as tg
 from benchmarks import one_line, print_json
 from taskgraph.cost.model import predict
 from taskgraph.models.config import load_config
-from taskgraph.models.parallel import mixed_step
+from taskgraph.models.parallel import Decode, Prefill, mixed_step
 
 EPILOG = """\
 published   table 2 of NanoFlow (Zhu et al. 2025, arXiv 2408.12757v2), 80 layers, milliseconds
@@ -70,8 +70,8 @@ class Row:
 def step() -> tg.Graph:
     """One rank's iteration with the table's work: 2048 tokens, a third of them prefill, at NanoFlow's collectives."""
     return mixed_step(
-        load_config("llama-2-70b"), tensor_parallel=8, decode_tokens=1366, decode_context=1024, prefill_tokens=682,
-        prefill_sequences=2, prefill_context=512, collectives={"o": "gather"},
+        load_config("llama-2-70b").share(8), Decode(1366, context=1024), Prefill(682, context=512, sequences=2),
+        collectives={"o": "gather"},
     )  # fmt: skip
 
 

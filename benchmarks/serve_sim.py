@@ -5,18 +5,20 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+import taskgraph as tg
 from benchmarks import count, one_line, positive, print_json, whole
 from benchmarks.nanoflow import OPTIMAL_FLOPS_PER_S, free_costs
 from taskgraph.cost.model import op_table
 from taskgraph.models.config import load_config
 from taskgraph.serving.requests import Request
 from taskgraph.serving.scheduler import Limits
-from taskgraph.serving.simulate.simulate import SimRunner, StepShape, pages_of, simulated_engine
+from taskgraph.serving.simulate.runner import SimRunner, StepShape, pages_of, simulated_engine
 from taskgraph.serving.simulate.stepgrid import VARIANTS, GridSeconds, StepGrid
 from taskgraph.serving.simulate.traces import DATASETS, Lengths
 
@@ -128,8 +130,8 @@ def run(
     grids, members = dict[int, StepGrid](), dict[int, list[str]]()
     for name in names:
         grid = StepGrid(
-            load_config(MODEL), DEVICE, tensor_parallel=RANKS, prompt_tokens=SETTINGS[name].input_mean,
-            seed=options.seed, costs=COSTS[options.costs],
+            load_config(MODEL).share(RANKS), DEVICE, prompt_tokens=SETTINGS[name].input_mean, seed=options.seed,
+            plan=partial(tg.plan, costs=COSTS[options.costs]),
         )  # fmt: skip
         grids.setdefault(grid.chunk, grid)
         members.setdefault(grid.chunk, []).append(name)

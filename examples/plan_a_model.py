@@ -14,7 +14,7 @@ BATCH, CONTEXT, RANKS = 256, 1024, 8
 
 def main() -> None:
     config = load_config("llama-3-70b")
-    graph = step_graph(config, batch=BATCH, tokens=1, cache=CONTEXT, dtype="bf16", tensor_parallel=RANKS)
+    graph = step_graph(config.share(RANKS), batch=BATCH, tokens=1, cache=CONTEXT, dtype="bf16")
     for device in ("a100_sxm", "h100_sxm"):
         plan = tg.plan(graph, device, "list")
         tg.verify(plan, graph)  # also: weights and cache of a rank fit its memory

@@ -12,7 +12,6 @@ import torch
 import taskgraph as tg
 from taskgraph.models import llama
 from taskgraph.models.config import ModelConfig, load_config
-from taskgraph.serving.known_plans import KnownPlans
 from taskgraph.serving.session import Session
 
 CACHE = 64
@@ -33,8 +32,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "decode.json"
         tg.plan(graph, "cpu", "list").save(file)
-        known = KnownPlans([file], use_remembered=False, say=lambda line: print(line.replace(folder, "...")))
-        with Session(config, weights, dtype="f32", cache=CACHE, planner=known) as session:
+        known = tg.KnownPlans([file], use_remembered=False, say=lambda line: print(line.replace(folder, "...")))
+        with Session(config, weights, cache=CACHE, planner=known) as session:
             print("tokens", list(session.generate([3, 1, 4, 1, 5], 6)))
         known.check_used()
         other = llama.step_graph(config, batch=2, tokens=1, cache=CACHE, dtype="f32")

@@ -71,7 +71,10 @@ class Latent:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """The shapes of a decoder of the Llama family, dense or with experts, with grouped or latent attention."""
+    """The shapes of a decoder of the Llama family, dense or with experts, with grouped or latent attention.
+
+    With `ranks` above 1 it is one rank's share of a model, as `share` makes it.
+    """
 
     name: str
     family: str
@@ -89,6 +92,7 @@ class ModelConfig:
     rope_scaling: Stretch = None
     experts: Experts | None = None
     latent: Latent | None = None
+    ranks: int = 1
 
     @property
     def qkv_bias(self) -> bool:
@@ -103,11 +107,13 @@ class ModelConfig:
         return self.experts is not None and layer not in self.experts.dense
 
     def share(self, ranks: int, expert_rank: int | None = None) -> "ModelConfig":
-        """What one of `ranks` tensor-parallel ranks computes: its heads and features.
+        """The share of one of `ranks` tensor-parallel ranks: its heads and features. Graphs of it are that rank's.
 
         Every rank has its features of all experts, or with `expert_rank` whole experts, those of that rank.
-        GraphError when there is something that the ranks cannot share equally.
+        GraphError when there is something that the ranks cannot share equally, and for a share of a share.
         """
+        if self.ranks > 1:
+            raise GraphError(f"{self.name} is the share of one of {self.ranks} ranks already; share the whole model.")
         e, whole = self.experts, expert_rank is not None
         parts = {"heads": self.heads, "kv heads": self.kv_heads, "features": self.intermediate_size}
         parts |= {"vocabulary": self.vocab_size, "hidden size": self.hidden_size}
@@ -123,7 +129,7 @@ class ModelConfig:
             e = replace(e, shared_size=e.shared_size // ranks, inner_size=e.inner_size // ranks)
         return replace(
             self, heads=self.heads // ranks, kv_heads=self.kv_heads // ranks, experts=e,
-            intermediate_size=self.intermediate_size // ranks,
+            intermediate_size=self.intermediate_size // ranks, ranks=ranks,
         )  # fmt: skip
 
     @property

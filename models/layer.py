@@ -17,8 +17,7 @@ expert, is stacked on an axis of its own."""
 class Layer:
     """Appends to `builder`; `mark` begins every name, and `number` is the layer's in the model.
 
-    Of several tensor-parallel `ranks` it is the layer of one, and `config` that rank's share. Tokens whose entry of
-    `slots`, if given, is below 0 stand for nothing.
+    Tokens whose entry of `slots`, if given, is below 0 stand for nothing.
     """
 
     builder: tg.GraphBuilder
@@ -26,7 +25,6 @@ class Layer:
     dtype: str
     mark: str = ""
     number: int = 0
-    ranks: int = 1
     slots: tg.Value | None = None
 
     def name(self, name: str) -> str:
@@ -62,13 +60,13 @@ class Layer:
 
     def summed(self, x: tg.Value, weight: str, residual: tg.Value) -> tg.Value:
         """residual + x times the weight (hidden, columns of x) transposed, summed over ranks, which share columns."""
-        if self.ranks == 1:
+        if self.config.ranks == 1:
             return self.product(x, weight, self.config.hidden_size, f"{weight}_proj", residual=residual)
         return self.reduced(self.product(x, weight, self.config.hidden_size, f"{weight}_proj"), weight, residual)
 
     def reduced(self, part: tg.Value, name: str, residual: tg.Value) -> tg.Value:
         """residual + the sum of `part` over ranks."""
-        total = tg.ops.all_reduce(part, ranks=self.ranks, name=self.name(f"{name}_reduce"))
+        total = tg.ops.all_reduce(part, ranks=self.config.ranks, name=self.name(f"{name}_reduce"))
         return tg.ops.add(total, residual, name=self.name(f"{name}_add"))
 
 

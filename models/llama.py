@@ -44,8 +44,6 @@ def step_graph(
     dtype: str = "bf16",
     context: int | None = None,
     all_logits: bool = False,
-    tensor_parallel: int = 1,
-    expert_rank: int | None = None,
 ) -> tg.Graph:
     """One step of `batch` sequences of `tokens` new tokens each: prefill (tokens > 1) or decode (tokens == 1).
 
@@ -53,20 +51,21 @@ def step_graph(
     sequence's first new token. States: keys and values of every layer, (batch, kv heads, cache, head dim), or its
     latents, (batch, cache, rank + rotary). Outputs: logits (batch, vocabulary) of each sequence's last token, or of
     every token with `all_logits`, and next i64, their argmax. `context` is the cache length that the cost counts
-    (default: `cache`). With `tensor_parallel` ranks the graph is that of one, as `parallel.mixed_step` says.
+    (default: `cache`). The graph of a rank's share (`ModelConfig.share`) has the collectives between the ranks, each of
+    which must be given the same inputs.
     """
     b = tg.GraphBuilder(f"{config.name}-{'prefill' if tokens > 1 else 'decode'}-{batch}x{tokens}")
     ids = b.input("tokens", (batch * tokens,), "i64")
     positions = b.input("positions", (batch,), "i64")
-    counted, share = min(context or cache, cache), config.share(tensor_parallel, expert_rank)
+    counted = min(context or cache, cache)
 
     def attend(layer: Layer, x: tg.Value) -> tg.Value:
         return attention_of(layer, x).over(positions, cache, counted)
 
-    x, table = layers(b, share, ids, dtype, attend, tensor_parallel)
+    x, table = layers(b, config, ids, dtype, attend)
     if tokens > 1 and not all_logits:
         x = tg.ops.slice_rows(x, tokens - 1, batch * tokens, tokens, name="last_token")
-    b.output(*sampled(b, share, x, table, dtype, tensor_parallel))
+    b.output(*sampled(b, config, x, table, dtype))
     return b.build()
 
 
@@ -76,23 +75,22 @@ def layers(
     ids: tg.Value,
     dtype: str,
     attend: Attend,
-    ranks: int = 1,
     slots: tg.Value | None = None,
 ) -> tuple[tg.Value, tg.Value]:
     """The tokens `ids` through the embedding and every layer, whose attention is `attend`.
 
-    Returns the last layer's output (tokens, hidden), and the embedding table. Of several tensor-parallel `ranks` it
-    is what one computes, and `config` that rank's share. Tokens whose entry of `slots` is below 0 go to no expert.
+    Returns the last layer's output (tokens, hidden), and the embedding table. Tokens whose entry of `slots` is below 0
+    go to no expert.
     """
     table = b.weight("embed", (config.vocab_size, config.hidden_size), dtype)
     x = tg.ops.embedding(ids, table, name="embedding")
     plan = layout(config)
     for i in range(plan.first):
-        x = _layer(Layer(b, config, dtype, plan.head(i), i, ranks, slots), x, attend)
+        x = _layer(Layer(b, config, dtype, plan.head(i), i, slots), x, attend)
     with b.repeat(plan.count, "layer") as loop:
         entry = h = loop.carry(x, "x")
         for j in range(plan.period):
-            h = _layer(Layer(b, config, dtype, plan.body(j), plan.first + j, ranks, slots), h, attend)
+            h = _layer(Layer(b, config, dtype, plan.body(j), plan.first + j, slots), h, attend)
         return loop.next(entry, h), table
 
 
@@ -104,12 +102,13 @@ def _layer(layer: Layer, x: tg.Value, attend: Attend) -> tg.Value:
 
 
 def sampled(
-    b: tg.GraphBuilder, config: ModelConfig, x: tg.Value, table: tg.Value, dtype: str, ranks: int = 1
+    b: tg.GraphBuilder, config: ModelConfig, x: tg.Value, table: tg.Value, dtype: str
 ) -> tuple[tg.Value, tg.Value]:
     """The logits of the rows of `x`, the last layer's output, and their argmax; `table` is the embedding's.
 
-    Each of several `ranks` computes its part of the vocabulary, and gets the others' of them.
+    Each of several ranks computes its part of the vocabulary, and gets the others' of them.
     """
+    ranks = config.ranks
     x = Layer(b, config, dtype).norm(x, "norm", "final_norm")
     tied, shard = config.tie_embeddings and ranks == 1, (config.vocab_size // ranks, config.hidden_size)
     head = table if tied else b.weight("lm_head", shard, dtype)

@@ -13,7 +13,7 @@ def expert_mlp(layer: Layer, x: tg.Value, residual: tg.Value) -> tg.Value:
     e, hidden = layer.config.experts, x.shape[1]
     if e is None:
         raise tg.GraphError(f"{layer.config.name} has no experts.")
-    alone = layer.ranks == 1
+    alone = layer.config.ranks == 1
     routing = _routing(layer, e, x)
     gate_up = layer.weight("experts_gate_up", e.held, 2 * e.inner_size, hidden)
     down = layer.weight("experts_down", e.held, hidden, e.inner_size)

@@ -67,18 +67,15 @@ def step_graph(
     bucket: Bucket,
     shape: PageShape,
     dtype: str = "bf16",
-    tensor_parallel: int = 1,
-    expert_rank: int | None = None,
 ) -> tg.Graph:
     """One step of `bucket`'s shapes; with `bucket.moves` also pages to the host, from it, and within the device.
 
     Inputs: tokens i64, positions i32 and slots i32 of every row; decode_lengths and decode_blocks; prefill_starts,
     prefill_lengths and prefill_blocks; samples i64, the rows to sample; page_out, page_in and page_copy, pairs of
     pages. States of every layer: those of `PageShape.room`, and with moves the same of the host (host_keys, ...).
-    Outputs: logits and next, as of every step graph. With `tensor_parallel` ranks the graph is that of one, as
-    `parallel.mixed_step` says: its pages have its share of the heads, and its inputs are those of every rank.
+    Outputs: logits and next, as of every step graph. In the graph of a rank's share (`ModelConfig.share`) pages have
+    its share of the heads, and inputs are those of every rank.
     """
-    config = config.share(tensor_parallel, expert_rank)
     b = tg.GraphBuilder(f"{config.name}-paged-{bucket.decode}+{bucket.prefill}/{bucket.chunks}")
     rows = {name: b.input(name, (bucket.tokens,), "i32") for name in ("positions", "slots")}
     tables = _tables(b, bucket, shape)
@@ -94,10 +91,10 @@ def step_graph(
         return _attention(layer, over, bucket, tables)
 
     ids = b.input("tokens", (bucket.tokens,), "i64")
-    x, table = llama.layers(b, config, ids, dtype, attend, tensor_parallel, rows["slots"])
+    x, table = llama.layers(b, config, ids, dtype, attend, rows["slots"])
     if bucket.prefill:
         x = tg.ops.embedding(b.input("samples", (bucket.samples,), "i64"), x, name="sampled_rows")
-    b.output(*llama.sampled(b, config, x, table, dtype, tensor_parallel))
+    b.output(*llama.sampled(b, config, x, table, dtype))
     return b.build()
 
 

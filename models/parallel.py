@@ -12,96 +12,100 @@ import taskgraph as tg
 from taskgraph.models.config import ModelConfig
 from taskgraph.models.layer import Layer
 from taskgraph.models.llama import LOGITS, NEXT, attention_of, layers, sampled
-from taskgraph.rewrite import with_collectives
 
-__all__ = ["LOGITS", "NEXT", "mixed_step"]
+__all__ = ["LOGITS", "NEXT", "Decode", "Prefill", "mixed_step"]
 
 
 @dataclass(frozen=True, slots=True)
-class _Group:
-    """Sequences of one kind: their rows of the batch, the length of their caches, and that which the cost counts."""
+class Decode:
+    """Sequences that decode a token each. At the end of the step each has `context` keys, which the cost counts; its
+    cache holds `cache` (0: as many)."""
 
-    kind: str
-    sequences: int
-    first: int
-    tokens: int
-    cache: int
-    context: int
+    tokens: int = 0
+    context: int = 1
+    cache: int = 0
 
     @property
-    def last(self) -> int:
-        return self.first + self.tokens
+    def sequences(self) -> int:
+        return self.tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    """`sequences` that prefill `tokens` in all, each equally many. At the end of the step each has `context` keys,
+    which the cost counts; its cache holds `cache` (0: as many)."""
+
+    tokens: int = 0
+    context: int = 1
+    sequences: int = 1
+    cache: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The sequences of one kind, and the number of their first token in the batch."""
+
+    kind: str
+    of: Decode | Prefill
+    first: int
+
+    def tokens(self, x: tg.Value) -> tg.Value:
+        """Their tokens of all that are in the batch."""
+        return x if self.of.tokens == x.shape[0] else x.rows(self.first, self.first + self.of.tokens)
 
 
 def mixed_step(
     config: ModelConfig,
+    decode: Decode,
+    prefill: Prefill,
     *,
-    tensor_parallel: int = 1,
-    decode_tokens: int,
-    decode_context: int,
-    prefill_tokens: int,
-    prefill_context: int,
-    prefill_sequences: int = 1,
     dtype: str = "bf16",
-    decode_cache: int | None = None,
-    prefill_cache: int | None = None,
     collectives: Mapping[str, str] | None = None,
-    expert_rank: int | None = None,
 ) -> tg.Graph:
-    """A step of `decode_tokens` sequences that decode and `prefill_sequences` that prefill `prefill_tokens` in all.
+    """A step in which some sequences decode and others prefill; either kind may have no tokens.
 
-    The contexts are the keys that a sequence has at the end of the step, which the cost counts; caches hold that many
-    unless told. Inputs: tokens i64, decode first; decode_positions and prefill_positions i64, the place of each
-    sequence's first new token. Outputs: logits of every sequence's last token, decode first, and next, their argmax.
-    Either kind may have no tokens. With `tensor_parallel` ranks the graph is that of one rank, which has its share of
-    heads, features and vocabulary; every rank must be given the same inputs. `collectives` names what takes the place
-    of the all-reduce after "o" or "down", "scatter" or "gather" (see `rewrite.with_collectives`): {"o": "gather"} is
-    NanoFlow's layer of two all-gathers and one all-reduce, whose weight "layer/o.columns" is sharded by columns.
-    Of a mixture of experts every rank has its features of all experts, or with `expert_rank` the whole experts of
-    that rank; all ranks route all tokens, and what experts give is summed as after "down".
+    Inputs: tokens i64, decode first; decode_positions and prefill_positions i64, the place of each sequence's first new
+    token. Outputs: logits of every sequence's last token, decode first, and next, their argmax. The graph of a rank's
+    share (`ModelConfig.share`) has the collectives between the ranks, each of which must be given the same inputs.
+    `collectives` names what takes the place of the all-reduce after "o" or "down", "scatter" or "gather" (see
+    `rewrite.with_collectives`): {"o": "gather"} is NanoFlow's layer of two all-gathers and one all-reduce, whose weight
+    "layer/o.columns" is sharded by columns. Every rank routes all tokens to experts, and what these give is summed as
+    after "down".
     """
-    if prefill_tokens % prefill_sequences:
+    if prefill.tokens % prefill.sequences:
         raise tg.GraphError(
-            f"{prefill_tokens} prefill tokens are no multiple of {prefill_sequences} sequences; all have equally many."
+            f"{prefill.tokens} prefill tokens are no multiple of {prefill.sequences} sequences; all have equally many."
         )
-    share = config.share(tensor_parallel, expert_rank)
-    tokens = decode_tokens + prefill_tokens
-    groups = [
-        _Group("decode", decode_tokens, 0, decode_tokens, decode_cache or decode_context, decode_context),
-        _Group(
-            "prefill", prefill_sequences, decode_tokens, prefill_tokens, prefill_cache or prefill_context,
-            prefill_context,
-        ),
-    ]  # fmt: skip
-    groups = [g for g in groups if g.tokens]
-    b = tg.GraphBuilder(f"{config.name}-mixed-{decode_tokens}+{prefill_tokens}-tp{tensor_parallel}")
-    positions = {g.kind: b.input(f"{g.kind}_positions", (g.sequences,), "i64") for g in groups}
+    parts = [_Part("decode", decode, 0), _Part("prefill", prefill, decode.tokens)]
+    parts = [part for part in parts if part.of.tokens]
+    b = tg.GraphBuilder(f"{config.name}-mixed-{decode.tokens}+{prefill.tokens}-tp{config.ranks}")
+    positions = {part.kind: b.input(f"{part.kind}_positions", (part.of.sequences,), "i64") for part in parts}
 
     def attend(layer: Layer, x: tg.Value) -> tg.Value:
         whole = attention_of(layer, x)
         mixed = [
-            (whole if g.tokens == tokens else whole.rows(g.first, g.last)).over(
-                positions[g.kind], g.cache, g.context, f"{g.kind}_"
+            (whole if len(parts) == 1 else whole.rows(part.first, part.first + part.of.tokens)).over(
+                positions[part.kind], part.of.cache or part.of.context, part.of.context, f"{part.kind}_"
             )
-            for g in groups
+            for part in parts
         ]
         return mixed[0] if len(mixed) == 1 else tg.ops.concat_rows(mixed, name=layer.name("attention_rows"))
 
-    x, table = layers(b, share, b.input("tokens", (tokens,), "i64"), dtype, attend, tensor_parallel)
-    b.output(*sampled(b, share, _last_tokens(x, groups), table, dtype, tensor_parallel))
+    ids = b.input("tokens", (decode.tokens + prefill.tokens,), "i64")
+    x, table = layers(b, config, ids, dtype, attend)
+    b.output(*sampled(b, config, _last_tokens(x, parts), table, dtype))
     graph = b.build()
     if not collectives:
         return graph
-    return with_collectives(graph, {f"layer/{name}_reduce": choice for name, choice in collectives.items()})
+    return tg.rewrite.with_collectives(graph, {f"layer/{name}_reduce": choice for name, choice in collectives.items()})
 
 
-def _last_tokens(x: tg.Value, groups: list[_Group]) -> tg.Value:
+def _last_tokens(x: tg.Value, parts: list[_Part]) -> tg.Value:
     """The rows of x of every sequence's last token."""
-    parts = []
-    for group in groups:
-        each = group.tokens // group.sequences
-        rows = x if group.tokens == x.shape[0] else x.rows(group.first, group.last)
-        parts.append(
-            rows if each == 1 else tg.ops.slice_rows(rows, each - 1, group.tokens, each, name=f"{group.kind}_last")
+    last = []
+    for part in parts:
+        mine, each = part.tokens(x), part.of.tokens // part.of.sequences
+        last.append(
+            mine if each == 1 else tg.ops.slice_rows(mine, each - 1, part.of.tokens, each, name=f"{part.kind}_last")
         )
-    return parts[0] if len(parts) == 1 else tg.ops.concat_rows(parts, name="last_tokens")
+    return last[0] if len(last) == 1 else tg.ops.concat_rows(last, name="last_tokens")

@@ -61,18 +61,29 @@ def load_shard(
     source: llama.TensorSource,
     dtype: str,
     rank: int,
-    ranks: int,
     *,
-    whole_experts: bool = False,
     collectives: Mapping[str, str] | None = None,
 ) -> dict[str, "torch.Tensor"]:
-    """The weights of rank `rank` of a step of the whole model `config`: a `mixed_step` with these `collectives`, or a
-    `step_graph`. With `whole_experts` the ranks share experts out and not their features, as with `expert_rank`."""
-    if ranks == 1:
+    """The weights of rank `rank`, whose share of the model is `config` (`ModelConfig.share`), cut out of the whole
+    model's tensors in `source`: for a `step_graph`, or a `mixed_step` with these `collectives`."""
+    if config.ranks == 1:
         return llama.load_weights(config, source, dtype)
     gathered = [name for name, choice in (collectives or {}).items() if choice == "gather"]
     axes = {f"{name}_proj": 0 for name in gathered}
-    shard = Shard(source, rank, ranks, whole_experts, axes, config.tie_embeddings)
-    mine = replace(config.share(ranks, rank if whole_experts else None), tie_embeddings=False)
+    e = config.experts
+    whole_experts = e is not None and e.ranks > 1
+    shard = Shard(source, rank, config.ranks, whole_experts, axes, config.tie_embeddings)
+    held = replace(e, rank=rank) if e is not None and whole_experts else e
+    mine = replace(config, tie_embeddings=False, experts=held)
     weights = llama.load_weights(mine, shard, dtype)
     return {f"{n}.columns" if n.rpartition("/")[2] in gathered else n: w for n, w in weights.items()}
+
+
+def check_share(config: ModelConfig, group: "tg.distributed.Group | None") -> None:
+    """GraphError unless `config` is the share of one of the group's ranks, or without a group the whole model."""
+    ranks = 1 if group is None else group.size
+    if config.ranks != ranks:
+        raise tg.GraphError(
+            f"{config.name} is the share of one of {config.ranks} ranks, and {ranks} run it; "
+            f"give config.share({ranks}) of the whole model."
+        )

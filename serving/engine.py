@@ -7,22 +7,17 @@ stop token is noticed one step late, which costs one token.
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Required, Self, TypedDict, Unpack
 
 import numpy as np
 
-import taskgraph as tg
 from taskgraph.errors import ExecutionError, RequestError
-from taskgraph.models.config import ModelConfig
-from taskgraph.models.paged import COLUMNS, PageShape
-from taskgraph.runtime.dtypes import dtype_of
+from taskgraph.models.paged import PageShape
 from taskgraph.serving.cache.disk import DiskTier
 from taskgraph.serving.cache.pages import PagedCache, block_keys
-from taskgraph.serving.known_plans import Planner
+from taskgraph.serving.options import Memory, Policy
 from taskgraph.serving.requests import (
     CANCELLED,
     FAILED,
@@ -36,13 +31,10 @@ from taskgraph.serving.requests import (
     number,
     whole,
 )
-from taskgraph.serving.runners.planned import CpuRunner, PagedRunner, Runner
+from taskgraph.serving.runners.runner import PagedRunner, Runner
 from taskgraph.serving.sampling import Chances
 from taskgraph.serving.scheduler import FREE, Batch, Ints, Limits, Scheduler, Taken, Waiting
 from taskgraph.serving.steering import Steer
-
-if TYPE_CHECKING:
-    import torch
 
 _NOTHING = StepOutput(np.empty(0, np.int64), np.empty(0, np.int64))
 _STEP_RAISED = "a step raised; the engine dropped what it had."
@@ -60,7 +52,7 @@ class Stats:
     hidden_s: float = 0.0
 
 
-class Engine:
+class Engine(AbstractContextManager["Engine"]):
     """Serves requests by continuous batching over a runner and a paged cache."""
 
     def __init__(
@@ -70,16 +62,14 @@ class Engine:
         limits: Limits,
         *,
         vocabulary: int,
-        prefix_sharing: bool = True,
-        expected_output: float | None = None,
-        most_waiting: int = 100_000,
+        policy: Policy | None = None,
     ) -> None:
-        """`expected_output` is how many tokens a request gives, to begin with; the engine goes on to learn it. Without
-        it a request is let in when there is room for its max_tokens, so that none is ever pre-empted."""
-        self.runner, self.cache, self.limits = runner, cache, limits
-        self.scheduler = Scheduler(limits, cache, prefix_sharing=prefix_sharing, expected_output=expected_output)
+        self.runner, self.cache, self.limits, self.policy = runner, cache, limits, policy or Policy()
+        self.scheduler = Scheduler(
+            limits, cache, prefix_sharing=self.policy.prefix_sharing, expected_output=self.policy.expected_output
+        )
         self.stats = Stats()
-        self.vocabulary, self._most_waiting = vocabulary, most_waiting
+        self.vocabulary = vocabulary
         self._numbers = itertools.count()
         self._arrived: deque[Waiting] = deque()
         self._cancelled: deque[int] = deque()
@@ -118,8 +108,8 @@ class Engine:
         if request.logprobs is not None and not hasattr(self.runner, "chances"):
             kind = type(self.runner).__name__
             raise RequestError(f"logprobs is not supported by this engine: a {kind} has no logits.", "logprobs")
-        if self.waiting >= self._most_waiting:
-            raise RequestError(f"{self._most_waiting} requests wait already; try again later.")
+        if self.waiting >= self.policy.most_waiting:
+            raise RequestError(f"{self.policy.most_waiting} requests wait already; try again later.")
         keys = block_keys(prompt, self.cache.page_size) if self.scheduler.prefix_sharing else []
         arrival = self.runner.now() if arrival_s is None else number("arrival_s", arrival_s, -1e18, 1e18, "seconds")
         waiting = Waiting(next(self._numbers), request, prompt, arrival, keys, steer=Steer.of(request))
@@ -300,85 +290,21 @@ class Engine:
                 self.cache.disk.close()
             self.runner.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
-
-
-class Options(TypedDict, total=False):
-    """What an engine over pages may be told.
-
-    `pages` of `page_size` tokens (a multiple of 32) are the device's; `host_pages`, and `disk_pages` in the folder
-    `disk`, are the tiers behind it. The others are those of `Engine`.
-    """
-
-    pages: Required[int]
-    page_size: int
-    host_pages: int
-    disk: Path | None
-    disk_pages: int
-    prefix_sharing: bool
-    expected_output: float | None
-    most_waiting: int
 
 
 def paged_engine(
     make: Callable[[PageShape], PagedRunner],
     limits: Limits,
+    memory: Memory,
     vocabulary: int,
-    *,
-    pages: int,
-    page_size: int = 32,
-    host_pages: int = 0,
-    disk: Path | None = None,
-    disk_pages: int = 0,
-    prefix_sharing: bool = True,
-    expected_output: float | None = None,
-    most_waiting: int = 100_000,
+    policy: Policy | None = None,
 ) -> Engine:
-    """An engine over the runner that `make` gives for these pages, as `Options` says. RequestError when they
-    contradict each other."""
-    for name, value in (
-        ("pages", pages),
-        ("page_size", page_size),
-        ("host_pages", host_pages),
-        ("disk_pages", disk_pages),
-    ):
-        whole(name, value)
-    if expected_output is not None:
-        number("expected_output", expected_output, 0.0, 1e12, "how many tokens a request gives")
-    if page_size < 1 or page_size % COLUMNS or pages < 1 or host_pages < 0 or (disk is None) != (disk_pages < 1):
-        raise RequestError(
-            f"{pages} pages of {page_size} tokens, {host_pages} on the host, {disk_pages} in {disk}: give at least one "
-            f"page, a multiple of {COLUMNS} tokens, and a folder if and only if there are pages on disk."
-        )
-    runner = make(PageShape(pages, page_size, limits.context, host_pages))
-    tier = None if disk is None else DiskTier(disk, disk_pages, runner.read_page, runner.write_page)
-    return Engine(
-        runner, PagedCache(pages, page_size, host_pages, tier), limits, vocabulary=vocabulary,
-        prefix_sharing=prefix_sharing, expected_output=expected_output, most_waiting=most_waiting,
-    )  # fmt: skip
-
-
-def cpu_engine(
-    config: ModelConfig,
-    weights: "Mapping[str, torch.Tensor]",
-    limits: Limits,
-    *,
-    dtype: str = "auto",
-    device: "str | tg.Device" = "cpu",
-    planner: "Planner | None" = None,
-    **options: Unpack[Options],
-) -> Engine:
-    """An engine on this machine's cores. `weights` are those of `llama.load_weights` in `dtype` ("auto": theirs)."""
-    dtype = dtype_of(weights, dtype)
-    return paged_engine(
-        lambda shape: CpuRunner(config, weights, shape, limits, dtype=dtype, device=device, planner=planner),
-        limits,
-        config.vocab_size,
-        **options,
-    )
+    """An engine over the runner that `make` gives for these pages."""
+    runner = make(PageShape(memory.pages, memory.page_size, limits.context, memory.host_pages))
+    tier = None
+    if memory.disk is not None:
+        tier = DiskTier(memory.disk, memory.disk_pages, runner.read_page, runner.write_page)
+    cache = PagedCache(memory.pages, memory.page_size, memory.host_pages, tier)
+    return Engine(runner, cache, limits, vocabulary=vocabulary, policy=policy)

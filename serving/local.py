@@ -1,26 +1,26 @@
 """An engine on this machine from a checkpoint, with its tokenizer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+import taskgraph as tg
 from taskgraph.errors import BackendUnavailable, PlanError
 from taskgraph.models.llama import load_weights
 from taskgraph.models.shards import load_shard
 from taskgraph.models.tokenizer import Tokenizer
 from taskgraph.models.weights import open_checkpoint
-from taskgraph.runtime.dtypes import Picked, pick
-from taskgraph.serving.engine import Engine, Options, cpu_engine
-from taskgraph.serving.known_plans import KnownPlans, Planner
-from taskgraph.serving.runners.ranked import RanksRunner, ranks_engine
+from taskgraph.serving.engine import Engine
+from taskgraph.serving.options import Memory, Planner, Target
+from taskgraph.serving.runners.cpu import cpu_engine
+from taskgraph.serving.runners.parallel import RanksRunner, ranks_engine
 from taskgraph.serving.scheduler import Limits
 
 if TYPE_CHECKING:
     import torch
 
-    from taskgraph.runtime.distributed import Group
-
 PAGE = 32
+"""Tokens of a page."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class LocalModel:
     engine: Engine
     tokenizer: Tokenizer
     vocabulary: int
-    picked: Picked
+    picked: "tg.dtypes.Picked"
 
     @property
     def processes(self) -> tuple[int | None, ...]:
@@ -42,69 +42,60 @@ class LocalModel:
 
 def open_local(
     source: str,
+    limits: Limits,
+    target: Target | None = None,
     *,
     dtype: str = "auto",
-    sequences: int = 32,
-    tokens: int = 256,
-    context: int = 2048,
     pages: int = 0,
     warm: bool = True,
-    device: str = "cpu",
-    tensor_parallel: int = 1,
-    expert_parallel: bool = False,
-    planner: Planner | None = None,
+    planner: str | Planner = "auto",
 ) -> LocalModel:
     """The checkpoint's engine, with `pages` pages of 32 tokens (0: room for a quarter of what all sequences may have).
 
-    With `warm` every step is planned and captured now. `dtype` is "bf16", "f32", or "auto" for the faster one here.
-    `device` is "cpu", "gpu" for this machine's, or a virtual one ("virtual:h100_sxm"), which computes on the CPU what a
-    GPU would. With `tensor_parallel` ranks each is a process that loads its shard, or with `expert_parallel` its whole
-    experts. PlanError for a dtype that is none; RequestError for limits; GraphError for ranks that cannot share the
-    model; BackendUnavailable without the GPU, or for ranks on GPUs. `planner` makes the plans of the steps of one rank,
-    or knows them (`KnownPlans`).
+    `limits` bound its batches; their context is cut to the model's. `target` says where it runs (default: one process
+    on this machine's cores). With `warm` every step is planned and captured now. `dtype` is "bf16", "f32", or "auto"
+    for the faster one here. `planner` plans the steps of one rank: a scheduler's name, or a function like
+    `tg.KnownPlans`. PlanError for a dtype that is none; GraphError for ranks that cannot share the model;
+    BackendUnavailable without the GPU, or for ranks on GPUs.
     """
-    if expert_parallel and tensor_parallel < 2:
-        raise PlanError("experts are shared out between ranks, and there is one; choose tensor_parallel of 2 or more.")
-    if isinstance(planner, KnownPlans) and planner.files and (tensor_parallel > 1 or not warm):
+    on, known = target or Target(), planner if isinstance(planner, tg.KnownPlans) else None
+    if known is not None and known.files and (on.ranks > 1 or not warm):
         raise PlanError("plan files are for one rank whose steps are planned at the start; leave --plan out.")
-    if device != "cpu" and tensor_parallel > 1:
+    if on.device != "cpu" and on.ranks > 1:
         raise BackendUnavailable("ranks are processes on CPUs; serving over several GPUs is not built. Give one rank.")
-    picked = pick(dtype, "cpu" if device == "cpu" else "cuda", None if device in ("cpu", "gpu") else device)
-    dtype = picked.dtype
+    picked = tg.dtypes.pick(dtype, on.backend, on.run_on)
     with open_checkpoint(source) as checkpoint:
         config, tokenizer = checkpoint.config, checkpoint.tokenizer()
-        weights = load_weights(config, checkpoint, dtype) if tensor_parallel == 1 else {}
-    limits = Limits(sequences, tokens, chunks=min(16, sequences), context=min(context, config.max_context))
-    room: Options = {
-        "pages": pages or max(sequences * limits.context // PAGE // 4, limits.context // PAGE), "page_size": PAGE,
-    }  # fmt: skip
-    if device != "cpu":
+        weights = load_weights(config, checkpoint, picked.dtype) if on.ranks == 1 else {}
+    limits = replace(limits, context=min(limits.context, config.max_context))
+    memory = Memory(pages or max(limits.sequences * limits.context // PAGE // 4, limits.context // PAGE))
+    if on.device != "cpu":
         from taskgraph.serving.runners.gpu import gpu_engine
 
-        run_on = None if device == "gpu" else device
-        engine = gpu_engine(config, weights, limits, dtype=dtype, device=run_on, planner=planner, **room)
-    elif tensor_parallel == 1:
-        engine = cpu_engine(config, weights, limits, dtype=dtype, planner=planner, **room)
+        engine = gpu_engine(config, weights, limits, memory, device=on.run_on, planner=planner)
+    elif on.ranks == 1:
+        engine = cpu_engine(config, weights, limits, memory, planner=planner)
     else:
-        load = partial(load_rank, source, dtype, expert_parallel)
-        engine = ranks_engine(config, load, limits, tensor_parallel, dtype=dtype, whole_experts=expert_parallel, **room)
+        load = partial(load_rank, source, picked.dtype, on.whole_experts)
+        engine = ranks_engine(config, load, limits, memory, on.ranks, whole_experts=on.whole_experts)
     if warm:
-        _warm(engine, planner)
+        _warm(engine, known)
     return LocalModel(config.name, engine, tokenizer, config.vocab_size, picked)
 
 
-def _warm(engine: Engine, planner: Planner | None) -> None:
+def _warm(engine: Engine, known: "tg.KnownPlans | None") -> None:
     """The engine's owner has it only when this has gone well, and every plan that was given is used."""
     try:
         engine.runner.warm()
-        if isinstance(planner, KnownPlans):
-            planner.check_used()
+        if known is not None:
+            known.check_used()
     except BaseException:
         engine.close()
         raise
 
 
-def load_rank(source: str, dtype: str, whole_experts: bool, group: "Group") -> "dict[str, torch.Tensor]":
+def load_rank(source: str, dtype: str, whole_experts: bool, group: "tg.distributed.Group") -> "dict[str, torch.Tensor]":
     """The shard of a checkpoint that the group's rank has."""
     with open_checkpoint(source) as checkpoint:
-        return load_shard(checkpoint.config, checkpoint, dtype, group.rank, group.size, whole_experts=whole_experts)
+        share = checkpoint.config.share(group.size, group.rank if whole_experts else None)
+        return load_shard(share, checkpoint, dtype, group.rank)

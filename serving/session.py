@@ -1,23 +1,44 @@
 """Generation on the runtime: one captured plan for each step shape, a static KV cache, greedy tokens."""
 
 import math
+import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import taskgraph as tg
 from taskgraph.models import llama
 from taskgraph.models.config import ModelConfig
-from taskgraph.runtime.cpu.executable import CpuExecutable
-from taskgraph.runtime.distributed import Group, one_plan, rank_device
-from taskgraph.runtime.dtypes import dtype_of
-from taskgraph.serving.known_plans import Planner
+from taskgraph.models.shards import check_share
+from taskgraph.serving.options import Planner, planner_of
 
 if TYPE_CHECKING:
     import torch
 
-    from taskgraph.runtime.gpu.executable import CudaExecutable
+
+class Fed(tg.Executable, Protocol):
+    """An executable whose inputs can be written in place."""
+
+    @property
+    def inputs(self) -> Mapping[str, Any]:
+        """The input buffers by tensor name."""
+        ...
+
+
+@runtime_checkable
+class SelfTimed(Protocol):
+    """An executable that times its own replays: a GPU's, by events."""
+
+    @property
+    def kind(self) -> str:
+        """What its times are: "measured" or "simulated"."""
+        ...
+
+    def replay_seconds(self, launches: int) -> float:
+        """Seconds of a replay, the mean of so many in a row."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,23 +47,24 @@ class CapturedStep:
 
     graph: tg.Graph
     plan: tg.Plan
-    executable: "CpuExecutable | CudaExecutable"
+    executable: Fed
 
     @property
     def kind(self) -> str:
         """What the times of its replays are: "measured", or "simulated" on a virtual device."""
-        return "measured" if isinstance(self.executable, CpuExecutable) else self.executable.kind
+        return self.executable.kind if isinstance(self.executable, SelfTimed) else "measured"
 
 
-class Session:
+class Session(AbstractContextManager["Session"]):
     """Weights and KV cache of `batch` sequences, and the captured steps that work on them.
 
-    `dtype` is "bf16" or "f32", "auto" that of the weights; `cache` the most tokens a sequence may have. Steps are
-    planned and captured at first use and kept. With a `group` this is one rank's session and `weights` are its shard
-    (`shards.load_shard`); all ranks of the group must make the same calls, and all get the same results.
-    `whole_experts`: ranks share out the experts of a layer, not the features of each. With backend "cuda" they run on
-    this machine's GPU, or on the virtual `device`; weights and cache are on it once. `planner` makes the plans, or
-    knows them (`KnownPlans`).
+    The weights' dtype, bf16 or f32, is that of the cache and of all products; a sequence may have `cache` tokens at
+    most. Steps are planned by `planner`, the name of a scheduler or a function like `tg.KnownPlans`, and captured at
+    first use, and kept. With backend "cuda" they run on this machine's GPU, or on the virtual `device`; weights and
+    cache are on it once.
+
+    With a `group` this is one rank's session: `config` is its share of the model (`ModelConfig.share`), and `weights`
+    are that share's (`shards.load_shard`). All ranks of the group must make the same calls, and get the same results.
     """
 
     def __init__(
@@ -50,43 +72,36 @@ class Session:
         config: ModelConfig,
         weights: Mapping[str, "torch.Tensor"],
         *,
-        dtype: str = "auto",
         batch: int = 1,
         cache: int = 512,
-        scheduler: str = "auto",
-        group: Group | None = None,
-        whole_experts: bool = False,
+        planner: str | Planner = "auto",
         backend: str = "cpu",
         device: str | None = None,
-        planner: Planner | None = None,
+        group: "tg.distributed.Group | None" = None,
     ) -> None:
         if not 1 <= cache <= config.max_context:
             raise tg.PlanError(f"cache is {cache} tokens; {config.name} takes 1 to {config.max_context}.")
-        dtype = dtype_of(weights, dtype)
-        self.config, self.dtype, self.batch, self.cache, self.scheduler = config, dtype, batch, cache, scheduler
-        self._group, self._ranks = group, 1 if group is None else group.size
-        self._expert_rank = group.rank if group is not None and whole_experts else None
-        self.backend, self._run_on, self._plan = backend, device, planner or tg.plan
-        self._device: str | tg.Device = "cpu" if group is None else rank_device(group)
-        share = config.share(self._ranks, self._expert_rank)
-        self._bound: Mapping[str, Any] = {**weights, **llama.make_cache(share, batch, cache, dtype)}
+        check_share(config, group)
+        self.config, self.dtype, self.batch, self.cache = config, tg.dtypes.dtype_of(weights), batch, cache
+        self._group, self._planner = group, planner
+        self.backend, self._run_on = backend, device
+        self._device: str | tg.Device = "cpu" if group is None else tg.distributed.rank_device(group)
+        self._bound: Mapping[str, Any] = {**weights, **llama.make_cache(config, batch, cache, self.dtype)}
+        self._on_gpu: tg.gpu.DeviceTensors | None = None
         if backend == "cuda":
-            from taskgraph.runtime.gpu.arrays import DeviceTensors
-            from taskgraph.runtime.gpu.spec import planning_device
+            self._device = tg.gpu.planning_device(device)
+            self._bound = self._on_gpu = tg.gpu.DeviceTensors(self._bound, device)
+        self._steps: dict[tuple[int, bool, str | Planner], CapturedStep] = {}
 
-            self._device, self._bound = planning_device(device), DeviceTensors(self._bound, device)
-        self._steps: dict[tuple[int, bool, str], CapturedStep] = {}
-
-    def step(self, tokens: int, all_logits: bool = False, scheduler: str | None = None) -> CapturedStep:
-        """The captured step of `tokens` new tokens a sequence (1 is decode)."""
-        chosen = scheduler or self.scheduler
+    def step(self, tokens: int, all_logits: bool = False, planner: str | Planner | None = None) -> CapturedStep:
+        """The captured step of `tokens` new tokens a sequence (1 is decode); `planner` if not the session's."""
+        chosen = planner or self._planner
         key = (tokens, all_logits, chosen)
         if key not in self._steps:
             graph = llama.step_graph(
-                self.config, batch=self.batch, tokens=tokens, cache=self.cache, dtype=self.dtype,
-                all_logits=all_logits, tensor_parallel=self._ranks, expert_rank=self._expert_rank,
-            )  # fmt: skip
-            plan = one_plan(graph, self._group, lambda: self._plan(graph, self._device, chosen))
+                self.config, batch=self.batch, tokens=tokens, cache=self.cache, dtype=self.dtype, all_logits=all_logits
+            )
+            plan = tg.distributed.one_plan(graph, self._group, lambda: planner_of(chosen)(graph, self._device))
             executable: Any = tg.compile(graph, plan, self.backend, device=self._run_on, group=self._group)
             wanted = {t.name for t in graph.flat().with_role("weight", "state")}
             executable.bind({name: t for name, t in self._bound.items() if name in wanted})
@@ -141,21 +156,16 @@ class Session:
         for step in self._steps.values():
             step.executable.close()
         self._steps.clear()
-        if self.backend == "cuda":
-            self._bound.close()  # type: ignore[attr-defined]
+        if self._on_gpu is not None:
+            self._on_gpu.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
 def step_seconds(steps: Sequence[CapturedStep]) -> list[float]:
     """Seconds of a replay of each step as its inputs stand: a GPU times itself by events, a CPU by the clock."""
-    timed = [step.executable for step in steps if not isinstance(step.executable, CpuExecutable)]
+    timed = [step.executable for step in steps if isinstance(step.executable, SelfTimed)]
     if timed:
         return [executable.replay_seconds(7) for executable in timed]
     return median_seconds([step.executable.launch for step in steps])
@@ -163,13 +173,10 @@ def step_seconds(steps: Sequence[CapturedStep]) -> list[float]:
 
 def median_seconds(runs: Sequence[Callable[[], object]], rounds: int = 7) -> list[float]:
     """Median seconds of each callable over `rounds` interleaved rounds, so that drift hits all alike."""
-    import statistics
-    import time
-
     times: list[list[float]] = [[] for _ in runs]
     for _ in range(rounds):
-        for row, run in zip(times, runs, strict=True):
+        for seconds, run in zip(times, runs, strict=True):
             begin = time.perf_counter()
             run()
-            row.append(time.perf_counter() - begin)
-    return [statistics.median(row) for row in times]
+            seconds.append(time.perf_counter() - begin)
+    return [statistics.median(seconds) for seconds in times]

@@ -7,7 +7,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from taskgraph import cache as cache
+    from taskgraph import observe as observe
     from taskgraph import ops as ops
+    from taskgraph import record as record
+    from taskgraph import rewrite as rewrite
+    from taskgraph import units as units
     from taskgraph.cache import CacheWarning
     from taskgraph.cost.profiles import ProfileDB
     from taskgraph.errors import (
@@ -36,12 +41,18 @@ if TYPE_CHECKING:
     from taskgraph.observe.report import write_report
     from taskgraph.observe.trace import write_trace
     from taskgraph.observe.tuned import explain_tuned
+    from taskgraph.runtime import distributed as distributed
+    from taskgraph.runtime import dtypes as dtypes
     from taskgraph.runtime.backend import Executable, compile
+    from taskgraph.runtime.bank import GraphBank
+    from taskgraph.runtime.cpu import public as cpu
+    from taskgraph.runtime.gpu import public as gpu
     from taskgraph.schedule.audit import audit
     from taskgraph.schedule.plan import Bounds, Lane, Period, Plan, Span, Step, Timeline, Verdict
     from taskgraph.schedule.planner import plan
     from taskgraph.schedule.sliced import verify
     from taskgraph.tune.autotune import Tuned, autotune
+    from taskgraph.tune.known import KnownPlans
 
 __version__ = "0.1.0"
 
@@ -62,12 +73,27 @@ _HOME = {
     "taskgraph.schedule.sliced": "verify",
     "taskgraph.observe.tuned": "explain_tuned",
     "taskgraph.runtime.backend": "Executable compile",
+    "taskgraph.runtime.bank": "GraphBank",
     "taskgraph.tune.autotune": "Tuned autotune",
+    "taskgraph.tune.known": "KnownPlans",
     "taskgraph.observe.explain": "explain",
     "taskgraph.observe.report": "write_report",
     "taskgraph.observe.trace": "write_trace",
 }
-_MODULES = {"devices": "taskgraph.graph.device", "ops": "taskgraph.ops"}
+_MODULES = {
+    "cache": "taskgraph.cache",
+    "cpu": "taskgraph.runtime.cpu.public",
+    "devices": "taskgraph.graph.device",
+    "distributed": "taskgraph.runtime.distributed",
+    "dtypes": "taskgraph.runtime.dtypes",
+    "gpu": "taskgraph.runtime.gpu.public",
+    "observe": "taskgraph.observe",
+    "ops": "taskgraph.ops",
+    "record": "taskgraph.record",
+    "rewrite": "taskgraph.rewrite",
+    "units": "taskgraph.units",
+}
+"""Public modules, by their public names. `models/` and `serving/` see these and the names of `_HOME`, nothing else."""
 _WHERE = {name: module for module, names in _HOME.items() for name in names.split()}
 
 __all__ = sorted(["__version__", *_WHERE, *_MODULES])  # noqa: PLE0605

@@ -1,7 +1,7 @@
 """The bodies of the OpenAI API that the server takes, turned into the engine's requests, and those that it gives.
 
 Here stand the kinds of JSON that fields may have; what values mean, and which are in range, is checked where Python's
-requests are (`models.requests`). Null is a field that was not given.
+requests are (`serving.requests`). Null is a field that was not given.
 """
 
 import secrets

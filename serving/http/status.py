@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from threading import Lock
 from typing import Any
 
+import taskgraph as tg
 from taskgraph.models.paged import Bucket
-from taskgraph.observe.explain import lane_place, remark, verdict_sentence
-from taskgraph.serving.runners.planned import Planned, PlanRunner, Ran
+from taskgraph.serving.runners.runner import Planned, PlanRunner, Ran
 from taskgraph.serving.service import Service
 
 READY, FAILED, STOPPING = "ok", "failed", "stopping"
@@ -101,11 +101,11 @@ def view_of(planned: Planned) -> PlanView:
         graph=plan.graph_name,
         device=plan.device.name,
         made_by=plan.made_by,
-        verdict=verdict_sentence(plan),
+        verdict=tg.observe.verdict_sentence(plan),
         source=plan.timeline.kind,
         predicted_s=plan.makespan_s,
         bound_s=plan.bounds.best_s,
-        lanes=tuple(lane_place(plan, lane) for lane in range(len(plan.lanes))),
+        lanes=tuple(tg.observe.lane_place(plan, lane) for lane in range(len(plan.lanes))),
         spans=tuple((s.op, planned.kinds.get(s.op, ""), s.lane, s.start_s - begin_s, s.end_s - begin_s) for s in spans),
     )
 
@@ -131,7 +131,7 @@ class PlanBook:
             while len(self._kept) > MOST_KEPT:
                 self._kept.popitem(last=False)
         planned, view = found
-        return view, "" if last.seconds is None else remark(planned.plan, last.seconds)
+        return view, "" if last.seconds is None else tg.observe.remark(planned.plan, last.seconds)
 
 
 def status_body(service: Service, book: PlanBook, name: str, known: str = "") -> dict[str, Any]:

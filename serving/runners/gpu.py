@@ -1,21 +1,16 @@
 """Runs the engine's batches on a GPU, real or virtual: captured steps over weights and pages that are on it once."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 
+import taskgraph as tg
 from taskgraph.models.config import ModelConfig
 from taskgraph.models.paged import PageShape
-from taskgraph.runtime.cpu.dense import TORCH_DTYPE
-from taskgraph.runtime.dtypes import dtype_of
-from taskgraph.runtime.gpu.arrays import DeviceTensors
-from taskgraph.runtime.gpu.driver import Gpu
-from taskgraph.runtime.gpu.spec import planning_device
-from taskgraph.runtime.gpu.virtual import is_virtual
-from taskgraph.serving.engine import Engine, Options, paged_engine
-from taskgraph.serving.known_plans import Planner
-from taskgraph.serving.runners.planned import CpuRunner
+from taskgraph.serving.engine import Engine, paged_engine
+from taskgraph.serving.options import Memory, Planner, Policy
+from taskgraph.serving.runners.cpu import CpuRunner
 from taskgraph.serving.scheduler import Batch, Ints, Limits
 
 
@@ -34,20 +29,20 @@ class GpuRunner(CpuRunner):
         shape: PageShape,
         limits: Limits,
         *,
-        dtype: str = "bf16",
         device: str | None = None,
-        scheduler: str = "auto",
+        planner: str | Planner = "auto",
         budget_bytes: float = 2e9,
-        planner: Planner | None = None,
     ) -> None:
         self._run_on = device
         super().__init__(
-            config, weights, shape, limits, dtype=dtype, device=planning_device(device), scheduler=scheduler,
-            budget_bytes=budget_bytes, planner=planner,
+            config, weights, shape, limits, device=tg.gpu.planning_device(device), planner=planner,
+            budget_bytes=budget_bytes,
         )  # fmt: skip
 
-    def _placed(self, weights: Mapping[str, torch.Tensor], rooms: Mapping[str, tuple[int, ...]]) -> DeviceTensors:
-        held = DeviceTensors(weights, self._run_on)
+    def _placed(
+        self, weights: Mapping[str, torch.Tensor], rooms: Mapping[str, tuple[int, ...]]
+    ) -> tg.gpu.DeviceTensors:
+        held = tg.gpu.DeviceTensors(weights, self._run_on)
         try:
             for name, shape in rooms.items():
                 held.zeros(name, shape, self.dtype, pinned=name.rpartition("/")[2].startswith("host_"))
@@ -57,18 +52,20 @@ class GpuRunner(CpuRunner):
         return held
 
     def run(self, batch: Batch) -> tuple[Ints, float]:
-        Gpu.open(self._run_on)  # current in this thread
+        tg.gpu.Gpu.open(self._run_on)  # current in this thread
         return super().run(batch)
 
     def _give(self, executable: Any, write: Callable[[Mapping[str, torch.Tensor]], None]) -> None:
         inputs = executable.inputs
-        host = {name: torch.empty(array.shape, dtype=TORCH_DTYPE[array.dtype]) for name, array in inputs.items()}
+        host = {
+            name: torch.empty(array.shape, dtype=tg.dtypes.torch_dtype(array.dtype)) for name, array in inputs.items()
+        }
         write(host)
         for name, array in inputs.items():
             array.copy_(host[name])
 
     def _measured_s(self, begin_s: float) -> float | None:
-        return None if is_virtual(self._run_on) else super()._measured_s(begin_s)
+        return None if tg.gpu.is_virtual(self._run_on) else super()._measured_s(begin_s)
 
     def _rows(self, executable: Any, name: str, rows: Ints) -> torch.Tensor:
         found: torch.Tensor = executable.outputs[name].rows(rows)
@@ -79,13 +76,13 @@ class GpuRunner(CpuRunner):
         return found
 
     def _on_host(self, name: str) -> torch.Tensor:
-        assert isinstance(self._bound, DeviceTensors)
+        assert isinstance(self._bound, tg.gpu.DeviceTensors)
         return self._bound.on_host(name)
 
     def close(self) -> None:
-        Gpu.open(self._run_on)  # as above: an engine may be closed by another thread than it began in
+        tg.gpu.Gpu.open(self._run_on)  # as above: an engine may be closed by another thread than it began in
         super().close()
-        assert isinstance(self._bound, DeviceTensors)
+        assert isinstance(self._bound, tg.gpu.DeviceTensors)
         self._bound.close()
 
 
@@ -93,20 +90,15 @@ def gpu_engine(
     config: ModelConfig,
     weights: Mapping[str, torch.Tensor],
     limits: Limits,
+    memory: Memory,
     *,
-    dtype: str = "auto",
     device: str | None = None,
-    scheduler: str = "auto",
-    planner: Planner | None = None,
-    **options: Unpack[Options],
+    planner: str | Planner = "auto",
+    policy: Policy | None = None,
 ) -> Engine:
-    """An engine on a GPU. `weights` are those of `llama.load_weights` in `dtype` ("auto": theirs); see `GpuRunner`."""
-    dtype = dtype_of(weights, dtype)
-    return paged_engine(
-        lambda shape: GpuRunner(
-            config, weights, shape, limits, dtype=dtype, device=device, scheduler=scheduler, planner=planner
-        ),
-        limits,
-        config.vocab_size,
-        **options,
-    )
+    """An engine on a GPU; see `GpuRunner`. `weights` are those of `llama.load_weights`, in bf16 or f32."""
+
+    def make(shape: PageShape) -> GpuRunner:
+        return GpuRunner(config, weights, shape, limits, device=device, planner=planner)
+
+    return paged_engine(make, limits, memory, config.vocab_size, policy)

@@ -8,17 +8,14 @@ in each, which for a time that is a maximum of linear ones errs to the slow side
 import itertools
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import taskgraph as tg
-from taskgraph.cost.model import op_table
-from taskgraph.graph.split import UNSPLIT, Split
 from taskgraph.models.config import ModelConfig
-from taskgraph.models.parallel import mixed_step
-from taskgraph.rewrite.nanobatch import apply
-from taskgraph.schedule.problem import Costs
-from taskgraph.serving.simulate.simulate import StepShape
+from taskgraph.models.parallel import Decode, Prefill, mixed_step
+from taskgraph.rewrite import UNSPLIT, Split, apply
+from taskgraph.serving.simulate.runner import StepShape
 
 TOKENS = (1, 64, 256, 1024, 2048, 4096, 8192)
 DECODE = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
@@ -30,7 +27,8 @@ LEAST_S = 0.05
 SELDOM, OFTEN = 0.01, 0.15
 """Shares of the steps: a corner below the first is packed by lists, and slices are searched for from the second on."""
 FIRST_EIGHTHS = 3
-"""Of the tokens, in the first of two slices, as in NanoFlow's 768 + 1280: a short search finds more in given slices."""
+"""How many eighths of the tokens go to the first of two slices, as in NanoFlow's 768 + 1280: a short search finds more
+in given slices."""
 
 VARIANTS = ("sequential", "nanobatch_only", "taskgraph")
 """A step as one graph op after op, in our plan's slices op after op, and as planned."""
@@ -41,25 +39,25 @@ Corner = tuple[int, float, int]
 
 
 class StepGrid:
-    """Times of the steps of one rank of `model`, planned by search for `budget_s` seconds at every corner.
+    """Times of the steps of `config`, a model or one rank's share of it, planned by search for `budget_s` seconds at
+    every corner.
 
-    `prompt_tokens` is the prompts' mean length; `costs` prices the ops (default: the cost model)."""
+    `prompt_tokens` is the prompts' mean length. `plan` is `tg.plan`, or like it with other costs."""
 
     def __init__(
         self,
         config: ModelConfig,
         device: str | tg.Device,
         *,
-        tensor_parallel: int = 1,
         prompt_tokens: float = 512,
         budget_s: float = 0.5,
         seed: int = 0,
-        costs: Costs = op_table,
+        plan: Callable[..., tg.Plan] = tg.plan,
         collectives: Mapping[str, str] | None = None,
     ) -> None:
-        self.config, self.device, self.tensor_parallel = config, tg.devices.get(device), tensor_parallel
+        self.config, self.device = config, tg.devices.get(device)
         self.chunk = min(CHUNKS, key=lambda n: abs(n - prompt_tokens))
-        self._budget_s, self._seed, self._costs, self._collectives = budget_s, seed, costs, collectives
+        self._budget_s, self._seed, self._plan_by, self._collectives = budget_s, seed, plan, collectives
         self.planned: dict[Corner, tuple[tg.Graph, tg.Plan]] = {}
         self._split: dict[Corner, Split] = {}
         self._seconds: dict[tuple[str, Corner], float] = {}
@@ -93,11 +91,11 @@ class StepGrid:
 
     def _variant(self, variant: str, key: Corner) -> float:
         if variant == "sequential":
-            return self._in_turn(self._graph_of(key))
+            return self._sequential(self._graph_of(key))
         if key not in self.planned:
             self._plan(key, self._budget_s * min(key[0] / 1024, 1.0), 1.0)  # a small step has little to overlap
         sliced, plan = self.planned[key]
-        return plan.makespan_s if variant == "taskgraph" else self._in_turn(sliced)
+        return plan.makespan_s if variant == "taskgraph" else self._sequential(sliced)
 
     def _plan(self, key: Corner, budget_s: float, share: float) -> None:
         """Keep the best plan of a corner, and the graph whose ops it runs."""
@@ -112,9 +110,9 @@ class StepGrid:
 
         def make(sliced: tg.Graph, nano_batches: bool) -> tg.Plan:
             seconds = max(budget_s / (len(given) + searched), LEAST_S)
-            return tg.plan(
+            return self._plan_by(
                 sliced, self.device, "list" if share < SELDOM else "search", budget_s=seconds, seed=self._seed,
-                nano_batches=nano_batches, costs=self._costs,
+                nano_batches=nano_batches,
             )  # fmt: skip
 
         for split in given:
@@ -145,8 +143,8 @@ class StepGrid:
         decode = round(tokens * share)
         return self.graph(decode, context, tokens - decode)
 
-    def _in_turn(self, graph: tg.Graph) -> float:
-        return tg.plan(graph, self.device, "sequential", costs=self._costs).makespan_s
+    def _sequential(self, graph: tg.Graph) -> float:
+        return self._plan_by(graph, self.device, "sequential").makespan_s
 
     def graph(self, decode: int, context: int, prefill: int) -> tg.Graph:
         """One rank's step: `decode` sequences that see `context` keys, and `prefill` tokens in chunks."""
@@ -154,9 +152,8 @@ class StepGrid:
         while prefill % chunks:
             chunks -= 1
         return mixed_step(
-            self.config, tensor_parallel=self.tensor_parallel, decode_tokens=decode, decode_context=context,
-            prefill_tokens=prefill, prefill_sequences=chunks,
-            prefill_context=max(self.chunk, prefill // chunks), collectives=self._collectives,
+            self.config, Decode(decode, context), Prefill(prefill, max(self.chunk, prefill // chunks), chunks),
+            collectives=self._collectives,
         )  # fmt: skip
 
 

@@ -154,7 +154,7 @@ class Percentiles:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class Replay:
     """What a replay gave. `kind` says whose seconds these are: measured, or simulated.
 
     `steady_tokens_per_s` counts the tokens of the requests that ended in the middle half of all, by the time between;
@@ -173,7 +173,7 @@ class Report:
     latency: Percentiles | None
 
 
-def replay(engine: Engine, trace: Sequence[Arrival], kind: str, *, vocabulary: int, seed: int = 0) -> Report:
+def replay(engine: Engine, trace: Sequence[Arrival], kind: str, *, vocabulary: int, seed: int = 0) -> Replay:
     """Serve the trace on the engine, with prompts of random tokens, and sum up."""
     check(engine, trace)
     arrivals = sorted(trace, key=lambda a: a.arrival_s)
@@ -199,13 +199,13 @@ def check(engine: Engine, trace: Sequence[Arrival]) -> None:
             )
 
 
-def summed_up(arrivals: Sequence[Arrival], done: Sequence[Completion], begin_s: float, steps: int, kind: str) -> Report:
-    """The report of completions that belong to the arrivals one by one."""
+def summed_up(arrivals: Sequence[Arrival], done: Sequence[Completion], begin_s: float, steps: int, kind: str) -> Replay:
+    """What was given, of completions that belong to the arrivals one by one."""
     ends = np.array([c.end_s for c in done])
     seconds = float(ends.max() - begin_s)
     tokens = np.array([a.computed_tokens for a in arrivals])
     output = sum(len(c.tokens) for c in done)
-    return Report(
+    return Replay(
         kind=kind,
         requests=len(done),
         steps=steps,

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+import taskgraph as tg
 from taskgraph.cli.console import paragraphs, screen, status
-from taskgraph.cli.serve import known
+from taskgraph.cli.serve import known, limits_of
 from taskgraph.errors import PlanError, RequestError
 
 if TYPE_CHECKING:
-    from taskgraph.serving.known_plans import KnownPlans
-    from taskgraph.serving.simulate.traces import Arrival, Percentiles, Report
+    from taskgraph.serving.options import Target
+    from taskgraph.serving.scheduler import Limits
+    from taskgraph.serving.simulate.traces import Arrival, Percentiles, Replay
 
 
 def register(app: typer.Typer) -> None:
@@ -60,39 +62,23 @@ def bench_serve(
     Prompts are random tokens, and every request gives all its output tokens. On the cpu the engine runs the model and
     times are measured; for another device steps take the time of their plans, and all times are simulated.
     """
-    arrivals = _arrivals(trace, dataset, requests, rate, context, seed)
+    from taskgraph.serving.options import Target
+
+    arrivals, target = _arrivals(trace, dataset, requests, rate, context, seed), Target(device, ranks)
     if device == "cpu":
-        asked = _Replay(model, arrivals, ranks, context, sequences or 32, step_tokens or 256, seed)
-        report = _measured(asked, dtype, known(plans, remembered, device))
+        limits = limits_of(sequences or 32, step_tokens or 256, context)
+        report = _measured(model, arrivals, limits, target, dtype, known(plans, remembered, target), seed)
     else:
         if plans:
             raise PlanError("--plan is for steps that run; a simulated replay plans its own. Leave it out.")
-        asked = _Replay(model, arrivals, ranks, context, sequences or 1024, step_tokens or 2048, seed)
-        report = _simulated(asked, device, variant, plan_seconds)
+        limits = limits_of(sequences or 1024, step_tokens or 2048, context)
+        report = _simulated(model, arrivals, limits, target, variant, plan_seconds, seed)
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(report)))
     else:
         here = "this machine" if ranks == 1 else f"{ranks} ranks of this machine"
         where = here if device == "cpu" else f"{ranks} x {device}, {variant}"
         screen.print(_table(report, f"{model} on {where} ({report.kind})"))
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Replay:
-    """What is replayed, by how many ranks, and the limits of its steps: sequences, and tokens."""
-
-    model: str
-    arrivals: "list[Arrival]"
-    ranks: int
-    context: int
-    sequences: int
-    step_tokens: int
-    seed: int
-
-    @property
-    def tokens(self) -> int:
-        """Most tokens of a step: at least one of every sequence and one of a prefill."""
-        return max(self.step_tokens, self.sequences + 1)
 
 
 def _arrivals(trace: Path | None, dataset: str, requests: int, rate: float, context: int, seed: int) -> "list[Arrival]":
@@ -107,40 +93,41 @@ def _arrivals(trace: Path | None, dataset: str, requests: int, rate: float, cont
     return poisson(DATASETS[dataset].draw(requests, context, seed), rate or math.inf, seed)
 
 
-def _measured(asked: _Replay, dtype: str, planner: "KnownPlans") -> "Report":
+def _measured(
+    model: str, arrivals: "list[Arrival]", limits: "Limits", target: "Target", dtype: str, planner: "tg.KnownPlans",
+    seed: int,
+) -> "Replay":  # fmt: skip
     from taskgraph.serving.local import open_local
     from taskgraph.serving.simulate.traces import replay
 
     with status.status("load weights, plan and capture steps"):
-        local = open_local(
-            asked.model, dtype=dtype, sequences=asked.sequences, tokens=asked.tokens, context=asked.context,
-            tensor_parallel=asked.ranks, planner=planner,
-        )  # fmt: skip
+        local = open_local(model, limits, target, dtype=dtype, planner=planner)
     status.print(f"dtype {local.picked.dtype} ({local.picked.why})", soft_wrap=True)
     with local.engine as engine, status.status("replay"):
-        return replay(engine, asked.arrivals, "measured", vocabulary=local.vocabulary, seed=asked.seed)
+        return replay(engine, arrivals, "measured", vocabulary=local.vocabulary, seed=seed)
 
 
-def _simulated(asked: _Replay, device: str, variant: str, plan_seconds: float) -> "Report":
+def _simulated(
+    model: str, arrivals: "list[Arrival]", limits: "Limits", target: "Target", variant: str, plan_seconds: float,
+    seed: int,
+) -> "Replay":  # fmt: skip
     from taskgraph.models.config import load_config
-    from taskgraph.serving.scheduler import Limits
-    from taskgraph.serving.simulate.simulate import pages_of, simulated_engine
+    from taskgraph.serving.simulate.runner import pages_of, simulated_engine
     from taskgraph.serving.simulate.stepgrid import StepGrid
     from taskgraph.serving.simulate.traces import replay
 
-    config = load_config(asked.model)
-    limits = Limits(asked.sequences, asked.tokens, chunks=64, context=min(asked.context, config.max_context))
-    mean = sum(a.input_tokens for a in asked.arrivals) / len(asked.arrivals)
-    grid = StepGrid(
-        config, device, tensor_parallel=asked.ranks, prompt_tokens=mean, budget_s=plan_seconds, seed=asked.seed
-    )
-    pages = pages_of(config, device, tensor_parallel=asked.ranks)
+    config = load_config(model)
+    limits = dataclasses.replace(limits, chunks=64, context=min(limits.context, config.max_context))
+    mean = sum(a.input_tokens for a in arrivals) / len(arrivals)
+    share = config.share(target.ranks)
+    grid = StepGrid(share, target.device, prompt_tokens=mean, budget_s=plan_seconds, seed=seed)
+    pages = pages_of(config, target.device, tensor_parallel=target.ranks)
     engine = simulated_engine(config, grid.of(variant), pages=pages, limits=limits)
     with engine, status.status("plan and replay"):
-        return replay(engine, asked.arrivals, "simulated", vocabulary=config.vocab_size, seed=asked.seed)
+        return replay(engine, arrivals, "simulated", vocabulary=config.vocab_size, seed=seed)
 
 
-def _table(report: "Report", title: str) -> Table:
+def _table(report: "Replay", title: str) -> Table:
     table = Table(title=title, title_justify="left")
     for column in ("", "mean", "p50", "p90", "p99"):
         table.add_column(column, justify="right" if column else "left")

@@ -54,9 +54,7 @@ def run(
 
         where = Gpu.open(device or None).capability.describe()
     check_outputs(trace, report, plan_out)
-    from taskgraph.serving.known_plans import KnownPlans
-
-    known = KnownPlans(plans or (), backend=backend, run_on=device or None, use_remembered=remembered, say=say)
+    known = tg.KnownPlans(plans or (), backend=backend, device=device or None, use_remembered=remembered, say=say)
     with stages("probe this machine", "load weights", "plan and capture prefill", "plan and capture decode") as staged:
         with staged.stage("probe this machine"):
             picked = pick(dtype, backend, device or None)
@@ -74,9 +72,7 @@ def run(
 
         ids = tokenizer.encode(tokenizer.chat(prompt))
         cache = min(config.max_context, -(-(len(ids) + max_new_tokens) // _CACHE_STEP) * _CACHE_STEP)
-        session = Session(
-            config, weights, dtype=dtype, cache=cache, backend=backend, device=device or None, planner=known
-        )
+        session = Session(config, weights, cache=cache, backend=backend, device=device or None, planner=known)
         with staged.stage("plan and capture prefill"):
             session.run(ids, [0])  # warms kernels up; generate() starts over at the same place
         with staged.stage("plan and capture decode"):
@@ -113,7 +109,7 @@ def _summary(
     from taskgraph.serving.session import step_seconds
 
     prefill, decode = session.step(len(ids)), session.step(1)
-    in_turn = [session.step(len(ids), scheduler="sequential"), session.step(1, scheduler="sequential")]
+    in_turn = [session.step(len(ids), planner="sequential"), session.step(1, planner="sequential")]
     for step, tokens, start in ((in_turn[0], ids, 0), (in_turn[1], ids[-1:], len(ids) - 1)):
         session.feed(step, tokens, [start])
         if step.kind == "measured":

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+import taskgraph as tg
 from taskgraph.cli.console import paragraphs, say, status
 from taskgraph.errors import BackendUnavailable
 
 if TYPE_CHECKING:
     from taskgraph.serving.http.keys import KeyRing
-    from taskgraph.serving.known_plans import KnownPlans
+    from taskgraph.serving.options import Target
+    from taskgraph.serving.scheduler import Limits
 
 
 def register(app: typer.Typer) -> None:
@@ -76,17 +78,15 @@ def serve(
     from taskgraph.serving.http.access import access_of
     from taskgraph.serving.http.app import Served, run_server
     from taskgraph.serving.local import open_local
+    from taskgraph.serving.options import Target
     from taskgraph.serving.service import Service
 
     keys = None if api_key_file is None else _key_ring(api_key_file)
     access = access_of(host, keys, tuple(cors_origin or ()))
     with status.status("load weights, plan and capture steps"):
-        tokens = max(step_tokens, sequences + 1)
-        local = open_local(
-            model, dtype=dtype, sequences=sequences, tokens=tokens, context=context, pages=pages, warm=warm,
-            device=device, tensor_parallel=tensor_parallel, expert_parallel=expert_parallel,
-            planner=known(plans, remembered, device),
-        )  # fmt: skip
+        limits, target = limits_of(sequences, step_tokens, context), Target(device, tensor_parallel, expert_parallel)
+        planner = known(plans, remembered, target)
+        local = open_local(model, limits, target, dtype=dtype, pages=pages, warm=warm, planner=planner)
     status.print(f"dtype {local.picked.dtype} ({local.picked.why})", soft_wrap=True)
     with Service(local.engine, most_open) as service:
         served = Served(service, local.tokenizer, name or local.name, most_body)
@@ -142,9 +142,15 @@ def api_key(
     typer.echo(secret)
 
 
-def known(plans: list[Path] | None, remembered: bool, device: str) -> "KnownPlans":
-    """The plans of an engine on `device`, as `open_local` names it."""
-    from taskgraph.serving.known_plans import KnownPlans
+def known(plans: list[Path] | None, remembered: bool, target: "Target") -> "tg.KnownPlans":
+    """The plans of an engine there."""
+    return tg.KnownPlans(
+        plans or (), backend=target.backend, device=target.run_on, use_remembered=remembered, say=status.print
+    )
 
-    backend, run_on = ("cpu", None) if device == "cpu" else ("cuda", None if device == "gpu" else device)
-    return KnownPlans(plans or (), backend=backend, run_on=run_on, use_remembered=remembered, say=status.print)
+
+def limits_of(sequences: int, tokens: int, context: int) -> "Limits":
+    """The limits of a batch: beside every sequence that decodes there is room for a token of prefill."""
+    from taskgraph.serving.scheduler import Limits
+
+    return Limits(sequences, max(tokens, sequences + 1), min(16, sequences), context)

@@ -42,10 +42,8 @@ def graph_of(model: str, size: StepSize) -> "tg.Graph":
 
     if is_graph(model):
         return tg.Graph.from_json(Path(model).read_text())
-    return step_graph(
-        config_of(model), batch=size.batch, tokens=size.tokens, cache=size.context, dtype=size.dtype,
-        tensor_parallel=size.ranks, expert_rank=0 if size.whole_experts else None,
-    )  # fmt: skip
+    share = config_of(model).share(size.ranks, 0 if size.whole_experts else None)
+    return step_graph(share, batch=size.batch, tokens=size.tokens, cache=size.context, dtype=size.dtype)
 
 
 def is_graph(model: str) -> bool:

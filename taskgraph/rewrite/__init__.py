@@ -4,12 +4,13 @@ Nano-batches (`split_batch`), the collectives of a tensor-parallel layer (`with_
 on the host (`offload`, `save_to_host`).
 """
 
-from taskgraph.graph.split import Split
+from taskgraph.graph.split import UNSPLIT, Split
 from taskgraph.rewrite.collectives import collective_choices, collective_variants, with_collectives
 from taskgraph.rewrite.nanobatch import SplitInfo, apply, split_batch, splittable
 from taskgraph.rewrite.offload import offload, save_to_host
 
 __all__ = [
+    "UNSPLIT",
     "Split",
     "SplitInfo",
     "apply",

@@ -6,20 +6,23 @@ from threading import RLock
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
+from taskgraph.errors import PlanError
+from taskgraph.record import function, number
 from taskgraph.runtime.backend import Executable
 
 Key = TypeVar("Key", bound=Hashable)
 
 
 class GraphBank(Generic[Key]):
-    """Executables that `make` gives for a key, within `budget_bytes` of their own memory.
+    """Executables that `make` gives for a key, within `budget_bytes` of their own memory (None: all are kept).
 
     The one in use always stays, so a single executable may exceed the budget. `made` counts calls of `make`: one
     that grows while serving means keys that were not warmed up, or a budget that is too small. Several threads may ask.
     """
 
-    def __init__(self, make: Callable[[Key], Executable], budget_bytes: float = float("inf")) -> None:
-        self._make, self._budget_bytes = make, budget_bytes
+    def __init__(self, make: Callable[[Key], Executable], budget_bytes: float | None = None) -> None:
+        self._make: Callable[[Key], Executable] = function("make", make, PlanError)
+        self._budget_bytes = None if budget_bytes is None else number("budget_bytes", budget_bytes, PlanError, 0.0)
         self._kept: OrderedDict[Key, Executable] = OrderedDict()
         self.made = self.evicted = 0
         self._guard = RLock()
@@ -39,7 +42,8 @@ class GraphBank(Generic[Key]):
                 return found
             made = self._kept[key] = self._make(key)
             self.made += 1
-            while len(self._kept) > 1 and self.memory_bytes > self._budget_bytes:
+            most = self._budget_bytes
+            while most is not None and len(self._kept) > 1 and self.memory_bytes > most:
                 _, oldest = self._kept.popitem(last=False)
                 oldest.close()
                 self.evicted += 1

@@ -60,15 +60,20 @@ def by_ways(ways: Ways) -> Picked:
     )
 
 
-def dtype_of(weights: "Mapping[str, torch.Tensor]", dtype: str = "auto") -> str:
-    """`dtype` itself, or for "auto" that of the weights. PlanError for what is none of these."""
+def dtype_of(weights: "Mapping[str, torch.Tensor]") -> str:
+    """The dtype of a model's weights, "bf16" or "f32". PlanError for another."""
     import torch
 
-    if dtype not in DTYPES:
-        raise PlanError(f"dtype is {', '.join(DTYPES[:-1])} or {DTYPES[-1]}; got {dtype!r}.")
-    if dtype != "auto":
-        return dtype
     kind = weights["embed"].dtype
     if kind not in (torch.bfloat16, torch.float32):
         raise PlanError(f"weights are {kind}; a step runs in bf16 or f32, so load them in one of these.")
     return "bf16" if kind == torch.bfloat16 else "f32"
+
+
+def torch_dtype(name: str) -> "torch.dtype":
+    """torch's dtype of that name: "bf16" is torch.bfloat16. PlanError for a name that is none."""
+    from taskgraph.runtime.cpu.binders import TORCH_DTYPE
+
+    if name not in TORCH_DTYPE:
+        raise PlanError(f"no dtype {name!r}; use one of {', '.join(TORCH_DTYPE)}.")
+    return TORCH_DTYPE[name]

@@ -10,8 +10,9 @@ from taskgraph.errors import WeightsError
 from taskgraph.models import llama
 from taskgraph.models.layer import Layout, layout_of
 from taskgraph.models.weights import open_checkpoint
-from taskgraph.serving.engine import cpu_engine
+from taskgraph.serving.options import Memory, Policy
 from taskgraph.serving.requests import Request
+from taskgraph.serving.runners.cpu import cpu_engine
 from taskgraph.serving.scheduler import Limits
 from taskgraph.serving.session import Session
 
@@ -74,7 +75,7 @@ def test_family_equals_transformers(case: str, tmp_path: Path) -> None:
         config, weights = checkpoint.config, llama.load_weights(checkpoint.config, checkpoint, "f32")
     assert config.parameters == sum(p.numel() for p in model.parameters())
     ids = torch.randint(0, config.vocab_size, (batch, 48))
-    with Session(config, weights, dtype="f32", batch=batch, cache=48) as session, torch.inference_mode():
+    with Session(config, weights, batch=batch, cache=48) as session, torch.inference_mode():
         expected = model(ids).logits
         steps = [(0, 44, True), (44, 2, True), (46, 1, False), (47, 1, False)]
         for start, count, every in steps:
@@ -97,7 +98,7 @@ def test_the_engine_serves_the_family(case: str, tmp_path: Path) -> None:
     lengths = ((37, 30), (25, 45), (64, 4))
     requests = [Request(torch.randint(0, config.vocab_size, (n,)).tolist(), new) for n, new in lengths]
     limits = Limits(sequences=2, tokens=24, chunks=2, context=96)
-    with cpu_engine(config, weights, limits, pages=4, host_pages=6, dtype="f32", expected_output=1.0) as engine:
+    with cpu_engine(config, weights, limits, Memory(4, 6), policy=Policy(expected_output=1.0)) as engine:
         together = [c.tokens for c in engine.run(requests)]
         assert engine.scheduler.preemptions > 0
         assert [engine.run([request])[0].tokens for request in requests[:2]] == together[:2]
@@ -116,7 +117,7 @@ def test_bf16_follows_f32(case: str, tmp_path: Path) -> None:
     with open_checkpoint(tmp_path) as checkpoint:
         for dtype in ("f32", "bf16"):
             weights = llama.load_weights(checkpoint.config, checkpoint, dtype)
-            with Session(checkpoint.config, weights, dtype=dtype, cache=25) as session:
+            with Session(checkpoint.config, weights, cache=25) as session:
                 logits[dtype] = session.run(ids, [0], all_logits=True)[llama.LOGITS].float().clone()
     error = (logits["bf16"] - logits["f32"]).norm(dim=-1) / logits["f32"].norm(dim=-1)
     assert error.median() < 0.05

@@ -196,7 +196,7 @@ def test_a_stretched_model_computes_what_transformers_does(tmp_path: Path) -> No
     prompt = [3, 141, 59, 26, 53, 58, 97, 93, 23, 84, 62]
     with torch.no_grad():
         want = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None)[0]
-    with Session(config, weights, dtype="f32", cache=64) as session:
+    with Session(config, weights, cache=64) as session:
         assert list(session.generate(prompt, 12)) == want[len(prompt) :].tolist()
 
 

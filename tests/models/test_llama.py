@@ -56,7 +56,7 @@ def smollm2(smollm2_gguf: Path) -> Iterator[tuple[Session, Any, Any]]:
     with open_checkpoint(smollm2_gguf) as checkpoint:
         weights = llama.load_weights(checkpoint.config, checkpoint, "f32")
         tokenizer = checkpoint.tokenizer()
-    with Session(checkpoint.config, weights, dtype="f32", cache=192) as session:
+    with Session(checkpoint.config, weights, cache=192) as session:
         yield session, reference, tokenizer
 
 
@@ -116,7 +116,7 @@ def test_family_equals_transformers(family: str, batch: int) -> None:
     assert config.parameters == sum(p.numel() for p in model.parameters())
     ids = torch.randint(0, config.vocab_size, (batch, 12))
     weights = llama.load_weights(config, StateDict(model), "f32")
-    with Session(config, weights, dtype="f32", batch=batch, cache=32) as session, torch.inference_mode():
+    with Session(config, weights, batch=batch, cache=32) as session, torch.inference_mode():
         expected = model(ids).logits
         prefill = session.run(ids[:, :8].flatten().tolist(), [0] * batch, all_logits=True)[llama.LOGITS]
         torch.testing.assert_close(prefill.view(batch, 8, -1), expected[:, :8], atol=1e-3, rtol=1e-3)
@@ -180,7 +180,7 @@ def test_gguf_with_scaled_rope_equals_transformers(tmp_path: Path) -> None:
     with open_checkpoint(tmp_path / "tiny.gguf") as checkpoint:
         assert checkpoint.config.rope_scaling == RopeScaling(8.0, 1.0, 4.0, 64)
         weights = llama.load_weights(checkpoint.config, checkpoint, "f32")
-    with Session(checkpoint.config, weights, dtype="f32", cache=96) as session, torch.inference_mode():
+    with Session(checkpoint.config, weights, cache=96) as session, torch.inference_mode():
         logits = session.run(ids[0].tolist(), [0], all_logits=True)[llama.LOGITS]
         torch.testing.assert_close(logits, model(ids).logits[0], atol=1e-3, rtol=1e-3)
 
@@ -207,7 +207,7 @@ def test_bf16_follows_f32() -> None:
     logits = {}
     for dtype in ("f32", "bf16"):
         weights = llama.load_weights(config, StateDict(model), dtype)
-        with Session(config, weights, dtype=dtype, cache=16) as session:
+        with Session(config, weights, cache=16) as session:
             logits[dtype] = session.run(ids, [0])[llama.LOGITS].float().clone()
     error = (logits["bf16"] - logits["f32"]).norm() / logits["f32"].norm()
     assert error < 0.05
@@ -217,7 +217,7 @@ def test_cache_overflow_is_a_plan_error() -> None:
     model = tiny("llama")
     config = from_hf({**model.config.to_dict(), "architectures": ["LlamaForCausalLM"]}, "llama")
     weights = llama.load_weights(config, StateDict(model), "f32")
-    with Session(config, weights, dtype="f32", cache=4) as session, pytest.raises(tg.PlanError, match="cache of 4"):
+    with Session(config, weights, cache=4) as session, pytest.raises(tg.PlanError, match="cache of 4"):
         session.run([1, 2, 3, 4, 5], [0])
 
 

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,24 +17,21 @@ from taskgraph import ops, rewrite
 from taskgraph.errors import BackendUnavailable, ExecutionError, GraphError, PlanError, RankLost
 from taskgraph.models import llama
 from taskgraph.models.config import load_config
-from taskgraph.models.parallel import mixed_step
+from taskgraph.models.parallel import Decode, Prefill, mixed_step
 from taskgraph.models.shards import load_shard
 from taskgraph.models.weights import open_checkpoint
 from taskgraph.runtime.cpu.binders import TORCH_DTYPE
 from taskgraph.runtime.distributed import Group, connect, group, one_plan
 from taskgraph.schedule import planner
 from taskgraph.schedule.verify import collectives_in_turn
-from taskgraph.serving.runners.ranks import Ranks
+from taskgraph.serving.ranks.processes import Ranks
 from taskgraph.serving.session import Session
 from tests.models import test_families, test_llama
 
 Tensors = dict[str, torch.Tensor]
 RANK = tg.devices.make("h100_sxm", "rank", kind="cpu", sm_count=1, sm_granularity=1, sm_min=1)
 """What a rank's steps are planned for: one core, and a link."""
-SHAPE: dict[str, Any] = {
-    "decode_tokens": 3, "decode_context": 24, "prefill_tokens": 8, "prefill_context": 24, "prefill_sequences": 2,
-    "dtype": "f32",
-}  # fmt: skip
+SHAPE = (Decode(3, context=24), Prefill(8, context=24, sequences=2))
 
 
 # ------------------------------------------------------------------------------ what a rank does
@@ -64,18 +60,16 @@ class Lab:
         rank, size = self.group.rank, self.group.size
         with open_checkpoint(folder) as checkpoint:
             config = checkpoint.config
-            weights = load_shard(
-                config, checkpoint, "f32", rank, size, whole_experts=whole_experts, collectives=collectives
-            )
-        graph = mixed_step(
-            config, tensor_parallel=size, expert_rank=rank if whole_experts else None, collectives=collectives, **SHAPE
-        )
+            share = config.share(size, rank if whole_experts else None)
+            weights = load_shard(share, checkpoint, "f32", rank, collectives=collectives)
+        graph = mixed_step(share, *SHAPE, dtype="f32", collectives=collectives)
         return run(graph, weights, given, self.group)
 
     def generate(self, folder: Path, prompt: list[int], tokens: int) -> list[int]:
         with open_checkpoint(folder) as checkpoint:
-            weights = load_shard(checkpoint.config, checkpoint, "f32", self.group.rank, self.group.size)
-        with Session(checkpoint.config, weights, dtype="f32", cache=48, group=self.group) as session:
+            share = checkpoint.config.share(self.group.size)
+            weights = load_shard(share, checkpoint, "f32", self.group.rank)
+        with Session(share, weights, cache=48, group=self.group) as session:
             return list(session.generate(prompt, tokens))
 
     def compile(self, ranks: int = 2, races: tuple[int, ...] = (), swapped: bool = False) -> None:
@@ -221,7 +215,7 @@ def test_two_ranks_equal_one(
         "tokens": torch.randint(0, config.vocab_size, (11,)), "decode_positions": torch.tensor([4, 0, 17]),
         "prefill_positions": torch.tensor([0, 9]),
     }  # fmt: skip
-    whole = run(mixed_step(config, **SHAPE), weights, given)
+    whole = run(mixed_step(config, *SHAPE, dtype="f32"), weights, given)
     parts = ranks.call("mixed", tmp_path, given, whole_experts, collectives)
     for name, right in whole.items():
         shared = name.endswith(("keys", "values"))
@@ -237,7 +231,7 @@ def test_a_session_of_two_ranks_generates_what_one_does(case: str, ranks: Ranks,
     with open_checkpoint(tmp_path) as checkpoint:
         weights = llama.load_weights(checkpoint.config, checkpoint, "f32")
     prompt = torch.randint(0, 160, (9,)).tolist()
-    with Session(checkpoint.config, weights, dtype="f32", cache=48) as session:
+    with Session(checkpoint.config, weights, cache=48) as session:
         alone = list(session.generate(prompt, 12))
     assert ranks.call("generate", tmp_path, prompt, 12) == [alone, alone]
 
@@ -262,9 +256,8 @@ def test_the_planner_leaves_no_race_between_nano_batches(
     sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = mixed_step(
-        replace(load_config("llama-3-8b"), layers=2), tensor_parallel=2, decode_tokens=512, decode_context=2048,
-        prefill_tokens=512, prefill_context=512,
-    )  # fmt: skip
+        replace(load_config("llama-3-8b"), layers=2).share(2), Decode(512, context=2048), Prefill(512, context=512)
+    )
     graph = rewrite.split_batch(step, sizes)
     ordered = tg.plan(graph, "h100_sxm", "list")
     collectives_in_turn(ordered, graph.flat())

@@ -19,7 +19,7 @@ from taskgraph.graph.graph import Graph, GraphBuilder, Value
 from taskgraph.graph.op import Work
 from taskgraph.models import llama
 from taskgraph.models.config import Experts, Latent, ModelConfig, load_config
-from taskgraph.models.parallel import mixed_step
+from taskgraph.models.parallel import Decode, Prefill, mixed_step
 from taskgraph.ops import active_experts, latent_flops
 from taskgraph.runtime.cpu.dense import TORCH_DTYPE, Site, bind
 from taskgraph.tune.fill import fill
@@ -259,10 +259,8 @@ def test_measured_steps_stand_at_the_end_of_their_context(tokens: int) -> None:
 
 
 def mixed(config: ModelConfig, ranks: int = 1, expert_rank: int | None = None) -> Graph:
-    return mixed_step(
-        config, tensor_parallel=ranks, decode_tokens=3, decode_context=6, prefill_tokens=8, prefill_context=7,
-        prefill_sequences=2, decode_cache=8, prefill_cache=8, dtype="f32", expert_rank=expert_rank,
-    )  # fmt: skip
+    share = config.share(ranks, expert_rank)
+    return mixed_step(share, Decode(3, 6, cache=8), Prefill(8, 7, sequences=2, cache=8), dtype="f32")
 
 
 @pytest.mark.parametrize("config", [MOE_TINY, LATENT_TINY], ids=["moe", "latent"])
@@ -324,10 +322,7 @@ def test_expert_work_is_shared_out() -> None:
     """Two ranks by experts: half the rows and half the weights each; by features the same."""
 
     def work(ranks: int, rank: int | None = None) -> Work:
-        graph = mixed_step(
-            load_config("mixtral-8x7b"), tensor_parallel=ranks, expert_rank=rank, decode_tokens=64, decode_context=64,
-            prefill_tokens=0, prefill_context=1,
-        )  # fmt: skip
+        graph = mixed_step(load_config("mixtral-8x7b").share(ranks, rank), Decode(64, context=64), Prefill())
         return next(op for op in graph.ops if op.kind == "experts").work
 
     one = work(1)

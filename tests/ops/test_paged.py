@@ -7,7 +7,7 @@ import pytest
 import taskgraph as tg
 from taskgraph.models.config import ModelConfig, load_config
 from taskgraph.models.paged import Bucket, PageShape, step_graph
-from taskgraph.serving.simulate.simulate import page_bytes
+from taskgraph.serving.simulate.runner import page_bytes
 
 LLAMA = replace(load_config("llama-3-8b"), layers=6)
 DEEPSEEK = replace(load_config("deepseek-v3"), layers=6)

@@ -20,7 +20,7 @@ from taskgraph.graph.graph import Graph, GraphBuilder, Value
 from taskgraph.graph.op import Work, spec
 from taskgraph.models import llama, paged
 from taskgraph.models.config import ModelConfig, load_config
-from taskgraph.models.parallel import mixed_step
+from taskgraph.models.parallel import Decode, Prefill, mixed_step
 from taskgraph.runtime.cpu.dense import TORCH_DTYPE, Site, bind
 
 CPU = specs.make("h100_sxm", name="two cores", kind="cpu", sm_count=2, sm_granularity=1, sm_min=1, launch_seconds=1e-6)
@@ -452,12 +452,9 @@ def test_named_ops_that_cannot_split_are_refused() -> None:
 # ------------------------------------------------------------------------------------ mixed step
 
 
-def mixed(ranks: int = 1, **changes: Any) -> Graph:
-    shape: dict[str, Any] = {
-        "decode_tokens": 3, "decode_context": 6, "prefill_tokens": 8, "prefill_context": 7, "prefill_sequences": 2,
-        "decode_cache": 8, "prefill_cache": 8, "dtype": "f32",
-    }  # fmt: skip
-    return mixed_step(TINY, tensor_parallel=ranks, **{**shape, **changes})
+def mixed(ranks: int = 1, decode: int = 3, prefill: int = 8, **more: Any) -> Graph:
+    parts = Decode(decode, context=6, cache=8), Prefill(prefill, context=7, sequences=2, cache=8)
+    return mixed_step(TINY.share(ranks), *parts, dtype="f32", **more)
 
 
 def test_a_mixed_step_equals_a_decode_and_a_prefill() -> None:
@@ -495,7 +492,7 @@ def test_slices_of_a_mixed_step_map_to_its_sequences(sizes: tuple[int, ...]) -> 
 
 @pytest.mark.parametrize(("decode", "prefill"), [(4, 0), (0, 8)])
 def test_a_mixed_step_of_one_kind(decode: int, prefill: int) -> None:
-    graph = mixed(decode_tokens=decode, prefill_tokens=prefill)
+    graph = mixed(decode=decode, prefill=prefill)
     assert_equal(graph, rewrite.split_batch(graph, (4, decode + prefill - 4) if prefill else (1, 3)))
 
 
@@ -503,7 +500,7 @@ def test_shares_that_do_not_divide_are_refused() -> None:
     with pytest.raises(GraphError, match="4 heads, which 3 ranks"):
         mixed(3)
     with pytest.raises(GraphError, match=r"9 prefill tokens.*2 sequences"):
-        mixed(prefill_tokens=9)
+        mixed(prefill=9)
 
 
 NANOFLOW = {
@@ -522,8 +519,8 @@ def test_work_of_a_70b_iteration_is_the_published_one(ranks: int, collectives: d
     """Dense batch 2048, two thirds decode at context 1024, the rest prefill at the end of 853 keys. The table counts
     operands once: not again on every rank, and without the residuals that one rank adds within a product."""
     graph = mixed_step(
-        load_config("llama-2-70b"), tensor_parallel=ranks, decode_tokens=1365, decode_context=1024,
-        prefill_tokens=683, prefill_context=853, collectives=collectives,
+        load_config("llama-2-70b").share(ranks), Decode(1365, context=1024), Prefill(683, context=853),
+        collectives=collectives,
     )  # fmt: skip
     layers, tensor = graph.repeat.count if graph.repeat else 0, graph.tensor
     for name, (gflop, gbytes) in NANOFLOW.items():

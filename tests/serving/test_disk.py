@@ -14,8 +14,9 @@ from taskgraph.models.paged import PageShape
 from taskgraph.serving.cache.disk import DiskTier
 from taskgraph.serving.cache.pages import PagedCache
 from taskgraph.serving.engine import Engine
+from taskgraph.serving.options import Policy
 from taskgraph.serving.requests import Request
-from taskgraph.serving.runners.planned import CpuRunner
+from taskgraph.serving.runners.cpu import CpuRunner
 from taskgraph.serving.scheduler import Limits
 from tests.serving.test_engine import Drawn, empty, prompts, tiny  # noqa: F401 - a fixture
 
@@ -85,7 +86,7 @@ def engines(tiny: ModelConfig, tmp_path: Path) -> Iterator[Make]:  # noqa: F811
         **options: Any,
     ) -> Engine:
         limits = Limits(sequences=sequences, tokens=96, chunks=8, context=CONTEXT)
-        runner = CpuRunner(tiny, weights, PageShape(pages, SIZE, CONTEXT, host_pages), limits, dtype="f32")
+        runner = CpuRunner(tiny, weights, PageShape(pages, SIZE, CONTEXT, host_pages), limits)
 
         def refuse(page: int) -> bytes:
             raise OSError("no space left on device")
@@ -94,7 +95,7 @@ def engines(tiny: ModelConfig, tmp_path: Path) -> Iterator[Make]:  # noqa: F811
             tmp_path / str(len(made)), disk_pages, refuse if broken else runner.read_page, runner.write_page
         )
         cache = PagedCache(pages, SIZE, host_pages, disk)
-        made.append(Engine(runner, cache, limits, vocabulary=tiny.vocab_size, **options))
+        made.append(Engine(runner, cache, limits, vocabulary=tiny.vocab_size, policy=Policy(**options)))
         return made[-1]
 
     yield make

@@ -15,19 +15,22 @@ from taskgraph.models import llama
 from taskgraph.models.config import ModelConfig, load_config
 from taskgraph.models.weights import open_checkpoint
 from taskgraph.serving.cache.pages import PagedCache
-from taskgraph.serving.engine import Engine, cpu_engine
+from taskgraph.serving.engine import Engine
 from taskgraph.serving.http.protocol import CompletionBody, requests_of
+from taskgraph.serving.options import Policy
 from taskgraph.serving.requests import Request, Sampling
-from taskgraph.serving.runners.planned import CpuRunner, ladder
+from taskgraph.serving.runners.cpu import CpuRunner, cpu_engine
+from taskgraph.serving.runners.runner import ladder
 from taskgraph.serving.scheduler import Limits
 from taskgraph.serving.session import Session
-from taskgraph.serving.simulate.simulate import SimRunner, simulated_engine
+from taskgraph.serving.simulate.runner import SimRunner, simulated_engine
+from tests.engine_cases import told
 
 SIZE = 32
 Make = Callable[..., Engine]
 
 
-def maker(config: ModelConfig, weights: dict[str, torch.Tensor], dtype: str) -> Iterator[Make]:
+def maker(config: ModelConfig, weights: dict[str, torch.Tensor]) -> Iterator[Make]:
     """A function that makes engines on this machine's cores."""
     made: list[Engine] = []
 
@@ -35,7 +38,7 @@ def maker(config: ModelConfig, weights: dict[str, torch.Tensor], dtype: str) -> 
         sequences: int = 4, tokens: int = 48, pages: int = 40, host_pages: int = 0, context: int = 128, **options: Any
     ) -> Engine:
         limits = Limits(sequences=sequences, tokens=tokens, chunks=8, context=context)
-        made.append(cpu_engine(config, weights, limits, pages=pages, host_pages=host_pages, dtype=dtype, **options))
+        made.append(cpu_engine(config, weights, limits, **told(pages=pages, host_pages=host_pages, **options)))
         return made[-1]
 
     yield make
@@ -83,7 +86,7 @@ def weights(tiny: ModelConfig) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def engines(tiny: ModelConfig, weights: dict[str, torch.Tensor]) -> Iterator[Make]:
-    yield from maker(tiny, weights, "f32")
+    yield from maker(tiny, weights)
 
 
 def prompts(seed: int, count: int, most: int, vocabulary: int = 160, least: int = 1) -> list[list[int]]:
@@ -110,7 +113,7 @@ def test_a_hundred_requests_at_once_equal_one_at_a_time(smollm2_gguf: Path) -> N
     with open_checkpoint(smollm2_gguf) as checkpoint:
         config, tokenizer = checkpoint.config, checkpoint.tokenizer()
         loaded = llama.load_weights(config, checkpoint, "bf16")
-    made = maker(config, loaded, "bf16")
+    made = maker(config, loaded)
     make = next(made)
     draw = np.random.default_rng(0)
     lengths, outputs = (
@@ -145,7 +148,7 @@ def test_outputs_equal_a_static_session(
     draw = np.random.default_rng(seed)
     requests = [Request(p, int(draw.integers(1, 40))) for p in prompts(seed, 12, 60)]
     done = engines(sequences=5, tokens=24).run(requests)
-    with Session(tiny, weights, dtype="f32", cache=128) as session:
+    with Session(tiny, weights, cache=128) as session:
         assert [c.tokens for c in done] == [tuple(session.generate(r.prompt, r.max_tokens)) for r in requests]
     assert {c.reason for c in done} == {"length"}
 
@@ -432,9 +435,7 @@ def test_a_trace_is_replayed_on_the_simulated_clock() -> None:
 
 def test_moved_pages_take_their_time_in_a_simulation() -> None:
     runner = SimRunner(lambda shape: 1.0, page_bytes=25e9, copy_bytes_per_s=25e9 / 3)
-    engine = Engine(
-        runner, PagedCache(3, SIZE, 8), Limits(2, 64, 2, 96), vocabulary=9, prefix_sharing=False, expected_output=1.0
-    )
+    engine = Engine(runner, PagedCache(3, SIZE, 8), Limits(2, 64, 2, 96), vocabulary=9, policy=Policy(False, 1.0))
     done = engine.run([Request([1] * 31, 40), Request([1] * 31, 20)])
     assert engine.scheduler.preemptions == 1
     assert max(c.end_s for c in done) > 60

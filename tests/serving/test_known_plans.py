@@ -11,9 +11,10 @@ import taskgraph as tg
 from taskgraph.cli import main
 from taskgraph.models import llama
 from taskgraph.models.config import load_config
-from taskgraph.serving.known_plans import KnownPlans
+from taskgraph.serving.options import Memory
 from taskgraph.serving.session import Session
 from taskgraph.tune import autotune
+from taskgraph.tune.known import KnownPlans
 
 CONFIG = replace(
     load_config("smollm2-135m"), name="tiny", vocab_size=96, hidden_size=64, intermediate_size=96, layers=2, heads=4,
@@ -40,7 +41,7 @@ def weights() -> dict[str, torch.Tensor]:
 
 def sessions_plans(known: KnownPlans) -> tuple[tg.Plan, tg.Plan]:
     """The plans of a prefill of four tokens and of a decode, of a session that has been told of plans."""
-    with Session(CONFIG, weights(), dtype="f32", cache=32, planner=known) as session:
+    with Session(CONFIG, weights(), cache=32, planner=known) as session:
         session.run([1, 2, 3, 4], [0])
         session.run([5], [4])
         return session.step(4).plan, session.step(1).plan
@@ -84,12 +85,6 @@ def test_a_file_that_is_no_plan_is_named(tmp_path: Path) -> None:
         KnownPlans([tmp_path / "none.json"])
 
 
-def test_a_scheduler_by_name_is_run_whatever_is_known(tmp_path: Path) -> None:
-    file = tmp_path / "decode.json"
-    replace(tg.plan(decode_graph(), "cpu", "list"), made_by="by hand").sealed().save(file)
-    assert KnownPlans([file])(decode_graph(), "cpu", "sequential").made_by != "by hand"
-
-
 def test_what_autotune_remembers_is_used_until_told_otherwise() -> None:
     graph, said = decode_graph(), list[str]()
     assert autotune.remembered(graph) is None
@@ -117,8 +112,8 @@ def test_a_step_planned_by_name_is_that_of_the_checkpoint(smollm2_gguf: Path) ->
 
 def test_the_serving_engine_uses_a_saved_plan_for_the_bucket_whose_it_is(tmp_path: Path) -> None:
     from taskgraph.models.paged import Bucket, PageShape, step_graph
-    from taskgraph.serving.engine import cpu_engine
     from taskgraph.serving.requests import Request
+    from taskgraph.serving.runners.cpu import cpu_engine
     from taskgraph.serving.scheduler import Limits
 
     limits, file, said = Limits(2, 16, chunks=1, context=32), tmp_path / "bucket.json", list[str]()
@@ -126,8 +121,8 @@ def test_the_serving_engine_uses_a_saved_plan_for_the_bucket_whose_it_is(tmp_pat
     replace(tg.plan(graph, "cpu", "list"), made_by="by hand").sealed().save(file)
     known = KnownPlans([file], use_remembered=False, say=said.append)
     answers = []
-    for planner in (known, None):
-        with cpu_engine(CONFIG, weights(), limits, pages=4, dtype="f32", planner=planner) as engine:
+    for planner in (known, "auto"):
+        with cpu_engine(CONFIG, weights(), limits, Memory(4), planner=planner) as engine:
             engine.runner.warm()
             answers.append([done.tokens for done in engine.run([Request([1, 2], max_tokens=3)] * 2)])
     known.check_used()
@@ -152,7 +147,7 @@ def test_plan_shares_a_model_out_over_ranks(
     assert command(monkeypatch, "plan", "llama-3-70b", "--ranks", "8", "--dtype", "f16", *sizes, "--out", str(out)) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "8 x h100_sxm" in text and "each of 8 ranks keeps" in text and "of the 80 GB" in text
-    graph = llama.step_graph(load_config("llama-3-70b"), batch=64, tokens=1, cache=512, dtype="f16", tensor_parallel=8)
+    graph = llama.step_graph(load_config("llama-3-70b").share(8), batch=64, tokens=1, cache=512, dtype="f16")
     tg.verify(tg.Plan.load(out), graph)  # also: it fits the memory of one
     assert command(monkeypatch, "plan", "llama-3-70b", *sizes) == 0
     assert "--ranks 4 would share it out" not in text

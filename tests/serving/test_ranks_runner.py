@@ -22,13 +22,16 @@ from taskgraph.errors import GraphError, PlanError, RankLost, TaskgraphError, We
 from taskgraph.models import llama
 from taskgraph.models.config import load_config
 from taskgraph.models.weights import open_checkpoint
-from taskgraph.serving.engine import Engine, cpu_engine
+from taskgraph.serving.engine import Engine
 from taskgraph.serving.http.status import PlanBook, status_of
 from taskgraph.serving.local import load_rank, open_local
+from taskgraph.serving.options import Memory, Target
 from taskgraph.serving.requests import Request, Sampling
-from taskgraph.serving.runners.ranked import RanksRunner, packed, ranks_engine
+from taskgraph.serving.runners.cpu import cpu_engine
+from taskgraph.serving.runners.parallel import RanksRunner, packed, ranks_engine
 from taskgraph.serving.scheduler import Limits
 from taskgraph.serving.service import Service
+from tests.engine_cases import told
 from tests.models.test_parallel import saved
 from tests.serving.http.test_serve_local import alone, call
 from tests.serving.http.test_serve_local import folder as folder
@@ -42,13 +45,13 @@ def over_ranks(folder: Path, limits: Limits, whole_experts: bool = False, **opti
     load = partial(load_rank, str(folder), "f32", whole_experts)
     with open_checkpoint(folder) as checkpoint:
         config = checkpoint.config
-    return ranks_engine(config, load, limits, 2, dtype="f32", whole_experts=whole_experts, **options)
+    return ranks_engine(config, load, limits, ranks=2, whole_experts=whole_experts, **told(**options))
 
 
 def over_one(folder: Path, limits: Limits, **options: Any) -> Engine:
     with open_checkpoint(folder) as checkpoint:
         weights = llama.load_weights(checkpoint.config, checkpoint, "f32")
-    return cpu_engine(checkpoint.config, weights, limits, dtype="f32", **options)
+    return cpu_engine(checkpoint.config, weights, limits, **told(**options))
 
 
 # --------------------------------------------------------------------------------------- equality
@@ -165,13 +168,13 @@ def test_ranks_that_cannot_share_a_model(
 ) -> None:
     """Before any process starts."""
     config = load_config(str(folder))
-    monkeypatch.setattr("taskgraph.serving.runners.ranked.Ranks", None)
+    monkeypatch.setattr("taskgraph.serving.runners.parallel.Ranks", None)
     with pytest.raises(GraphError, match="which 3 ranks cannot share"):
-        ranks_engine(config, partial(load_rank, str(folder), "f32", False), LIMITS, 3, pages=8)
+        ranks_engine(config, partial(load_rank, str(folder), "f32", False), LIMITS, Memory(8), 3)
     with pytest.raises(GraphError, match="no experts to share out"):
-        open_local(str(folder), tensor_parallel=2, expert_parallel=True)
-    with pytest.raises(PlanError, match="tensor_parallel of 2"):
-        open_local(str(folder), expert_parallel=True)
+        open_local(str(folder), LIMITS, Target(ranks=2, whole_experts=True))
+    with pytest.raises(PlanError, match="choose 2 ranks"):
+        Target(whole_experts=True)
     for command in (["serve", "--tensor-parallel", "3"], ["bench-serve", "--ranks", "3", "--dataset", "lmsys"]):
         assert call(monkeypatch, *command, str(folder)) == 2
         assert "3 ranks cannot share" in capsys.readouterr().err
@@ -181,7 +184,7 @@ def test_a_rank_that_cannot_start_says_why_and_leaves_none(folder: Path) -> None
     before = set(multiprocessing.active_children())
     load = partial(load_rank, str(folder / "nothing"), "f32", False)
     with pytest.raises(WeightsError, match="nothing") as caught:
-        ranks_engine(load_config(str(folder)), load, LIMITS, 2, pages=8)
+        ranks_engine(load_config(str(folder)), load, LIMITS, Memory(8), 2)
     assert isinstance(caught.value, TaskgraphError)
     assert set(multiprocessing.active_children()) == before
 

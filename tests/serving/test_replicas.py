@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Optional
 import pytest
 
 from taskgraph.errors import GraphError, RankLost
-from taskgraph.serving.replicas import Placement, Replicas
+from taskgraph.serving.ranks.replicas import Placement, Replicas
 
 if TYPE_CHECKING:  # workers of one rank start without torch
     from taskgraph.runtime.distributed import Group

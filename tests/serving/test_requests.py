@@ -18,7 +18,7 @@ from taskgraph.models.config import load_config
 from taskgraph.serving.engine import Engine
 from taskgraph.serving.http.app import Served, create_app
 from taskgraph.serving.requests import Completion, Request, Sampling, checked
-from taskgraph.serving.simulate.simulate import simulated_engine
+from taskgraph.serving.simulate.runner import simulated_engine
 from tests.serve_cases import CONTEXT, END, VOCABULARY, make_served, said
 
 

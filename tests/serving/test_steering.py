@@ -11,19 +11,21 @@ import torch
 
 import taskgraph as tg
 from taskgraph.models import llama
-from taskgraph.serving.engine import Engine, cpu_engine
+from taskgraph.serving.engine import Engine
+from taskgraph.serving.options import Memory
 from taskgraph.serving.requests import Chance, Completion, Request, Sampling
+from taskgraph.serving.runners.cpu import cpu_engine
 from taskgraph.serving.runners.gpu import gpu_engine
-from taskgraph.serving.runners.ranked import ranks_engine
+from taskgraph.serving.runners.parallel import ranks_engine
 from taskgraph.serving.session import Session
 from tests import steer_cases as cases
 from tests.conftest import Call
+from tests.engine_cases import told
 from tests.runtime.gpu.test_cuda import DEVICE
 
 
 def cpu(dtype: str = "f32", poisoned: bool = True, **options: Any) -> Engine:
-    options = {"pages": 16, **options}
-    return cpu_engine(cases.config(), cases.weights(dtype, poisoned), cases.LIMITS, dtype=dtype, **options)
+    return cpu_engine(cases.config(), cases.weights(dtype, poisoned), cases.LIMITS, **told(**{"pages": 16, **options}))
 
 
 # ------------------------------------------------------------------------------------- NaN ends alone
@@ -44,8 +46,9 @@ def test_poison_ends_alone_on_a_gpu(on_virtual: Call) -> None:
 
 
 def gpu_beside_poison(dtype: str) -> list[tuple[Any, ...]]:
+    memory = Memory(16)
     with gpu_engine(
-        cases.config(), cases.weights(dtype), cases.LIMITS, pages=16, dtype=dtype, device=DEVICE, scheduler="list"
+        cases.config(), cases.weights(dtype), cases.LIMITS, memory, device=DEVICE, planner="list"
     ) as engine:
         return cases.beside_poison(engine)
 
@@ -54,7 +57,7 @@ def gpu_beside_poison(dtype: str) -> list[tuple[Any, ...]]:
 def test_poison_ends_alone_over_ranks() -> None:
     with cpu() as one:
         wanted = cases.alone(one)
-    with ranks_engine(cases.config(), cases.load, cases.LIMITS, 1, dtype="f32", pages=16) as engine:
+    with ranks_engine(cases.config(), cases.load, cases.LIMITS, Memory(16), 1) as engine:
         assert cases.beside_poison(engine) == wanted
 
 
@@ -77,7 +80,7 @@ def test_one_logit_that_is_no_finite_number_is_enough(dtype: str, value: float) 
     if value == float("inf"):  # times hidden values of both signs it would be NaN
         weights["lm_head"][77] = 0.0
         weights["lm_head"][77, 0] = value
-    with cpu_engine(cases.config(), weights, cases.LIMITS, pages=16, dtype=dtype) as engine:
+    with cpu_engine(cases.config(), weights, cases.LIMITS, Memory(16)) as engine:
         for ask in asks:
             for prompt in ([1, 2, 3], [9] * 40):
                 try:
@@ -91,7 +94,7 @@ def test_one_logit_that_is_no_finite_number_is_enough(dtype: str, value: float) 
 
 def test_a_session_says_it_too() -> None:
     with (
-        Session(cases.config(), cases.weights(), dtype="f32", cache=64) as session,
+        Session(cases.config(), cases.weights(), cache=64) as session,
         pytest.raises(tg.ExecutionError, match="no finite numbers"),
     ):
         list(session.generate([1, cases.NAN_TOKEN], 4))
@@ -125,7 +128,7 @@ def test_a_runner_that_gives_what_is_no_token_ends_that_request_alone(sample: in
 
 @pytest.fixture(scope="module")
 def session() -> Iterator[Session]:
-    with closing(Session(cases.config(), cases.weights(poisoned=False), dtype="f32", cache=128)) as made:
+    with closing(Session(cases.config(), cases.weights(poisoned=False), cache=128)) as made:
         yield made
 
 

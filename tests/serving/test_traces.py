@@ -14,10 +14,10 @@ import taskgraph as tg
 from benchmarks import serve_sim
 from taskgraph.errors import RequestError
 from taskgraph.models.config import load_config
-from taskgraph.models.parallel import mixed_step
+from taskgraph.models.parallel import Decode, Prefill, mixed_step
 from taskgraph.serving.requests import Request
 from taskgraph.serving.scheduler import Limits
-from taskgraph.serving.simulate.simulate import SimRunner, StepShape, simulated_engine
+from taskgraph.serving.simulate.runner import SimRunner, StepShape, simulated_engine
 from taskgraph.serving.simulate.stepgrid import CONTEXT, DECODE, TOKENS, VARIANTS, StepGrid, between, visited
 from taskgraph.serving.simulate.traces import COLUMNS, DATASETS, Arrival, Lengths, poisson, read_trace, replay
 from tests.command_line import call
@@ -190,9 +190,7 @@ def test_a_corner_is_the_plan_of_its_step() -> None:
     config = load_config("llama-3.2-1b")
     grid = StepGrid(config, "a100_sxm", prompt_tokens=100, budget_s=0.1)
     sequential, sliced, ours = (grid.corner(variant, 256, 0.5, 512) for variant in VARIANTS)
-    graph = mixed_step(
-        config, decode_tokens=128, decode_context=512, prefill_tokens=128, prefill_context=128, prefill_sequences=1
-    )
+    graph = mixed_step(config, Decode(128, context=512), Prefill(128, context=128))
     assert sequential == tg.plan(graph, "a100_sxm", "sequential").makespan_s
     assert ours <= sequential <= sliced
     assert grid.of("taskgraph")(StepShape(128, 512, 128, 1, 128)) == ours

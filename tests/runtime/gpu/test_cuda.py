@@ -259,7 +259,7 @@ def ints(**values: Any) -> dict[str, torch.Tensor]:
 def test_a_session_generates_the_tokens_of_the_cpu(on_virtual: Call) -> None:
     weights = model_tensors(step_graph(SMALL, batch=1, tokens=1, cache=64, dtype="f32"), 1, roles=("weight",))
     prompt = [3, 99, 256, 7, 41]
-    with Session(SMALL, weights, dtype="f32", cache=64) as session:
+    with Session(SMALL, weights, cache=64) as session:
         wanted = list(session.generate(prompt, 4))
     assert on_virtual(generate, weights, prompt) == wanted
 
@@ -269,7 +269,7 @@ def generate(weights: dict[str, torch.Tensor], prompt: list[int]) -> list[int]:
     assert control is not None
     driver.Gpu.open()
     before = held(control)
-    with Session(SMALL, weights, dtype="f32", cache=64, backend="cuda", device=DEVICE) as session:
+    with Session(SMALL, weights, cache=64, backend="cuda", device=DEVICE) as session:
         tokens = list(session.generate(prompt, 4))
         step = session.step(1)
         assert step.kind == "simulated"

@@ -26,7 +26,7 @@ from taskgraph.serving.http.app import Served, create_app
 from taskgraph.serving.http.keys import ApiKey, KeyRing
 from taskgraph.serving.http.page import page_headers, page_text
 from taskgraph.serving.requests import Request
-from taskgraph.serving.runners.planned import Planned, Ran
+from taskgraph.serving.runners.runner import Planned, Ran
 from taskgraph.serving.scheduler import Limits
 from taskgraph.serving.service import Service
 from tests.serve_cases import CONTEXT, PAGE, VOCABULARY, FormulaRunner, byte_tokenizer, make_served

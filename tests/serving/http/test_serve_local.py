@@ -44,7 +44,7 @@ def alone(folder: Path, prompt: str, tokens: int) -> str:
     with open_checkpoint(folder) as checkpoint:
         config, tokenizer = checkpoint.config, checkpoint.tokenizer()
         weights = llama.load_weights(config, checkpoint, "f32")
-    with Session(config, weights, dtype="f32", cache=128) as session:
+    with Session(config, weights, cache=128) as session:
         return tokenizer.decode(list(session.generate(tokenizer.encode(prompt), tokens)))
 
 

@@ -8,17 +8,15 @@ import socket
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Optional, Self
+from typing import Any, Optional
 
+import taskgraph as tg
 from taskgraph.errors import BackendUnavailable, RankLost
 
-if TYPE_CHECKING:
-    from taskgraph.runtime.distributed import Group
-
-Make = Callable[[Optional["Group"]], Any]
+Make = Callable[[Optional["tg.distributed.Group"]], Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +35,7 @@ class Placement:
     timeout_s: float = 60.0
 
 
-class Replicas:
+class Replicas(AbstractContextManager["Replicas"]):
     """`count` replicas of the actor that `make(group)` builds, on the Ray cluster at `address`.
 
     The group is None for replicas of one rank. With more, `make` runs on each, and a call on all of them in one order.
@@ -177,12 +175,7 @@ class Replicas:
             self._started = False
             self._ray.shutdown()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -209,12 +202,7 @@ class _Member:
             return f"tcp://{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
 
     def start(self, make: Make, url: str, rank: int, ranks: int, timeout_s: float) -> None:
-        group = None
-        if ranks > 1:
-            from taskgraph.runtime.distributed import connect
-
-            group = connect(url, rank, ranks, timeout_s=timeout_s)
-        self._actor = make(group)
+        self._actor = make(tg.distributed.connect(url, rank, ranks, timeout_s=timeout_s) if ranks > 1 else None)
 
     def call(self, method: str, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
         return getattr(self._actor, method)(*args, **named)

@@ -1,10 +1,9 @@
-"""What executes the engine's batches: the one seam between the engine and a backend."""
+"""Runs the engine's batches on this machine's cores: captured steps by bucket."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -13,114 +12,29 @@ import taskgraph as tg
 from taskgraph.models import llama, paged
 from taskgraph.models.config import ModelConfig
 from taskgraph.models.paged import Bucket, PageShape
-from taskgraph.runtime.bank import GraphBank
-from taskgraph.schedule.sliced import sliced
+from taskgraph.models.shards import check_share
 from taskgraph.serving import sampling
-from taskgraph.serving.known_plans import Planner
+from taskgraph.serving.engine import Engine, paged_engine
+from taskgraph.serving.options import Memory, Planner, Policy, planner_of
+from taskgraph.serving.runners.runner import Planned, Ran, ladder
 from taskgraph.serving.sampling import Chances
 from taskgraph.serving.scheduler import Batch, Ints, Limits
 
 if TYPE_CHECKING:
     import torch
 
-    from taskgraph.runtime.distributed import Group
-
-
-class Runner(Protocol):
-    """Executes one batch at a time, in the order of `launch`.
-
-    One that has logits also has `chances`, the `sampling.Chances` of the batch that was waited for last, or None."""
-
-    @property
-    def planned(self) -> int:
-        """Steps planned and captured so far; more of them while serving mean buckets that were not warm."""
-        ...
-
-    def warm(self) -> None:
-        """Plan and capture now what batches will need."""
-        ...
-
-    def check(self) -> None:
-        """Raise, while no batch runs, if none can run any more."""
-        ...
-
-    def now(self) -> float:
-        """Seconds on the runner's clock: this machine's, or a simulated one."""
-        ...
-
-    def launch(self, batch: Batch) -> None:
-        """Start a batch and return at once."""
-        ...
-
-    def wait(self) -> tuple[Ints, float]:
-        """The samples of the batch launched last, and when it ended; -1 for a row whose logits have no likeliest."""
-        ...
-
-    def sleep_until(self, at_s: float) -> None:
-        """Let the clock reach `at_s`; there is nothing to run before it."""
-        ...
-
-    def close(self) -> None:
-        """Free everything."""
-        ...
-
-
-class PagedRunner(Runner, Protocol):
-    """A runner with host pages that a disk tier can read and write, also while a batch runs."""
-
-    def read_page(self, page: int) -> bytes:
-        """The bytes of a host page in every layer."""
-        ...
-
-    def write_page(self, page: int, data: bytes) -> None:
-        """Give a host page these bytes; ValueError if they are not as many as a page has."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Ran:
-    """A step that ended: its bucket, and the measured seconds from its launch until its samples were known; None where
-    a clock says nothing, as on a virtual device."""
-
-    bucket: Bucket
-    seconds: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Planned:
-    """The plan of a bucket's steps, and the kind of every op in it."""
-
-    plan: tg.Plan
-    kinds: Mapping[str, str]
-
-
-@runtime_checkable
-class PlanRunner(Protocol):
-    """A runner whose steps are plans, and that tells which."""
-
-    dtype: str
-    last: Ran | None
-
-    def planned_step(self, bucket: Bucket) -> Planned | None:
-        """The plan of the bucket's steps, also while one runs; None if it cannot be had any more."""
-        ...
-
-
-def ladder(most: int) -> tuple[int, ...]:
-    """Bucket sizes up to `most`: powers of two and, from 16 on, the halves between them."""
-    sizes = [0, *(2**i for i in range(5)), *(n for i in range(4, 24) for n in (3 << (i - 1), 1 << (i + 1)))]
-    return (*(n for n in sizes if n < most), most)
-
 
 class CpuRunner:
     """Runs batches on this machine: a captured plan a bucket, from the graph bank, launched from a thread. `GpuRunner`
     does the same on a GPU.
 
-    `weights` are those of `llama.load_weights`; `device` is "cpu" unless told, or one like it with fewer cores.
-    Executables together hold at most `budget_bytes` of their own. With a `group` this is one rank's runner: `weights`
-    are its shard (`shards.load_shard`), `device` has the link that the ranks measure, and all ranks must be given the
-    same batches; rank 0 alone draws. `whole_experts`: ranks share out the experts of a layer, not each one's features.
-    `planner` makes the plans of the steps, or knows them (`KnownPlans`).
+    `weights` are those of `llama.load_weights`, in bf16 or f32, which is the dtype of pages and products; `device` is
+    "cpu" unless told, or one like it with fewer cores. Executables together hold at most `budget_bytes` of their own.
+    Steps are planned by `planner`, the name of a scheduler or a function like `tg.KnownPlans`.
+
+    With a `group` this is one rank's runner: `config` is its share of the model (`ModelConfig.share`), `weights` are
+    that share's (`shards.load_shard`), and `device` has the link that the ranks measure. All ranks must be given the
+    same batches; rank 0 alone draws.
     """
 
     backend: ClassVar[str] = "cpu"
@@ -133,20 +47,16 @@ class CpuRunner:
         shape: PageShape,
         limits: Limits,
         *,
-        dtype: str = "bf16",
         device: "str | tg.Device | None" = None,
-        scheduler: str = "auto",
+        planner: str | Planner = "auto",
         budget_bytes: float = 2e9,
-        group: "Group | None" = None,
-        whole_experts: bool = False,
-        planner: "Planner | None" = None,
+        group: "tg.distributed.Group | None" = None,
     ) -> None:
-        self._plan: Planner = planner or tg.plan
-        self.config, self.shape, self.dtype = config, shape, dtype
-        self.scheduler, self._group, self._ranks = scheduler, group, 1 if group is None else group.size
-        self._expert_rank = group.rank if group is not None and whole_experts else None
-        self.device = device or ("cpu" if group is None else _device_of(group))
-        self.bank: GraphBank[Bucket] = GraphBank(self._make, budget_bytes)
+        check_share(config, group)
+        self._planner, self._group = planner_of(planner), group
+        self.config, self.shape, self.dtype = config, shape, tg.dtypes.dtype_of(weights)
+        self.device = device or ("cpu" if group is None else tg.distributed.rank_device(group))
+        self.bank: tg.GraphBank[Bucket] = tg.GraphBank(self._make, budget_bytes)
         self._bound = self._placed(weights, self._rooms())
         self._limits, self._decode = limits, ladder(limits.sequences)
         self._prefill = (*(n for n in (16 << i for i in range(16)) if n < limits.tokens), limits.tokens)
@@ -160,14 +70,14 @@ class CpuRunner:
 
     def _rooms(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the pages of every layer, on the device and on the host ("host_...")."""
-        share, pools = self.config.share(self._ranks, self._expert_rank), {"": self.shape.pages}
+        pools = {"": self.shape.pages}
         if self.shape.host_pages:
             pools["host_"] = self.shape.host_pages
         return {
             f"{mark}{prefix}{name}": room
             for prefix, pages in pools.items()
             for mark in llama.layout(self.config).marks()
-            for name, room in self.shape.room(share, pages).items()
+            for name, room in self.shape.room(self.config, pages).items()
         }
 
     def _placed(self, weights: "Mapping[str, torch.Tensor]", rooms: Mapping[str, tuple[int, ...]]) -> Mapping[str, Any]:
@@ -177,11 +87,9 @@ class CpuRunner:
         kind = {"bf16": torch.bfloat16, "f32": torch.float32}[self.dtype]
         return {**weights, **{name: torch.zeros(shape, dtype=kind) for name, shape in rooms.items()}}
 
-    def _make(self, bucket: Bucket) -> "tg.Executable":
-        from taskgraph.runtime.distributed import one_plan
-
+    def _make(self, bucket: Bucket) -> tg.Executable:
         graph = self._graph(bucket)
-        plan = one_plan(graph, self._group, lambda: self._plan(graph, self.device, self.scheduler))
+        plan = tg.distributed.one_plan(graph, self._group, lambda: self._planner(graph, self.device))
         self._plans[bucket] = plan
         executable = tg.compile(graph, plan, self.backend, device=self._run_on, group=self._group)
         wanted = {t.name for t in graph.flat().with_role("weight", "state")}
@@ -189,13 +97,13 @@ class CpuRunner:
         return executable
 
     def _graph(self, bucket: Bucket) -> tg.Graph:
-        return paged.step_graph(self.config, bucket, self.shape, self.dtype, self._ranks, self._expert_rank)
+        return paged.step_graph(self.config, bucket, self.shape, self.dtype)
 
     def planned_step(self, bucket: Bucket) -> Planned | None:
         plan = self._plans.get(bucket)
         if plan is None:
             return None
-        return Planned(plan, {op.name: op.kind for op in sliced(plan, self._graph(bucket)).flat().ops})
+        return Planned(plan, {op.name: op.kind for op in tg.rewrite.apply(self._graph(bucket), plan.split).flat().ops})
 
     def bucket(self, batch: Batch) -> Bucket:
         """The smallest bucket that holds the batch."""
@@ -234,9 +142,7 @@ class CpuRunner:
         """This process has all that it needs."""
 
     def launch(self, batch: Batch) -> None:
-        from taskgraph.runtime.cpu.kernels import release_threads
-
-        release_threads()  # of the engine's own thread: a pool there would slow the lanes' pools down
+        tg.cpu.release_threads()  # of the engine's own thread: a pool there would slow the lanes' pools down
         self._running = self._thread.submit(self.run, batch)
 
     def wait(self) -> tuple[Ints, float]:
@@ -310,10 +216,22 @@ class CpuRunner:
         self.bank.close()
 
 
-def _device_of(group: "Group") -> tg.Device:
-    from taskgraph.runtime.distributed import rank_device
+def cpu_engine(
+    config: ModelConfig,
+    weights: "Mapping[str, torch.Tensor]",
+    limits: Limits,
+    memory: Memory,
+    *,
+    device: "str | tg.Device" = "cpu",
+    planner: str | Planner = "auto",
+    policy: Policy | None = None,
+) -> Engine:
+    """An engine on this machine's cores; see `CpuRunner`. `weights` are those of `llama.load_weights`."""
 
-    return rank_device(group)
+    def make(shape: PageShape) -> CpuRunner:
+        return CpuRunner(config, weights, shape, limits, device=device, planner=planner)
+
+    return paged_engine(make, limits, memory, config.vocab_size, policy)
 
 
 def _clear(inputs: "Mapping[str, torch.Tensor]") -> None:

@@ -15,20 +15,22 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn
 
+import taskgraph as tg
 from taskgraph.errors import RankLost, TaskgraphError
-from taskgraph.runtime.distributed import Group, connect
+
+Make = Callable[["tg.distributed.Group"], Any]
+"""Builds the actor of a group's rank, in its process; can be pickled."""
 
 
-class Ranks:
+class Ranks(AbstractContextManager["Ranks"]):
     """`size` processes with an actor each, which `make(group)` builds there; `make` must be picklable.
 
     A call runs on all ranks at once, and must make the same collectives on each. What it raises there is raised here.
@@ -36,9 +38,7 @@ class Ranks:
     When that happened, or an op failed on one rank only, all ranks are ended, and every later call raises RankLost.
     """
 
-    def __init__(
-        self, size: int, make: Callable[[Group], Any], *, timeout_s: float = 60.0, start_s: float = 600.0
-    ) -> None:
+    def __init__(self, size: int, make: Make, *, timeout_s: float = 60.0, start_s: float = 600.0) -> None:
         self.size, self.timeout_s, self._lost = size, timeout_s, ""
         self._folder = tempfile.TemporaryDirectory(prefix="taskgraph-ranks-")
         url = (Path(self._folder.name) / "meet").as_uri()
@@ -52,7 +52,7 @@ class Ranks:
             self._close("The ranks did not start.")
             raise
 
-    def _start(self, make: Callable[[Group], Any], url: str) -> None:
+    def _start(self, make: Make, url: str) -> None:
         for rank in range(self.size):
             here, there = _SPAWN.Pipe()
             arguments = (there, make, url, rank, self.size, self.timeout_s)
@@ -98,13 +98,12 @@ class Ranks:
         got: dict[int, Any] = {}
         until = time.monotonic() + limit_s
         while len(got) < self.size:
-            waiting = {self._links[rank]: rank for rank in range(self.size) if rank not in got}
-            ready = wait(list(waiting), max(until - time.monotonic(), 0.0))
+            waiting = [rank for rank in range(self.size) if rank not in got]
+            ready = wait([self._links[rank] for rank in waiting], max(until - time.monotonic(), 0.0))
             if not ready:
-                self._close(f"Ranks {sorted(waiting.values())} did not answer within {limit_s:g} s.")
+                self._close(f"Ranks {waiting} did not answer within {limit_s:g} s.")
                 raise RankLost(f"{self._lost} Start the ranks again.")
-            for link in ready:
-                rank = waiting[link]  # type: ignore[index]
+            for rank in [rank for rank in waiting if self._links[rank] in ready]:
                 try:
                     got[rank] = self._links[rank].recv()
                 except (EOFError, OSError):
@@ -143,12 +142,7 @@ class Ranks:
         if not self._lost:
             self._close("The ranks are closed.")
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -165,11 +159,11 @@ _SPAWN = multiprocessing.get_context("spawn")
 _GRACE_S = 2.0
 
 
-def _serve(link: Connection, make: Callable[[Group], Any], url: str, rank: int, size: int, timeout_s: float) -> None:
+def _serve(link: Connection, make: Make, url: str, rank: int, size: int, timeout_s: float) -> None:
     """A rank's process: calls until the pipe ends, or until its group is broken: then its exit code is 1."""
     threading.Thread(target=_follow, name="taskgraph-parent", daemon=True).start()
     try:
-        group = connect(url, rank, size, timeout_s=timeout_s)
+        group = tg.distributed.connect(url, rank, size, timeout_s=timeout_s)
         _own_cores(rank, size)  # not before: gloo's threads take turns with the lanes badly on a core that they share
         actor, answer = make(group), None
     except BaseException as error:

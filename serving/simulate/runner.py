@@ -8,11 +8,9 @@ import numpy as np
 import taskgraph as tg
 from taskgraph.errors import PlanError
 from taskgraph.models.config import ModelConfig
-from taskgraph.models.parallel import mixed_step
-from taskgraph.runtime.bank import GraphBank
 from taskgraph.serving.cache.pages import PagedCache
 from taskgraph.serving.engine import Engine
-from taskgraph.serving.runners.planned import ladder
+from taskgraph.serving.options import Policy
 from taskgraph.serving.scheduler import Batch, Ints, Limits
 
 
@@ -33,59 +31,6 @@ class StepShape:
         seen, d = batch.lengths, batch.decode
         decode_context = int(seen[:d].mean()) if d else 0
         return StepShape(d, decode_context, batch.prefill, batch.chunks, int(seen[d:].mean()) if batch.chunks else 0)
-
-
-class PlannedSeconds:
-    """Simulated seconds of a step: the makespan of `tg.plan` for its shape, rounded up, on one rank's device.
-
-    `context_step` is what contexts are rounded up to. Plans are kept in a graph bank of the sim backend.
-    """
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        device: str | tg.Device,
-        *,
-        tensor_parallel: int = 1,
-        scheduler: str = "auto",
-        context_step: int = 256,
-    ) -> None:
-        self.config, self.device, self.tensor_parallel, self.scheduler = config, device, tensor_parallel, scheduler
-        self.context_step = context_step
-        self.bank: GraphBank[StepShape] = GraphBank(self._make)
-
-    def __call__(self, shape: StepShape) -> float:
-        executable = self.bank[self.rounded(shape)]
-        return executable.timeline().makespan_s
-
-    def rounded(self, shape: StepShape) -> StepShape:
-        """The shape that is planned for `shape`: every number rounded up, prefill to equal chunks."""
-
-        def up(n: int, step: int) -> int:
-            return -(-n // step) * step
-
-        decode = up(shape.decode, 16) if shape.decode > 16 else min(n for n in ladder(16) if n >= shape.decode)
-        chunks = min(n for n in ladder(max(shape.chunks, 1)) if n >= shape.chunks)
-        each = up(-(-shape.prefill // chunks), 32) if chunks else 0
-        contexts = (
-            max(up(n, self.context_step), m) for n, m in ((shape.decode_context, 1), (shape.prefill_context, each))
-        )
-        decode_context, prefill_context = contexts
-        return StepShape(
-            decode, decode_context if decode else 0, each * chunks, chunks, prefill_context if chunks else 0
-        )
-
-    def _make(self, shape: StepShape) -> tg.Executable:
-        graph = mixed_step(
-            self.config,
-            tensor_parallel=self.tensor_parallel,
-            decode_tokens=shape.decode,
-            decode_context=shape.decode_context,
-            prefill_tokens=shape.prefill,
-            prefill_context=shape.prefill_context,
-            prefill_sequences=max(shape.chunks, 1),
-        )
-        return tg.compile(graph, tg.plan(graph, self.device, self.scheduler), "sim")
 
 
 class SimRunner:
@@ -175,5 +120,9 @@ def simulated_engine(
     runner = SimRunner(seconds, page_bytes=page_bytes(config, page_size), host_s=host_s)
     cache = PagedCache(pages, page_size, host_pages)
     return Engine(
-        runner, cache, limits, vocabulary=config.vocab_size, prefix_sharing=False, expected_output=expected_output
+        runner,
+        cache,
+        limits,
+        vocabulary=config.vocab_size,
+        policy=Policy(prefix_sharing=False, expected_output=expected_output),
     )

@@ -9,37 +9,39 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+import taskgraph as tg
 from taskgraph.errors import GraphError, RankLost
 from taskgraph.models.config import ModelConfig
 from taskgraph.models.paged import Bucket, PageShape
-from taskgraph.serving.engine import Engine, Options, paged_engine
-from taskgraph.serving.runners.planned import CpuRunner, Planned, Ran
-from taskgraph.serving.runners.ranks import Ranks
+from taskgraph.serving.engine import Engine, paged_engine
+from taskgraph.serving.options import Memory, Policy
+from taskgraph.serving.ranks.processes import Ranks
+from taskgraph.serving.runners.cpu import CpuRunner
+from taskgraph.serving.runners.runner import Planned, Ran
 from taskgraph.serving.sampling import Chances
 from taskgraph.serving.scheduler import Batch, Ints, Limits
 
 if TYPE_CHECKING:
     import torch
 
-    from taskgraph.runtime.distributed import Group
-
-Load = Callable[["Group"], Mapping[str, "torch.Tensor"]]
+Load = Callable[["tg.distributed.Group"], Mapping[str, "torch.Tensor"]]
 """Gives the weights of the group's rank, in its process; can be pickled."""
 
 
 class RanksRunner:
     """Runs batches on `ranks`, each with a `RankActor`; owns them. RankLost from `wait` or `check` when one is gone."""
 
-    def __init__(self, ranks: Ranks, dtype: str = "bf16") -> None:
-        self.ranks, self.dtype = ranks, dtype
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
         self._thread = ThreadPoolExecutor(1, "taskgraph-ranks")
         self._running: Future[list[Any]] | None = None
         self.chances: Chances | None = None
         self.last: Ran | None = None
+        self.dtype = str(self._call("dtype")[0])
 
     @property
     def planned(self) -> int:
@@ -100,7 +102,7 @@ def packed(batch: Batch) -> bytes:
 class RankActor:
     """One rank's runner, in its process."""
 
-    def __init__(self, runner: CpuRunner, group: "Group") -> None:
+    def __init__(self, runner: CpuRunner, group: "tg.distributed.Group") -> None:
         self._runner, self._group = runner, group
 
     def run(self, batch: bytes) -> tuple[Ints, Chances | None, Ran | None] | None:
@@ -110,6 +112,9 @@ class RankActor:
 
     def planned_step(self, bucket: Bucket) -> Planned | None:
         return self._runner.planned_step(bucket) if self._group.rank == 0 else None
+
+    def dtype(self) -> str:
+        return self._runner.dtype
 
     def planned(self) -> int:
         return self._runner.planned
@@ -131,33 +136,29 @@ class RankActor:
 
 @dataclass(frozen=True, slots=True)
 class _Make:
-    """How a rank's process makes its actor."""
+    """How a rank's process makes its actor; `config` is the whole model's."""
 
     config: ModelConfig
     load: Load
     limits: Limits
     shape: PageShape
-    dtype: str
     whole_experts: bool
 
-    def __call__(self, group: "Group") -> RankActor:
-        runner = CpuRunner(
-            self.config, self.load(group), self.shape, self.limits, dtype=self.dtype, group=group,
-            whole_experts=self.whole_experts,
-        )  # fmt: skip
-        return RankActor(runner, group)
+    def __call__(self, group: "tg.distributed.Group") -> RankActor:
+        share = self.config.share(group.size, group.rank if self.whole_experts else None)
+        return RankActor(CpuRunner(share, self.load(group), self.shape, self.limits, group=group), group)
 
 
 def ranks_engine(
     config: ModelConfig,
     load: Load,
     limits: Limits,
+    memory: Memory,
     ranks: int,
     *,
-    dtype: str = "bf16",
     whole_experts: bool = False,
     timeout_s: float = 60.0,
-    **options: Unpack[Options],
+    policy: Policy | None = None,
 ) -> Engine:
     """An engine over `ranks` processes on this machine; `config` is the whole model's, and `load(group)` gives a
     rank's weights there (`shards.load_shard`). With `whole_experts` ranks share out the experts of a layer, not the
@@ -168,7 +169,6 @@ def ranks_engine(
     config.share(ranks, 0 if whole_experts else None)
 
     def make(shape: PageShape) -> RanksRunner:
-        started = _Make(config, load, limits, shape, dtype, whole_experts)
-        return RanksRunner(Ranks(ranks, started, timeout_s=timeout_s), dtype)
+        return RanksRunner(Ranks(ranks, _Make(config, load, limits, shape, whole_experts), timeout_s=timeout_s))
 
-    return paged_engine(make, limits, config.vocab_size, **options)
+    return paged_engine(make, limits, memory, config.vocab_size, policy)
