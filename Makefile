@@ -10,7 +10,7 @@ INSTALL := $(PIP) install -c constraints.txt $(if $(TORCH_INDEX),--extra-index-u
 TO_RUN := $(VENV)/.installed-to-run
 TO_TEST := $(VENV)/.installed-to-test
 
-.PHONY: setup develop browser run test lint fast clean
+.PHONY: setup develop browser run test lint fast mutants clean
 setup: $(TO_RUN)
 develop: $(TO_TEST)
 
@@ -48,6 +48,10 @@ browser:
 
 test: develop browser lint
 	$(BIN)/python -m pytest
+
+# One-place changes of ten files, which their own tests must notice (half an hour on two cores; MUTANTS='--file ...').
+mutants: develop
+	$(BIN)/python -m benchmarks.mutants $(MUTANTS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 from taskgraph.models.hub import smollm2_path
 
 Call = Callable[..., Any]
 
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(  # for `make mutants`: to know that a test fails is enough
+    "mutants", settings.get_profile("any machine"), phases=(Phase.explicit, Phase.generate), database=None
+)
 settings.load_profile("any machine")
 
 

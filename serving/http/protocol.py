@@ -197,10 +197,14 @@ class CompletionBody(Body):
     @field_validator("prompt", mode="plain")
     @classmethod
     def _prompt_kinds(cls, given: Any) -> Any:
-        if isinstance(given, str) or _tokens(given):
+        if _is_text(given):
             return given
-        if isinstance(given, list) and given and (all(map(_is_text, given)) or all(map(_tokens, given))):
+        if _tokens(given):
+            return list(map(int, given))
+        if isinstance(given, list) and given and all(map(_is_text, given)):
             return given
+        if isinstance(given, list) and given and all(map(_tokens, given)):
+            return [list(map(int, each)) for each in given]
         raise ValueError("give a text, a list of tokens, or a list of such prompts; at least one of each")
 
     @model_validator(mode="after")
@@ -213,15 +217,15 @@ class CompletionBody(Body):
 
     @property
     def count(self) -> int:
-        return len(self.prompt) if isinstance(self.prompt, list) and not isinstance(self.prompt[0], int) else 1
+        return len(self.prompt) if _nested(self.prompt) else 1
 
     @property
     def alternatives(self) -> int | None:
         return self.logprobs
 
     def prompts(self, tokenizer: Tokenizer) -> list[list[int]]:
-        given: Any = [self.prompt] if self.count == 1 and not _nested(self.prompt) else self.prompt
-        return [tokenizer.encode(each) if isinstance(each, str) else list(map(int, each)) for each in given]
+        given: Any = self.prompt if _nested(self.prompt) else [self.prompt]
+        return [tokenizer.encode(each) if isinstance(each, str) else list(each) for each in given]
 
     def most_tokens(self, prompt: int, context: int) -> int:
         return self.max_tokens
@@ -244,7 +248,7 @@ def _tokens(value: Any) -> bool:
 
 def _nested(prompt: Any) -> bool:
     """Whether these are several prompts, not one."""
-    return isinstance(prompt, list) and not isinstance(prompt[0], int | float)
+    return isinstance(prompt, list) and not isinstance(prompt[0], int)
 
 
 class Part(Fields):

@@ -1,0 +1,55 @@
+"""Problems whose every number is given, so that times can be worked out on paper."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from taskgraph.schedule.problem import Problem
+
+CAPACITY = (100.0, 10.0, 20.0, 40.0)
+
+
+def problem(
+    seconds: Sequence[float] | Sequence[Sequence[float]],
+    use: Sequence[Sequence[float]] | np.ndarray,
+    edges: Sequence[tuple[int, int]] = (),
+    *,
+    sizes: Sequence[int] = (8,),
+    sm_count: int = 8,
+    capacity: Sequence[float] = CAPACITY,
+    sm_bytes_per_s: float = 1e9,
+    launch_s: float = 0.0,
+    switch_s: float = 0.0,
+    legal: Sequence[Sequence[bool]] | None = None,
+    work: Sequence[Sequence[float]] | None = None,
+) -> Problem:
+    """`seconds` (n,) or (n, m); `use` (n, 5) or (n, m, 5); `edges` as (before, after)."""
+    n, m = len(seconds), len(sizes)
+    took = np.array(seconds, float).reshape(n, -1) * np.ones((1, m))
+    uses = np.array(use, float)
+    uses = np.repeat(uses[:, None, :], m, axis=1) if uses.ndim == 2 else uses
+    before, after = (np.array([e[side] for e in sorted(edges)], np.int64) for side in (0, 1))
+    by_after = np.argsort(after, kind="stable")
+    return Problem(
+        sizes=np.array(sizes, np.int64),
+        legal=np.ones((n, m), bool) if legal is None else np.array(legal),
+        seconds=took,
+        use=uses,
+        work=(uses[:, :, 1:] * took[:, :, None]).min(axis=1) if work is None else np.array(work, float),
+        pred_ptr=np.concatenate([[0], np.cumsum(np.bincount(after, minlength=n))]).astype(np.int64),
+        pred=before[by_after],
+        succ_ptr=np.concatenate([[0], np.cumsum(np.bincount(before, minlength=n))]).astype(np.int64),
+        succ=after,
+        capacity=np.array(capacity, float),
+        sm_count=sm_count,
+        sm_bytes_per_s=sm_bytes_per_s,
+        launch_s=launch_s,
+        switch_s=switch_s,
+        band=np.full(n, 0.1),
+        sources=("hand",) * n,
+    )
+
+
+def sms(*counts: float) -> list[list[float]]:
+    """The use of ops that take SMs and nothing else."""
+    return [[count, 0.0, 0.0, 0.0, 0.0] for count in counts]
