@@ -15,7 +15,6 @@ import taskgraph as tg
 from benchmarks import machine, nanoflow_table, one_line, print_json
 from taskgraph.cost.calibrate import Errors, predictions
 from taskgraph.cost.fitted import model_of
-from taskgraph.cost.formulas import SMS
 from taskgraph.cost.interference import table_errors
 from taskgraph.cost.measurements import Measurements, read
 from taskgraph.cost.model import predict
@@ -68,12 +67,13 @@ def plot(tables: Sequence[Measurements], folder: Path) -> None:
 def speed() -> dict[str, float]:
     """Seconds of a million vectorised GEMM predictions, and microseconds of one from Python, measured here."""
     model = model_of(tg.devices.get("h100_sxm"))
-    spec, gemm = model.spec(), model.families[0]
+    spec, gemm = model.spec(), model.family("gemm")
+    whole = np.array([spec.sms])
     draw = np.random.default_rng(0)
-    rows = np.column_stack([*(2.0 ** draw.integers(5, 14, (3, 1_000_000))), np.full(1_000_000, 2.0)])
-    gemm.seconds(rows[:10], spec, spec[SMS : SMS + 1])
+    shapes = np.column_stack([*(2.0 ** draw.integers(5, 14, (3, 1_000_000))), np.full(1_000_000, 2.0)])
+    gemm.seconds(shapes[:10], spec, whole)
     begin = time.perf_counter()
-    gemm.seconds(rows, spec, spec[SMS : SMS + 1])
+    gemm.seconds(shapes, spec, whole)
     million = time.perf_counter() - begin
     graph = _one_gemm()
     predict(graph.ops[0], graph, model.device)
@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise CalibrationError(f"--plots {str(options.plots)!r} is no folder; make it first.")
     screen = Console(highlight=False)
     screen.print(_table(found))
-    for row in table_errors(model_of(tg.devices.get("a100_sxm")).response.by_resource()):
+    for row in table_errors(model_of(tg.devices.get("a100_sxm")).calibration.response.by_resource()):
         screen.print(
             f"R -> P, {row.resource}, {row.table} (published): mean |dP| {row.mean:.3f}, largest {row.largest:.3f}"
         )
@@ -130,7 +130,7 @@ def _table(found: dict[str, dict[str, dict[str, Any]]]) -> Table:
     for column in ("system", "family", "coefficients", "rows", "median", "mean", "p90"):
         table.add_column(column)
     for system, families in found.items():
-        source = model_of(tg.devices.get(system)).families[0].source
+        source = model_of(tg.devices.get(system)).family("gemm").source
         for family, e in families.items():
             shown = (f"{100 * e[key]:.1f} %" for key in ("median", "mean", "p90"))
             table.add_row(system, family, source, f"{e['rows']:,}", *shown)

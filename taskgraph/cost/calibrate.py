@@ -7,13 +7,14 @@ reported, and the band, come from a fit without the held-out shapes; the coeffic
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 import numpy as np
 
 from taskgraph.cost import surface
-from taskgraph.cost.families import DECODE, Family, all_features, bases
+from taskgraph.cost.family import Coefficients, Family, Features, Spec
 from taskgraph.cost.fitted import Calibration, DeviceModel, Fitted, Response, spec_of
-from taskgraph.cost.formulas import HBM, HBM_REACH, SMS
+from taskgraph.cost.formulas import exp
 from taskgraph.cost.interference import fit_response
 from taskgraph.cost.measurements import Measurements
 from taskgraph.errors import CalibrationError
@@ -28,15 +29,6 @@ _SCALE = 0.05
 """Log error beyond which a row counts linearly (soft L1), so that odd kernels do not bend the fit."""
 _PULL = 0.02
 """Pull of a coefficient's log towards its start: what the data do not determine stays put."""
-_LIMITS = {
-    "wave": (0.01, 1.0), "overlap": (1.0, 8.0), "hbm_efficiency": (0.3, 1.0), "link_efficiency": (0.3, 1.0),
-    "l2_gain": (1.0, 4.0), "l2_share": (0.3, 1.2), "mma_efficiency": (0.2, 1.0), "tile_efficiency": (0.2, 1.0),
-}  # fmt: skip
-"""What a coefficient can mean at all; the others stay within a factor of 20 of their start. Without these a formula may
-fit as well and transfer badly: an efficiency above 1 is another effect in disguise."""
-_SM_RATE, _FASTER_THAN_NEEDED = "sm_bytes_per_s", 1.25
-"""An SM walks over a cache faster than its share of the saturating bandwidth: full-GPU times cannot tell the two apart,
-the R -> P tables do (decode attention keeps 0.6 to 0.8 of its speed on 0.4 of an A100)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,68 +75,94 @@ def calibrate(
     return Calibration(device.name, version, device.launch_seconds, response, fitted, stamp)
 
 
-def _fit_family(table: Measurements, spec: np.ndarray, report: Callable[[str, Errors, Errors], None]) -> Fitted:
-    held = table.keys < HELD_OUT
+def _fit_family(table: Measurements, spec: Spec, report: Callable[[str, Errors, Errors], None]) -> Fitted:
+    family, held = table.family, table.keys < HELD_OUT
     train, test = table.where(~held), table.where(held)
-    judged = _fit(train, spec)
-    formula = bases(table.family.number, test.rows, spec, judged[0])
-    scale = np.exp(_correction(table.family, judged[1], test.rows, spec))
-    plain, errors = Errors.of(formula, test.seconds), Errors.of(formula * scale, test.seconds)
-    report(table.family.name, plain, errors)
-    coefficients, values = _fit(table, spec)
-    named = {name: float(f"{v:.5g}") for (name, _), v in zip(table.family.coefficients, coefficients, strict=True)}
+    coefficients, tables = _fit(train, spec)
+    formula = _whole_device(family, test.shapes, spec, coefficients)
+    left = surface.corrections(family.features_of(test.shapes, spec), family.terms, tables)
+    plain, errors = Errors.of(formula, test.seconds), Errors.of(formula * exp(np.asarray(left)), test.seconds)
+    report(family.name, plain, errors)
+    coefficients, tables = _fit(table, spec)
+    fitted = zip(family.coefficients.names(), coefficients.values(), strict=True)
+    named = {name: float(f"{value:.5g}") for name, value in fitted}
     held_out = {**errors.as_dict(), "formula_alone_median": plain.median, "formula_alone_p90": plain.p90}
-    tables = tuple(map(tuple, surface.to_lists(table.family.terms, values)))
-    return Fitted(named, tables, {key: round(value, 4) for key, value in held_out.items()})
+    rounded = tuple(tuple(round(float(v), 4) for v in values) for values in tables)
+    return Fitted(named, rounded, {key: round(value, 4) for key, value in held_out.items()})
 
 
-def _fit(table: Measurements, spec: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(coefficients, values of the correction) of one family."""
+def _fit(table: Measurements, spec: Spec) -> tuple[Coefficients, list[np.ndarray]]:
+    """The coefficients of one family, and the tables of its correction."""
     family = table.family
     coefficients = _fit_formula(table, spec)
-    left = np.log(table.seconds / bases(family.number, table.rows, spec, coefficients))
-    features = all_features(family.number, table.rows, spec)
-    values = surface.fit(features, left, family.terms, family.features, family.ridge)
-    return coefficients, values
+    left = np.log(table.seconds / _whole_device(family, table.shapes, spec, coefficients))
+    return coefficients, fit_tables(family.features_of(table.shapes, spec), left, family.terms, family.ridge)
 
 
-def _fit_formula(table: Measurements, spec: np.ndarray) -> np.ndarray:
+def _whole_device(family: Family, shapes: np.ndarray, spec: Spec, coefficients: Coefficients) -> np.ndarray:
+    """The formula's seconds (n,) on all SMs."""
+    return family.seconds(shapes, spec, coefficients, np.array([spec.sms]))[:, 0]
+
+
+def _fit_formula(table: Measurements, spec: Spec) -> Coefficients:
     """Robust least squares on log time over the logs of the coefficients (trust region, scipy)."""
-    try:
-        from scipy.optimize import least_squares
-    except ImportError as error:
-        raise CalibrationError("fitting needs scipy: pip install 'taskgraph-gpu[calibrate]'.") from error
-    start = np.array([value for _, value in table.family.coefficients])
+    family, kind = table.family, table.family.coefficients
+    start, limits = kind().values(), kind.limits()
+    for name, (value, low, high) in family.on_device(spec).items():
+        start[kind.names().index(name)], limits[name] = value, (low, high)
     pick = np.random.default_rng(0).permutation(len(table.seconds))[:MOST_ROWS]
-    rows, seconds = table.rows[pick], np.log(table.seconds[pick])
+    shapes, seconds = table.shapes[pick], np.log(table.seconds[pick])
 
     def residuals(x: np.ndarray) -> np.ndarray:
-        return np.concatenate([np.log(bases(table.family.number, rows, spec, start * np.exp(x))) - seconds, _PULL * x])
+        predicted = _whole_device(family, shapes, spec, kind.of(start * np.exp(x)))
+        return np.concatenate([np.log(predicted) - seconds, _PULL * x])
 
-    limits = np.array([_LIMITS.get(name, (value / 20, value * 20)) for name, value in table.family.coefficients])
-    if (names := [name for name, _ in table.family.coefficients]).count(_SM_RATE) and table.family.number == DECODE:
-        least = _FASTER_THAN_NEEDED * spec[HBM_REACH] * spec[HBM] / spec[SMS]
-        limits[names.index(_SM_RATE)] = (least, 20 * least)
-        start[names.index(_SM_RATE)] = 2 * least
-    found = least_squares(
+    found = _scipy().optimize.least_squares(
         residuals,
         np.zeros(len(start)),
-        bounds=tuple(np.log(limits.T / start)),
+        bounds=tuple(np.log(np.array([limits[name] for name in kind.names()]).T / start)),
         loss="soft_l1",
         f_scale=_SCALE,
         diff_step=1e-3,
         max_nfev=40,
     )
-    result: np.ndarray = start * np.exp(found.x)
-    return result
+    return kind.of(start * np.exp(found.x))
 
 
-def _correction(family: Family, values: np.ndarray, rows: np.ndarray, spec: np.ndarray) -> np.ndarray:
-    axes, offsets = surface.pack(family.terms, family.features)
-    return surface.corrections(all_features(family.number, rows, spec), axes, offsets, values)
+def fit_tables(
+    features: Features, wanted: np.ndarray, terms: Sequence[surface.Term], ridge: float, rounds: int = 12
+) -> list[np.ndarray]:
+    """The tables of all terms that bring the correction near `wanted` (n,): ridge-penalised least absolute deviations
+    by iteratively reweighted least squares (Holland and Welsch 1977), all terms together, so that a term without data
+    is 0."""
+    sizes = surface.sizes_of(terms)
+    first = np.cumsum([0, *sizes])
+    parts = [surface.corners(features, term) for term in terms]
+    index = np.concatenate([at + offset for (at, _), offset in zip(parts, first[:-1], strict=True)]).T
+    weight, rows = np.concatenate([w for _, w in parts]).T, np.arange(len(wanted))
+    entries = (weight.ravel(), (np.repeat(rows, index.shape[1]), index.ravel()))
+    design = _scipy().sparse.csr_array(entries, shape=(len(wanted), first[-1]))
+    values, weights = np.zeros(first[-1]), np.ones(len(wanted))
+    for _ in range(rounds):
+        scaled = design * weights[:, None]
+        values = np.linalg.solve((design.T @ scaled).toarray() + ridge * np.eye(first[-1]), scaled.T @ wanted)
+        error = np.abs(wanted - design @ values)
+        weights = 1.0 / np.maximum(error, 0.01)
+        weights /= weights.mean()
+    return np.split(values, first[1:-1])
+
+
+def _scipy() -> Any:
+    """scipy, which only fitting needs, with the parts that it takes."""
+    try:
+        import scipy.optimize
+        import scipy.sparse
+    except ImportError as error:
+        raise CalibrationError("fitting needs scipy: pip install 'taskgraph-gpu[calibrate]'.") from error
+    return scipy
 
 
 def predictions(model: DeviceModel, table: Measurements) -> np.ndarray:
     """Predicted seconds of measured rows on the whole device."""
     spec = model.spec()
-    return model.families[table.family.number].seconds(table.rows, spec, spec[SMS : SMS + 1])[:, 0]
+    return model.family(table.family.name).seconds(table.shapes, spec, np.array([spec.sms]))[:, 0]

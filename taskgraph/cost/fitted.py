@@ -3,15 +3,17 @@
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from taskgraph.cost import families, formulas, surface
-from taskgraph.cost.families import FAMILIES, Family
+from taskgraph.cost import surface
+from taskgraph.cost.families import FAMILIES
+from taskgraph.cost.family import Coefficients, Family, Spec
+from taskgraph.cost.formulas import exp
 from taskgraph.errors import CalibrationError
 from taskgraph.graph.device import Device
 from taskgraph.graph.op import MOST_WORK
@@ -151,7 +153,7 @@ class _File:
 
 
 def _fitted_body(name: str, fit: Fitted) -> dict[str, Any]:
-    terms = families.BY_NAME[name].terms
+    terms = FAMILIES[name].terms
     tables = [
         {"axes": [[a.feature, a.low, round(a.step, 6), a.count] for a in term], "log": list(values)}
         for term, values in zip(terms, fit.tables, strict=True)
@@ -160,13 +162,13 @@ def _fitted_body(name: str, fit: Fitted) -> dict[str, Any]:
 
 
 def _fitted(name: str, part: _FamilyFile) -> Fitted:
-    family = families.BY_NAME.get(name)
+    family = FAMILIES.get(name)
     if family is None:
-        raise CalibrationError(f"there is no family {shown(name)}; there are {', '.join(families.BY_NAME)}.")
+        raise CalibrationError(f"there is no family {shown(name)}; there are {', '.join(FAMILIES)}.")
     axes = [tuple((a.feature, a.low, round(a.step, 6), a.count) for a in term) for term in family.terms]
     fits = [t.axes for t in part.correction] == axes
     sizes = [len(t.log) for t in part.correction] == surface.sizes_of(family.terms)
-    if not fits or not sizes or part.coefficients.keys() != {n for n, _ in family.coefficients}:
+    if not fits or not sizes or part.coefficients.keys() != {*family.coefficients.names()}:
         raise CalibrationError(f"family {name!r} has other coefficients or axes than this version. Calibrate again.")
     return Fitted(part.coefficients, tuple(t.log for t in part.correction), part.held_out)
 
@@ -183,50 +185,79 @@ def shipped(name: str) -> Calibration:
 
 @dataclass(frozen=True, slots=True)
 class FamilyModel:
-    """A family made ready for numba on one device."""
+    """A family on one device: its coefficients and the tables of its correction, one a term of the family (none where
+    it was not fitted). `band` is the relative error of its times, `source` says where they come from."""
 
     family: Family
-    coefficients: np.ndarray
-    axes: np.ndarray
-    offsets: np.ndarray
-    values: np.ndarray
+    coefficients: Coefficients
+    tables: tuple[np.ndarray, ...]
     band: float
     source: str
 
-    def seconds(self, rows: np.ndarray, spec: np.ndarray, sms: np.ndarray) -> np.ndarray:
-        """Seconds (rows, sms), launch included."""
-        return families.table(
-            self.family.number, rows, spec, self.coefficients, self.axes, self.offsets, self.values, sms
-        )
+    def seconds(self, shapes: np.ndarray, spec: Spec, sms: np.ndarray) -> np.ndarray:
+        """Seconds (n, m), launch included, of shapes (n, fields of the family's `shape`) on `sms` (m,) SMs: the formula
+        times the exponential of the correction, which depends on the shape alone, so that the time is monotone in SMs
+        as the formula is."""
+        seconds = self.family.seconds(shapes, spec, self.coefficients, sms)
+        return seconds * self.scale(shapes, spec)[:, None] if self.tables else seconds
+
+    def scale(self, shapes: np.ndarray, spec: Spec) -> np.ndarray:
+        """What the correction multiplies the formula's times by (n,)."""
+        features = self.family.features_of(shapes, spec)
+        return exp(np.asarray(surface.corrections(features, self.family.terms, self.tables)))
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceModel:
-    """Every family on one device. `launch_s` is the launch within the families' seconds."""
+    """Every family on one device under one calibration."""
 
     device: Device
-    response: Response
-    launch_s: float
-    families: tuple[FamilyModel, ...]
+    calibration: Calibration
+    _made: dict[str, FamilyModel] = field(default_factory=dict, repr=False, compare=False)
 
-    def spec(self, dtype: str = "bf16") -> np.ndarray:
+    @property
+    def launch_s(self) -> float:
+        """The launch within the families' seconds."""
+        return self.calibration.launch_seconds
+
+    def family(self, name: str) -> FamilyModel:
+        """The family of that name, made when it is first asked for."""
+        made = self._made.get(name)
+        if made is None:
+            made = self._made[name] = self._make(FAMILIES[name])
+        return made
+
+    def _make(self, family: Family) -> FamilyModel:
+        fitted = self.calibration.fitted.get(family.name)
+        if fitted is None:
+            return FamilyModel(family, family.coefficients(), (), UNFITTED_BAND, "formula, not calibrated")
+        own = self.calibration.device == self.device.name
+        source, wider = ("calibrated", 1.0) if own else ("transferred from", TRANSFER_BAND)
+        values = [fitted.coefficients[name] for name in family.coefficients.names()]
+        tables = tuple(np.array(table) for table in fitted.tables)
+        made = f"{source} {self.calibration.device} v{self.calibration.version}"
+        return FamilyModel(family, family.coefficients.of(values), tables, fitted.band * wider, made)
+
+    def spec(self, dtype: str = "bf16") -> Spec:
         """The device's numbers as the formulas take them, with the arithmetic rate of `dtype`."""
-        return spec_of(self.device, self.response, dtype)
+        return spec_of(self.device, self.calibration.response, dtype)
 
 
-def spec_of(device: Device, response: Response, dtype: str) -> np.ndarray:
-    """The `spec` vector of formulas.py."""
-    spec = np.empty(11)
-    spec[formulas.SMS], spec[formulas.FLOPS], spec[formulas.HBM] = (
-        device.sm_count,
-        device.rate(dtype),
-        device.hbm_bytes_per_s,
+def spec_of(device: Device, response: Response, dtype: str) -> Spec:
+    """`device` as the formulas take it, for kernels of `dtype`."""
+    return Spec(
+        sms=float(device.sm_count),
+        flops_per_s=device.rate(dtype),
+        hbm_bytes_per_s=device.hbm_bytes_per_s,
+        link_bytes_per_s=device.link_bytes_per_s,
+        l2_bytes=float(device.l2_bytes),
+        h2d_bytes_per_s=device.h2d_bytes_per_s,
+        d2h_bytes_per_s=device.d2h_bytes_per_s,
+        hbm_reach=response.hbm_reach,
+        hbm_sharp=response.hbm_sharp,
+        link_reach=response.link_reach,
+        link_sharp=response.link_sharp,
     )
-    spec[formulas.LINK], spec[formulas.L2] = device.link_bytes_per_s, device.l2_bytes
-    spec[formulas.H2D], spec[formulas.D2H] = device.h2d_bytes_per_s, device.d2h_bytes_per_s
-    spec[formulas.HBM_REACH], spec[formulas.HBM_SHARP] = response.hbm_reach, response.hbm_sharp
-    spec[formulas.LINK_REACH], spec[formulas.LINK_SHARP] = response.link_reach, response.link_sharp
-    return spec
 
 
 @lru_cache(maxsize=64)
@@ -238,19 +269,4 @@ def model_of(device: Device) -> DeviceModel:
 
 def model_with(calibration: Calibration, device: Device) -> DeviceModel:
     """`device` under the coefficients of `calibration`."""
-    own = calibration.device == device.name
-    made = f"{calibration.device} v{calibration.version}"
-    source, wider = (f"calibrated {made}", 1.0) if own else (f"transferred from {made}", TRANSFER_BAND)
-    models = tuple(_family_model(family, calibration.fitted.get(family.name), source, wider) for family in FAMILIES)
-    return DeviceModel(device, calibration.response, calibration.launch_seconds, models)
-
-
-def _family_model(family: Family, fitted: Fitted | None, source: str, wider: float) -> FamilyModel:
-    if fitted is None:
-        start = np.array([value for _, value in family.coefficients])
-        axes, offsets = surface.pack((), family.features)
-        return FamilyModel(family, start, axes, offsets, np.zeros(0), UNFITTED_BAND, "formula, not calibrated")
-    values = np.array([value for table in fitted.tables for value in table])
-    axes, offsets = surface.pack(family.terms, family.features)
-    named = np.array([fitted.coefficients[name] for name, _ in family.coefficients])
-    return FamilyModel(family, named, axes, offsets, values, fitted.band * wider, source)
+    return DeviceModel(device, calibration)

@@ -50,8 +50,7 @@ def fit_response(resource: str) -> tuple[float, float]:
     best, chosen = np.inf, (2.0, 2.0)
     for reach in np.arange(1.2, 12.0, 0.05):
         for sharp in np.arange(0.6, 6.0, 0.05):
-            model = np.array([drawn_share(r, 1.0, reach, sharp) for r in share])
-            error = float(((model - seen) ** 2).sum())
+            error = float(((drawn_share(share, 1.0, reach, sharp) - seen) ** 2).sum())
             if error < best:
                 best, chosen = error, (round(float(reach), 3), round(float(sharp), 3))
     return chosen
@@ -63,6 +62,6 @@ def table_errors(response: Mapping[str, tuple[float, float]]) -> list[TableError
     for resource, tables in PUBLISHED.items():
         reach, sharp = response[resource]
         for name, (shares, speeds) in tables.items():
-            gap = np.abs([drawn_share(r, 1.0, reach, sharp) - p for r, p in zip(shares, speeds, strict=True)])
+            gap = np.abs(drawn_share(np.array(shares), 1.0, reach, sharp) - speeds)
             found.append(TableError(resource, name, float(gap.mean()), float(gap.max())))
     return found

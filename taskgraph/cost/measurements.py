@@ -14,31 +14,29 @@ from pathlib import Path
 
 import numpy as np
 
-from taskgraph.cost.families import DECODE, FAMILIES, GEMM, MOE, PREFILL, Family
-from taskgraph.cost.formulas import COLLECTIVES
+from taskgraph.cost.families import FAMILIES
+from taskgraph.cost.family import Column, Family
 from taskgraph.errors import CalibrationError
 
-_BF16_BYTES = 2.0
 _LONGEST_MS, _SHORTEST_MS = 1e6, 1e-4
-_WORDS = ("op_name", "distribution", "system")
-_MAY_BE_ZERO = ("window_size",)
+_TIME = Column("milliseconds")
 _SUFFIXES = (".csv", ".csv.gz", ".parquet")
 
 
 @dataclass(frozen=True, slots=True)
 class Measurements:
-    """Measured kernels of one family: `systems` (n,) device names, `rows` (n, shape) as the formulas take them,
+    """Measured kernels of one family: `systems` (n,) device names, `shapes` (n, fields of the family's `shape`),
     `seconds` (n,), and `keys` (n,), a hash of the shape in [0, 1), the same on every device."""
 
     family: Family
     systems: np.ndarray
-    rows: np.ndarray
+    shapes: np.ndarray
     seconds: np.ndarray
     keys: np.ndarray
 
     def where(self, mask: np.ndarray) -> "Measurements":
         """The rows that `mask` picks."""
-        return Measurements(self.family, self.systems[mask], self.rows[mask], self.seconds[mask], self.keys[mask])
+        return Measurements(self.family, self.systems[mask], self.shapes[mask], self.seconds[mask], self.keys[mask])
 
 
 def read(paths: str | Path | Iterable[str | Path]) -> tuple[Measurements, ...]:
@@ -63,7 +61,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _joined(tables: Sequence[Measurements]) -> Measurements:
-    parts = [(t.systems, t.rows, t.seconds, t.keys) for t in tables]
+    parts = [(t.systems, t.shapes, t.seconds, t.keys) for t in tables]
     return Measurements(tables[0].family, *(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
@@ -71,11 +69,12 @@ def read_table(path: Path) -> Measurements:
     """One table; CalibrationError with the row and the column of what is wrong with it."""
     columns = _columns(path)
     family = _family(path, columns)
-    checked = {name: _checked(path, name, columns[name]) for name in (*family.columns, "system", "milliseconds")}
-    _check_time(path, checked["milliseconds"])
-    rows = _shape_rows(path, family, checked)
-    keys = np.array([_hash(row) for row in rows.tolist()])
-    return Measurements(family, checked["system"], rows, checked["milliseconds"] * 1e-3, keys)
+    checked = {column.name: _checked(path, column, columns[column.name]) for column in (*family.columns, _TIME)}
+    _check_time(path, checked[_TIME.name])
+    shapes = family.shapes_of(checked)
+    keys = np.array([_hash(shape) for shape in shapes.tolist()])
+    systems = np.array([str(cell) for cell in columns["system"]])
+    return Measurements(family, systems, shapes, checked[_TIME.name] * 1e-3, keys)
 
 
 def _columns(path: Path) -> Mapping[str, list[object]]:
@@ -113,33 +112,44 @@ def _parquet(path: Path) -> Mapping[str, list[object]]:
 
 
 def _family(path: Path, columns: Mapping[str, object]) -> Family:
-    for family in FAMILIES:
-        if family.columns and set(family.columns) <= set(columns):
+    measured = {name: {column.name for column in family.columns} for name, family in FAMILIES.items() if family.columns}
+    for name, wanted in measured.items():
+        if wanted <= set(columns):
             if lacking := {"system", "milliseconds"} - set(columns):
                 raise CalibrationError(f"{path.name}: column {sorted(lacking)[0]!r} is missing.")
-            return family
-    near = max((f for f in FAMILIES if f.columns), key=lambda f: len(set(f.columns) & set(columns)))
-    missing = sorted(set(near.columns) - set(columns))
+            return FAMILIES[name]
+    near = max(measured, key=lambda name: len(measured[name] & set(columns)))
+    missing = sorted(measured[near] - set(columns))
     raise CalibrationError(
-        f"{path.name}: no known table has these columns; as {near.name} it lacks column {missing[0]!r} "
-        f"(it needs {', '.join(near.columns)}, system, milliseconds)."
+        f"{path.name}: no known table has these columns; as {near} it lacks column {missing[0]!r} "
+        f"(it needs {', '.join(column.name for column in FAMILIES[near].columns)}, system, milliseconds)."
     )
 
 
-def _checked(path: Path, name: str, cells: Sequence[object]) -> np.ndarray:
-    if name in _WORDS:
-        return np.array([str(cell) for cell in cells])
+def _checked(path: Path, column: Column, cells: Sequence[object]) -> np.ndarray:
+    """The numbers of a column; CalibrationError names the first cell that is none of them."""
+    if column.word is not None:
+        return np.array([_word(path, column, row, str(cell)) for row, cell in enumerate(cells)])
     try:
         numbers = np.array(cells, dtype=np.float64)
     except (TypeError, ValueError):
         numbers = np.array([_number(cell) for cell in cells])
-    low = 0.0 if name in _MAY_BE_ZERO else np.nextafter(0.0, 1.0)
+    low = 0.0 if column.zero else np.nextafter(0.0, 1.0)
     wrong = ~(np.isfinite(numbers) & (numbers >= low))
     if wrong.any():
         row = int(wrong.argmax())
-        need = "a number >= 0" if name in _MAY_BE_ZERO else "a positive number"
-        raise CalibrationError(f"{path.name}: row {row + 2}, column {name!r} is {cells[row]!r}; it must be {need}.")
+        need = "a number >= 0" if column.zero else "a positive number"
+        raise CalibrationError(
+            f"{path.name}: row {row + 2}, column {column.name!r} is {cells[row]!r}; it must be {need}."
+        )
     return numbers
+
+
+def _word(path: Path, column: Column, row: int, word: str) -> float:
+    made = None if column.word is None else column.word(word)
+    if made is None:
+        raise CalibrationError(f"{path.name}: row {row + 2}, column {column.name!r} is {word!r}; it is {column.words}.")
+    return made
 
 
 def _number(cell: object) -> float:
@@ -160,42 +170,6 @@ def _check_time(path: Path, milliseconds: np.ndarray) -> None:
         )
 
 
-def _hash(row: Sequence[float]) -> float:
-    digest = hashlib.blake2b(repr(row).encode(), digest_size=4).digest()
+def _hash(shape: Sequence[float]) -> float:
+    digest = hashlib.blake2b(repr(shape).encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big") / 2**32
-
-
-def _shape_rows(path: Path, family: Family, c: Mapping[str, np.ndarray]) -> np.ndarray:
-    size = np.full(len(c["milliseconds"]), _BF16_BYTES)
-    if family.number == GEMM:
-        return np.stack([c["m"], c["n"], c["k"], size], axis=1)
-    if family.number in (PREFILL, DECODE):
-        heads = (c["num_heads"], c["num_key_value_heads"], c["head_dim"], c["window_size"], size)
-        if family.number == PREFILL:
-            return np.stack([c["batch_size"], c["isl"], c["isl"], *heads], axis=1)
-        return np.stack([c["batch_size"], c["step"] + 1, *heads], axis=1)
-    if family.number == MOE:
-        skew = np.array([_skew(path, i, word) for i, word in enumerate(c["distribution"])])
-        inter = c["inter_size"] / c["moe_tp_size"]
-        parts = (c["hidden_size"], inter, c["topk"], c["num_experts"], c["moe_ep_size"], skew, size)
-        return np.stack([c["num_tokens"], *parts], axis=1)
-    kind = np.array([_collective(path, i, word) for i, word in enumerate(c["op_name"])])
-    return np.stack([kind, c["num_gpus"], c["message_bytes_or_elements"] * size], axis=1)
-
-
-def _skew(path: Path, row: int, word: str) -> float:
-    """The exponent of "power_law_1.2"; 0 for "balanced"."""
-    exponent = 0.0 if word == "balanced" else _number(word.removeprefix("power_law_"))
-    if not math.isfinite(exponent):
-        raise CalibrationError(
-            f"{path.name}: row {row + 2}, column 'distribution' is {word!r}; it is balanced or power_law_X."
-        )
-    return exponent
-
-
-def _collective(path: Path, row: int, word: str) -> float:
-    if word not in COLLECTIVES:
-        raise CalibrationError(
-            f"{path.name}: row {row + 2}, column 'op_name' is {word!r}; it is one of {', '.join(COLLECTIVES)}."
-        )
-    return float(COLLECTIVES.index(word))

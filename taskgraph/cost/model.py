@@ -1,6 +1,6 @@
 """The cost model: what one op costs on a device, alone, as a function of its SMs.
 
-A device with coefficients (its own or its relation's) is predicted by the families of families.py; any other, this
+A device with coefficients (its own or its relation's) is predicted by the families of `families/`; any other, this
 machine's CPU among them, by the roofline of roofline.py. Measured points of an op win over both (profiles.py).
 """
 
@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from taskgraph.cost.families import COLLECTIVE, STREAM
+from taskgraph.cost.families import COLLECTIVE, PLAIN_STREAM, STREAM, kernel_of
+from taskgraph.cost.family import Kernel, blocks
 from taskgraph.cost.fitted import UNFITTED_BAND, DeviceModel, model_of
 from taskgraph.cost.roofline import roofline
-from taskgraph.cost.rows import Row, row_of
 from taskgraph.errors import DemandError
 from taskgraph.graph.device import Device
 from taskgraph.graph.graph import Graph
-from taskgraph.graph.op import PLAIN, Op, Tensor
+from taskgraph.graph.op import PLAIN, Op, Tensor, Work
 from taskgraph.ops import NCCL_CHANNELS
 from taskgraph.units import format_quantity
 
@@ -68,10 +68,10 @@ class OpTable:
 
 @dataclass(frozen=True, slots=True)
 class _Kernels:
-    """The distinct kernels among ops: `index` (ops,) into `rows`, `most` SMs of each, `works` (kernels, 5)."""
+    """The distinct kernels among ops: `index` (ops,) into `each`, `most` SMs of each, `works` (kernels, 5)."""
 
     index: np.ndarray
-    rows: list[Row]
+    each: list[Kernel]
     most: np.ndarray
     works: np.ndarray
 
@@ -117,21 +117,21 @@ def _table(ops: Sequence[Op], tensors: Mapping[str, Tensor], device: Device, siz
 
 def _kernels(ops: Sequence[Op], tensors: Mapping[str, Tensor], sm_max: np.ndarray) -> _Kernels:
     """The distinct kernels of `ops`: layers repeat, so there are far fewer of them than ops."""
-    place: dict[tuple[Row, object, int], int] = {}
+    place: dict[tuple[Kernel, Work, int], int] = {}
     firsts: list[int] = []
     index = np.empty(len(ops), np.int64)
-    rows: list[Row] = []
+    found: list[Kernel] = []
     for i, (op, most) in enumerate(zip(ops, sm_max.tolist(), strict=True)):
-        row = row_of(op, tensors)
+        kernel = kernel_of(op, tensors)
         at = len(firsts)
-        if row[0] != STREAM:  # a stream is priced sooner than it is found again
-            at = place.setdefault((row, op.work, most), at)
+        if kernel.family != STREAM.name:  # a stream is priced sooner than it is found again
+            at = place.setdefault((kernel, op.work, most), at)
         if at == len(firsts):
             firsts.append(i)
-            rows.append(row)
+            found.append(kernel)
         index[i] = at
     works = np.array([ops[i].work.vector for i in firsts])
-    return _Kernels(index, rows, sm_max[firsts], works)
+    return _Kernels(index, found, sm_max[firsts], works)
 
 
 def _demands(ops: Sequence[Op], device: Device) -> tuple[np.ndarray, np.ndarray, dict[int, tuple[float, ...]]]:
@@ -160,7 +160,7 @@ def _left_to(kernels: _Kernels, size: np.ndarray) -> np.ndarray:
     A collective on all the channels that its library takes answers to the whole partition instead. Measured alone on a
     GPU it ran on those few channels already; what slows it, by the R -> P tables, is how much its neighbours have.
     """
-    free = np.array([row[0] == COLLECTIVE for row in kernels.rows]) & (kernels.most >= NCCL_CHANNELS)
+    free = np.array([kernel.family == COLLECTIVE.name for kernel in kernels.each]) & (kernels.most >= NCCL_CHANNELS)
     return np.where(free[:, None], size[None, :], np.minimum(size[None, :], kernels.most[:, None]))
 
 
@@ -170,28 +170,38 @@ def _by_family(
     """Seconds without launch, SM use, bands and sources of every kernel on `useful` SMs."""
     seconds, use = np.empty(useful.shape), np.empty(useful.shape)
     band, sources = np.empty(len(useful)), [""] * len(useful)
-    groups: dict[tuple[int, str, int], list[int]] = {}
-    for i, ((family, dtype, _), most) in enumerate(zip(kernels.rows, kernels.most.tolist(), strict=True)):
-        groups.setdefault((family, dtype, most), []).append(i)
-    for (family, dtype, _), members in groups.items():
-        part = model.families[family]
-        shapes = np.array([kernels.rows[i][2] for i in members], np.float64)
-        sms = useful[members[0]].astype(np.float64)
-        times = part.seconds(shapes, model.spec(dtype), np.concatenate([sms, CO_RESIDENT * sms, _SMALL * sms]))
-        times, n = np.maximum(times - model.launch_s, 0.05 * times), len(sms)
-        full, part_of, tenth = times[:, :n], times[:, n : 2 * n], times[:, 2 * n :]
-        share = np.minimum(CO_RESIDENT * part_of / full, 1.0)
-        share = np.where(tenth < _UNSLOWED * full, np.minimum(share, _SMALL * tenth / full), share)
-        seconds[members], use[members], band[members] = full, share * sms, part.band
+    groups: dict[tuple[str, str, int, bool], list[int]] = {}
+    for i, (kernel, most) in enumerate(zip(kernels.each, kernels.most.tolist(), strict=True)):
+        groups.setdefault((kernel.family, kernel.dtype, most, kernel is PLAIN_STREAM), []).append(i)
+    for (family, dtype, _, _), members in groups.items():
+        part = model.family(family)
+        shapes, rows = _shapes(kernels, members), np.array(members)
+        sms, spec = useful[members[0]].astype(np.float64), model.spec(dtype)
+        asked, n = np.concatenate([sms, CO_RESIDENT * sms, _SMALL * sms]), len(sms)
+        for some in blocks(len(rows), len(asked)):
+            times = part.seconds(shapes[some], spec, asked)
+            times = np.maximum(times - model.launch_s, 0.05 * times)
+            full, part_of, tenth = times[:, :n], times[:, n : 2 * n], times[:, 2 * n :]
+            share = np.minimum(CO_RESIDENT * part_of / full, 1.0)
+            share = np.where(tenth < _UNSLOWED * full, np.minimum(share, _SMALL * tenth / full), share)
+            seconds[rows[some]], use[rows[some]] = full, share * sms
+        band[members] = part.band
         for i in members:
             sources[i] = part.source
     return seconds, use, band, sources
 
 
+def _shapes(kernels: _Kernels, members: Sequence[int]) -> np.ndarray:
+    """The shapes (members, fields) of some kernels of one family; a plain stream's are its work, nothing pageable."""
+    if kernels.each[members[0]] is PLAIN_STREAM:
+        return np.pad(kernels.works[members], ((0, 0), (0, 1)))
+    return np.array([kernels.each[i].shape for i in members], np.float64)
+
+
 def _by_roofline(
     kernels: _Kernels, device: Device, useful: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
-    rates = np.array([device.rate(dtype) for _, dtype, _ in kernels.rows])
+    rates = np.array([device.rate(dtype) for _, dtype, _ in kernels.each])
     cap = np.full(len(useful), device.hbm_bytes_per_s)
     seconds, share = roofline(kernels.works, rates, cap, device, useful)
     return seconds, share * useful, np.full(len(useful), UNFITTED_BAND), ["roofline"] * len(useful)

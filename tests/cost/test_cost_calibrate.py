@@ -8,8 +8,8 @@ import pytest
 
 import taskgraph as tg
 from benchmarks import cost_model
-from taskgraph.cost import families, surface
-from taskgraph.cost.calibrate import Errors, calibrate, predictions
+from taskgraph.cost import surface
+from taskgraph.cost.calibrate import Errors, calibrate, fit_tables, predictions
 from taskgraph.cost.fitted import Calibration, model_of, model_with, shipped
 from taskgraph.cost.measurements import Measurements, read
 from taskgraph.cost.surface import Axis
@@ -25,7 +25,7 @@ def gemm_table(path: Path, rows: int = 400, noise: float = 0.03, seed: int = 0) 
     shapes = np.column_stack([*(2.0 ** draw.integers(5, 14, (3, rows))), np.full(rows, 2.0)])
     device = tg.devices.make("h100_sxm", hbm_bytes_per_s=2e12)
     model = model_of(device)
-    seconds = model.families[0].seconds(shapes, model.spec(), np.array([132.0]))[:, 0]
+    seconds = model.family("gemm").seconds(shapes, model.spec(), np.array([132.0]))[:, 0]
     seconds *= np.exp(noise * draw.standard_normal(rows))
     lines = [f"h100_sxm,{m:.0f},{n:.0f},{k:.0f},{1e3 * t:.6f}" for (m, n, k, _), t in zip(shapes, seconds, strict=True)]
     with gzip.open(path, "wt") as stream:
@@ -114,17 +114,17 @@ def test_parquet_says_the_same(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text(f"{GEMM_HEADER}\nh100_sxm,8,64,64,0.1\nh100_sxm,9,64,64,0.2\n")
     parquet.write_table(csv.read_csv(tmp_path / "t.csv"), tmp_path / "t.parquet")
     (a,), (b,) = read(tmp_path / "t.csv"), read(tmp_path / "t.parquet")
-    np.testing.assert_array_equal(a.rows, b.rows)
+    np.testing.assert_array_equal(a.shapes, b.shapes)
     np.testing.assert_array_equal(a.seconds, b.seconds)
 
 
 def test_a_surface_is_linear_between_knots_and_flat_beyond() -> None:
     terms = ((Axis("a", 0, 1, 3), Axis("b", 0, 2, 2)),)
-    axes, offsets = surface.pack(terms, ("b", "a"))
     values = np.array([0.0, 1.0, 2.0, 10.0, 11.0, 12.0])  # a + 5 b
 
     def at(a: float, b: float) -> float:
-        return surface.correction(np.array([b, a]), axes, offsets, values)
+        (found,) = np.asarray(surface.corrections({"a": np.array([a]), "b": np.array([b])}, terms, (values,)))
+        return float(found)
 
     assert at(0.5, 0.0) == pytest.approx(0.5)
     assert at(1.25, 1.0) == pytest.approx(6.25)
@@ -133,18 +133,15 @@ def test_a_surface_is_linear_between_knots_and_flat_beyond() -> None:
 
 
 def test_no_terms_are_no_correction() -> None:
-    axes, offsets = surface.pack((), ())
-    assert (axes.shape, offsets.shape) == ((0, 3, 4), (0,))
-    assert surface.correction(np.ones(families.MOST_FEATURES), axes, offsets, np.zeros(0)) == 0.0
+    assert surface.corrections({"a": np.ones(3)}, (), ()) == 0.0
 
 
 def test_a_surface_fit_ignores_odd_rows() -> None:
     draw = np.random.default_rng(0)
-    features = np.zeros((500, families.MOST_FEATURES))
-    features[:, 0] = draw.uniform(0, 4, 500)
-    wanted = 0.1 * features[:, 0] + 0.005 * draw.standard_normal(500)
+    a = draw.uniform(0, 4, 500)
+    wanted = 0.1 * a + 0.005 * draw.standard_normal(500)
     wanted[::10] += 2.0
-    values = surface.fit(features, wanted, ((Axis("a", 0, 1, 5),),), ("a",), ridge=1e-3)
+    (values,) = fit_tables({"a": a}, wanted, ((Axis("a", 0, 1, 5),),), ridge=1e-3)
     np.testing.assert_allclose(values, 0.1 * np.arange(5), atol=0.02)
 
 
@@ -165,4 +162,4 @@ def test_where_keeps_rows_together(tmp_path: Path) -> None:
     half = table.where(table.keys < 0.5)
     assert isinstance(half, Measurements)
     assert 0 < len(half.seconds) < 50
-    assert len(half.seconds) == len(half.rows) == len(half.keys) == len(half.systems)
+    assert len(half.seconds) == len(half.shapes) == len(half.keys) == len(half.systems)
