@@ -11,7 +11,7 @@ import taskgraph as tg
 from taskgraph.cost.profiles import ProfileDB
 from taskgraph.errors import DeviceError
 from taskgraph.graph import device as specs
-from taskgraph.runtime.gpu import dense, driver
+from taskgraph.runtime.gpu import dense, driver, spec
 from taskgraph.runtime.gpu.driver import Capability
 from taskgraph.tune import gpucheck
 from tests.conftest import Call
@@ -35,12 +35,12 @@ def tune(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "spec"), [("NVIDIA H100 80GB HBM3", "h100_sxm"), ("NVIDIA A100-SXM4-80GB", "a100_sxm")]
+    ("name", "published"), [("NVIDIA H100 80GB HBM3", "h100_sxm"), ("NVIDIA A100-SXM4-80GB", "a100_sxm")]
 )
-def test_a_real_device_is_planned_for_by_its_published_spec(name: str, spec: str) -> None:
+def test_a_real_device_is_planned_for_by_its_published_spec(name: str, published: str) -> None:
     found = spec._of_real(Capability(device=name, sm_count=114), 1 << 36)
-    assert found.name == spec and (found.sm_count, found.memory_bytes) == (114, 1 << 36)
-    assert found.hbm_bytes_per_s == specs.get(spec).hbm_bytes_per_s
+    assert found.name == published and (found.sm_count, found.memory_bytes) == (114, 1 << 36)
+    assert found.hbm_bytes_per_s == specs.get(published).hbm_bytes_per_s
     with pytest.raises(DeviceError, match=r"GTX 480.*devices\.make"):
         spec._of_real(Capability(device="NVIDIA GTX 480", sm_count=15), 1 << 30)
 

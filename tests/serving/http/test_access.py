@@ -289,7 +289,7 @@ def test_metrics_of_a_full_cache_count_preemptions() -> None:
     served = make_served(pages=6, sequences=4)
     served.service.engine.scheduler.expected_output = 1.0
     try:
-        from test_serve import together
+        from tests.serving.http.test_serve import together
 
         answers = together(served, *({**ASK, "prompt": c * 5, "max_tokens": 30} for c in "abcd"))
         assert [a.status_code for a in answers] == [200] * 4
