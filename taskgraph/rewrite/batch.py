@@ -145,7 +145,10 @@ def batches(graph: Graph) -> dict[str, OpBatch]:
         source = entering.get(tensor.name) or leaving.get(tensor.name) or tensor.name
         return places.get(source, Place.own(tensor.shape[0])) if axis == 0 else Place.own(tensor.shape[axis])
 
+    written = {name for op in graph.ops for name in op.writes}
     for op in graph.ops:
+        if op.kind in ("slice_rows", "concat_rows") and written.intersection(op.inputs):
+            continue  # its rows change: they are taken when the op stands there, not when somebody needs them
         whole = [graph.tensor[name] for name in op.inputs]
         seen = seen_inputs(op, graph.tensor)
         outputs = [graph.tensor[name] for name in op.outputs]

@@ -107,7 +107,7 @@ def _splittable_op(name: str, graph: Graph, free: Mapping[str, OpBatch]) -> OpBa
 def _named_bounds(name: str, batch: OpBatch, sizes: Sizes) -> Bounds:
     """The borders for an op that was named: all must be kept."""
     total = sum(sizes)
-    cuts: list[int | None] = list(accumulate(sizes))[:-1]  # type: ignore[assignment]
+    cuts: list[int | None] = [*accumulate(sizes[:-1])]
     if total != batch.units:
         if batch.place.batch % total:
             raise GraphError(
@@ -214,7 +214,7 @@ class _Rewriter:
         self.stem[op.outputs[0]] = op.name
         pieces: list[_Piece] = []
         for i, source in enumerate(op.inputs):
-            low, high = self._rows(op, i, None)
+            low, high = self._moved(op, i)
             for piece in self._covering(source, low, high):
                 at = pieces[-1].stop if pieces else 0
                 pieces.append(replace(piece, start=at, stop=at + piece.stop - piece.start))
@@ -297,14 +297,18 @@ class _Rewriter:
             first, last = given.start, given.stop
         else:
             first, last = 0, _length(self.graph.tensor[op.inputs[i]], axis)
-        if op.kind == "slice_rows" and (units is not None or moves_rows(op)):
-            start, step = op.integer("start"), op.integer("step")
-            low, high = units or (0, op.integer("stop") - start)
-            return first + start + low * step, first + start + (high - 1) * step + 1
         if units is None:
             return first, last
+        if op.kind == "slice_rows":
+            start, step = op.integer("start"), op.integer("step")
+            return first + start + units[0] * step, first + start + (units[1] - 1) * step + 1
         factor = self.found[op.name].factors[i]
         return first + units[0] * factor, first + units[1] * factor
+
+    def _moved(self, op: Op, i: int) -> tuple[int, int]:
+        """The rows of input i that an op makes its own of, if all it does is to move them."""
+        first, last = self._rows(op, i, None)
+        return (first + op.integer("start"), first + op.integer("stop")) if op.kind == "slice_rows" else (first, last)
 
     def _work(self, op: Op, made: Op, outputs: Sequence[Tensor], share: float) -> Work:
         """By the rule of the kind where the op's work came from it, else in proportion."""
@@ -427,7 +431,7 @@ class _Rewriter:
             return {cut * factor for cut in self.bounds.get(op.name, ())}
         result, at = set[int](), 0
         for i, name in enumerate(op.inputs):
-            low, high = self._rows(op, i, None)
+            low, high = self._moved(op, i)
             inner = self._borders_of(name, seen | {tensor})
             result |= {at, *(at + cut - low for cut in inner if low <= cut <= high)}
             at += high - low

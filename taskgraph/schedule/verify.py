@@ -13,6 +13,7 @@ from taskgraph.graph.graph import Graph
 from taskgraph.ops import COLLECTIVES
 from taskgraph.record import instance
 from taskgraph.schedule.plan import CHOICES, KINDS, SCHEMA, Plan, Timeline
+from taskgraph.schedule.slices import check_slices
 
 MAX_GEOMETRIES, MAX_LANES = 4, 1024
 MOST_SECONDS = 1e40
@@ -36,6 +37,7 @@ def check_plan(plan: Plan, graph: Graph, sliced: Graph, memory: bool) -> None:
     """Raise PlanError at the first broken rule (see `sliced.verify`). The steps of the plan name the ops of `sliced`,
     which is checked to compute what `graph` does."""
     check_made_for(plan, graph)
+    check_slices(graph, plan.split, sliced)
     flat = sliced.flat()
     check_readable(plan)
     for rule in _RULES:

@@ -1,0 +1,361 @@
+"""The checker of slices: what the rewriter makes passes; a change of it is refused, unless it computes the same."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+import taskgraph as tg
+from taskgraph import ops, rewrite
+from taskgraph.errors import GraphError, PlanError
+from taskgraph.graph.graph import Graph, GraphBuilder
+from taskgraph.graph.op import ROWS, TURN, Op, Work, rows_attr, spec
+from taskgraph.graph.split import UNSPLIT, Split
+from taskgraph.models import llama
+from taskgraph.schedule.follow import Held, Run, joined, picked, same
+from taskgraph.schedule.slices import check_slices
+from taskgraph.schedule.verify import check_plan
+from tests.rewrite.test_rewrite import CPU, PAGED, TINY, assert_equal, batched_graphs, mixed, splits
+
+# ------------------------------------------------------------------------------------ rows held
+
+
+@st.composite
+def held_rows(draw: st.DrawFn) -> Held:
+    runs = st.builds(Run, st.sampled_from("ab"), st.integers(0, 5), st.integers(1, 3), st.integers(1, 4))
+    return tuple(draw(st.lists(runs, max_size=4)))
+
+
+def written_out(held: Held) -> list[tuple[str, int]]:
+    """Every row by itself."""
+    return [(run.tensor, run.first + i * run.stride) for run in held for i in range(run.length)]
+
+
+@given(held_rows(), held_rows(), st.integers(0, 16), st.integers(0, 16), st.integers(1, 4))
+def test_rows_are_picked_joined_and_compared_as_written_out(
+    one: Held, other: Held, start: int, stop: int, step: int
+) -> None:
+    assert written_out(picked(one, start, stop, step)) == written_out(one)[start:stop:step]
+    assert written_out(joined([one, other])) == written_out(one) + written_out(other)
+    assert same(one, other) == (written_out(one) == written_out(other))
+    assert same(joined([picked(one, 0, start), picked(one, start, 99)]), one)
+
+
+# ------------------------------------------------------------------------------- right rewrites
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_what_the_rewriter_makes_passes(data: st.DataObject) -> None:
+    graph = data.draw(batched_graphs())
+    split = data.draw(splits(graph))
+    sliced = rewrite.apply(graph, split)
+    check_slices(graph, split, sliced)
+    again = data.draw(splits(sliced))
+    check_slices(sliced, again, rewrite.apply(sliced, again))
+
+
+@pytest.mark.parametrize("sizes", [(3, 40), (2, 41), (20, 23), (1, 10, 32)])
+def test_slices_over_pages_pass(sizes: tuple[int, ...]) -> None:
+    check_slices(PAGED, Split.of(sizes), rewrite.split_batch(PAGED, sizes))
+
+
+@pytest.mark.parametrize("sizes", [(2, 9), (3, 8), (1, 2, 4, 4)])
+def test_slices_of_a_step_on_two_ranks_pass(sizes: tuple[int, ...]) -> None:
+    for graph in (mixed(2), *rewrite.collective_variants(mixed(2)).values()):
+        check_slices(graph, Split.of(sizes), rewrite.split_batch(graph, sizes))
+
+
+# ------------------------------------------------------------------------------- wrong rewrites
+
+
+def touch(x: torch.Tensor, kv: torch.Tensor, out: torch.Tensor) -> None:
+    kv += x.sum()
+    torch.mul(x, 2.0, out=out)
+
+
+def graph_of_all() -> Graph:
+    """Products that disagree about their slices, a state that two ops write, a control edge, and a repeat."""
+    b = GraphBuilder("all")
+    x, w = b.input("x", (12, 8), "f32"), b.weight("w", (8, 8), "f32")
+    pages = [b.state(name, (2, 2, 32, 32), "f32") for name in ("keys", "values")]
+    places = [b.input(name, (12,), "i32") for name in ("positions", "slots")]
+    up = ops.gemm(x, w, name="up")
+    norm = ops.rmsnorm(up, b.weight("scale", (8,), "f32"), name="norm")
+    for name in ("side", "idle"):
+        made = [spec(f"{name}_made", (12, 8), "f32")]
+        b.call(np.copyto, [norm], made, work=Work(hbm_bytes=7.0), name=name, split_axes=(0,))
+    last = b.call(
+        np.copyto, [norm], [spec("copied", (12, 8), "f32")], work=Work(hbm_bytes=768.0), name="late", after=["side"],
+        split_axes=(0,), split_multiple=2,
+    )  # fmt: skip
+    for name in ("first", "second"):
+        qkv = ops.gemm(last, b.weight(f"qkv_{name}", (8, 96), "f32"), name=f"{name}_qkv")
+        b.output(ops.paged_rope(qkv, *places, *pages, heads=2, context=32, name=name))
+    with b.repeat(3) as loop:
+        one, two = loop.carry(norm, "one"), loop.carry(last, "two")
+        b.output(
+            loop.next(one, ops.add(one, two, name="sum")),
+            loop.next(two, ops.swiglu(ops.gemm(two, b.weight("w2", (8, 16), "f32"), name="wide"), name="gate")),
+        )
+    return b.build()
+
+
+ALL = graph_of_all()
+SPLIT = Split(((("norm",), (6, 2, 4)), ((), (4, 8))))
+SLICED = rewrite.apply(ALL, SPLIT)
+
+
+def with_op(graph: Graph, name: str, **changes: Any) -> Graph:
+    return replace(graph, ops=tuple(replace(op, **changes) if op.name == name else op for op in graph.ops))
+
+
+def op_of(graph: Graph, name: str) -> Op:
+    return next(op for op in graph.ops if op.name == name)
+
+
+def attr(graph: Graph, name: str, **values: Any) -> Graph:
+    """The graph with other attributes of an op."""
+    return with_op(graph, name, attrs=tuple(sorted({**dict(op_of(graph, name).attrs), **values}.items())))
+
+
+def moved(graph: Graph, name: str, before: str) -> Graph:
+    """The graph with one op ahead of another one."""
+    left = [op for op in graph.ops if op.name != name]
+    at = next(i for i, op in enumerate(left) if op.name == before)
+    return replace(graph, ops=(*left[:at], op_of(graph, name), *left[at:]))
+
+
+def renamed(graph: Graph, names: dict[str, str]) -> Graph:
+    """The graph with other names of ops."""
+    return replace(
+        graph,
+        ops=tuple(
+            replace(op, name=names.get(op.name, op.name), after=tuple(names.get(a, a) for a in op.after))
+            for op in graph.ops
+        ),
+    )
+
+
+def shifted(graph: Graph, name: str, by: int) -> Graph:
+    """The graph with an op that takes its first input's rows from elsewhere."""
+    op = op_of(graph, name)
+    views = op.views
+    views[0] = replace(views[0], start=views[0].start + by, stop=views[0].stop + by)
+    return attr(graph, name, **{ROWS: rows_attr(views)})
+
+
+def carries(graph: Graph, order: Sequence[int]) -> Graph:
+    """The graph whose carries take what others did after an iteration."""
+    assert graph.repeat is not None
+    old = graph.repeat.carries
+    new = tuple(replace(c, next=old[i].next) for c, i in zip(old, order, strict=True))
+    return replace(graph, repeat=replace(graph.repeat, carries=new))
+
+
+def without(graph: Graph, name: str) -> Graph:
+    """The graph less an op that stands ahead of its repeat."""
+    assert graph.repeat is not None
+    repeat = replace(graph.repeat, first=graph.repeat.first - 1, last=graph.repeat.last - 1)
+    return replace(graph, ops=tuple(op for op in graph.ops if op.name != name), repeat=repeat)
+
+
+def join(graph: Graph) -> Op:
+    return next(op for op in graph.ops if op.kind == "concat_rows")
+
+
+WRONG: dict[str, tuple[Callable[[Graph], Graph], str]] = {
+    "rows of another slice": (lambda g: shifted(g, "norm#1", -2), "'norm#1' takes other rows of 'up.out'"),
+    "a gap": (lambda g: shifted(g, "norm#1", 1), "'norm#1' takes other rows of 'up.out'"),
+    "joined backwards": (
+        lambda g: with_op(g, join(g).name, inputs=join(g).inputs[::-1], attrs=()), "other rows"
+    ),
+    "other work": (lambda g: with_op(g, "up#0", work=op_of(g, "up#0").work * 1.001), "'up#0' has Work"),
+    "other work of a custom op": (lambda g: with_op(g, "side#1", work=Work(hbm_bytes=7.0)), "'side#1' has Work"),
+    "other work of a join": (lambda g: with_op(g, join(g).name, work=Work(flops=1.0)), "has Work"),
+    "swapped names": (lambda g: renamed(g, {"side#0": "side#1", "side#1": "side#0"}), "'side' is sliced into 'side#1'"),
+    "the name of another op's slice": (lambda g: renamed(g, {"side#1": "late#2"}), "'side' is sliced into 'side#0'"),
+    "dropped control edge": (lambda g: with_op(g, "late#1", after=("side#0",)), "'late#1' waits for"),
+    "added control edge": (lambda g: with_op(g, "first#0", after=("late#1",)), "'first#0' waits for"),
+    "other demand": (lambda g: with_op(g, "up#1", demand=tg.demand(sm=1)), "'up#1' has another kind, demand"),
+    "other kind": (lambda g: with_op(g, "norm#0", kind="mystery"), "'norm#0' has another kind"),
+    "rows beyond the last": (lambda g: attr(g, "norm#join.0.4", stop=7), "rows 0:7:1, which its input has not"),
+    "other attribute": (lambda g: attr(g, "norm#0", eps=1e-3), "'norm#0' has other attributes"),
+    "state not written": (lambda g: with_op(g, "first#1", writes=()), "'first#1' has another kind, demand or written"),
+    "states in another order": (lambda g: moved(g, "first#1", "layer/sum#0"), "'first#1' comes to state"),
+    "lost slice": (lambda g: without(g, "idle#1"), "'idle' is sliced into 'idle#0'"),
+    "additional op": (
+        lambda g: replace(g, ops=(*g.ops, replace(op_of(g, "up#0"), name="more", outputs=()))), "'more' is neither"
+    ),
+    "carried elsewhere": (lambda g: carries(g, [2, 1, 0, 3]), "the carry 'layer/one#0' takes"),
+    "one iteration less": (lambda g: replace(g, repeat=replace(g.repeat, count=2)), "'all' is ('layer', 3)"),
+    "outputs exchanged": (lambda g: replace(g, outputs=g.outputs[::-1]), "other outputs"),
+    "another weight": (
+        lambda g: replace(g, tensors=tuple(replace(t, dtype="f64") if t.name == "w" else t for t in g.tensors)), "'w'"
+    ),
+    "another weight taken": (
+        lambda g: with_op(g, "first_qkv#0", inputs=(op_of(g, "first_qkv#0").inputs[0], "qkv_second")), "'qkv_first'"
+    ),
+    "the sum of one slice twice": (
+        lambda g: with_op(g, "layer/sum#0", inputs=("layer/one#0", "layer/one#0")), "'layer/sum#0' takes other rows"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", WRONG)
+def test_a_wrong_rewrite_is_refused(how: str) -> None:
+    change, text = WRONG[how]
+    check_slices(ALL, SPLIT, SLICED)
+    wrong = change(SLICED)
+    assert wrong != SLICED
+    with pytest.raises(PlanError) as caught:
+        check_slices(ALL, SPLIT, wrong)
+    assert text in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_slices_within_a_unit_are_refused() -> None:
+    """The rewriter refuses such sizes; here it sliced a graph whose op did not mind."""
+    free = attr(ALL, "late", split_multiple=1)
+    made = rewrite.split_batch(free, (3, 9))
+    for name in ("late#0", "late#1"):
+        made = attr(made, name, split_multiple=2)
+    with pytest.raises(PlanError, match=r"'late' meet at \(0, 3, 12\).*multiples of 2"):
+        check_slices(ALL, Split.of((3, 9)), made)
+
+
+@pytest.mark.parametrize(
+    ("split", "text"),
+    [
+        (UNSPLIT, "does not split graph 'all'"),
+        (Split(((("norm",), (2, 6, 4)), ((), (4, 8)))), "'norm' meet at (0, 6, 8, 12)"),
+        (Split(((("norm",), (6, 6)), ((), (4, 8)))), "'norm' has 3 slices; the plan's split says 2"),
+        (Split(((("norm",), (6, 2, 4)),)), "'up' has 2 slices; the plan's split says 1 at most"),
+    ],
+)
+def test_slices_are_those_that_the_split_says(split: Split, text: str) -> None:
+    with pytest.raises(PlanError) as caught:
+        check_slices(ALL, split, SLICED)
+    assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "rows"), [("decode_attention#1", (2, 2)), ("rope#1", (40, 43)), ("rope#1", (43, 43))])
+def test_slices_over_pages_that_need_not_wait_for_what_they_read_are_refused(name: str, rows: tuple[int, int]) -> None:
+    made = rewrite.split_batch(PAGED, (2, 41))
+    with pytest.raises(PlanError, match=r"'layer/(rope|decode_attention)#1'.* share state .* without an order"):
+        check_slices(PAGED, Split.of((2, 41)), attr(made, f"layer/{name}", **{TURN: rows}))
+
+
+def test_verify_refuses_a_plan_of_a_wrong_rewrite() -> None:
+    """The sliced graph is a claim to the checker, whoever makes it."""
+    graph = llama.step_graph(TINY, batch=4, tokens=2, cache=8, dtype="f32")
+    split = Split.of((2, 2))
+    sliced = rewrite.apply(graph, split)
+    plan = replace(tg.plan(sliced, CPU, "list"), graph=graph.fingerprint, split=split, seal="")
+    check_plan(plan, graph, sliced, True)
+    tg.verify(plan, graph)
+    first, second = (op_of(sliced, f"layer/swiglu#{k}") for k in (0, 1))
+    wrong = with_op(sliced, first.name, inputs=second.inputs)
+    with pytest.raises(PlanError, match="'layer/swiglu#0' takes other rows"):
+        check_plan(plan, graph, wrong, True)
+
+
+# --------------------------------------------------------------------- any change of a right one
+
+
+def changes(draw: st.DrawFn, graph: Graph) -> tuple[Graph, bool]:
+    """A graph that differs in one place, and whether all that shows it is work, demand or order, not what it makes."""
+    op = draw(st.sampled_from(graph.ops))
+    how = draw(st.sampled_from(["input", "view", "swap", "work", "demand", "after", "writes", "attr", "drop", "order"]))
+    assume(op.kind not in ("concat_rows", "slice_rows") or how in ("input", "view", "swap", "attr", "drop"))
+    if how == "input":
+        i = draw(st.integers(0, len(op.inputs) - 1))
+        one = graph.tensor[op.inputs[i]]
+        like = [t.name for t in graph.tensors if (t.shape, t.dtype) == (one.shape, one.dtype) and t != one]
+        other = draw(st.sampled_from(like)) if like else assume(False)
+        return with_op(graph, op.name, inputs=(*op.inputs[:i], str(other), *op.inputs[i + 1 :])), False
+    if how == "view":
+        assume(op.views)
+        i = draw(st.sampled_from(sorted(op.views)))
+        by, views = draw(st.sampled_from([-2, -1, 1, 2])), op.views
+        assume(views[i].start + by >= 0)
+        views[i] = replace(views[i], start=views[i].start + by, stop=views[i].stop + by)
+        return attr(graph, op.name, **{ROWS: rows_attr(views)}), False
+    if how == "swap":
+        assume(len(set(op.inputs)) > 1 and not op.views)
+        return with_op(graph, op.name, inputs=draw(st.permutations(op.inputs))), False
+    if how == "work":
+        return with_op(graph, op.name, work=op.work * draw(st.sampled_from([0.5, 0.99, 1.001]))), True
+    if how == "demand":
+        return with_op(graph, op.name, demand=tg.demand(sm=1)), True
+    if how == "after":
+        before = [o.name for o in graph.ops[: graph.ops.index(op)]]
+        return with_op(graph, op.name, after=(draw(st.sampled_from(before)) if before else op.name,)), True
+    if how == "writes":
+        assume(op.writes)
+        return with_op(graph, op.name, writes=op.writes[1:]), True
+    if how == "attr":
+        plain = [key for key, value in op.attrs if isinstance(value, (int, float)) and not isinstance(value, bool)]
+        assume(plain)
+        key = draw(st.sampled_from(plain))
+        value = dict(op.attrs)[key]
+        assert isinstance(value, (int, float))
+        return attr(graph, op.name, **{key: value + 1}), False
+    if how == "drop":
+        return replace(graph, ops=tuple(o for o in graph.ops if o is not op)), False
+    return moved(graph, op.name, draw(st.sampled_from([o.name for o in graph.ops if o is not op] or [op.name]))), False
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_one_change_of_a_right_rewrite_is_refused_or_computes_the_same(data: st.DataObject) -> None:
+    graph = data.draw(batched_graphs())
+    split = data.draw(splits(graph))
+    sliced = rewrite.apply(graph, split)
+    assume(sliced is not graph)
+    try:
+        changed, unseen = changes(data.draw, sliced)
+    except GraphError:
+        assume(False)
+    assume(changed != sliced)
+    try:
+        check_slices(graph, split, changed)
+    except PlanError as error:
+        assert "\n" not in str(error)
+    else:
+        assert not unseen, "work, demands, writes and control edges are held to the letter"
+        assert_equal(graph, changed)
+
+
+# ---------------------------------------------------------------------- what the checker has found
+
+
+def test_rows_of_a_state_are_taken_before_it_is_written() -> None:
+    """Not when somebody needs them: by then the state has changed."""
+    b = GraphBuilder("stale")
+    x, kv = b.input("x", (4, 8), "f32"), b.state("kv", (4, 8), "f32")
+    before = ops.slice_rows(kv, 0, 4, name="before")
+    made = b.call(touch, [x, kv], [spec("made", (4, 8), "f32")], work=Work(flops=1.0), name="touch", writes=[kv])
+    b.output(ops.add(before, made, name="sum"))
+    graph = b.build()
+    split = Split(((("sum",), (1, 3)),))
+    sliced = rewrite.apply(graph, split)
+    check_slices(graph, split, sliced)
+    assert_equal(graph, sliced)
+
+
+def test_rows_that_others_wait_for_are_moved_where_they_were() -> None:
+    b = GraphBuilder("awaited")
+    x = b.input("x", (8, 4), "f32")
+    double = ops.add(x, x, name="double")
+    part = ops.slice_rows(double, 2, 6, name="part")
+    b.output(part, ops.add(part, part, name="twice", after=["part"]))
+    graph = b.build()
+    split = Split(((("double",), (3, 5)), (("twice",), (1, 3))))
+    sliced = rewrite.apply(graph, split)
+    check_slices(graph, split, sliced)
+    assert_equal(graph, sliced)
