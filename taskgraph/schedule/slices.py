@@ -9,15 +9,15 @@ a state when the op does.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import accumulate, combinations, pairwise
 from typing import NamedTuple
 
 from taskgraph.errors import PlanError
 from taskgraph.graph.graph import Carry, Graph
-from taskgraph.graph.op import PLAIN, ROWS, TURN, Attr, Op, Rows, Tensor, Work, seen_inputs
+from taskgraph.graph.op import PLAIN, ROWS, TURN, Attr, Op, Rows, Work, seen_inputs
 from taskgraph.graph.split import Split
-from taskgraph.ops import IN_TURN, WORK_RULES
+from taskgraph.ops import KINDS, Attrs
 from taskgraph.schedule.follow import Batch, Followed, Held, Run, Seen, batch_of, followed, length_of, picked, same
 
 _SAME_WORK = 1e-9
@@ -315,7 +315,7 @@ class _Checker:
 
     def _known_apart(self, one: _Part, other: _Part, state: str) -> bool:
         old, older = self.graph.ops[one.number], self.graph.ops[other.number]
-        if old.kind not in IN_TURN or older.kind not in IN_TURN:
+        if not all(op.kind in KINDS and KINDS[op.kind].ordered for op in (old, older)):
             return False
         if one.number == other.number:
             return True
@@ -375,11 +375,10 @@ def _static(op: Op) -> dict[str, Attr]:
 
 def _ruled(op: Op, graph: Graph) -> Work | None:
     """The work of an op by the rule of its kind; None for a kind without one."""
-    rule = WORK_RULES.get(op.kind)
-    if rule is None:
+    if op.kind not in KINDS:
         return None
-    outputs: Sequence[Tensor] = [graph.tensor[name] for name in op.outputs]
-    return rule(seen_inputs(op, graph.tensor), outputs, dict(op.attrs))
+    outputs = [graph.tensor[name] for name in op.outputs]
+    return KINDS[op.kind].work(seen_inputs(op, graph.tensor), outputs, Attrs(op.attrs))
 
 
 def _ordered(one: Op, other: Op, state: str) -> bool:

@@ -96,7 +96,7 @@ def graph_of_all() -> Graph:
     )  # fmt: skip
     for name in ("first", "second"):
         qkv = ops.gemm(last, b.weight(f"qkv_{name}", (8, 96), "f32"), name=f"{name}_qkv")
-        b.output(ops.paged_rope(qkv, *places, *pages, heads=2, context=32, name=name))
+        b.output(ops.paged_rope(qkv, ops.TokenPlaces(*places, 32), *pages, spec=ops.RopeSpec(2), name=name))
     with b.repeat(3) as loop:
         one, two = loop.carry(norm, "one"), loop.carry(last, "two")
         b.output(
