@@ -13,6 +13,7 @@ take their places. Exit 1 when a file's tests notice less than `least` of its mu
 import argparse
 import difflib
 import hashlib
+import importlib
 import os
 import resource
 import shutil
@@ -29,7 +30,6 @@ from pathlib import Path
 from typing import Any
 
 import numba
-import torch  # noqa: F401 - here once, not in every run of the tests
 from rich.console import Console
 from rich.table import Table
 
@@ -37,6 +37,8 @@ from benchmarks import count, machine, one_line, print_json, whole
 from taskgraph.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
+LARGE = ("torch", "networkx", "pytest", "fastapi", "tokenizers", "prometheus_client", "jinja2", "httpx")
+"""Imported once, not by every run of the tests."""
 TREES = ("taskgraph", "models", "serving", "cuda", "tests", "benchmarks", "examples", "docs")
 ARITHMETIC = (("Add", "Sub", "Mul", "Div", "FloorDiv", "Mod"), ("RShift", "LShift", "BitOr", "BitAnd", "BitXor"))
 COMPARISONS = (("Eq", "NotEq", "Lt", "LtE", "Gt", "GtE"), ("Is", "IsNot"))
@@ -219,6 +221,8 @@ def _in_child(tree: Path, target: Target, cpu_s: float | None, said: Path) -> in
 def examine(target: Target, seed: int, per_file: int) -> dict[str, Any]:
     """What the tests of one file notice of `per_file` mutants."""
     source = (ROOT / target.path).read_text()
+    for name in LARGE:
+        importlib.import_module(name)
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         tree = Path(folder)
         for name in TREES:

@@ -97,7 +97,8 @@ def _lifetimes(graph: Graph, lanes: Sequence[int], order: Sequence[int]) -> _Lif
     read = np.array([index.get(name, -1) for op in ops for name in op.inputs], np.int64)
     reader = np.repeat(np.arange(len(ops)), [len(op.inputs) for op in ops])[read >= 0]
     step_of, lane_of = np.empty(len(ops), np.int64), np.empty(len(ops), np.int64)
-    step_of[order], lane_of[order] = np.arange(len(ops)), lanes
+    flat_order = np.array(order, np.int64)
+    step_of[flat_order], lane_of[flat_order] = np.arange(len(ops)), lanes
     by_first = np.argsort(step_of[maker], kind="stable")
     place = np.empty(len(made), np.int64)
     place[by_first] = np.arange(len(made))
