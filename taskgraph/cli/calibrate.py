@@ -8,6 +8,7 @@ import typer
 from rich.table import Table
 
 from taskgraph.cli.console import screen, stages
+from taskgraph.errors import CalibrationError
 
 if TYPE_CHECKING:
     from taskgraph.cost.calibrate import Errors
@@ -21,16 +22,26 @@ def register(app: typer.Typer) -> None:
 
 
 def calibrate(
-    tables: Annotated[list[Path], typer.Argument(help="CSV, CSV.gz or Parquet files of measurements, or their folder")],
-    device: Annotated[str, typer.Option(help="whose rows to fit; see `taskgraph devices`")],
-    out: Annotated[Path, typer.Option(help="write the coefficient file here")],
+    tables: Annotated[
+        list[Path],
+        typer.Argument(help="CSV, CSV.gz or Parquet files of measurements, their folder, or one gpu-check.json"),
+    ],
+    out: Annotated[Path, typer.Option(help="write the coefficient file here; of a gpu-check.json, the device")],
+    device: Annotated[str, typer.Option(help="whose rows to fit, of tables; see `taskgraph devices`")] = "",
     version: Annotated[int, typer.Option(min=1, help="version of the coefficients")] = 1,
     source: Annotated[str, typer.Option(help="where the measurements come from")] = "not stated",
     licence: Annotated[str, typer.Option(help="their licence")] = "not stated",
 ) -> None:
     """Fit the cost model's coefficients to measured kernels; prints the errors on held-out shapes."""
+    written = f"coefficients: {out}"
     with stages("fit") as staged, staged.stage("fit"):
-        made = fitted(tables, device, out, version, source, licence)
+        if len(tables) == 1 and tables[0].suffix == ".json":
+            made, device, beside = from_report(tables[0], out, version, source)
+            written = f"device: {out} (--device {out}); coefficients: {beside}"
+        elif not device:
+            raise CalibrationError("tables hold several devices: say by --device whose rows to fit.")
+        else:
+            made = fitted(tables, device, out, version, source, licence)
     table = Table(title=f"{device}: absolute percentage error on held-out shapes", title_justify="left")
     for column in ("family", "rows", "formula median", "formula p90", "median", "mean", "p90"):
         table.add_column(column)
@@ -42,7 +53,7 @@ def calibrate(
         screen.print(
             f"R -> P, {row.resource}, {row.table} (published): |dP| {row.mean:.3f} mean, {row.largest:.3f} largest"
         )
-    screen.print(f"coefficients: {out}", soft_wrap=True)
+    screen.print(written, soft_wrap=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +63,22 @@ class Fitted:
     calibration: "Calibration"
     families: "tuple[tuple[str, Errors, Errors], ...]"
     interference: "tuple[TableError, ...]"
+
+
+def from_report(report: Path, out: Path, version: int, source: str) -> tuple[Fitted, str, Path]:
+    """Make a device of a gpu-check report and write it, its coefficients beside it: what was found, its name, and the
+    file of its coefficients. CalibrationError when it cannot."""
+    from taskgraph.cost.calibrate_gpu import calibrated, save
+    from taskgraph.cost.interference import table_errors
+
+    seen: list[tuple[str, Errors, Errors]] = []
+
+    def heard(name: str, plain: "Errors", corrected: "Errors") -> None:
+        seen.append((name, plain, corrected))
+
+    device, made = calibrated(report, version, source, heard)
+    beside = save(device, made, out)
+    return Fitted(made, tuple(seen), tuple(table_errors(made.response.by_resource()))), device.name, beside
 
 
 def fitted(tables: list[Path], device: str, out: Path, version: int, source: str, licence: str) -> Fitted:

@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 
 import taskgraph as tg
-from taskgraph.cli.console import check_outputs, screen, show, status
+from taskgraph.cli.console import check_outputs, say, screen, show
 from taskgraph.errors import DeviceError
 from taskgraph.units import format_quantity, format_seconds
 
@@ -107,14 +107,18 @@ def _ways_table() -> Table:
 
 def gpu_check(
     device: Annotated[str, typer.Option(help="virtual:h100_sxm runs it on the virtual driver (simulated)")] = "",
-    out: Annotated[Path, typer.Option(help="write the report as JSON here")] = Path("gpu-check.json"),
+    out: Annotated[Path, typer.Option(help="write the report as JSON here, its tables beside it")] = Path(
+        "gpu-check/gpu-check.json"
+    ),
+    minutes: Annotated[float, typer.Option(min=0.05, help="it takes at most about this long")] = 4.0,
 ) -> None:
-    """Check the cuda backend on this machine's GPU, calibrate it, see which ops overlap; one report file to send."""
-    from taskgraph.tune import gpucheck
+    """Check the cuda backend on this machine's GPU and measure it: kernels, pairs, whole plans; a folder to send."""
+    from taskgraph.cli.gpu_check import steps
+    from taskgraph.tune.gpucheck.run import run, summary
 
     check_outputs(out)
-    report = gpucheck.main(device or None, out, status.print)
-    show(gpucheck.summary(report))
+    report = run(device or None, out, minutes=minutes, graphs=steps(bool(device)), say=say)
+    show(summary(report))
     screen.print(f"report: {out}", soft_wrap=True)
     if not report.passed:
         sys.exit(1)

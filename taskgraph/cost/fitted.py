@@ -175,7 +175,9 @@ def _fitted(name: str, part: _FamilyFile) -> Fitted:
 
 @lru_cache(maxsize=16)
 def shipped(name: str) -> Calibration:
-    """The calibration of that name that comes with the package."""
+    """The calibration of that name that comes with the package, or that the file NAME.json holds."""
+    if name.endswith(".json"):
+        return Calibration.load(name)
     path = _FOLDER / f"{name}.json"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in _FOLDER.glob("*.json")))

@@ -52,6 +52,14 @@ def read(paths: str | Path | Iterable[str | Path]) -> tuple[Measurements, ...]:
     return tuple(_joined(tables) for tables in found.values())
 
 
+def products(system: str, shapes: Sequence[tuple[int, int, int]], seconds: Sequence[float]) -> Measurements:
+    """Products of bf16 by their (m, n, k) as the table of their family."""
+    rows = np.array([(*shape, 2.0) for shape in shapes], dtype=np.float64).reshape(-1, 4)
+    keys = np.array([_hash(row) for row in rows.tolist()])
+    systems = np.array([system] * len(rows))
+    return Measurements(FAMILIES["gemm"], systems, rows, np.asarray(seconds, dtype=np.float64), keys)
+
+
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
         return sorted(p for p in path.iterdir() if p.name.endswith(_SUFFIXES))

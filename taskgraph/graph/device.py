@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from taskgraph.errors import DeviceError
-from taskgraph.record import convert, decode, integer, shown, text, typed
+from taskgraph.record import convert, decode, integer, read_text, shown, text, typed
 
 KINDS = ("gpu", "cpu")
 LEAST_SHARE = 1e-6
@@ -65,9 +65,10 @@ class Device:
     bytes/s in one direction; 0 means the device has none. `launch_seconds` is the cost of one node
     in a replayed graph, `switch_seconds` of a change of geometry within a plan. `compute_scaling[k-1]`
     is the measured share of the full compute rate on k SMs; empty means linear. `calibration` names the
-    fitted coefficients that the cost model uses, those of the device or of its nearest relation; empty is
-    a plain roofline. `l2_bytes` is the last-level cache, 0 if unknown. DeviceError, naming the field, for what is no
-    such number, contradicts another one, or lies beyond every device (MOST_SMS, MOST_RATE).
+    fitted coefficients that the cost model uses, those of the device or of its nearest relation, or is the path
+    of a file of them (NAME.json); empty is a plain roofline. `l2_bytes` is the last-level cache, 0 if unknown.
+    DeviceError, naming the field, for what is no such number, contradicts another one, or lies beyond every device
+    (MOST_SMS, MOST_RATE).
     """
 
     name: str
@@ -286,8 +287,8 @@ def names() -> tuple[str, ...]:
 
 
 def get(device: "str | Device") -> Device:
-    """The device of that name; "cpu" is this machine, probed once and cached. A Device is returned as it is, and
-    "virtual:NAME", on which the cuda backend can run, is the spec of NAME."""
+    """The device of that name; "cpu" is this machine, probed once and cached. A Device is returned as it is,
+    "virtual:NAME", on which the cuda backend can run, is the spec of NAME, and NAME.json is read from that file."""
     if isinstance(device, Device):
         return device
     if not isinstance(device, str):
@@ -295,11 +296,25 @@ def get(device: "str | Device") -> Device:
     device = device.removeprefix("virtual:")
     if device == "cpu":
         return _this_machine()
+    if device.endswith(".json"):
+        return read_device(device)
     if device not in _SPECS:
         raise DeviceError(
             f"unknown device {shown(device)}; choose one of {', '.join(names())} or make one with devices.make()."
         )
     return _SPECS[device]
+
+
+def read_device(path: str | Path) -> Device:
+    """The device in a file of `taskgraph calibrate` or of Device.to_dict(); coefficients that it names by a file lie
+    beside it. DeviceError, with the file's name, when it is none."""
+    try:
+        made = Device.from_json(read_text(path, DeviceError, "device file"))
+    except DeviceError as error:
+        raise error if str(path) in str(error) else DeviceError(f"{path}: {error}") from None
+    if made.calibration.endswith(".json"):
+        return replace(made, calibration=str((Path(path).parent / made.calibration).resolve()))
+    return made
 
 
 def make(base: str | Device, name: str | None = None, **changes: Any) -> Device:
