@@ -22,7 +22,7 @@ from taskgraph.graph import device as specs
 from taskgraph.graph.device import Device, Geometry
 from taskgraph.graph.graph import Graph, GraphBuilder, Value
 from taskgraph.rewrite import split_batch
-from taskgraph.runtime.cpu.dense import TORCH_DTYPE
+from taskgraph.runtime.cpu.kinds import TORCH_DTYPE
 from taskgraph.runtime.gpu import virtual
 from taskgraph.runtime.gpu.executable import CudaExecutable
 from taskgraph.schedule.evaluate import NO_HOLDS, Assignment, Layout

@@ -12,7 +12,7 @@ import torch
 from taskgraph.errors import GraphError
 from taskgraph.graph.graph import Graph
 from taskgraph.graph.op import Tensor
-from taskgraph.runtime.cpu.binders import TORCH_DTYPE
+from taskgraph.runtime.cpu.kinds import TORCH_DTYPE
 
 Use = Literal["copy", "read", "write"]
 """A value is copied from, or used in place and only read, or used in place and written."""

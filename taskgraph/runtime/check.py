@@ -17,7 +17,7 @@ import torch
 from taskgraph.errors import ExecutionError
 from taskgraph.graph.graph import Graph
 from taskgraph.graph.op import Op
-from taskgraph.runtime.cpu.binders import TORCH_DTYPE
+from taskgraph.runtime.cpu.kinds import TORCH_DTYPE
 from taskgraph.schedule.plan import Plan
 
 Bytes = npt.NDArray[np.uint8]

@@ -72,7 +72,7 @@ def dtype_of(weights: "Mapping[str, torch.Tensor]") -> str:
 
 def torch_dtype(name: str) -> "torch.dtype":
     """torch's dtype of that name: "bf16" is torch.bfloat16. PlanError for a name that is none."""
-    from taskgraph.runtime.cpu.binders import TORCH_DTYPE
+    from taskgraph.runtime.cpu.kinds import TORCH_DTYPE
 
     if name not in TORCH_DTYPE:
         raise PlanError(f"no dtype {name!r}; use one of {', '.join(TORCH_DTYPE)}.")

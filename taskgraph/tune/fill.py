@@ -11,7 +11,7 @@ from taskgraph.graph.graph import Graph
 from taskgraph.graph.op import Tensor, seen_inputs
 from taskgraph.ops.kinds import KINDS, Range
 from taskgraph.ops.signatures import Attrs
-from taskgraph.runtime.cpu.dense import TORCH_DTYPE
+from taskgraph.runtime.cpu.kinds import TORCH_DTYPE
 
 _DATA: Range = (1, 8)
 

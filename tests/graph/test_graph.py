@@ -12,7 +12,7 @@ from taskgraph import ops
 from taskgraph.errors import GraphError
 from taskgraph.graph.graph import Graph, GraphBuilder, Value
 from taskgraph.graph.op import Demand, Op, Tensor, Work, spec
-from taskgraph.runtime.cpu.dense import BINDERS
+from taskgraph.runtime.cpu.standard import CPU_KINDS
 from tests.strategies import graphs
 
 ONE = Work(flops=1.0)
@@ -28,7 +28,7 @@ def node(
 
 
 def test_every_kind_has_all_its_rules() -> None:
-    assert set(ops.KINDS) == set(BINDERS)
+    assert set(ops.KINDS) == set(CPU_KINDS)
 
 
 def pages(b: GraphBuilder, kv_heads: int, dim: int, dtype: str) -> list[Value]:

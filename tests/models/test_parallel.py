@@ -20,7 +20,7 @@ from taskgraph.models.config import load_config
 from taskgraph.models.parallel import Decode, Prefill, mixed_step
 from taskgraph.models.shards import load_shard
 from taskgraph.models.weights import open_checkpoint
-from taskgraph.runtime.cpu.binders import TORCH_DTYPE
+from taskgraph.runtime.cpu.kinds import TORCH_DTYPE
 from taskgraph.runtime.distributed import Group, connect, group, one_plan
 from taskgraph.schedule import planner
 from taskgraph.schedule.verify import collectives_in_turn

@@ -20,7 +20,8 @@ from taskgraph.models import llama
 from taskgraph.models.config import Experts, Latent, ModelConfig, load_config
 from taskgraph.models.parallel import Decode, Prefill, mixed_step
 from taskgraph.ops import active_experts, latent_flops
-from taskgraph.runtime.cpu.dense import TORCH_DTYPE, Site, bind
+from taskgraph.runtime.cpu.kinds import TORCH_DTYPE, Site
+from taskgraph.runtime.cpu.standard import bind
 from taskgraph.tune.fill import fill
 from tests.cases_experts import HEADS, PLAIN, RANK, ROTARY, VALUES, latent_attention_reference
 from tests.rewrite.test_rewrite import TINY, assert_equal, random_tensors, run, simulate

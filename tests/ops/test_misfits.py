@@ -10,7 +10,7 @@ from taskgraph.errors import BackendUnavailable, ExecutionError, GraphError
 from taskgraph.graph.graph import Graph, GraphBuilder
 from taskgraph.graph.op import ITEMSIZE, Tensor
 from taskgraph.ops import KINDS, Attrs
-from taskgraph.runtime.cpu.binders import TORCH_DTYPE
+from taskgraph.runtime.cpu.kinds import TORCH_DTYPE
 from taskgraph.schedule.planner import plan
 from tests.paged_cases import PLACES
 from tests.runtime import test_runtime

@@ -21,7 +21,8 @@ from taskgraph.graph.op import Work, spec
 from taskgraph.models import llama, paged
 from taskgraph.models.config import ModelConfig, load_config
 from taskgraph.models.parallel import Decode, Prefill, mixed_step
-from taskgraph.runtime.cpu.dense import TORCH_DTYPE, Site, bind
+from taskgraph.runtime.cpu.kinds import TORCH_DTYPE, Site
+from taskgraph.runtime.cpu.standard import bind
 
 CPU = specs.make("h100_sxm", name="two cores", kind="cpu", sm_count=2, sm_granularity=1, sm_min=1, launch_seconds=1e-6)
 """A made-up device of two cores, so that no test here waits for the probe or depends on it."""

@@ -18,8 +18,9 @@ from taskgraph.graph import device as specs
 from taskgraph.graph.device import Device
 from taskgraph.graph.graph import Graph, GraphBuilder, Value
 from taskgraph.graph.op import Work, spec
-from taskgraph.runtime.cpu.dense import BINDERS, TORCH_DTYPE
 from taskgraph.runtime.cpu.executable import CpuExecutable
+from taskgraph.runtime.cpu.kinds import TORCH_DTYPE
+from taskgraph.runtime.cpu.standard import CPU_KINDS
 from taskgraph.schedule.plan import Plan
 from taskgraph.schedule.planner import plan
 from tests import cases_experts
@@ -191,7 +192,7 @@ def widened(tensors: Tensors) -> Tensors:
 
 
 def test_every_kind_has_a_case() -> None:
-    assert {case.split()[0] for case in CASES} == set(BINDERS)
+    assert {case.split()[0] for case in CASES} == set(CPU_KINDS)
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])

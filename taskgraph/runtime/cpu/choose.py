@@ -149,7 +149,7 @@ def _rates(dtype: str, fixed: bool, way: str, rows: Sequence[int], seconds: floa
     import torch
 
     from taskgraph.runtime.cpu import products
-    from taskgraph.runtime.cpu.binders import TORCH_DTYPE
+    from taskgraph.runtime.cpu.kinds import TORCH_DTYPE
     from taskgraph.runtime.cpu.probe import best_seconds
 
     kind = TORCH_DTYPE[dtype]

@@ -20,8 +20,9 @@ from taskgraph.graph.op import Op, Tensor
 from taskgraph.runtime.buffers import Region, changed_names, check_apart, host_tensor, written_names
 from taskgraph.runtime.check import HostSpace, Watch
 from taskgraph.runtime.cpu import choose
-from taskgraph.runtime.cpu.dense import TORCH_DTYPE, Entry, Site, bind
+from taskgraph.runtime.cpu.kinds import TORCH_DTYPE, Entry, Site
 from taskgraph.runtime.cpu.lanes import Lane, alone, replay
+from taskgraph.runtime.cpu.standard import bind
 from taskgraph.runtime.cpu.ways import Ways
 from taskgraph.runtime.distributed import Group, check_collectives
 from taskgraph.runtime.turns import Turns, in_op

@@ -1,27 +1,57 @@
 """Mixture of experts on a CPU: routing, and products of each expert with the rows that come to it."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 
 from taskgraph.graph.op import Op
-from taskgraph.runtime.cpu.binders import Entry, Site, Tensors, binder
+from taskgraph.runtime.cpu.kinds import FIXED, TORCH, Entry, Site, Tensors, register
 from taskgraph.runtime.cpu.products import Linear, room_for
 
 
-@binder("route")
-def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
+@dataclass(frozen=True, slots=True)
+class _Router:
+    """How experts are chosen: see `ops.RouteSpec`. `groups` is (how many, how many are kept)."""
+
+    sigmoid: bool
+    top_k: int
+    normalize: bool
+    scale: float
+    groups: tuple[int, int] | None
+
+    @staticmethod
+    def of(op: Op) -> "_Router":
+        groups, kept = op.integer("groups"), op.integer("top_groups")
+        shape = (groups, kept) if kept < groups else None
+        sigmoid, normalize = op.attr("scoring") == "sigmoid", bool(op.attr("normalize"))
+        return _Router(sigmoid, op.integer("top_k"), normalize, op.number("scale"), shape)
+
+    def route(
+        self, logits: torch.Tensor, correction: torch.Tensor | None, slots: torch.Tensor | None, out: torch.Tensor
+    ) -> None:
+        """The weights of the chosen experts into `out`, zeros elsewhere."""
+        scores = logits.float().sigmoid() if self.sigmoid else logits.float().softmax(-1)
+        choice = scores if correction is None else scores + correction
+        if self.groups is not None:
+            choice = _within_best_groups(choice, *self.groups)
+        chosen = choice.topk(self.top_k, dim=-1).indices
+        weights = scores.gather(1, chosen)
+        if self.normalize:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        out.zero_().scatter_(1, chosen, weights * self.scale)
+        if slots is not None:
+            out.masked_fill_((slots < 0).unsqueeze(1), 0.0)
+
+
+def bind_route(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
     logits, *rest = ins
     correction, slots = ([t for t in rest if (t.dtype == torch.int32) is whether] for whether in (False, True))
-    groups, kept = op.integer("groups"), op.integer("top_groups")
-    shape = (groups, kept) if kept < groups else None
-    numbers = (op.integer("top_k"), bool(op.attr("normalize")), op.number("scale"), shape)
-    sigmoid, first = op.attr("scoring") == "sigmoid", op.integer("first")
-    whole = outs[0] if outs[0].shape == logits.shape else torch.empty(logits.shape)
+    first, whole = op.integer("first"), outs[0] if outs[0].shape == logits.shape else torch.empty(logits.shape)
     biased, going = (which[0] if which else None for which in (correction, slots))
-    route = partial(_route, logits, biased, going, whole, sigmoid, *numbers)
+    route = partial(_Router.of(op).route, logits, biased, going, whole)
     if whole is outs[0]:
         return route
     mine = whole.narrow(1, first, outs[0].shape[1])
@@ -33,31 +63,6 @@ def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
     return held
 
 
-def _route(
-    logits: torch.Tensor,
-    correction: torch.Tensor | None,
-    slots: torch.Tensor | None,
-    out: torch.Tensor,
-    sigmoid: bool,
-    top_k: int,
-    normalize: bool,
-    scale: float,
-    groups: tuple[int, int] | None,
-) -> None:
-    """The weights of the chosen experts into `out`, zeros elsewhere; `groups` is (how many, how many are kept)."""
-    scores = logits.float().sigmoid() if sigmoid else logits.float().softmax(-1)
-    choice = scores if correction is None else scores + correction
-    if groups is not None:
-        choice = _within_best_groups(choice, *groups)
-    chosen = choice.topk(top_k, dim=-1).indices
-    weights = scores.gather(1, chosen)
-    if normalize:
-        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-    out.zero_().scatter_(1, chosen, weights * scale)
-    if slots is not None:
-        out.masked_fill_((slots < 0).unsqueeze(1), 0.0)
-
-
 def _within_best_groups(choice: torch.Tensor, groups: int, kept: int) -> torch.Tensor:
     """-inf outside the `kept` groups whose two best scores sum highest."""
     grouped = choice.view(len(choice), groups, -1)
@@ -66,8 +71,7 @@ def _within_best_groups(choice: torch.Tensor, groups: int, kept: int) -> torch.T
     return grouped.masked_fill(out.unsqueeze(-1), float("-inf")).view(choice.shape)
 
 
-@binder("experts")
-def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
+def bind_experts(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
     x, routing, gate_up, down, *residual = ins
     total = torch.empty(x.shape, dtype=torch.float32)
     fixed = set(op.inputs[2:4]) <= site.constants and room_for(2 * (gate_up.nbytes + down.nbytes))
@@ -98,7 +102,11 @@ def _experts(
     out.copy_(total)
 
 
-@binder("gated_add")
-def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
+def bind_gated_add(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
     x, gate, base = ins
     return lambda: torch.addcmul(base, x, gate.sigmoid(), out=outs[0])
+
+
+register("route", bind_route, TORCH)
+register("experts", bind_experts, FIXED)
+register("gated_add", bind_gated_add, TORCH)

@@ -14,9 +14,9 @@ from taskgraph.errors import BackendUnavailable
 from taskgraph.graph.op import Op
 from taskgraph.ops import latent_flops
 from taskgraph.runtime.cpu import kernels_latent as kernels
-from taskgraph.runtime.cpu.binders import Entry, Site, Tensors, binder, bits, rope_table
 from taskgraph.runtime.cpu.kernels import check_positions
 from taskgraph.runtime.cpu.kernels_paged import check_tables
+from taskgraph.runtime.cpu.kinds import CHANGING, COMPILED, Entry, Site, Tensors, bits, register, rope_table
 from taskgraph.runtime.cpu.products import widened
 
 Ints = npt.NDArray[np.int32]
@@ -37,8 +37,7 @@ def _rows(latents: torch.Tensor) -> npt.NDArray[Any]:
 # -- rotating and writing -----------------------------------------------------------------------------------------
 
 
-@binder("latent_rope")
-def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
+def bind_latent_rope(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
     """A static cache is one whose sequence b has the slots from b * length on."""
     *given, positions, latents = ins
     batch, length, _ = latents.shape
@@ -56,8 +55,7 @@ def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
     return run
 
 
-@binder("paged_latent_rope")
-def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
+def bind_paged_latent_rope(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
     *given, positions, slots, latents = ins
     return _rope(op, (*given, latents), positions.numpy(), slots.numpy(), op.integer("context"), outs[0], site)
 
@@ -105,8 +103,7 @@ class _Form:
         return mixed.transpose(0, 1)
 
 
-@binder("latent_attention")
-def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
+def bind_latent_attention(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
     q, positions, latents, up = ins
     batch, each = len(latents), len(q) // len(latents)
     attend, out = _cheaper(op, q, up, batch, site), _by_token(outs[0], q)
@@ -120,15 +117,13 @@ def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
     return run
 
 
-@binder("paged_latent_decode")
-def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
+def bind_paged_latent_decode(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
     q, lengths, blocks, latents, up = ins
     attend = _cheaper(op, q, up, len(q), site)
     return _over_pages(attend, q, (torch.arange(len(q) + 1), lengths, blocks), latents, _by_token(outs[0], q))
 
 
-@binder("paged_latent_prefill")
-def _(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
+def bind_paged_latent_prefill(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
     q, starts, lengths, blocks, latents, up = ins
     attend = _cheaper(op, q, up, len(lengths), site)
     return _over_pages(attend, q, (starts, lengths, blocks), latents, _by_token(outs[0], q))
@@ -179,3 +174,10 @@ def _causal(rows: int, seen: int) -> torch.Tensor:
 
 def _by_token(out: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return out.view(len(q), q.shape[1], -1)
+
+
+register("latent_rope", bind_latent_rope, COMPILED)
+register("paged_latent_rope", bind_paged_latent_rope, COMPILED)
+register("latent_attention", bind_latent_attention, CHANGING)
+register("paged_latent_decode", bind_paged_latent_decode, CHANGING)
+register("paged_latent_prefill", bind_paged_latent_prefill, CHANGING)

@@ -87,7 +87,7 @@ def probe() -> Device:
     import torch
 
     from taskgraph.runtime.cpu import choose, kernels, products
-    from taskgraph.runtime.cpu.binders import TORCH_DTYPE
+    from taskgraph.runtime.cpu.kinds import TORCH_DTYPE
 
     ways = choose.measured()
     cores = len(os.sched_getaffinity(0))

@@ -17,7 +17,7 @@ import torch
 
 from taskgraph.errors import BackendUnavailable
 from taskgraph.runtime.cpu import kernels
-from taskgraph.runtime.cpu.binders import TORCH_DTYPE, Entry, bits
+from taskgraph.runtime.cpu.kinds import TORCH_DTYPE, Entry, bits
 from taskgraph.runtime.cpu.tile import DOT
 from taskgraph.runtime.cpu.ways import WAYS, Choice, Ways
 

@@ -1,5 +1,7 @@
-"""`tg.cpu`: what a thread needs that launches plans on this machine's cores beside work of its own."""
+"""`tg.cpu`: how kinds of ops run on this machine's cores, open to other packages, and what a thread needs that launches
+plans beside work of its own."""
 
 from taskgraph.runtime.cpu.kernels import release_threads
+from taskgraph.runtime.cpu.kinds import Site, register
 
-__all__ = ["release_threads"]
+__all__ = ["Site", "register", "release_threads"]

@@ -3,29 +3,17 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from taskgraph.runtime.cpu import dense, tile
+from taskgraph.runtime.cpu import tile
+from taskgraph.runtime.cpu.kinds import CHANGING, COMPILED, FIXED, OWN, TILED, TORCH
+from taskgraph.runtime.cpu.standard import CPU_KINDS
 from taskgraph.runtime.cpu.ways import Ways
-
-FIXED = ("gemm", "experts")
-"""Products with weights, which stay."""
-
-CHANGING = ("latent_attention", "paged_latent_decode", "paged_latent_prefill", "decode_attention")
-"""Attention by torch's products of operands that change, as are products without a weight."""
-
-TILED = ("attention", "paged_decode", "paged_prefill")
-"""Attention by our kernels, over the tile of products."""
-
-COMPILED = (
-    "rmsnorm", "rope_kv", "swiglu", "argmax", "paged_rope", "latent_rope", "paged_latent_rope", "copy_pages",
-)  # fmt: skip
-"""Other kernels of ours, compiled for this processor: stored in any dtype, float32 arithmetic."""
 
 DTYPES = ("bf16", "f32", "f16")
 
 
-def by_torch() -> tuple[str, ...]:
-    """The kinds that are torch functions: all others."""
-    return tuple(kind for kind in sorted(dense.BINDERS) if kind not in (*FIXED, *CHANGING, *TILED, *COMPILED))
+def run_by(way: str) -> str:
+    """The kinds that run so, for people."""
+    return ", ".join(kind for kind, runs in CPU_KINDS.items() if runs.by == way)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +36,17 @@ def compiled_for() -> str:
 def told(ways: Ways) -> Iterator[Told]:
     """Every op kind of the cpu backend."""
     for dtype in DTYPES:
-        yield Told(", ".join(FIXED), dtype, *_products(ways, dtype, fixed=True))
+        yield Told(run_by(FIXED), dtype, *_products(ways, dtype, fixed=True))
     for dtype in DTYPES:
-        yield Told(f"products without a weight, {', '.join(CHANGING)}", dtype, *_products(ways, dtype, fixed=False))
+        changing = f"products without a weight, {run_by(CHANGING)}"
+        yield Told(changing, dtype, *_products(ways, dtype, fixed=False))
     dots = tile.DOT and ways.product("bf16", 1, fixed=True) == "dot"
-    yield Told(", ".join(TILED), "bf16", "dot" if dots else "tile", "as gemm of one row")
-    yield Told(", ".join(TILED), "f32", "tile", "over the same panels")
-    yield Told(", ".join(COMPILED), "any", "compiled", "our kernels, float32 arithmetic")
-    yield Told(", ".join(by_torch()), "any", "torch", "they move data, or are few and small")
+    yield Told(run_by(TILED), "bf16", "dot" if dots else "tile", "as gemm of one row")
+    yield Told(run_by(TILED), "f32", "tile", "over the same panels")
+    yield Told(run_by(COMPILED), "any", "compiled", "our kernels, float32 arithmetic")
+    yield Told(run_by(TORCH), "any", "torch", "they move data, or are few and small")
+    if run_by(OWN):
+        yield Told(run_by(OWN), "any", "own", "code of another package")
 
 
 def _products(ways: Ways, dtype: str, *, fixed: bool) -> tuple[str, str]:

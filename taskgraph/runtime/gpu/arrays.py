@@ -14,7 +14,7 @@ import torch
 from taskgraph.errors import BackendUnavailable, ExecutionError, GraphError
 from taskgraph.graph.op import ITEMSIZE, Tensor
 from taskgraph.runtime.buffers import Use, dtype_name, host_tensor, same
-from taskgraph.runtime.cpu.binders import TORCH_DTYPE
+from taskgraph.runtime.cpu.kinds import TORCH_DTYPE
 from taskgraph.runtime.gpu import driver
 from taskgraph.runtime.gpu.dense import Buffer, dense_strides
 from taskgraph.runtime.gpu.driver import Gpu, Memory

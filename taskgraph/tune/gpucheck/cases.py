@@ -18,7 +18,7 @@ from taskgraph.cost.model import predict
 from taskgraph.graph.device import Device
 from taskgraph.graph.graph import Graph, GraphBuilder
 from taskgraph.graph.op import Op, Work, demand, spec
-from taskgraph.runtime.cpu.binders import TORCH_DTYPE
+from taskgraph.runtime.cpu.kinds import TORCH_DTYPE
 from taskgraph.runtime.gpu import driver, experts, latent, paged  # noqa: F401 - their launch rules
 from taskgraph.runtime.gpu.dense import Buffer, CopyLaunch, launches
 from taskgraph.runtime.gpu.driver import Gpu, Memory

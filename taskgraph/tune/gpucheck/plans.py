@@ -18,7 +18,7 @@ from taskgraph.cost.gpu_report import PlanTime
 from taskgraph.errors import PlanError, TaskgraphError
 from taskgraph.graph.device import Device
 from taskgraph.graph.graph import Graph
-from taskgraph.runtime.cpu.binders import TORCH_DTYPE
+from taskgraph.runtime.cpu.kinds import TORCH_DTYPE
 from taskgraph.runtime.gpu.executable import CudaExecutable
 from taskgraph.schedule.plan import Plan
 from taskgraph.tune.autotune import candidates

@@ -8,7 +8,8 @@ import pytest
 import taskgraph as tg
 from taskgraph.runtime import dtypes
 from taskgraph.runtime.cpu import choose, load, products, survey
-from taskgraph.runtime.cpu.binders import BINDERS
+from taskgraph.runtime.cpu.kinds import CHANGING, COMPILED, FIXED, OWN, TILED, TORCH
+from taskgraph.runtime.cpu.standard import CPU_KINDS
 from taskgraph.runtime.cpu.ways import WAYS, Choice, Rate, Ways
 
 
@@ -68,12 +69,12 @@ def test_ways_are_kept_only_when_the_machine_was_quiet(
 
 
 def test_every_kind_is_told_of_once() -> None:
-    listed = [*survey.FIXED, *survey.CHANGING, *survey.TILED, *survey.COMPILED, *survey.by_torch()]
-    assert sorted(listed) == sorted(BINDERS)
+    ways = (FIXED, CHANGING, TILED, COMPILED, TORCH, OWN)
+    assert sorted(kind for way in ways for kind in survey.run_by(way).split(", ") if kind) == sorted(CPU_KINDS)
     for ways in (products.by_capability(), Ways()):
         rows = list(survey.told(ways))
         text = " ".join(row.kinds for row in rows)
-        assert all(kind in text for kind in BINDERS)
+        assert all(kind in text for kind in CPU_KINDS)
         assert all(row.way and row.why for row in rows)
     told = {(row.kinds, row.dtype): row for row in survey.told(Ways((), tuple(rates("bf16", True, dot=(1e9,) * 3))))}
     assert "dot 1" in told["gemm, experts", "bf16"].why

@@ -6,7 +6,7 @@ import torch
 import taskgraph as tg
 from taskgraph.graph import device as specs
 from taskgraph.runtime.cpu import products
-from taskgraph.runtime.cpu.binders import TORCH_DTYPE
+from taskgraph.runtime.cpu.kinds import TORCH_DTYPE
 from taskgraph.runtime.cpu.products import Product
 from taskgraph.runtime.cpu.ways import WAYS, Choice, Rate, Ways
 

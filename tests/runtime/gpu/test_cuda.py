@@ -23,7 +23,7 @@ from taskgraph.models.config import ModelConfig, Yarn, load_config
 from taskgraph.models.llama import step_graph
 from taskgraph.models.paged import Bucket, PageShape
 from taskgraph.models.paged import step_graph as step_over_pages
-from taskgraph.runtime.cpu.dense import TORCH_DTYPE
+from taskgraph.runtime.cpu.kinds import TORCH_DTYPE
 from taskgraph.runtime.gpu import driver, torch_ops, virtual
 from taskgraph.runtime.gpu.arrays import DeviceArray, DeviceTensors
 from taskgraph.runtime.gpu.collectives import collective

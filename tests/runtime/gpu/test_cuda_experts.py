@@ -12,7 +12,7 @@ from taskgraph.errors import BackendUnavailable
 from taskgraph.graph.graph import Graph, GraphBuilder
 from taskgraph.models.config import ModelConfig, Yarn
 from taskgraph.models.llama import step_graph
-from taskgraph.runtime.cpu.dense import TORCH_DTYPE
+from taskgraph.runtime.cpu.kinds import TORCH_DTYPE
 from taskgraph.runtime.gpu.dense import Buffer, launches
 from tests.conftest import Call
 from tests.ops.test_experts import LATENT_TINY, MOE_TINY

@@ -1,4 +1,4 @@
-"""Collectives on a CPU, through the group of the executable (gloo). A collective of one rank is a copy."""
+"""How copies, moves of rows and pages, and collectives run on a CPU."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -8,12 +8,36 @@ import torch
 from taskgraph.errors import BackendUnavailable
 from taskgraph.graph.op import Op
 from taskgraph.ops import COLLECTIVES
-from taskgraph.runtime.cpu.binders import BINDERS, Entry, Site, Tensors
+from taskgraph.runtime.cpu import kernels_paged
+from taskgraph.runtime.cpu.kinds import COMPILED, TORCH, Entry, Site, Tensors, register
+
+
+def bind_copy(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
+    return partial(outs[0].copy_, ins[0])
+
+
+def bind_slice_rows(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
+    rows = slice(op.integer("start"), op.integer("stop"), op.integer("step"))
+    return partial(outs[0].copy_, ins[0][rows])
+
+
+def bind_concat_rows(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
+    return partial(torch.cat, list(ins), out=outs[0])
+
+
+def bind_copy_pages(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
+    source, target, pairs = ins
+    flat = [t.view(torch.uint8).view(t.shape[0], -1).numpy() for t in (source, target)]
+    return partial(kernels_paged.copy_pages, *flat, pairs.numpy(), outs[0].numpy())
+
+
+# -- collectives -------------------------------------------------------------------------------------------------------
 
 _HALF = (torch.bfloat16, torch.float16)
 
 
-def _bind(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
+def bind_collective(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
+    """Through the group of the executable (gloo); a collective of one rank is a copy."""
     x, out = ins[0], outs[0]
     if op.integer("ranks") == 1:
         return partial(out.copy_, x)
@@ -28,10 +52,6 @@ def _bind(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
     source, target = x.movedim(axis, 0), out.movedim(axis, 0)  # torch joins and shares along the first axis
     sent, got = _staged(source, wide), _staged(target, wide)
     return _in_turn([*_back(sent, source), partial(run, got, sent), *_back(target, got)])
-
-
-for _kind in COLLECTIVES:
-    BINDERS[_kind] = _bind
 
 
 def _staged(view: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -55,3 +75,11 @@ def _in_turn(entries: Sequence[Entry]) -> Entry:
             entry()
 
     return run
+
+
+register("copy", bind_copy, TORCH)
+register("slice_rows", bind_slice_rows, TORCH)
+register("concat_rows", bind_concat_rows, TORCH)
+register("copy_pages", bind_copy_pages, COMPILED)
+for _kind in COLLECTIVES:
+    register(_kind, bind_collective, TORCH)

@@ -1,13 +1,17 @@
-"""The table from op kind to the function that binds its buffers on a CPU, and what such functions share."""
+"""How each op kind runs on a CPU: the registry, open to other packages, and what the functions in it share."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy.typing as npt
 import torch
 
+from taskgraph.errors import GraphError
 from taskgraph.graph.op import Op
+from taskgraph.ops.kinds import known
+from taskgraph.record import function
 from taskgraph.runtime import rotary
 from taskgraph.runtime.cpu.tile import DOT
 from taskgraph.runtime.cpu.ways import PLAIN, Ways
@@ -42,22 +46,39 @@ class Site:
 
 Binder = Callable[[Op, Tensors, Tensors, Site], Entry]
 
-BINDERS: dict[str, Binder] = {}
+FIXED, CHANGING, TILED, COMPILED, TORCH, OWN = "fixed", "changing", "tiled", "compiled", "torch", "own"
+"""By what a kind runs, for people: products with weights that stay, attention by products of operands that change,
+attention by our kernels over the tile of products, other kernels of ours, torch, or the code of another package."""
+
+
+@dataclass(frozen=True, slots=True)
+class CpuKind:
+    """How a kind of op runs on a CPU: `bind` is called once, at capture, with the op, its tensors and where it runs. It
+    makes all choices (dtype, packing, shapes) and returns what every replay calls, which has none and writes into the
+    given outputs. `by` is one of FIXED, CHANGING, TILED, COMPILED, TORCH, OWN."""
+
+    bind: Binder
+    by: str
+
+
+_KINDS: dict[str, CpuKind] = {}
+CPU_KINDS: Final[Mapping[str, CpuKind]] = MappingProxyType(_KINDS)
+"""How each kind runs, by its name."""
+
+
+def register(kind: str, bind: Binder, by: str = OWN) -> None:
+    """Say how ops of `kind` run on a CPU. GraphError for a kind that is not registered in `taskgraph.ops`, or has other
+    code here already."""
+    known(kind)
+    made = CpuKind(function(f"what binds a {kind}", bind, GraphError), by)
+    if _KINDS.setdefault(kind, made) != made:
+        raise GraphError(f"op kind {kind!r} has code for the cpu backend already; register another kind.")
+
 
 TORCH_DTYPE = {
     "f64": torch.float64, "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16,
     "i64": torch.int64, "i32": torch.int32, "i8": torch.int8, "u8": torch.uint8, "bool": torch.bool,
 }  # fmt: skip
-
-
-def binder(kind: str) -> Callable[[Binder], Binder]:
-    """Register the binder of `kind`."""
-
-    def register(function: Binder) -> Binder:
-        BINDERS[kind] = function
-        return function
-
-    return register
 
 
 _BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
