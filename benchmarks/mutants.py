@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 import tomllib
+import traceback
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ from benchmarks import count, machine, one_line, print_json, whole
 from taskgraph.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
-LARGE = ("torch", "networkx", "pytest", "fastapi", "tokenizers", "prometheus_client", "jinja2", "httpx")
+LARGE = ("torch", "networkx", "pytest", "hypothesis", "fastapi", "tokenizers", "prometheus_client", "jinja2", "httpx")
 """Imported once, not by every run of the tests."""
 TREES = ("taskgraph", "models", "serving", "cuda", "tests", "benchmarks", "examples", "docs")
 ARITHMETIC = (("Add", "Sub", "Mul", "Div", "FloorDiv", "Mod"), ("RShift", "LShift", "BitOr", "BitAnd", "BitXor"))
@@ -169,11 +170,14 @@ def run_tests(tree: Path, target: Target, cpu_s: float | None) -> tuple[str, flo
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     child = os.fork()
     if not child:
+        code = 4
         try:
             os.setsid()
-            os._exit(_in_child(tree, target, cpu_s, said))
+            code = _in_child(tree, target, cpu_s, said)
+        except BaseException:
+            said.write_text(traceback.format_exc())
         finally:
-            os._exit(3)
+            os._exit(code)
     begin = time.monotonic()
     while True:
         pid, status = os.waitpid(child, os.WNOHANG)
@@ -209,7 +213,10 @@ def _in_child(tree: Path, target: Target, cpu_s: float | None, said: Path) -> in
     sys.path[:] = [str(tree), *(path for path in sys.path if Path(path).resolve() not in (ROOT, Path.cwd()))]
     import pytest
 
-    options = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-profile=mutants", "--hypothesis-seed=0"]
+    options = [
+        "-x", "-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning",
+        "--hypothesis-profile=mutants", "--hypothesis-seed=0",
+    ]  # fmt: skip
     code = int(pytest.main([*options, *target.tests]))
     file_of = sys.modules["taskgraph"].__file__ or ""
     if not Path(file_of).is_relative_to(tree.resolve()):

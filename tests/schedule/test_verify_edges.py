@@ -248,6 +248,30 @@ def test_all_that_is_resident_counts_and_the_last_byte_fits() -> None:
     verify(tight, graph, memory=False)
 
 
+@pytest.mark.parametrize(("offset", "shared"), [(0, True), (64, True), (128, True), (192, False)])
+def test_what_a_smaller_tensor_left_of_a_larger_ones_bytes_is_still_the_larger_ones(offset: int, shared: bool) -> None:
+    """a had bytes 0 to 192 and b took the middle of them; c, on another lane, may overlap a in time and take none."""
+    b = GraphBuilder("remains")
+    x = b.input("x", (16,), "f32")
+    made = [b.op("custom", [x], [spec(f"t_{name}", (16,), "f32")], WORK, name)[0] for name in "abc"]
+    b.output(*b.op("custom", made[1:], [spec("out", (16,), "f32")], WORK, "last"))
+    graph = b.build()
+    steps = (Step("a", 0), Step("b", 0), Step("c", 1), Step("last", 0, (2,)))
+    times = ((0, 1), (1, 2), (1, 2), (2, 3))
+    spans = tuple(Span(s.op, s.lane, float(t), float(u)) for s, (t, u) in zip(steps, times, strict=True))
+    plan = replace(
+        sequential(graph, H100), lanes=(Lane(0, 0), Lane(0, 0)), steps=steps, arena_bytes=256,
+        arena=(Slot("t_a", 0, 192), Slot("t_b", 64, 64), Slot("t_c", offset, 64)),
+        timeline=Timeline("simulated", "hand", spans), verdict=Verdict("packed", 3.0, 4.0, 0.1),
+    )  # fmt: skip
+    if shared:
+        assert f"tensors 't_{'b' if offset == 64 else 'a'}' and 't_c' share arena bytes" in refused(plan, graph)
+    else:
+        verify(plan, graph)
+    if offset != 64:
+        verify(with_step(plan, 2, waits=(0,)), graph)
+
+
 # ------------------------------------------------------------------------------------------ collectives
 
 
