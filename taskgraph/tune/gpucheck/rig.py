@@ -2,12 +2,14 @@
 
 import math
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
 
+from taskgraph.errors import ExecutionError
 from taskgraph.graph.device import Geometry
 from taskgraph.runtime.gpu import driver, virtual
 from taskgraph.runtime.gpu.driver import Gpu
@@ -17,6 +19,8 @@ from taskgraph.tune.gpucheck.power import Meter
 SAMPLE_S, MOST_LAUNCHES = 4e-3, 400
 """One captured graph repeats its kernel for about this long, and at most so often."""
 REPEATS = 5
+_STARVED_S = 3.0
+"""A kernel that has not had its turns by then beside a neighbour does not get them."""
 _AHEAD = 2
 """Graphs of the neighbour that wait behind the one that runs, so that it never stops."""
 
@@ -188,8 +192,13 @@ class Rig:
         with self._dry():
             with self._busy(other) as feed:
                 self._enqueue(loop, marks)
+                begin = time.monotonic()
                 while self._control is None and not marks[-1].is_done:
                     feed()
+                    if time.monotonic() - begin > _STARVED_S:
+                        raise ExecutionError(
+                            f"{loop.runner.name} did not end in {_STARVED_S:g} s beside {other.runner.name}.", op=""
+                        )
             self.gpu.sync()
         return statistics.median(self._read(loop, marks))
 
