@@ -14,9 +14,9 @@ from taskgraph.errors import BackendUnavailable, WeightsError
 from taskgraph.models.documents import shown
 
 MOST_CHARACTERS = 16 << 20
-"""Of a rendered conversation, and of a string that a template repeats or formats."""
+"""The longest rendered conversation, and the longest string that a template may make by repeating or formatting."""
 MOST_COUNTED = 1_000_000
-"""That all calls of `range` in a rendering may give."""
+"""The most numbers that all calls of `range` in a rendering give together."""
 
 
 class ChatTemplate:

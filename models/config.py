@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from taskgraph.errors import ConfigError, GraphError, WeightsError
 from taskgraph.models.documents import json_object, shown
@@ -164,7 +164,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class Body:
+class ConfigKeys:
     """The keys of a config.json, or of a GGUF file; ConfigError names the one that is missing or makes no sense."""
 
     name: str
@@ -205,13 +205,13 @@ class Body:
         if not good:
             raise self.wrong(key, reason)
 
-    def part(self, key: str) -> "Body":
+    def part(self, key: str) -> "ConfigKeys":
         """The object under `key`, empty when there is none."""
         value = self.keys.get(key)
         value = {} if value is None else value
         if not isinstance(value, Mapping):
             raise self.wrong(key, "it must be an object")
-        return Body(f"{self.name}: {key}", value, self.source, self.prefix)
+        return ConfigKeys(f"{self.name}: {key}", value, self.source, self.prefix)
 
 
 QUOTES = "'\""
@@ -219,52 +219,90 @@ MOST, MOST_COUNT, MOST_LAYERS = 1e30, (1 << 31) - 1, 1000
 """Larger numbers, counts and depths are damage: the deepest published model has 126 layers."""
 
 
-def layer_count(keys: Body, key: str) -> int:
+def layer_count(keys: ConfigKeys, key: str) -> int:
     """The number of layers, which must be one that a graph can have."""
     layers = keys.count(key)
     keys.need(layers <= MOST_LAYERS, key, f"at most {MOST_LAYERS} layers are supported")
     return layers
 
 
+class HeadKeys(NamedTuple):
+    """What a kind of file calls the sizes of attention."""
+
+    hidden: str
+    heads: str
+    kv_heads: str
+    head_dim: str
+
+
+class Heads(NamedTuple):
+    """The hidden size, the heads of queries and of keys and values, and the channels of each."""
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+def grouped_heads(keys: ConfigKeys, named: HeadKeys) -> Heads:
+    """The sizes of grouped attention, checked against each other; by default each head has its share of the hidden
+    size and keys and values of its own."""
+    hidden, heads = keys.count(named.hidden), keys.count(named.heads)
+    kv_heads = keys.count(named.kv_heads, heads)
+    keys.need(heads % kv_heads == 0, named.kv_heads, f"{heads} attention heads are no multiple of it")
+    if keys.keys.get(named.head_dim) is None:
+        keys.need(hidden % heads == 0, named.heads, f"{named.hidden} {hidden} is no multiple of it")
+    return rotated(keys, named, Heads(hidden, heads, kv_heads, keys.count(named.head_dim, hidden // heads)))
+
+
+def rotated(keys: ConfigKeys, named: HeadKeys, sizes: Heads) -> Heads:
+    """These sizes, if a head's channels can be rotated in pairs."""
+    pairs = f"the rotary embedding needs pairs of channels, and a head has {sizes.head_dim}"
+    keys.need(sizes.head_dim % 2 == 0, named.head_dim, pairs)
+    return sizes
+
+
+def rotary_base(keys: ConfigKeys, key: str, value: float) -> float:
+    """The base of the rotary frequencies under `key`."""
+    keys.need(value >= 1, key, "it must be at least 1")
+    return value
+
+
+_HF_HEADS = HeadKeys("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+
+
 def from_hf(body: Mapping[str, Any], name: str) -> ModelConfig:
     """The ModelConfig of a Hugging Face config.json; ConfigError names what is missing or not supported."""
-    keys = Body(name, body)
+    keys = ConfigKeys(name, body)
     family = _family(keys)
     check_keys(keys, family)
     _check_supported(keys, family)
-    hidden, heads = keys.count("hidden_size"), keys.count("num_attention_heads")
     latent = _latent(keys) if family == "deepseek_v3" else None
-    kv_heads = heads if latent else keys.count("num_key_value_heads", heads)
-    keys.need(heads % kv_heads == 0, "num_key_value_heads", f"{heads} attention heads are no multiple of it")
-    if latent is None and keys.keys.get("head_dim") is None:
-        keys.need(hidden % heads == 0, "num_attention_heads", f"hidden_size {hidden} is no multiple of it")
-    head_dim = latent.plain + latent.rotary if latent else keys.count("head_dim", hidden // heads)
-    keys.need(head_dim % 2 == 0, "head_dim", f"the rotary embedding needs pairs of channels, and a head has {head_dim}")
+    sizes = grouped_heads(keys, _HF_HEADS) if latent is None else _latent_heads(keys, latent)
     layers, usual = layer_count(keys, "num_hidden_layers"), 1e6 if family == "mixtral" else 1e4
-    theta = rope_body(keys).number("rope_theta", keys.number("rope_theta", usual))
-    keys.need(theta >= 1, "rope_theta", "it must be at least 1")
-    check_scale(keys, head_dim)
+    theta = rotary_base(keys, "rope_theta", rope_body(keys).number("rope_theta", keys.number("rope_theta", usual)))
+    check_scale(keys, sizes.head_dim)
     return ModelConfig(
         name=name,
         family=family,
-        hidden_size=hidden,
+        hidden_size=sizes.hidden,
         layers=layers,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
+        heads=sizes.heads,
+        kv_heads=sizes.kv_heads,
+        head_dim=sizes.head_dim,
         intermediate_size=keys.count("intermediate_size"),
         vocab_size=keys.count("vocab_size"),
         norm_eps=keys.number("rms_norm_eps"),
         rope_theta=theta,
         max_context=keys.count("max_position_embeddings", 2048),
         tie_embeddings=keys.flag("tie_word_embeddings"),
-        rope_scaling=stretch_of(keys, theta, latent.rotary if latent else head_dim),
+        rope_scaling=stretch_of(keys, theta, latent.rotary if latent else sizes.head_dim),
         experts=_EXPERTS[family](keys, layers) if family in _EXPERTS else None,
         latent=latent,
     )
 
 
-def _family(keys: Body) -> str:
+def _family(keys: ConfigKeys) -> str:
     """By the first architecture, or by model_type where the config lists none."""
     named = keys.keys.get("architectures")
     if named:
@@ -278,7 +316,7 @@ def _family(keys: Body) -> str:
     return str(kind)
 
 
-def _check_supported(keys: Body, family: str) -> None:
+def _check_supported(keys: ConfigKeys, family: str) -> None:
     """ConfigError for a setting that changes the arithmetic and that the graphs do not have."""
     if family == "qwen2_moe":
         keys.need(keys.flag("qkv_bias", True), "qkv_bias", "the qkv bias of this family cannot be left out")
@@ -287,7 +325,13 @@ def _check_supported(keys: Body, family: str) -> None:
         keys.need(family != "deepseek_v3" or given == only, key, f"this version knows {only}")
 
 
-def _latent(keys: Body) -> Latent:
+def _latent_heads(keys: ConfigKeys, latent: Latent) -> Heads:
+    heads = keys.count("num_attention_heads")
+    sizes = Heads(keys.count("hidden_size"), heads, heads, latent.plain + latent.rotary)
+    return rotated(keys, _HF_HEADS, sizes)
+
+
+def _latent(keys: ConfigKeys) -> Latent:
     made = Latent(
         q_rank=keys.count("q_lora_rank") if keys.keys.get("q_lora_rank") is not None else 0,
         rank=keys.count("kv_lora_rank"),
@@ -303,7 +347,7 @@ def _latent(keys: Body) -> Latent:
 # --------------------------------------------------------------------------------------------- experts
 
 
-def _checked(keys: Body, experts: Experts, layers: int) -> Experts:
+def _checked(keys: ConfigKeys, experts: Experts, layers: int) -> Experts:
     keys.need(
         experts.top_k <= experts.count, "num_experts_per_tok", f"there are only {experts.count} experts to choose from"
     )
@@ -312,18 +356,18 @@ def _checked(keys: Body, experts: Experts, layers: int) -> Experts:
     return experts
 
 
-def _count(keys: Body) -> int:
+def _count(keys: ConfigKeys) -> int:
     """The number of experts, which families name differently."""
     names = ("num_local_experts", "num_experts", "n_routed_experts")
     return keys.count(next((n for n in names if keys.keys.get(n) is not None), names[0]))
 
 
-def _mixtral_experts(keys: Body, layers: int) -> Experts:
+def _mixtral_experts(keys: ConfigKeys, layers: int) -> Experts:
     inner = keys.count("intermediate_size")
     return _checked(keys, Experts(_count(keys), keys.count("num_experts_per_tok"), inner, normalize=True), layers)
 
 
-def _qwen_experts(keys: Body, layers: int) -> Experts:
+def _qwen_experts(keys: ConfigKeys, layers: int) -> Experts:
     """A layer has experts when its number, from 1, is a multiple of decoder_sparse_step and it is not in
     mlp_only_layers."""
     step, named = keys.count("decoder_sparse_step", 1), keys.keys.get("mlp_only_layers") or []
@@ -342,7 +386,7 @@ def _qwen_experts(keys: Body, layers: int) -> Experts:
     return _checked(keys, made, layers)
 
 
-def _deepseek_experts(keys: Body, layers: int) -> Experts:
+def _deepseek_experts(keys: ConfigKeys, layers: int) -> Experts:
     """The first layers are dense; sigmoid scores, a learnt correction of the choice, and groups of experts."""
     count, inner, groups = _count(keys), keys.count("moe_intermediate_size"), keys.count("n_group", 1)
     kept, first = keys.count("topk_group", 1), keys.keys.get("first_k_dense_replace") or 0

@@ -32,8 +32,8 @@ class LatentAttention:
         up = layer.weight("kv_b", config.heads * (a.plain + a.values), a.rank)
         return LatentAttention(layer, q, kv, layer.weight("kv_norm", a.rank), up)
 
-    def rows(self, first: int, last: int) -> "LatentAttention":
-        """The same of some of the tokens."""
+    def tokens(self, first: int, last: int) -> "LatentAttention":
+        """The same of the tokens `first` to `last` - 1."""
         return replace(self, q=self.q.rows(first, last), kv=self.kv.rows(first, last))
 
     def over(self, positions: tg.Value, cache: int, context: int, mark: str = "") -> tg.Value:

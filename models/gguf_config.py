@@ -14,11 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from taskgraph.errors import WeightsError
-from taskgraph.models.config import Body, ModelConfig, layer_count
+from taskgraph.models.config import ConfigKeys, HeadKeys, ModelConfig, grouped_heads, layer_count, rotary_base
 from taskgraph.models.documents import shown, words
 from taskgraph.models.stretch import GGUF_KEYS, gguf_stretch, neutral, number_is
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
+_HEADS = HeadKeys("embedding_length", "attention.head_count", "attention.head_count_kv", "attention.key_length")
 
 _READ = words(
     "context_length embedding_length block_count feed_forward_length vocab_size attention.head_count "
@@ -85,22 +86,16 @@ def read_config(
     WeightsError, or ConfigError, names a key that is missing, senseless, not supported or not known.
     """
     name, arch = str(file), _architecture(metadata, str(file))
-    keys = Body(name, {k.removeprefix(f"{arch}."): v for k, v in metadata.items()}, "GGUF metadata", f"{arch}.")
+    keys = ConfigKeys(name, {k.removeprefix(f"{arch}."): v for k, v in metadata.items()}, "GGUF metadata", f"{arch}.")
     _check_keys(keys, metadata, arch)
     layers = layer_count(keys, "block_count")
     keys = replace(keys, keys={k: _one_for_all(keys, k, layers) for k in keys.keys})
-    hidden, heads = keys.count("embedding_length"), keys.count("attention.head_count")
-    kv_heads = keys.count("attention.head_count_kv", heads)
-    keys.need(heads % kv_heads == 0, "attention.head_count_kv", f"{heads} attention heads are no multiple of it")
-    if keys.keys.get("attention.key_length") is None:
-        keys.need(hidden % heads == 0, "attention.head_count", f"embedding_length {hidden} is no multiple of it")
-    head_dim = keys.count("attention.key_length", hidden // heads)
-    _check_head(keys, head_dim)
-    theta = keys.number("rope.freq_base", 10000.0)
-    keys.need(theta >= 1, "rope.freq_base", "it must be at least 1")
-    if divisors is not None and divisors.size != head_dim // 2:
+    sizes = grouped_heads(keys, _HEADS)
+    _check_head(keys, sizes.head_dim)
+    theta = rotary_base(keys, "rope.freq_base", keys.number("rope.freq_base", 10000.0))
+    if divisors is not None and divisors.size != sizes.head_dim // 2:
         raise WeightsError(
-            f"{name}: {DIVISORS} has {divisors.size} entries, and {head_dim // 2} frequencies are turned."
+            f"{name}: {DIVISORS} has {divisors.size} entries, and there are {sizes.head_dim // 2} rotary frequencies."
         )
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not tokens:
@@ -108,18 +103,18 @@ def read_config(
     return ModelConfig(
         name=file.stem,
         family=arch,
-        hidden_size=hidden,
+        hidden_size=sizes.hidden,
         layers=layers,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
+        heads=sizes.heads,
+        kv_heads=sizes.kv_heads,
+        head_dim=sizes.head_dim,
         intermediate_size=keys.count("feed_forward_length"),
         vocab_size=len(tokens),
         norm_eps=_meant(keys.number("attention.layer_norm_rms_epsilon")),
         rope_theta=theta,
         max_context=keys.count("context_length"),
         tie_embeddings=tied,
-        rope_scaling=gguf_stretch(keys, theta, head_dim, divisors),
+        rope_scaling=gguf_stretch(keys, theta, sizes.head_dim, divisors),
     )
 
 
@@ -131,7 +126,7 @@ def _architecture(metadata: Mapping[str, Any], name: str) -> str:
     return str(arch)
 
 
-def _check_keys(keys: Body, metadata: Mapping[str, Any], arch: str) -> None:
+def _check_keys(keys: ConfigKeys, metadata: Mapping[str, Any], arch: str) -> None:
     plain, kind, parts = replace(keys, prefix=""), metadata.get("general.type", "model"), metadata.get("split.count", 0)
     plain.need(kind == "model", "general.type", "it holds no model; give the file of the model itself")
     split = "a model in several files is not supported; join them (gguf-split --merge)"
@@ -150,7 +145,7 @@ def _check_keys(keys: Body, metadata: Mapping[str, Any], arch: str) -> None:
             keys.need(neutral(value, *_UNCHANGED[key]), key, f"only {allowed} is supported")
 
 
-def _one_for_all(keys: Body, key: str, layers: int) -> Any:
+def _one_for_all(keys: ConfigKeys, key: str, layers: int) -> Any:
     """The value of a key: of an array with one entry a layer their common value; others than that are refused."""
     value = keys.keys[key]
     if not isinstance(value, list) or key not in _READ:
@@ -160,8 +155,7 @@ def _one_for_all(keys: Body, key: str, layers: int) -> Any:
     return value[0]
 
 
-def _check_head(keys: Body, head_dim: int) -> None:
-    keys.need(head_dim % 2 == 0, "attention.key_length", f"rotation needs pairs of channels, and a head has {head_dim}")
+def _check_head(keys: ConfigKeys, head_dim: int) -> None:
     for key in ("attention.value_length", "rope.dimension_count"):
         keys.need(keys.count(key, head_dim) == head_dim, key, f"only whole heads of {head_dim} channels are supported")
     scale, window = keys.keys.get("attention.scale"), keys.keys.get("attention.sliding_window")

@@ -7,9 +7,10 @@ import math
 import mmap
 import os
 import struct
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -208,7 +209,7 @@ def block_sizes() -> dict[int, tuple[int, int]]:
     return _BLOCK_SIZES
 
 
-class MappedGguf:
+class MappedGguf(AbstractContextManager["MappedGguf"]):
     """A GGUF file, mapped into memory until `close`; `info` says what file that is, whatever its path is later."""
 
     def __init__(self, path: Path) -> None:
@@ -244,9 +245,6 @@ class MappedGguf:
                 self._map.close()
             except BufferError:  # an array still shows its bytes; they go with it
                 return
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

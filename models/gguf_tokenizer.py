@@ -30,8 +30,8 @@ _DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
-    """How a named pre-tokenizer cuts text: by each pattern in turn. `whole`: a piece that is a token is not merged
+class CutRule:
+    """How a named pre-tokenizer cuts text: by one pattern after another. `whole`: a piece that is a token is not merged
     from parts. `bos`: prompts begin with the BOS token unless the file says otherwise."""
 
     patterns: tuple[str, ...]
@@ -40,15 +40,15 @@ class Rule:
     composed: bool = False
 
 
-RULES: dict[str, Rule] = {
-    "default": Rule(_DEFAULT),
-    **dict.fromkeys(("gpt-2", "gpt2", "phi-2", "mpt", "olmo", "jais", "roberta-bpe"), Rule((_GPT2,))),
-    **dict.fromkeys(("smollm", "starcoder", "refact", "codeshell", "exaone", "minerva-7b"), Rule((r"\p{N}", _GPT2))),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3"), Rule((_LLAMA3,), whole=True, bos=True)),
-    **dict.fromkeys(("smaug-bpe", "dbrx"), Rule((_LLAMA3,))),
-    **dict.fromkeys(("qwen2", "megrez", "deepseek-r1-qwen"), Rule((_QWEN2,), composed=True)),
-    "stablelm2": Rule((_QWEN2,)),
-    "tekken": Rule((_TEKKEN,), whole=True, bos=True),
+RULES: dict[str, CutRule] = {
+    "default": CutRule(_DEFAULT),
+    **dict.fromkeys(("gpt-2", "gpt2", "phi-2", "mpt", "olmo", "jais", "roberta-bpe"), CutRule((_GPT2,))),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "codeshell", "exaone", "minerva-7b"), CutRule((r"\p{N}", _GPT2))),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3"), CutRule((_LLAMA3,), whole=True, bos=True)),
+    **dict.fromkeys(("smaug-bpe", "dbrx"), CutRule((_LLAMA3,))),
+    **dict.fromkeys(("qwen2", "megrez", "deepseek-r1-qwen"), CutRule((_QWEN2,), composed=True)),
+    "stablelm2": CutRule((_QWEN2,)),
+    "tekken": CutRule((_TEKKEN,), whole=True, bos=True),
 }
 """llama.cpp's name of a pre-tokenizer -> its rule. Qwen's also composes characters (NFC), like its tokenizer.json."""
 
@@ -120,7 +120,7 @@ def _check_keys(metadata: Mapping[str, Any], source: str) -> None:
             raise WeightsError(f"{source}: {key} is true, which a byte-level vocabulary does not support.")
 
 
-def _rule(metadata: Mapping[str, Any], source: str) -> Rule:
+def _rule(metadata: Mapping[str, Any], source: str) -> CutRule:
     pre = metadata.get("tokenizer.ggml.pre")
     if pre is None:
         log.warning("%s names no pre-tokenizer (tokenizer.ggml.pre); text is cut by llama.cpp's default rule.", source)
@@ -177,7 +177,7 @@ def _special(metadata: Mapping[str, Any], name: str, count: int, source: str) ->
 
 
 def _built(
-    metadata: Mapping[str, Any], tokens: list[str], ids: dict[str, int], rule: Rule, source: str
+    metadata: Mapping[str, Any], tokens: list[str], ids: dict[str, int], rule: CutRule, source: str
 ) -> RawTokenizer:
     merges = _strings(metadata, "tokenizer.ggml.merges", source)
     pairs = [(merge[:at], merge[at + 1 :]) for merge in merges if (at := merge.find(" ", 1)) > 0]

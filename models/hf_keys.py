@@ -6,7 +6,7 @@ from taskgraph.models.documents import words
 from taskgraph.models.stretch import neutral, number_is
 
 if TYPE_CHECKING:
-    from taskgraph.models.config import Body
+    from taskgraph.models.config import ConfigKeys
 
 _READ = words(
     "architectures model_type hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
@@ -101,7 +101,7 @@ _UNCHANGED: dict[str, tuple[Any, ...]] = {
 """Settings that are honoured with these values only (and when they are null): with others they change arithmetic."""
 
 
-def check_keys(keys: "Body", family: str) -> None:
+def check_keys(keys: "ConfigKeys", family: str) -> None:
     """ConfigError for a key that is neither read for this family nor known to be harmless, and for a setting that
     changes arithmetic in a way that the graphs do not have."""
     read = _READ | _READ_BY.get(family, frozenset())
@@ -122,7 +122,7 @@ def check_keys(keys: "Body", family: str) -> None:
     _check_window(keys, family)
 
 
-def _check_window(keys: "Body", family: str) -> None:
+def _check_window(keys: "ConfigKeys", family: str) -> None:
     """Attention within a window is not supported; a window as wide as the context is none."""
     kinds = keys.keys.get("layer_types")
     good = kinds is None or (isinstance(kinds, list) and all(isinstance(k, str) for k in kinds))
@@ -141,13 +141,13 @@ def _check_window(keys: "Body", family: str) -> None:
         raise keys.wrong("sliding_window", "attention within a window is not supported")
 
 
-def _full_layers(keys: "Body") -> int:
+def _full_layers(keys: "ConfigKeys") -> int:
     """How many layers come before the first that slides, by the rule of Qwen's configs."""
     value = keys.keys.get("max_window_layers")
     return 0 if value == 0 else keys.count("max_window_layers", 28)
 
 
-def check_scale(keys: "Body", head_dim: int) -> None:
+def check_scale(keys: "ConfigKeys", head_dim: int) -> None:
     """ConfigError for scores that are scaled by anything but the usual 1 / sqrt(head_dim)."""
     good = number_is(keys.keys.get("query_pre_attn_scalar"), head_dim)
     keys.need(good, "query_pre_attn_scalar", f"scores are scaled by the head size, {head_dim}, only")

@@ -47,15 +47,15 @@ class Layer:
         self,
         x: tg.Value,
         weight: str,
-        rows: int,
+        features: int,
         name: str,
         *,
         bias: tg.Value | None = None,
         residual: tg.Value | None = None,
         out_dtype: str | None = None,
     ) -> tg.Value:
-        """x times the weight (rows, columns of x) transposed, plus bias and residual."""
-        w = self.weight(weight, rows, x.shape[1])
+        """x times the weight (features, columns of x) transposed, plus bias and residual."""
+        w = self.weight(weight, features, x.shape[1])
         return tg.ops.gemm(x, w, bias, residual, transpose_w=True, out_dtype=out_dtype, name=self.name(name))
 
     def summed(self, x: tg.Value, weight: str, residual: tg.Value) -> tg.Value:
@@ -72,8 +72,8 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class PagedAttention:
-    """The queries of a layer whose keys are in pages, and what attends with some rows of them: `decode` takes (rows,
-    lengths, blocks, name=) and `prefill` (rows, starts, lengths, blocks, name=)."""
+    """The queries of a layer whose keys are in pages, a row a token, and what attends with some of them: `decode` takes
+    (queries, lengths, blocks, name=) and `prefill` (queries, starts, lengths, blocks, name=)."""
 
     q: tg.Value
     decode: Callable[..., tg.Value]
@@ -81,7 +81,7 @@ class PagedAttention:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class LayerPattern:
     """Which layers a graph writes out, the `first` ones, and which period of layers it then repeats `count` times."""
 
     first: int
@@ -102,12 +102,12 @@ class Layout:
         return f"{place}." if self.period > 1 else ""
 
 
-def layout_of(kinds: Sequence[object]) -> Layout:
-    """The layout with the fewest layers stored, for layers of these kinds."""
+def pattern_of(kinds: Sequence[object]) -> LayerPattern:
+    """The pattern with the fewest layers stored, for layers of these kinds."""
     n = len(kinds)
     choices = ((first, period) for first in range(n) for period in range(1, n - first + 1))
     first, period = min((c for c in choices if _repeats(kinds[c[0] :], c[1])), key=lambda c: (sum(c), c[1]))
-    return Layout(first, period, (n - first) // period)
+    return LayerPattern(first, period, (n - first) // period)
 
 
 def _repeats(kinds: Sequence[object], period: int) -> bool:

@@ -14,7 +14,7 @@ import taskgraph as tg
 from taskgraph.models import weight_cache
 from taskgraph.models.config import ModelConfig
 from taskgraph.models.deepseek import LatentAttention, latent_sources
-from taskgraph.models.layer import Layer, Layout, Names, PagedAttention, Sources, layout_of, stretch
+from taskgraph.models.layer import Layer, LayerPattern, Names, PagedAttention, Sources, pattern_of, stretch
 from taskgraph.models.moe import expert_mlp, expert_sources
 
 if TYPE_CHECKING:
@@ -84,13 +84,13 @@ def layers(
     """
     table = b.weight("embed", (config.vocab_size, config.hidden_size), dtype)
     x = tg.ops.embedding(ids, table, name="embedding")
-    plan = layout(config)
-    for i in range(plan.first):
-        x = _layer(Layer(b, config, dtype, plan.head(i), i, slots), x, attend)
-    with b.repeat(plan.count, "layer") as loop:
+    pattern = layer_pattern(config)
+    for i in range(pattern.first):
+        x = _layer(Layer(b, config, dtype, pattern.head(i), i, slots), x, attend)
+    with b.repeat(pattern.count, "layer") as loop:
         entry = h = loop.carry(x, "x")
-        for j in range(plan.period):
-            h = _layer(Layer(b, config, dtype, plan.body(j), plan.first + j, slots), h, attend)
+        for j in range(pattern.period):
+            h = _layer(Layer(b, config, dtype, pattern.body(j), pattern.first + j, slots), h, attend)
         return loop.next(entry, h), table
 
 
@@ -104,7 +104,7 @@ def _layer(layer: Layer, x: tg.Value, attend: Attend) -> tg.Value:
 def sampled(
     b: tg.GraphBuilder, config: ModelConfig, x: tg.Value, table: tg.Value, dtype: str
 ) -> tuple[tg.Value, tg.Value]:
-    """The logits of the rows of `x`, the last layer's output, and their argmax; `table` is the embedding's.
+    """The logits of the tokens whose last layer's output is `x`, and their argmax; `table` is the embedding's.
 
     Each of several ranks computes its part of the vocabulary, and gets the others' of them.
     """
@@ -118,9 +118,9 @@ def sampled(
     return logits, tg.ops.argmax(logits, name="sample")
 
 
-def layout(config: ModelConfig) -> Layout:
+def layer_pattern(config: ModelConfig) -> LayerPattern:
     """The layers that the graphs of this model write out and those that they repeat."""
-    return layout_of([config.sparse(i) for i in range(config.layers)])
+    return pattern_of([config.sparse(i) for i in range(config.layers)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +141,8 @@ class GroupedAttention:
         names = ("q_norm", "k_norm") if config.qk_norm else ()
         return GroupedAttention(layer, qkv, tuple(layer.weight(n, config.head_dim) for n in names))
 
-    def rows(self, first: int, last: int) -> "GroupedAttention":
-        """The same of some of the tokens."""
+    def tokens(self, first: int, last: int) -> "GroupedAttention":
+        """The same of the tokens `first` to `last` - 1."""
         return replace(self, qkv=self.qkv.rows(first, last))
 
     def over(self, positions: tg.Value, cache: int, context: int, mark: str = "") -> tg.Value:
@@ -224,7 +224,7 @@ def _converted(config: ModelConfig, source: TensorSource, dtype: str) -> dict[st
     weights = {"embed": joined(("model.embed_tokens.weight",)), "norm": joined(("model.norm.weight",))}
     if not config.tie_embeddings:
         weights["lm_head"] = joined(("lm_head.weight",))
-    for i, mark in enumerate(layout(config).marks()):
+    for i, mark in enumerate(layer_pattern(config).marks()):
         for name, sources in layer_sources(config, i).items():
             wanted = torch.float32 if name == "router_correction" else kind
             weights[mark + name] = joined(sources, f"model.layers.{i}.", wanted)
@@ -271,5 +271,5 @@ def make_cache(config: ModelConfig, batch: int, cache: int, dtype: str) -> dict[
         room = {"latents": (batch, cache, config.latent.rank + config.latent.rotary)}
     else:
         room = dict.fromkeys(("keys", "values"), (batch, config.kv_heads, cache, config.head_dim))
-    marks = layout(config).marks()
+    marks = layer_pattern(config).marks()
     return {mark + n: torch.zeros(shape, dtype=_kind(dtype)) for mark in marks for n, shape in room.items()}

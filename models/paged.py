@@ -1,7 +1,7 @@
 """The serving step as a graph: decode tokens and prefill chunks in one batch, over a KV cache in pages.
 
 Dense ops take all tokens at once, decode first; attention is split by kind. Shapes are those of a `Bucket`; what a
-step really holds comes in i32 inputs, and rows that stand for nothing write nothing and are not read.
+step really holds comes in i32 inputs, and tokens that stand for nothing write nothing and are not read.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ COLUMNS = 32
 
 @dataclass(frozen=True, slots=True, order=True)
 class Bucket:
-    """The shapes of a step: rows that decode, rows of prefill chunks, how many chunks, and whether pages move."""
+    """The shapes of a step: tokens that decode, tokens of prefill chunks, how many chunks, and whether pages move."""
 
     decode: int
     prefill: int = 0
@@ -30,7 +30,7 @@ class Bucket:
 
     @property
     def samples(self) -> int:
-        """Rows whose logits are computed: every decode row, then the last row of every chunk."""
+        """Tokens whose logits are computed: every one that decodes, then the last one of every chunk."""
         return self.decode + self.chunks
 
 
@@ -70,14 +70,14 @@ def step_graph(
 ) -> tg.Graph:
     """One step of `bucket`'s shapes; with `bucket.moves` also pages to the host, from it, and within the device.
 
-    Inputs: tokens i64, positions i32 and slots i32 of every row; decode_lengths and decode_blocks; prefill_starts,
-    prefill_lengths and prefill_blocks; samples i64, the rows to sample; page_out, page_in and page_copy, pairs of
-    pages. States of every layer: those of `PageShape.room`, and with moves the same of the host (host_keys, ...).
+    Inputs: tokens i64, positions i32 and slots i32 of every token; decode_lengths and decode_blocks; prefill_starts,
+    prefill_lengths and prefill_blocks; samples i64, the tokens to sample after; page_out, page_in and page_copy, pairs
+    of pages. States of every layer: those of `PageShape.room`, and with moves the same of the host (host_keys, ...).
     Outputs: logits and next, as of every step graph. In the graph of a rank's share (`ModelConfig.share`) pages have
     its share of the heads, and inputs are those of every rank.
     """
     b = tg.GraphBuilder(f"{config.name}-paged-{bucket.decode}+{bucket.prefill}/{bucket.chunks}")
-    rows = {name: b.input(name, (bucket.tokens,), "i32") for name in ("positions", "slots")}
+    positions, slots = (b.input(name, (bucket.tokens,), "i32") for name in ("positions", "slots"))
     tables = _tables(b, bucket, shape)
     pairs = {name: b.input(name, (max(shape.pages, shape.host_pages), 2), "i32") for name in _MOVES if bucket.moves}
 
@@ -87,11 +87,11 @@ def step_graph(
             host = _states(layer, shape.room(config, shape.host_pages), "host_")
             _move(layer, cache, host, pairs, shape.expected_moves(bucket))
         mine = llama.attention_of(layer, x)
-        over = mine.over_pages(rows["positions"], rows["slots"], list(cache.values()), shape.context)
+        over = mine.over_pages(positions, slots, list(cache.values()), shape.context)
         return _attention(layer, over, bucket, tables)
 
     ids = b.input("tokens", (bucket.tokens,), "i64")
-    x, table = llama.layers(b, config, ids, dtype, attend, rows["slots"])
+    x, table = llama.layers(b, config, ids, dtype, attend, slots)
     if bucket.prefill:
         x = tg.ops.embedding(b.input("samples", (bucket.samples,), "i64"), x, name="sampled_rows")
     b.output(*llama.sampled(b, config, x, table, dtype))

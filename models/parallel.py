@@ -42,7 +42,7 @@ class Prefill:
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class _Kind:
     """The sequences of one kind, and the number of their first token in the batch."""
 
     kind: str
@@ -76,7 +76,7 @@ def mixed_step(
         raise tg.GraphError(
             f"{prefill.tokens} prefill tokens are no multiple of {prefill.sequences} sequences; all have equally many."
         )
-    parts = [_Part("decode", decode, 0), _Part("prefill", prefill, decode.tokens)]
+    parts = [_Kind("decode", decode, 0), _Kind("prefill", prefill, decode.tokens)]
     parts = [part for part in parts if part.of.tokens]
     b = tg.GraphBuilder(f"{config.name}-mixed-{decode.tokens}+{prefill.tokens}-tp{config.ranks}")
     positions = {part.kind: b.input(f"{part.kind}_positions", (part.of.sequences,), "i64") for part in parts}
@@ -84,7 +84,7 @@ def mixed_step(
     def attend(layer: Layer, x: tg.Value) -> tg.Value:
         whole = attention_of(layer, x)
         mixed = [
-            (whole if len(parts) == 1 else whole.rows(part.first, part.first + part.of.tokens)).over(
+            (whole if len(parts) == 1 else whole.tokens(part.first, part.first + part.of.tokens)).over(
                 positions[part.kind], part.of.cache or part.of.context, part.of.context, f"{part.kind}_"
             )
             for part in parts
@@ -100,8 +100,8 @@ def mixed_step(
     return tg.rewrite.with_collectives(graph, {f"layer/{name}_reduce": choice for name, choice in collectives.items()})
 
 
-def _last_tokens(x: tg.Value, parts: list[_Part]) -> tg.Value:
-    """The rows of x of every sequence's last token."""
+def _last_tokens(x: tg.Value, parts: list[_Kind]) -> tg.Value:
+    """What x, a row a token, has of every sequence's last token."""
     last = []
     for part in parts:
         mine, each = part.tokens(x), part.of.tokens // part.of.sequences

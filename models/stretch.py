@@ -11,7 +11,7 @@ from taskgraph.errors import ConfigError, WeightsError
 from taskgraph.models.documents import shown
 
 if TYPE_CHECKING:
-    from taskgraph.models.config import Body
+    from taskgraph.models.config import ConfigKeys
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +52,13 @@ def magnitude(factor: float, weight: float = 1.0) -> float:
 
 
 def ramp(theta: float, dim: int, context: float, fast: float, slow: float, whole: bool = True) -> tuple[float, float]:
-    """YaRN's (low, high): the numbers of the frequencies that turn `fast` and `slow` times over the original context,
-    to `whole` numbers outwards."""
+    """YaRN's (low, high): the numbers of the frequencies that make `fast` and `slow` rotations over the original
+    context, rounded outwards with `whole`."""
 
-    def turning(turns: float) -> float:
-        return dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+    def making(rotations: float) -> float:
+        return dim * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
-    low, high = turning(fast), turning(slow)
+    low, high = making(fast), making(slow)
     if whole:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
@@ -75,7 +75,7 @@ _NESTED = (
 """Keys of rope_parameters that are read, and `finetuned`, which says where the factor comes from."""
 
 
-def rope_body(keys: "Body") -> "Body":
+def rope_body(keys: "ConfigKeys") -> "ConfigKeys":
     """The rotary settings, under their name since transformers 5 or the one before."""
     old, new = keys.part("rope_scaling"), keys.part("rope_parameters")
     rope = old if old.keys else new
@@ -87,7 +87,7 @@ def rope_body(keys: "Body") -> "Body":
     return rope
 
 
-def stretch_of(keys: "Body", theta: float, dim: int) -> Stretch:
+def stretch_of(keys: "ConfigKeys", theta: float, dim: int) -> Stretch:
     """The stretch that a config.json asks for; ConfigError names a kind that is not known."""
     rope = rope_body(keys)
     kind = rope.keys.get("rope_type") or rope.keys.get("type") or "default"
@@ -104,7 +104,7 @@ def stretch_of(keys: "Body", theta: float, dim: int) -> Stretch:
     )
 
 
-def _llama3(rope: "Body") -> RopeScaling:
+def _llama3(rope: "ConfigKeys") -> RopeScaling:
     made = RopeScaling(
         factor=rope.number("factor"),
         low_freq_factor=rope.number("low_freq_factor"),
@@ -116,7 +116,7 @@ def _llama3(rope: "Body") -> RopeScaling:
     return made
 
 
-def _yarn(rope: "Body", theta: float, dim: int) -> Yarn:
+def _yarn(rope: "ConfigKeys", theta: float, dim: int) -> Yarn:
     """The ramp over frequencies and the two factors (Peng et al. 2023, sections 3.2 and 3.4; DeepSeek's `mscale`)."""
     factor, context = rope.number("factor"), rope.number("original_max_position_embeddings")
     rope.need(theta != 1.0, "rope_theta", "YaRN needs frequencies that differ")
@@ -139,7 +139,7 @@ GGUF_KEYS = (
 """Keys, after the architecture's name, that `gguf_stretch` and its caller honour (`finetuned` only says how)."""
 
 
-def gguf_stretch(keys: "Body", theta: float, dim: int, divisors: npt.NDArray[np.float32] | None) -> Stretch:
+def gguf_stretch(keys: "ConfigKeys", theta: float, dim: int, divisors: npt.NDArray[np.float32] | None) -> Stretch:
     """The stretch of a GGUF model by the rules of llama.cpp (llama-model.cpp, llama-context.cpp, ggml's rope).
 
     A factor without a type is linear; "none" ignores the factor; YaRN's magnitude is 0.1 ln(factor) + 1, over the same
@@ -166,7 +166,7 @@ def gguf_stretch(keys: "Body", theta: float, dim: int, divisors: npt.NDArray[np.
     return own or found
 
 
-def _gguf_yarn(keys: "Body", factor: float, attention: float, theta: float, dim: int) -> Yarn:
+def _gguf_yarn(keys: "ConfigKeys", factor: float, attention: float, theta: float, dim: int) -> Yarn:
     context = keys.count("rope.scaling.original_context_length", keys.count("context_length"))
     fast, slow = keys.number("rope.scaling.yarn_beta_fast", 32.0), keys.number("rope.scaling.yarn_beta_slow", 1.0)
     keys.need(theta != 1.0, "rope.freq_base", "YaRN needs frequencies that differ")
@@ -179,9 +179,9 @@ def _gguf_yarn(keys: "Body", factor: float, attention: float, theta: float, dim:
 def rope_scaling_of(divisors: npt.NDArray[np.float32], theta: float, name: str) -> RopeScaling | None:
     """The Llama 3 scaling behind a GGUF's rope_freqs, which divide the rotary frequencies one by one.
 
-    Between its two bounds the scaling is 1/divisor = (1 - s)/factor + s with s linear in a frequency's turns over the
-    original context (Llama 3.1's reference code), so a line through s gives the bounds. Only their ratios count; the
-    lower one is 1, as in the published models. WeightsError when no such line gives the divisors back.
+    Between its two bounds the scaling is 1/divisor = (1 - s)/factor + s with s linear in a frequency's rotations
+    over the original context (Llama 3.1's reference code), so a line through s gives the bounds. Only their ratios
+    count; the lower one is 1, as in the published models. WeightsError when no such line gives the divisors back.
     """
     given = divisors.astype(np.float64).reshape(-1)
     if np.allclose(given, 1.0):

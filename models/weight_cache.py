@@ -124,7 +124,7 @@ def _prune(place: Path, room: int) -> None:
 
 
 def digest(weights: "Mapping[str, torch.Tensor]") -> str:
-    """Of names, shapes, types and contents: SHA-256 over the sums of blocks of 4 KiB, at the speed of memory."""
+    """A digest of names, shapes, types and contents: SHA-256 over the sums of blocks of 4 KiB, at memory's speed."""
     import torch
 
     found = hashlib.sha256()

@@ -3,10 +3,11 @@
 import hashlib
 import math
 import re
+from abc import abstractmethod
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,31 +27,28 @@ if TYPE_CHECKING:
     import torch
 
 
-class Checkpoint(Protocol):
+class Checkpoint(AbstractContextManager["Checkpoint"]):
     """An opened model: its configuration, tensors by Hugging Face name, and tokenizer."""
 
-    @property
-    def config(self) -> ModelConfig: ...
+    config: ModelConfig
 
+    @abstractmethod
     def names(self) -> tuple[str, ...]:
         """Hugging Face names of all tensors."""
-        ...
 
+    @abstractmethod
     def tensor(self, name: str) -> "torch.Tensor":
         """The tensor of that name (float32 from GGUF, as stored from safetensors); WeightsError if there is none."""
-        ...
 
+    @abstractmethod
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer."""
-        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Drop the mapped files."""
 
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def open_checkpoint(source: str | Path) -> Checkpoint:
@@ -70,21 +68,6 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     raise WeightsError(
         f"no checkpoint {str(source)!r}: give smollm2, a .gguf or .safetensors file, a folder, or org/name."
     )
-
-
-class _Closing:
-    """Context manager by close()."""
-
-    def close(self) -> None:
-        """Drop the mapped file."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _strange(file: str, name: str) -> WeightsError:
@@ -107,7 +90,7 @@ _CHUNK_BLOCKS = 8192
 _THREADS = 4
 
 
-class GgufCheckpoint(_Closing):
+class GgufCheckpoint(Checkpoint):
     """A GGUF file, dequantised on demand by the rules of the gguf package."""
 
     def __init__(self, path: Path) -> None:
@@ -218,7 +201,7 @@ _HARMLESS = re.compile(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_f
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
-class SafetensorsCheckpoint(_Closing):
+class SafetensorsCheckpoint(Checkpoint):
     """A folder with config.json and one or more safetensors files."""
 
     def __init__(self, folder: Path, files: list[Path]) -> None:
@@ -236,12 +219,12 @@ class SafetensorsCheckpoint(_Closing):
         self.config = load_config(folder)
         for path in files:
             try:
-                opened = safe_open(path, framework="pt")
+                opened: Any = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise WeightsError(
                     f"{path} is truncated or not safetensors ({shown(error)}); fetch it again."
                 ) from error
-            for name in opened.keys():  # type: ignore[no-untyped-call]  # noqa: SIM118 - no mapping
+            for name in opened.keys():  # noqa: SIM118 - no mapping
                 if name in self._where:
                     both = f"{self._where[name][1].name} and {path.name}"
                     raise WeightsError(

@@ -203,8 +203,8 @@ class Engine(AbstractContextManager["Engine"]):
     def abort(self) -> list[Completion]:
         """End every request with what it has and the reason "failed"; what clears up after a step that raised."""
         self._running, self._failed = None, ""
-        rows = np.flatnonzero(self.scheduler.state != FREE)
-        ended = [self._end(row, FAILED, _STEP_RAISED) for row in rows.tolist()]
+        seqs = np.flatnonzero(self.scheduler.state != FREE)
+        ended = [self._end(seq, FAILED, _STEP_RAISED) for seq in seqs.tolist()]
         self.cache.forget()
         waiting, now = [*self.scheduler.waiting, *self._arrived], self.runner.now()
         self.scheduler.waiting.clear()
@@ -222,9 +222,9 @@ class Engine(AbstractContextManager["Engine"]):
         self.scheduler.refused.clear()
         while self._cancelled:
             number = self._cancelled.popleft()
-            rows = np.flatnonzero((self.scheduler.state != FREE) & (self.scheduler.number == number))
-            if len(rows):
-                ended.append(self._end(int(rows[0]), CANCELLED))
+            seqs = np.flatnonzero((self.scheduler.state != FREE) & (self.scheduler.number == number))
+            if len(seqs):
+                ended.append(self._end(int(seqs[0]), CANCELLED))
             for waiting in [w for w in self.scheduler.waiting if w.number == number]:
                 self.scheduler.waiting.remove(waiting)
                 ended.append(Completion(number, (), CANCELLED, waiting.arrival_s, now, now))
@@ -233,24 +233,24 @@ class Engine(AbstractContextManager["Engine"]):
     def _take(self, batch: Batch, samples: Ints, chances: Chances | None) -> StepOutput:
         scheduler = self.scheduler
         taken = scheduler.take(batch, samples, self.vocabulary)
-        numbers = scheduler.number[taken.rows]
+        numbers = scheduler.number[taken.seqs]
         now = self.runner.now()
-        fresh = taken.rows[np.isnan(self._first_s[taken.rows])]
+        fresh = taken.seqs[np.isnan(self._first_s[taken.seqs])]
         self._first_s[fresh] = now
-        self.stats.tokens += len(taken.rows)
+        self.stats.tokens += len(taken.seqs)
         self.stats.prompt_tokens += batch.prefill
         told = {} if chances is None else self._told(taken, chances)
-        ended = [self._end(row, LENGTH) for row in taken.full] + [self._end(row, STOP) for row in taken.stopped]
-        ended += [self._end(row, FAILED, error) for row, error in taken.failed.items()]
+        ended = [self._end(seq, LENGTH) for seq in taken.full] + [self._end(seq, STOP) for seq in taken.stopped]
+        ended += [self._end(seq, FAILED, error) for seq, error in taken.failed.items()]
         return StepOutput(numbers, taken.tokens, tuple(ended), told)
 
     def _told(self, taken: Taken, chances: Chances) -> dict[int, Chance]:
-        """The chances of the rows of a step's output; their sequences keep them too."""
+        """The chances of the tokens of a step's output, by their place in it; their sequences keep them too."""
         place = {sample: i for i, sample in enumerate(taken.samples.tolist())}
         told = {}
         for i, sample in enumerate(chances.samples.tolist()):
             at = place.get(sample)
-            steer = None if at is None else self.scheduler.steers[int(taken.rows[at])]
+            steer = None if at is None else self.scheduler.steers[int(taken.seqs[at])]
             if at is None or steer is None or steer.logprobs < 0:
                 continue  # its sequence has ended
             top = zip(
@@ -262,14 +262,14 @@ class Engine(AbstractContextManager["Engine"]):
             steer.chances.append(told[at])
         return told
 
-    def _end(self, row: int, reason: str, error: str = "") -> Completion:
-        """Free a row, with the tokens that are known. The pages of one that failed are no other's to find."""
-        scheduler, length = self.scheduler, int(self.scheduler.given[row])
-        tokens = tuple(scheduler.tokens[row, scheduler.prompt[row] : length].tolist())
-        now, first_s = self.runner.now(), float(self._first_s[row])
-        self._first_s[row] = np.nan
-        steer = scheduler.steers[row]
-        waiting = scheduler.retire(row, length, tainted=reason == FAILED)
+    def _end(self, seq: int, reason: str, error: str = "") -> Completion:
+        """End a sequence, with the tokens that are known. The pages of one that failed are no other's to find."""
+        scheduler, length = self.scheduler, int(self.scheduler.given[seq])
+        tokens = tuple(scheduler.tokens[seq, scheduler.prompt[seq] : length].tolist())
+        now, first_s = self.runner.now(), float(self._first_s[seq])
+        self._first_s[seq] = np.nan
+        steer = scheduler.steers[seq]
+        waiting = scheduler.retire(seq, length, tainted=reason == FAILED)
         if reason in (LENGTH, STOP):
             scheduler.learn(len(tokens))
         return Completion(

@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from taskgraph.serving.guides import Guide
 
 MOST_STOPS, MOST_LOGPROBS, MOST_BIASES = 8, 20, 1024
+
+
+class ContextExceeded(RequestError):  # noqa: N818 - the name says what it means
+    """A prompt that with its max_tokens is longer than the context."""
+
+
 LENGTH, STOP, CANCELLED, FAILED = "length", "stop", "cancelled", "failed"
 """Why a request ended: max_tokens reached, a stop token or the end of its grammar, its client's wish, or an error."""
 
@@ -52,7 +58,7 @@ class Sampling:
     @property
     def biases(self) -> tuple[tuple[int, float], ...]:
         """`logit_bias` as pairs, in the order of tokens."""
-        return tuple((token, bias) for token, bias in self.logit_bias)  # type: ignore[misc]  # by __post_init__
+        return _biases(self.logit_bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +105,8 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """What a step gave: row i is the new token of request requests[i]; `finished` are those that it ended; `chances`
-    has the rows of requests that asked for log-probabilities."""
+    """What a step gave: tokens[i] is the new token of request requests[i]; `finished` are those that it ended;
+    `chances` has, by i, those of requests that asked for log-probabilities."""
 
     requests: npt.NDArray[np.int64]
     tokens: npt.NDArray[np.int64]
@@ -116,7 +122,7 @@ def checked(request: Request, context: int, vocabulary: int) -> Request:
     most = whole("max_tokens", request.max_tokens, 1)
     prompt = _prompt(request.prompt)
     if len(prompt) + most > context:
-        raise RequestError(
+        raise ContextExceeded(
             f"{len(prompt)} prompt tokens and max_tokens {_short(most)} exceed the context of {context}; "
             "shorten the prompt or lower max_tokens.",
             "max_tokens",

@@ -1,8 +1,8 @@
-"""Tokens from logits, all rows at once: biases, penalties and a grammar's mask, softmax at a temperature, cut to top-k
-and top-p, one uniform number a row; and what the model's own probabilities were.
+"""Tokens from logits, all samples at once: biases, penalties and a grammar's mask, softmax at a temperature, cut to
+top-k and top-p, one uniform number a sample; and what the model's own probabilities were.
 
-A row whose largest logit is no finite number (a NaN is larger than all others) has no token: it is given NO_TOKEN, or
-NONE_LEFT when that is so only with its biases and its grammar.
+A row is the logits of one sample. A row whose largest logit is no finite number (a NaN is larger than all others) has
+no token: it is given NO_TOKEN, or NONE_LEFT when that is so only with its biases and its grammar.
 """
 
 from dataclasses import dataclass

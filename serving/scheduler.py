@@ -1,6 +1,6 @@
 """Continuous batching (Yu et al. 2022, "Orca") with chunked prefill (Agrawal et al. 2024, "Sarathi-Serve").
 
-Sequences are rows of arrays, so that forming a batch costs a handful of numpy calls however many decode. A batch is
+Sequences are entries of arrays, so that forming a batch costs a handful of numpy calls however many decode. A batch is
 formed while the one before it runs: tokens that are still being computed are fed to it when they are known, and every
 sequence is taken to go on, so one that ends by a stop token has a token too many in the batch after.
 """
@@ -28,7 +28,7 @@ _WHY = {
     sampling.NONE_LEFT: "its grammar and its biases leave no token that the model gives a chance",
 }
 FREE, RUNNING, SWAPPED, DROPPED = range(4)
-"""States of a row: no sequence, one on the device, one whose pages are parked, one that must be recomputed."""
+"""States of an entry: no sequence, one on the device, one whose pages are parked, one that must be recomputed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +62,13 @@ class Waiting:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """A step's rows: `decode` tokens, one a sequence, then the tokens of prefill chunks.
+    """A step's tokens: `decode` ones, one a sequence, then those of prefill chunks.
 
-    Token, position and slot of every row; lengths and blocks of the decode rows and of the chunks; `starts`, the first
-    row of each chunk behind the decode rows. Sample i goes to sequence `owner[i]` (its row, or -1 for a chunk within a
-    prompt) as token number `place[i]`, if the row's `epoch` still is what it was. Token `fed[i]` is the sample
-    `source[i]` of the batch before.
+    `tokens`, their `positions` in their sequences and the `slots` of their keys; `lengths` and `blocks` of the
+    sequences that decode and of the chunks; `starts`, the first token of each chunk behind those that decode. Sample i
+    goes to sequence `owner[i]` (its index in the scheduler, or -1 for a chunk within a prompt) as token number
+    `place[i]`, if the sequence's `epoch` still is what it was. Token `fed[i]` is the sample `source[i]` of the batch
+    before.
     """
 
     tokens: Ints
@@ -95,10 +96,10 @@ class Batch:
 
 
 class Taken(NamedTuple):
-    """What a batch's samples meant: `rows` got `tokens` (sample `samples` of the batch), and rows end by length, by a
-    stop token or the end of their grammar, and by an error, which `failed` says. `retire` those."""
+    """What a batch's samples meant: the sequences `seqs` got `tokens` (sample `samples` of the batch), and some end by
+    length, by a stop token or the end of their grammar, or by an error, which `failed` says. `retire` those."""
 
-    rows: Ints
+    seqs: Ints
     tokens: Ints
     samples: Ints
     full: list[int]
@@ -114,23 +115,62 @@ class Scheduler:
     ) -> None:
         self.limits, self.cache, self.prefix_sharing = limits, cache, prefix_sharing
         self.expected_output = expected_output
-        rows, blocks = limits.sequences, -(-limits.context // cache.page_size)
+        n, blocks = limits.sequences, -(-limits.context // cache.page_size)
         self.waiting: deque[Waiting] = deque()
-        self.tokens = np.zeros((rows, limits.context + 1), np.int32)
-        self.blocks = np.zeros((rows, blocks), np.int32)
-        self.state = np.full(rows, FREE, np.int8)
-        self.known, self.computed, self.limit, self.prompt, self.held = np.zeros((5, rows), np.int64)
-        self.given, self.epoch, self.number, self.order = np.zeros((4, rows), np.int64)
-        self.pending = np.full(rows, -1, np.int64)
-        self.stops = np.full((rows, MOST_STOPS), -1, np.int64)
-        self.temperature, self.top_p = np.zeros((2, rows))
-        self.top_k, self.seed = np.zeros(rows, np.int64), np.zeros(rows, np.uint64)
-        self.steers: list[Steer | None] = [None] * rows
-        self.steered, self.logprobs = np.zeros(rows, bool), np.full(rows, -1, np.int64)
+        """Requests that are not let in yet, the first to come first."""
         self.refused: list[tuple[Waiting, str]] = []
-        self.keys: list[list[Key]] = [[] for _ in range(rows)]
-        self.parked: list[Parked | None] = [None] * rows
-        self.requests: list[Waiting | None] = [None] * rows
+        """Requests that could not begin since the engine last looked, and why."""
+
+        # One entry a sequence in all that follows, n = limits.sequences of them; `seq` is an index of them.
+        self.requests: list[Waiting | None] = [None] * n
+        """(n,) what each was let in for; None where there is no sequence."""
+        self.state = np.full(n, FREE, np.int8)
+        """(n,) int8: FREE, RUNNING, SWAPPED or DROPPED."""
+        self.number = np.zeros(n, np.int64)
+        """(n,) int64: the engine's number of its request."""
+        self.order = np.zeros(n, np.int64)
+        """(n,) int64: how many were let in before it; the last let in is the first to be pre-empted."""
+        self.epoch = np.zeros(n, np.int64)
+        """(n,) int64: sequences that had this index before, by which samples of an ended one are told."""
+        self.tokens = np.zeros((n, limits.context + 1), np.int32)
+        """(n, context + 1) int32: the prompt, then the answer."""
+        self.prompt = np.zeros(n, np.int64)
+        """(n,) int64, tokens: the length of the prompt."""
+        self.limit = np.zeros(n, np.int64)
+        """(n,) int64, tokens: the length of the prompt and max_tokens."""
+        self.given = np.zeros(n, np.int64)
+        """(n,) int64, tokens: the prompt and the answer as far as samples have come back; `tokens` holds these."""
+        self.known = np.zeros(n, np.int64)
+        """(n,) int64, tokens: the same with the sample of the batch that is formed or runs, which is yet to come."""
+        self.computed = np.zeros(n, np.int64)
+        """(n,) int64, tokens: those whose keys and values are in pages when the batches so far have run."""
+        self.pending = np.full(n, -1, np.int64)
+        """(n,) int64: which sample of the batch that was formed last is its next token; -1 for none."""
+        self.blocks = np.zeros((n, blocks), np.int32)
+        """(n, pages of a context) int32: its pages on the device, the first `held` entries."""
+        self.held = np.zeros(n, np.int64)
+        """(n,) int64, pages: how many it holds on the device."""
+        self.keys: list[list[Key]] = [[] for _ in range(n)]
+        """(n,) the keys of the full pages of its prompt, by which others find them; none without prefix sharing."""
+        self.parked: list[Parked | None] = [None] * n
+        """(n,) its pages on the host or on disk while it is SWAPPED."""
+        self.stops = np.full((n, MOST_STOPS), -1, np.int64)
+        """(n, MOST_STOPS) int64: the tokens that end it; -1 where there are fewer."""
+        self.temperature = np.zeros(n)
+        """(n,) float64: what logits are divided by; 0 draws the likeliest token."""
+        self.top_p = np.zeros(n)
+        """(n,) float64, a share of 1: tokens are cut to the fewest that have it together."""
+        self.top_k = np.zeros(n, np.int64)
+        """(n,) int64: tokens are cut to so many likeliest; 0 to none."""
+        self.seed = np.zeros(n, np.uint64)
+        """(n,) uint64: of its draws."""
+        self.steers: list[Steer | None] = [None] * n
+        """(n,) its biases, penalties, grammar and chances; None where it asks for none of them."""
+        self.steered = np.zeros(n, bool)
+        """(n,) bool: whether it has a Steer."""
+        self.logprobs = np.full(n, -1, np.int64)
+        """(n,) int64: how many likeliest tokens it is told the chances of with each token; -1 not even its own."""
+
         self.preemptions = self.recomputed = 0
         self._admitted = 0
 
@@ -153,55 +193,55 @@ class Scheduler:
         return self._batch(decoding, chunks, pending, moves)
 
     def _decoding(self) -> Ints:
-        """Rows with one token to compute, each with a page for it, if need be from those let in last. Rows that have
-        to wait for room on the host are left out."""
+        """Sequences with one token to compute, each with a page for it, if need be from those let in last. Those that
+        have to wait for room on the host are left out."""
         while True:
             ready = (self.state == RUNNING) & (self.known - self.computed == 1) & (self.known < self.limit)
-            rows = np.flatnonzero(ready)
-            short = rows[self.computed[rows] // self.cache.page_size >= self.held[rows]]
+            seqs = np.flatnonzero(ready)
+            short = seqs[self.computed[seqs] // self.cache.page_size >= self.held[seqs]]
             room = self.cache.device.available
             if len(short) <= room:
                 break
             if not self._preempt():
-                rows, short = np.setdiff1d(rows, short[room:]), short[:room]
+                seqs, short = np.setdiff1d(seqs, short[room:]), short[:room]
                 break
         if len(short):
             self.blocks[short, self.held[short]] = self.cache.allocate(len(short))
             self.held[short] += 1
-        return rows
+        return seqs
 
     def _chunks(self, budget: int) -> list[tuple[int, int, int]]:
-        """(row, first, count) of the prompts' next tokens: of running sequences, then of those that can be let in."""
+        """(sequence, first, count) of the prompts' next tokens: of running ones, then of those that can be let in."""
         chunks: list[tuple[int, int, int]] = []
-        rows = np.flatnonzero((self.state == RUNNING) & (self.known - self.computed > 1))
-        for row in rows[np.argsort(self.order[rows])].tolist():
-            budget -= self._chunk(row, budget, chunks)
+        seqs = np.flatnonzero((self.state == RUNNING) & (self.known - self.computed > 1))
+        for seq in seqs[np.argsort(self.order[seqs])].tolist():
+            budget -= self._chunk(seq, budget, chunks)
         while budget > 0 and len(chunks) < self.limits.chunks:
-            row = self._admit()
-            if row is None:
+            seq = self._admit()
+            if seq is None:
                 break
-            budget -= self._chunk(row, budget, chunks)
+            budget -= self._chunk(seq, budget, chunks)
         return chunks
 
-    def _chunk(self, row: int, budget: int, chunks: list[tuple[int, int, int]]) -> int:
-        """Append the next chunk of `row` if it fits; returns its tokens."""
-        size, first = self.cache.page_size, int(self.computed[row])
-        room = (int(self.held[row]) + self.cache.device.available) * size - first
-        count = min(int(self.known[row]) - first, budget, room)
-        if count <= 0 or len(chunks) == self.limits.chunks or self.state[row] != RUNNING:
+    def _chunk(self, seq: int, budget: int, chunks: list[tuple[int, int, int]]) -> int:
+        """Append the next chunk of a sequence if it fits; returns its tokens."""
+        size, first = self.cache.page_size, int(self.computed[seq])
+        room = (int(self.held[seq]) + self.cache.device.available) * size - first
+        count = min(int(self.known[seq]) - first, budget, room)
+        if count <= 0 or len(chunks) == self.limits.chunks or self.state[seq] != RUNNING:
             return 0
-        need = -(-(first + count) // size) - int(self.held[row])
+        need = -(-(first + count) // size) - int(self.held[seq])
         if need > 0:
-            self.blocks[row, self.held[row] : self.held[row] + need] = self.cache.allocate(need)
-            self.held[row] += need
-        chunks.append((row, first, count))
-        self._publish(row, first // size, (first + count) // size)
+            self.blocks[seq, self.held[seq] : self.held[seq] + need] = self.cache.allocate(need)
+            self.held[seq] += need
+        chunks.append((seq, first, count))
+        self._publish(seq, first // size, (first + count) // size)
         return count
 
-    def _batch(self, rows: Ints, chunks: list[tuple[int, int, int]], pending: Ints, moves: Moves) -> Batch:
-        size, decode = self.cache.page_size, len(rows)
-        places = np.concatenate([self.computed[rows], *(np.arange(f, f + n) for _, f, n in chunks)])
-        owners = np.concatenate([rows, *(np.full(n, row) for row, _, n in chunks)]).astype(np.int64)
+    def _batch(self, seqs: Ints, chunks: list[tuple[int, int, int]], pending: Ints, moves: Moves) -> Batch:
+        size, decode = self.cache.page_size, len(seqs)
+        places = np.concatenate([self.computed[seqs], *(np.arange(f, f + n) for _, f, n in chunks)])
+        owners = np.concatenate([seqs, *(np.full(n, seq) for seq, _, n in chunks)]).astype(np.int64)
         counts = np.array([n for _, _, n in chunks], np.int64)
         starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
         last = np.concatenate([np.arange(decode), decode + starts[1:] - 1]).astype(np.int64)
@@ -235,9 +275,9 @@ class Scheduler:
         which = np.flatnonzero((owner >= 0) & ((self.temperature[owner] >= GREEDY_BELOW) | self.steered[owner]))
         if not len(which):
             return None
-        rows = owner[which]
-        chance = uniforms(self.seed[rows], place[which])
-        return Draws(which, self.temperature[rows], self.top_k[rows], self.top_p[rows], chance, self.logprobs[rows])
+        seqs = owner[which]
+        chance = uniforms(self.seed[seqs], place[which])
+        return Draws(which, self.temperature[seqs], self.top_k[seqs], self.top_p[seqs], chance, self.logprobs[seqs])
 
     def steer(self, batch: Batch) -> Batch:
         """The batch, now that the tokens that it is fed are known, with the edits that its answers so far ask for."""
@@ -246,10 +286,10 @@ class Scheduler:
         last = np.concatenate([np.arange(batch.decode), batch.decode + batch.starts[1:] - 1]).astype(np.int64)
         steered = []
         for i, sample in enumerate(batch.draws.samples.tolist()):
-            row = int(batch.owner[sample])
-            steer = self.steers[row]
+            seq = int(batch.owner[sample])
+            steer = self.steers[seq]
             if steer is not None:
-                answer = self.tokens[row, self.prompt[row] : batch.place[sample]].copy()
+                answer = self.tokens[seq, self.prompt[seq] : batch.place[sample]].copy()
                 if len(answer):
                     answer[-1] = batch.tokens[last[sample]]
                 steered.append((i, steer, answer))
@@ -258,7 +298,7 @@ class Scheduler:
     # -- admission and pre-emption -----------------------------------------------------------------
 
     def _admit(self) -> int | None:
-        """Let in the sequence whose turn it is: one that was pre-empted, else the first that waits, if it fits."""
+        """Let in the next sequence: one that was pre-empted, else the first that waits, if it fits."""
         if np.count_nonzero(self.state == RUNNING) >= self.limits.sequences:
             return None
         away = np.flatnonzero((self.state == SWAPPED) | (self.state == DROPPED))
@@ -283,11 +323,11 @@ class Scheduler:
         """Whether the device holds the predicted peak with the candidate let in (as in LightLLM's past-future
         scheduler, Gong et al. 2025): sequences end in the order of their predicted ends, and the peak is just before
         one of those."""
-        rows = np.flatnonzero(self.state == RUNNING)
+        seqs = np.flatnonzero(self.state == RUNNING)
         size = self.cache.page_size
-        now = np.append(self.known[rows], len(candidate.prompt))
-        ends = np.append(self.limit[rows], len(candidate.prompt) + candidate.request.max_tokens)
-        begun = np.append(self.prompt[rows], len(candidate.prompt))
+        now = np.append(self.known[seqs], len(candidate.prompt))
+        ends = np.append(self.limit[seqs], len(candidate.prompt) + candidate.request.max_tokens)
+        begun = np.append(self.prompt[seqs], len(candidate.prompt))
         slack = size - 1  # the last page of each counts whole, or half when ends are guesses anyway
         if self.expected_output is not None:
             slack = size // 2
@@ -296,71 +336,71 @@ class Scheduler:
         order = np.argsort(-left)
         growing = np.arange(1, len(order) + 1)
         tokens = np.cumsum(now[order]) + growing * (left[order] + slack)
-        return bool(tokens.max() <= self.cache.device.pages * size or len(rows) == 0)
+        return bool(tokens.max() <= self.cache.device.pages * size or len(seqs) == 0)
 
     def _start(self, candidate: Waiting) -> int:
-        row = int(np.flatnonzero(self.state == FREE)[0])
+        seq = int(np.flatnonzero(self.state == FREE)[0])
         prompt, request = candidate.prompt, candidate.request
         length = len(prompt)
-        self.tokens[row, :length] = prompt
-        self.known[row], self.prompt[row], self.given[row] = length, length, length
-        self.limit[row], self.number[row] = length + request.max_tokens, candidate.number
-        self.stops[row] = -1
-        self.stops[row, : len(request.stop)] = sorted(request.stop)
+        self.tokens[seq, :length] = prompt
+        self.known[seq], self.prompt[seq], self.given[seq] = length, length, length
+        self.limit[seq], self.number[seq] = length + request.max_tokens, candidate.number
+        self.stops[seq] = -1
+        self.stops[seq, : len(request.stop)] = sorted(request.stop)
         how = request.sampling
-        self.temperature[row], self.top_p[row], self.seed[row] = how.temperature, how.top_p, how.seed
-        self.top_k[row] = min(how.top_k, 2**31)  # more than any vocabulary
-        self.steers[row], self.steered[row] = candidate.steer, candidate.steer is not None
-        self.logprobs[row] = -1 if candidate.steer is None else candidate.steer.logprobs
-        self.order[row], self._admitted = self._admitted, self._admitted + 1
-        self.requests[row], self.keys[row] = candidate, candidate.keys
+        self.temperature[seq], self.top_p[seq], self.seed[seq] = how.temperature, how.top_p, how.seed
+        self.top_k[seq] = min(how.top_k, 2**31)  # more than any vocabulary
+        self.steers[seq], self.steered[seq] = candidate.steer, candidate.steer is not None
+        self.logprobs[seq] = -1 if candidate.steer is None else candidate.steer.logprobs
+        self.order[seq], self._admitted = self._admitted, self._admitted + 1
+        self.requests[seq], self.keys[seq] = candidate, candidate.keys
         shared = self.cache.match(candidate.keys[: (length - 1) // self.cache.page_size])
-        self.blocks[row, : len(shared)] = shared
-        self.held[row], self.computed[row] = len(shared), len(shared) * self.cache.page_size
-        self.state[row] = RUNNING
-        return row
+        self.blocks[seq, : len(shared)] = shared
+        self.held[seq], self.computed[seq] = len(shared), len(shared) * self.cache.page_size
+        self.state[seq] = RUNNING
+        return seq
 
-    def _resume(self, row: int) -> int | None:
+    def _resume(self, seq: int) -> int | None:
         """Bring a pre-empted sequence back when it and one more page for each that runs fit."""
         spare = int(np.count_nonzero(self.state == RUNNING))
-        need = -(-int(self.known[row]) // self.cache.page_size)
+        need = -(-int(self.known[seq]) // self.cache.page_size)
         if self.cache.device.available < need + spare:
             return None
-        parked = self.parked[row]
+        parked = self.parked[seq]
         if parked is not None:
             pages = self.cache.swap_in(parked)
             if pages is not None:
-                self.blocks[row, : len(pages)], self.parked[row] = pages, None
+                self.blocks[seq, : len(pages)], self.parked[seq] = pages, None
             elif parked.place != GONE:
                 return None
             else:
-                self.parked[row] = None
-                self._recompute(row)
-        self.state[row] = RUNNING
-        return row
+                self.parked[seq] = None
+                self._recompute(seq)
+        self.state[seq] = RUNNING
+        return seq
 
     def _preempt(self) -> bool:
         """Take the pages of the sequence that was let in last: to the host, or to be computed again. False, and nothing
         done, when the host has room as soon as what runs has ended."""
-        rows = np.flatnonzero((self.state == RUNNING) & (self.known < self.limit))
-        row = int(rows[np.argmax(self.order[rows])])
-        pages = self.blocks[row, : self.held[row]].copy()
+        seqs = np.flatnonzero((self.state == RUNNING) & (self.known < self.limit))
+        seq = int(seqs[np.argmax(self.order[seqs])])
+        pages = self.blocks[seq, : self.held[seq]].copy()
         parked = self.cache.swap_out(pages)
         if parked is None and self.cache.room_later(len(pages)):
             return False
         self.preemptions += 1
         if parked is not None:
-            self.parked[row], self.state[row] = parked, SWAPPED
+            self.parked[seq], self.state[seq] = parked, SWAPPED
             return True
         self.cache.release(pages)
-        self.state[row] = DROPPED
-        self._recompute(row)
+        self.state[seq] = DROPPED
+        self._recompute(seq)
         return True
 
-    def _recompute(self, row: int) -> None:
+    def _recompute(self, seq: int) -> None:
         self.recomputed += 1
-        log.warning("no tier has room for the pages of request %d; they are computed again.", self.number[row])
-        self.held[row], self.computed[row] = 0, 0
+        log.warning("no tier has room for the pages of request %d; they are computed again.", self.number[seq])
+        self.held[seq], self.computed[seq] = 0, 0
 
     # -- what a step gave --------------------------------------------------------------------------
 
@@ -370,54 +410,54 @@ class Scheduler:
         good = (samples[mine] >= 0) & (samples[mine] < vocabulary)
         failed = {int(batch.owner[i]): self._no_token(int(batch.owner[i]), int(samples[i])) for i in mine[~good]}
         mine = mine[good]
-        rows, tokens, place = batch.owner[mine], samples[mine], batch.place[mine]
-        self.tokens[rows, place], self.given[rows] = tokens, place + 1
-        stops = (self.stops[rows] == tokens[:, None]).any(axis=1)
-        for i in np.flatnonzero(self.steered[rows]).tolist():
-            row = int(rows[i])
-            steer = self.steers[row]
+        seqs, tokens, place = batch.owner[mine], samples[mine], batch.place[mine]
+        self.tokens[seqs, place], self.given[seqs] = tokens, place + 1
+        stops = (self.stops[seqs] == tokens[:, None]).any(axis=1)
+        for i in np.flatnonzero(self.steered[seqs]).tolist():
+            seq = int(seqs[i])
+            steer = self.steers[seq]
             assert steer is not None
-            steer.follow(self.tokens[row, self.prompt[row] : place[i] + 1])
+            steer.follow(self.tokens[seq, self.prompt[seq] : place[i] + 1])
             stops[i] |= steer.ended
             if steer.error and not stops[i]:
-                failed[row] = f"request {self.number[row]}: {steer.error}"
-        over = np.isin(rows, list(failed)) if failed else np.zeros(len(rows), bool)
-        full = (place + 1 >= self.limit[rows]) & ~stops & ~over
-        return Taken(rows, tokens, mine, rows[full].tolist(), rows[stops].tolist(), failed)
+                failed[seq] = f"request {self.number[seq]}: {steer.error}"
+        over = np.isin(seqs, list(failed)) if failed else np.zeros(len(seqs), bool)
+        full = (place + 1 >= self.limit[seqs]) & ~stops & ~over
+        return Taken(seqs, tokens, mine, seqs[full].tolist(), seqs[stops].tolist(), failed)
 
-    def _no_token(self, row: int, sample: int) -> str:
-        steer, place = self.steers[row], int(self.given[row] - self.prompt[row])
+    def _no_token(self, seq: int, sample: int) -> str:
+        steer, place = self.steers[seq], int(self.given[seq] - self.prompt[seq])
         why = steer.error if steer is not None else ""
         said = _WHY.get(sample, f"the model gave {sample}, which is no token of its vocabulary")
-        return f"request {self.number[row]}: {why or said} (token {place} of its answer)."
+        return f"request {self.number[seq]}: {why or said} (token {place} of its answer)."
 
-    def retire(self, row: int, length: int, *, tainted: bool = False) -> Waiting:
-        """Free a row and its pages at once; the pages of its first `length` tokens stay findable, or with `tainted`
-        none of its pages."""
-        waiting = self.requests[row]
+    def retire(self, seq: int, length: int, *, tainted: bool = False) -> Waiting:
+        """End a sequence and free its pages at once; the pages of its first `length` tokens stay findable, or with
+        `tainted` none of its pages."""
+        waiting = self.requests[seq]
         assert waiting is not None
-        parked = self.parked[row]
+        parked = self.parked[seq]
         if parked is not None:
             self.cache.parking.drop(parked)
-        elif self.held[row]:
-            pages = self.blocks[row, : self.held[row]].copy()
+        elif self.held[seq]:
+            pages = self.blocks[seq, : self.held[seq]].copy()
             if tainted:
                 for page in pages.tolist():
                     if self.cache.device.key_of(page) is not None:
                         self.cache.device.drop(page)
             elif self.prefix_sharing:
-                done = min(length, int(self.computed[row]))
+                done = min(length, int(self.computed[seq]))
                 keys = block_keys(
-                    self.tokens[row, :done], self.cache.page_size, self.keys[row][: done // self.cache.page_size]
+                    self.tokens[seq, :done], self.cache.page_size, self.keys[seq][: done // self.cache.page_size]
                 )
-                for page, key in zip(pages.tolist(), keys, strict=False):
+                for page, key in zip(pages[: len(keys)].tolist(), keys, strict=True):
                     self.cache.device.publish(page, key)
             self.cache.release(pages)
-        self.parked[row], self.requests[row], self.keys[row] = None, None, []
-        self.steers[row], self.steered[row], self.logprobs[row] = None, False, -1
-        self.state[row], self.held[row], self.computed[row], self.known[row] = FREE, 0, 0, 0
-        self.epoch[row] += 1
-        self.pending[row] = -1
+        self.parked[seq], self.requests[seq], self.keys[seq] = None, None, []
+        self.steers[seq], self.steered[seq], self.logprobs[seq] = None, False, -1
+        self.state[seq], self.held[seq], self.computed[seq], self.known[seq] = FREE, 0, 0, 0
+        self.epoch[seq] += 1
+        self.pending[seq] = -1
         return waiting
 
     def learn(self, length: int) -> None:
@@ -425,8 +465,8 @@ class Scheduler:
         if self.expected_output is not None:
             self.expected_output += 0.05 * (length - self.expected_output)
 
-    def _publish(self, row: int, first: int, last: int) -> None:
+    def _publish(self, seq: int, first: int, last: int) -> None:
         """Prompt pages first to last may be shared from now on, in the very batch that fills them: a layer writes the
-        keys of all rows before any attention reads them."""
-        for block in range(first, min(last, len(self.keys[row]))):
-            self.cache.device.publish(int(self.blocks[row, block]), self.keys[row][block])
+        keys of all seqs before any attention reads them."""
+        for block in range(first, min(last, len(self.keys[seq]))):
+            self.cache.device.publish(int(self.blocks[seq, block]), self.keys[seq][block])

@@ -5,8 +5,6 @@ import contextlib
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
-from types import TracebackType
-from typing import Self
 
 from taskgraph.errors import BackendUnavailable, RequestError
 from taskgraph.serving.engine import Engine
@@ -44,7 +42,7 @@ class Stream:
         self._service.leave(self)
 
 
-class Service:
+class Service(contextlib.AbstractContextManager["Service"]):
     """Runs an engine in its own thread until it is closed, and closes the engine then.
 
     At most `most_open` requests may run and wait together. When a step raises, or the idle runner cannot go on, all
@@ -171,12 +169,7 @@ class Service:
             self._tell(self.engine.abort())
             self.engine.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

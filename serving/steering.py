@@ -1,5 +1,5 @@
-"""What a running sequence asks of the draw of its tokens beyond temperature and cuts, and how its answer so far turns
-into edits of the next logits: biases, penalties, a grammar; and the chances that it is told.
+"""What a running sequence asks of the draw of its tokens beyond temperature and cuts: biases, penalties, a grammar.
+From these and its answer so far come edits of the next logits; and it may ask to be told chances.
 
 Sequences that ask for nothing of it have no `Steer`, and a batch of such ones costs nothing here.
 """
@@ -83,7 +83,8 @@ class Steer:
 
 
 def edits_of(steered: Sequence[tuple[int, Steer, npt.NDArray[np.integer]]]) -> Edits | None:
-    """The edits of drawn rows: (row, its steer, its answer so far); None where there is nothing to change."""
+    """The edits of the logits that tokens are drawn from, for some of their rows (row, its steer, its answer so far);
+    None where there is nothing to change."""
     rows, tokens, values = [], [], []
     masked, allowed = [], []
     for row, steer, answer in steered:

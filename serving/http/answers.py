@@ -13,7 +13,7 @@ from taskgraph.serving import requests as ask
 from taskgraph.serving.guides import Guide, guides_of
 from taskgraph.serving.http.logprobs import Ledger
 from taskgraph.serving.http.protocol import ApiError, Body, Piece, Shape, requests_of
-from taskgraph.serving.requests import Chance, Completion
+from taskgraph.serving.requests import Chance, Completion, ContextExceeded
 from taskgraph.serving.service import Service, Stream, TooManyRequests
 from taskgraph.serving.textstream import TextStream
 
@@ -31,9 +31,10 @@ def as_api_errors() -> Iterator[None]:
         raise
     except TooManyRequests as error:
         raise ApiError(429, str(error), code="rate_limit_exceeded") from error
+    except ContextExceeded as error:
+        raise ApiError(400, str(error), param=error.field or None, code="context_length_exceeded") from error
     except RequestError as error:
-        code = "context_length_exceeded" if "context" in str(error) else None
-        raise ApiError(400, str(error), param=error.field or None, code=code) from error
+        raise ApiError(400, str(error), param=error.field or None) from error
     except WeightsError as error:
         raise ApiError(400, str(error)) from error
     except BackendUnavailable as error:

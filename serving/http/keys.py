@@ -1,7 +1,7 @@
 """API keys of the server: a file of names, roles and salted hashes. The keys themselves are kept nowhere.
 
 A line is `NAME ROLE sha256:SALT:DIGEST`, with salt and digest in hexadecimal; empty lines and those that begin with #
-are skipped. A key has 256 random bits, so one round of SHA-256 is as hard to turn back as many.
+are skipped. A key has 256 random bits, so one round of SHA-256 is as hard to reverse as many.
 """
 
 import hashlib

@@ -13,7 +13,7 @@ LEAST = -9999.0
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class PlacedChance:
     """A token's chance, and where in the answer its text begins."""
 
     chance: Chance
@@ -28,7 +28,7 @@ class Ledger:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer, self._decoded = tokenizer, 0
         self._new: list[Chance] = []
-        self._told: deque[Told] = deque()
+        self._told: deque[PlacedChance] = deque()
 
     def note(self, chance: Chance) -> None:
         """A token has come."""
@@ -44,11 +44,11 @@ class Ledger:
         last, raw = max(decoded - self._decoded - 1, 0), b""
         for chance in ready:
             at = min(len(raw.decode(errors="replace")), last)
-            self._told.append(Told(chance, self._decoded + at))
+            self._told.append(PlacedChance(chance, self._decoded + at))
             raw += b"" if self._tokenizer.silent(chance.token) else self._tokenizer.token_bytes(chance.token)
         self._decoded = decoded
 
-    def take(self, released: int | None) -> list[Told]:
+    def take(self, released: int | None) -> list[PlacedChance]:
         """Those that begin before letter `released`; None: all."""
         taken = []
         while self._told and (released is None or self._told[0].offset < released):
@@ -56,7 +56,7 @@ class Ledger:
         return taken
 
 
-def of_completion(tokenizer: Tokenizer, told: Sequence[Told]) -> dict[str, Any]:
+def of_completion(tokenizer: Tokenizer, told: Sequence[PlacedChance]) -> dict[str, Any]:
     """`logprobs` of a completion's choice: parallel lists; the likeliest of a token by their texts, its own too."""
 
     def likeliest(chance: Chance) -> dict[str, float] | None:
@@ -75,7 +75,7 @@ def of_completion(tokenizer: Tokenizer, told: Sequence[Told]) -> dict[str, Any]:
     }
 
 
-def of_chat(tokenizer: Tokenizer, told: Sequence[Told]) -> dict[str, Any]:
+def of_chat(tokenizer: Tokenizer, told: Sequence[PlacedChance]) -> dict[str, Any]:
     """`logprobs` of a chat's choice: an object for each token."""
 
     def one(token: int, logprob: float) -> dict[str, Any]:

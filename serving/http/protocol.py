@@ -25,7 +25,7 @@ from pydantic import (
 from taskgraph.errors import RequestError
 from taskgraph.models.tokenizer import Tokenizer
 from taskgraph.serving.http import logprobs
-from taskgraph.serving.http.logprobs import Told
+from taskgraph.serving.http.logprobs import PlacedChance
 from taskgraph.serving.requests import MOST_LOGPROBS, Request, Sampling
 from taskgraph.serving.textstream import (
     TextStream as TextStream,  # what an answer's text is, for those who have answers
@@ -259,7 +259,7 @@ class Part(Fields):
 
 
 class Message(Fields):
-    """A turn of a conversation."""
+    """A message of a conversation."""
 
     neutral = {"tool_calls": ([],), "refusal": ("",), "annotations": ([],)}
 
@@ -378,7 +378,7 @@ class Piece:
     """A part of an answer: text, and what is told of its tokens."""
 
     text: str
-    told: Sequence[Told] = ()
+    told: Sequence[PlacedChance] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -164,7 +164,7 @@ def _serve(link: Connection, make: Make, url: str, rank: int, size: int, timeout
     threading.Thread(target=_follow, name="taskgraph-parent", daemon=True).start()
     try:
         group = tg.distributed.connect(url, rank, size, timeout_s=timeout_s)
-        _own_cores(rank, size)  # not before: gloo's threads take turns with the lanes badly on a core that they share
+        _own_cores(rank, size)  # not before: gloo's threads and the lanes share a core badly
         actor, answer = make(group), None
     except BaseException as error:
         link.send(_Failure(rank, _portable(error), True))

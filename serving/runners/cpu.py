@@ -76,7 +76,7 @@ class CpuRunner:
         return {
             f"{mark}{prefix}{name}": room
             for prefix, pages in pools.items()
-            for mark in llama.layout(self.config).marks()
+            for mark in llama.layer_pattern(self.config).marks()
             for name, room in self.shape.room(self.config, pages).items()
         }
 
@@ -114,7 +114,7 @@ class CpuRunner:
         return Bucket(decode, prefill, self._chunks(prefill), bool(batch.moves))
 
     def _chunks(self, prefill: int) -> int:
-        """Chunks that a bucket of so many rows of prefill has."""
+        """Chunks that a bucket of so many tokens of prefill has."""
         return self._limits.chunks if prefill == self._prefill[-1] else min(max(prefill // 16, 1), self._limits.chunks)
 
     def buckets(self) -> list[Bucket]:
@@ -235,7 +235,7 @@ def cpu_engine(
 
 
 def _clear(inputs: "Mapping[str, torch.Tensor]") -> None:
-    """Rows of no sequence everywhere."""
+    """Tokens of no sequence everywhere."""
     for name, tensor in inputs.items():
         tensor.fill_(-1 if name in ("slots", "page_out", "page_in", "page_copy") else 0)
 

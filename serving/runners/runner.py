@@ -36,7 +36,7 @@ class Runner(Protocol):
         ...
 
     def wait(self) -> tuple[Ints, float]:
-        """The samples of the batch launched last, and when it ended; -1 for a row whose logits have no likeliest."""
+        """The samples of the batch launched last, and when it ended; -1 where logits have no likeliest."""
         ...
 
     def sleep_until(self, at_s: float) -> None:

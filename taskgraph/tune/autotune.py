@@ -30,7 +30,7 @@ from taskgraph.schedule.problem import make_problem
 from taskgraph.schedule.rcpsp.exact import available
 from taskgraph.schedule.sliced import sliced, verify
 from taskgraph.schedule.verify import TUNED
-from taskgraph.tune.measure import LEAST_ROUNDS, Bench, Budget, Session
+from taskgraph.tune.measure import LEAST_ROUNDS, Bench, Budget, Timings
 from taskgraph.units import format_seconds
 
 MOST = 4
@@ -372,7 +372,7 @@ def _covered(profile: Profile, graph: Graph, device: Device) -> bool:
     return True
 
 
-def _trials(session: Session | None, plans: Sequence[Plan], name: str) -> list[Trial]:
+def _trials(session: Timings | None, plans: Sequence[Plan], name: str) -> list[Trial]:
     return [
         Trial(
             made_by=each.made_by,

@@ -64,7 +64,7 @@ def noise_floor(*runs: Sequence[float], seed: int = 0) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Session:
+class Timings:
     """Seconds of every repeat: of the two copies of the sequential plan together, and of each candidate."""
 
     sequential: list[float]
@@ -129,7 +129,7 @@ class Bench:
                 self._tensors = fill(self.graph.flat(), self._given, self.seed)
         return self._tensors
 
-    def session(self, sequential: Plan, plans: Sequence[Plan], budget: Budget) -> Session | None:
+    def session(self, sequential: Plan, plans: Sequence[Plan], budget: Budget) -> Timings | None:
         """Interleaved repeats of the sequential plan, twice, and of `plans`; None if the budget holds too few."""
         with ExitStack() as stack:
             runs = [stack.enter_context(self.open(each)) for each in (sequential, sequential, *plans)]
@@ -139,7 +139,7 @@ class Bench:
         first, second, *others = seconds
         base = noise_floor(first, second, seed=self.seed)
         floor = [max(base, noise_floor(row, seed=self.seed), LEAST_GAIN) for row in others]
-        return Session([*first, *second], others, floor)
+        return Timings([*first, *second], others, floor)
 
     def _repeat(self, runs: Sequence[Executable], budget: Budget) -> tuple[list[list[float]], int]:
         seconds: list[list[float]] = [[] for _ in runs]

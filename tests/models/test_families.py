@@ -8,7 +8,7 @@ import torch
 
 from taskgraph.errors import WeightsError
 from taskgraph.models import llama
-from taskgraph.models.layer import Layout, layout_of
+from taskgraph.models.layer import LayerPattern, pattern_of
 from taskgraph.models.weights import open_checkpoint
 from taskgraph.serving.options import Memory, Policy
 from taskgraph.serving.requests import Request
@@ -136,17 +136,17 @@ def test_quantised_tensors_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kinds", "layout"),
+    ("kinds", "pattern"),
     [
-        ("aaaa", Layout(0, 1, 4)),
-        ("abbbb", Layout(1, 1, 4)),
-        ("abab", Layout(0, 2, 2)),
-        ("aabab", Layout(1, 2, 2)),
-        ("aab", Layout(2, 1, 1)),
-        ("a", Layout(0, 1, 1)),
+        ("aaaa", LayerPattern(0, 1, 4)),
+        ("abbbb", LayerPattern(1, 1, 4)),
+        ("abab", LayerPattern(0, 2, 2)),
+        ("aabab", LayerPattern(1, 2, 2)),
+        ("aab", LayerPattern(2, 1, 1)),
+        ("a", LayerPattern(0, 1, 1)),
     ],
 )
-def test_layout_stores_the_fewest_layers(kinds: str, layout: Layout) -> None:
-    assert layout_of(kinds) == layout
-    marks = layout.marks()
+def test_the_pattern_stores_the_fewest_layers(kinds: str, pattern: LayerPattern) -> None:
+    assert pattern_of(kinds) == pattern
+    marks = pattern.marks()
     assert len(marks) == len(set(marks)) == len(kinds)
