@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from taskgraph.errors import WeightsError
-from taskgraph.models.config import ConfigKeys, HeadKeys, ModelConfig, grouped_heads, layer_count, rotary_base
+from taskgraph.models.config import ModelConfig
 from taskgraph.models.documents import shown, words
+from taskgraph.models.keys import ConfigKeys, HeadKeys, grouped_heads, layer_count, rotary_base
 from taskgraph.models.stretch import GGUF_KEYS, gguf_stretch, neutral, number_is
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")

@@ -1,12 +1,11 @@
 """Which keys of a config.json are read, which change nothing here, and which settings are refused by name."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from taskgraph.models.documents import words
+from taskgraph.models.families import Family
+from taskgraph.models.keys import ConfigKeys
 from taskgraph.models.stretch import neutral, number_is
-
-if TYPE_CHECKING:
-    from taskgraph.models.config import ConfigKeys
 
 _READ = words(
     "architectures model_type hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
@@ -14,22 +13,6 @@ _READ = words(
     "rope_scaling rope_parameters sliding_window use_sliding_window max_window_layers layer_types "
     "query_pre_attn_scalar attention_multiplier"
 )
-_SPARSE = words("num_experts_per_tok num_local_experts num_experts n_routed_experts")
-_QWEN_SPARSE = words(
-    "moe_intermediate_size norm_topk_prob decoder_sparse_step mlp_only_layers shared_expert_intermediate_size"
-)
-_DEEPSEEK = words(
-    "q_lora_rank kv_lora_rank qk_rope_head_dim qk_nope_head_dim v_head_dim rope_interleave moe_intermediate_size "
-    "n_group topk_group first_k_dense_replace n_shared_experts norm_topk_prob routed_scaling_factor scoring_func "
-    "topk_method moe_layer_freq qk_head_dim"
-)
-_READ_BY: dict[str, frozenset[str]] = {
-    "mixtral": _SPARSE | {"moe_intermediate_size", "shared_expert_intermediate_size"},
-    "qwen2_moe": _SPARSE | _QWEN_SPARSE | {"qkv_bias"},
-    "qwen3_moe": _SPARSE | _QWEN_SPARSE,
-    "deepseek_v3": _SPARSE | _DEEPSEEK | {"shared_expert_intermediate_size"},
-}
-"""Also what a family's own code takes no notice of but a sibling's reads."""
 _HARMLESS = words(
     # what the model is called, and how it was saved or trained
     "auto_map transformers_version torch_dtype dtype tokenizer_class finetuning_task task_specific_params id2label "
@@ -101,15 +84,15 @@ _UNCHANGED: dict[str, tuple[Any, ...]] = {
 """Settings that are honoured with these values only (and when they are null): with others they change arithmetic."""
 
 
-def check_keys(keys: "ConfigKeys", family: str) -> None:
+def check_keys(keys: ConfigKeys, family: Family) -> None:
     """ConfigError for a key that is neither read for this family nor known to be harmless, and for a setting that
     changes arithmetic in a way that the graphs do not have."""
-    read = _READ | _READ_BY.get(family, frozenset())
+    read = _READ | family.reads
     for key, value in keys.keys.items():
         if value is None or key in read or key in _HARMLESS or key.startswith(("_", "unsloth")):
             continue
         if key == "qkv_bias":
-            keys.need(value is (family == "qwen2"), key, f"the family {family} has none other")
+            keys.need(value is family.qkv_bias, key, f"the family {family.name} has none other")
         elif key in _UNCHANGED:
             allowed = " or ".join(map(repr, _UNCHANGED[key])) or "null"
             keys.need(neutral(value, *_UNCHANGED[key]), key, f"only {allowed} is supported")
@@ -119,35 +102,36 @@ def check_keys(keys: "ConfigKeys", family: str) -> None:
                 "this version does not know the key, which may change the arithmetic: remove it if it does not, "
                 "or use a supported model",
             )
+    for key, value in family.only:
+        keys.need(keys.keys.get(key, value) == value, key, f"this version knows {value}")
     _check_window(keys, family)
 
 
-def _check_window(keys: "ConfigKeys", family: str) -> None:
+def _check_window(keys: ConfigKeys, family: Family) -> None:
     """Attention within a window is not supported; a window as wide as the context is none."""
     kinds = keys.keys.get("layer_types")
     good = kinds is None or (isinstance(kinds, list) and all(isinstance(k, str) for k in kinds))
     keys.need(good, "layer_types", "it must be a list of names")
     window, layers = keys.keys.get("sliding_window"), keys.count("num_hidden_layers")
-    everywhere = family in ("llama", "mixtral", "deepseek_v3")
     wide = not window or keys.count("sliding_window") >= keys.count("max_position_embeddings", 2048)
     for kind in kinds or ():
         known = kind == "full_attention" or (kind == "sliding_attention" and bool(window) and wide)
         keys.need(known, "layer_types", "only full attention is supported")
-    if everywhere:
-        slides = kinds is None
-    else:
+    if family.window_switch:
         slides = keys.flag("use_sliding_window") and kinds is None and layers > _full_layers(keys)
+    else:
+        slides = kinds is None
     if slides and not wide:
         raise keys.wrong("sliding_window", "attention within a window is not supported")
 
 
-def _full_layers(keys: "ConfigKeys") -> int:
+def _full_layers(keys: ConfigKeys) -> int:
     """How many layers come before the first that slides, by the rule of Qwen's configs."""
     value = keys.keys.get("max_window_layers")
     return 0 if value == 0 else keys.count("max_window_layers", 28)
 
 
-def check_scale(keys: "ConfigKeys", head_dim: int) -> None:
+def check_scale(keys: ConfigKeys, head_dim: int) -> None:
     """ConfigError for scores that are scaled by anything but the usual 1 / sqrt(head_dim)."""
     good = number_is(keys.keys.get("query_pre_attn_scalar"), head_dim)
     keys.need(good, "query_pre_attn_scalar", f"scores are scaled by the head size, {head_dim}, only")

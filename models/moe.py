@@ -50,26 +50,22 @@ def expert_sources(config: ModelConfig) -> Sources:
     e = config.experts
     if e is None:
         return {}
-    block, gate, up, down = ("block_sparse_moe", "w1", "w3", "w2") if config.family == "mixtral" else _QWEN_NAMES
-
+    named = config.record.expert_names
+    block, shared = named.block, f"{named.block}.{named.shared}"
     mine = range(e.rank * e.held, (e.rank + 1) * e.held)
 
     def each(*parts: str) -> tuple[Names, ...]:
         return tuple(tuple(f"{block}.experts.{i}.{part}.weight" for part in parts) for i in mine)
 
     sources: Sources = {
-        "router": (f"{block}.gate.weight",), "experts_gate_up": each(gate, up), "experts_down": each(down),
+        "router": (f"{block}.gate.weight",), "experts_gate_up": each(named.gate, named.up),
+        "experts_down": each(named.down),
     }  # fmt: skip
     if e.correction:
         sources["router_correction"] = (f"{block}.gate.e_score_correction_bias",)
     if e.shared_size:
-        shared = f"{block}.shared_expert" + ("s" if config.family == "deepseek_v3" else "")
         sources["shared_gate_up"] = (f"{shared}.gate_proj.weight", f"{shared}.up_proj.weight")
         sources["shared_down"] = (f"{shared}.down_proj.weight",)
     if e.shared_gate:
         sources["shared_gate"] = (f"{block}.shared_expert_gate.weight",)
     return sources
-
-
-_QWEN_NAMES = ("mlp", "gate_proj", "up_proj", "down_proj")
-"""The block, and an expert's gate, up and down products, in the checkpoints of Qwen and DeepSeek."""

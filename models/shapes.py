@@ -7,7 +7,7 @@ from taskgraph.models.config import Experts, Latent, ModelConfig
 Shape = tuple[int, ...]
 
 _LAYER_NAME = re.compile(r"model\.layers\.(0|[1-9]\d{0,8})\.(.+)", re.ASCII)
-_EXPERT_NAME = re.compile(r"(mlp|block_sparse_moe)\.experts\.(0|[1-9]\d{0,8})\.(\w+)\.weight", re.ASCII)
+_EXPERT_NAME = re.compile(r"(\w+)\.experts\.(0|[1-9]\d{0,8})\.(\w+)\.weight", re.ASCII)
 
 
 def shape_of(config: ModelConfig, name: str) -> Shape | None:
@@ -62,20 +62,17 @@ def _latent(config: ModelConfig, a: Latent) -> dict[str, Shape]:
 
 
 def _sparse(config: ModelConfig, e: Experts, part: str) -> Shape | None:
-    hidden, mixtral = config.hidden_size, config.family == "mixtral"
-    block = "block_sparse_moe." if mixtral else "mlp."
+    hidden, named = config.hidden_size, config.record.expert_names
     expert = _EXPERT_NAME.fullmatch(part)
-    if expert is not None and f"{expert[1]}." == block and int(expert[2]) < e.count:
-        names = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
-        return dict(
-            zip(names, ((e.inner_size, hidden), (e.inner_size, hidden), (hidden, e.inner_size)), strict=True)
-        ).get(expert[3])
+    if expert is not None and expert[1] == named.block and int(expert[2]) < e.count:
+        wide, narrow = (e.inner_size, hidden), (hidden, e.inner_size)
+        return {named.gate: wide, named.up: wide, named.down: narrow}.get(expert[3])
+    block = f"{named.block}."
     found: dict[str, Shape] = {f"{block}gate.weight": (e.count, hidden)}
     if e.correction:
         found[f"{block}gate.e_score_correction_bias"] = (e.count,)
     if e.shared_size:
-        shared = f"{block}shared_expert" + ("s." if config.family == "deepseek_v3" else ".")
-        found |= _mlp(shared, hidden, e.shared_size)
+        found |= _mlp(f"{block}{named.shared}.", hidden, e.shared_size)
     if e.shared_gate:
         found[f"{block}shared_expert_gate.weight"] = (1, hidden)
     return found.get(part)

@@ -2,16 +2,14 @@
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from taskgraph.errors import ConfigError, WeightsError
 from taskgraph.models.documents import shown
-
-if TYPE_CHECKING:
-    from taskgraph.models.config import ConfigKeys
+from taskgraph.models.keys import ConfigKeys
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +73,7 @@ _NESTED = (
 """Keys of rope_parameters that are read, and `finetuned`, which says where the factor comes from."""
 
 
-def rope_body(keys: "ConfigKeys") -> "ConfigKeys":
+def rope_body(keys: ConfigKeys) -> ConfigKeys:
     """The rotary settings, under their name since transformers 5 or the one before."""
     old, new = keys.part("rope_scaling"), keys.part("rope_parameters")
     rope = old if old.keys else new
@@ -87,7 +85,7 @@ def rope_body(keys: "ConfigKeys") -> "ConfigKeys":
     return rope
 
 
-def stretch_of(keys: "ConfigKeys", theta: float, dim: int) -> Stretch:
+def stretch_of(keys: ConfigKeys, theta: float, dim: int) -> Stretch:
     """The stretch that a config.json asks for; ConfigError names a kind that is not known."""
     rope = rope_body(keys)
     kind = rope.keys.get("rope_type") or rope.keys.get("type") or "default"
@@ -104,7 +102,7 @@ def stretch_of(keys: "ConfigKeys", theta: float, dim: int) -> Stretch:
     )
 
 
-def _llama3(rope: "ConfigKeys") -> RopeScaling:
+def _llama3(rope: ConfigKeys) -> RopeScaling:
     made = RopeScaling(
         factor=rope.number("factor"),
         low_freq_factor=rope.number("low_freq_factor"),
@@ -116,7 +114,7 @@ def _llama3(rope: "ConfigKeys") -> RopeScaling:
     return made
 
 
-def _yarn(rope: "ConfigKeys", theta: float, dim: int) -> Yarn:
+def _yarn(rope: ConfigKeys, theta: float, dim: int) -> Yarn:
     """The ramp over frequencies and the two factors (Peng et al. 2023, sections 3.2 and 3.4; DeepSeek's `mscale`)."""
     factor, context = rope.number("factor"), rope.number("original_max_position_embeddings")
     rope.need(theta != 1.0, "rope_theta", "YaRN needs frequencies that differ")
@@ -139,7 +137,7 @@ GGUF_KEYS = (
 """Keys, after the architecture's name, that `gguf_stretch` and its caller honour (`finetuned` only says how)."""
 
 
-def gguf_stretch(keys: "ConfigKeys", theta: float, dim: int, divisors: npt.NDArray[np.float32] | None) -> Stretch:
+def gguf_stretch(keys: ConfigKeys, theta: float, dim: int, divisors: npt.NDArray[np.float32] | None) -> Stretch:
     """The stretch of a GGUF model by the rules of llama.cpp (llama-model.cpp, llama-context.cpp, ggml's rope).
 
     A factor without a type is linear; "none" ignores the factor; YaRN's magnitude is 0.1 ln(factor) + 1, over the same
@@ -166,7 +164,7 @@ def gguf_stretch(keys: "ConfigKeys", theta: float, dim: int, divisors: npt.NDArr
     return own or found
 
 
-def _gguf_yarn(keys: "ConfigKeys", factor: float, attention: float, theta: float, dim: int) -> Yarn:
+def _gguf_yarn(keys: ConfigKeys, factor: float, attention: float, theta: float, dim: int) -> Yarn:
     context = keys.count("rope.scaling.original_context_length", keys.count("context_length"))
     fast, slow = keys.number("rope.scaling.yarn_beta_fast", 32.0), keys.number("rope.scaling.yarn_beta_slow", 1.0)
     keys.need(theta != 1.0, "rope.freq_base", "YaRN needs frequencies that differ")

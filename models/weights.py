@@ -244,7 +244,7 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def _harmless(self, name: str) -> bool:
         beyond = re.match(r"model\.layers\.(\d+)\.", name, re.ASCII)
-        predicted = beyond is not None and self.config.family == "deepseek_v3" and int(beyond[1]) >= self.config.layers
+        predicted = beyond is not None and self.config.record.predicts and int(beyond[1]) >= self.config.layers
         tied = name == "lm_head.weight" and self.config.tie_embeddings
         return predicted or tied or _HARMLESS.fullmatch(name) is not None
 
