@@ -44,7 +44,7 @@ def tiny_served(*, pages: int = 14, host_pages: int = 20, sequences: int = 6, mo
 
     from taskgraph.models import llama
     from taskgraph.models.config import from_hf
-    from taskgraph.models.tokenizer import Tokenizer as Ours
+    from taskgraph.models.text.tokenizer import Tokenizer as Ours
     from taskgraph.serving.http.app import Served
     from taskgraph.serving.options import Memory, Policy
     from taskgraph.serving.runners.cpu import cpu_engine

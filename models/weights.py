@@ -15,13 +15,13 @@ import numpy.typing as npt
 from taskgraph.errors import WeightsError
 from taskgraph.models.config import ModelConfig, load_config
 from taskgraph.models.documents import json_object, shown
-from taskgraph.models.gguf_config import DIVISORS, read_config, unused
-from taskgraph.models.gguf_config import hf_name as hf_name
-from taskgraph.models.gguf_file import MappedGguf, StoredTensor
+from taskgraph.models.gguf.config import DIVISORS, read_config, unused
+from taskgraph.models.gguf.config import hf_name as hf_name
+from taskgraph.models.gguf.file import MappedGguf, StoredTensor
 from taskgraph.models.hub import smollm2_path, snapshot_path
 from taskgraph.models.shapes import shape_of
 from taskgraph.models.stretch import rope_scaling_of as rope_scaling_of
-from taskgraph.models.tokenizer import Tokenizer
+from taskgraph.models.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import torch

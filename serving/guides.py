@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from taskgraph.errors import BackendUnavailable, RequestError
-from taskgraph.models.tokenizer import Tokenizer
+from taskgraph.models.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions

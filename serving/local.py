@@ -8,7 +8,7 @@ import taskgraph as tg
 from taskgraph.errors import BackendUnavailable, PlanError
 from taskgraph.models.llama import load_weights
 from taskgraph.models.shards import load_shard
-from taskgraph.models.tokenizer import Tokenizer
+from taskgraph.models.text.tokenizer import Tokenizer
 from taskgraph.models.weights import open_checkpoint
 from taskgraph.serving.engine import Engine
 from taskgraph.serving.options import Memory, Planner, Target

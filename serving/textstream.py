@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence, Set
 
-from taskgraph.models.tokenizer import Tokenizer
+from taskgraph.models.text.tokenizer import Tokenizer
 
 
 class _Finder:

@@ -90,7 +90,7 @@ CONFIG: dict[str, Any] = {
 
 def hf_tensors(seed: int = 0) -> dict[str, torch.Tensor]:
     """What a model of CONFIG has, drawn at random."""
-    from taskgraph.models.gguf_config import hf_name
+    from taskgraph.models.gguf.config import hf_name
 
     found = {hf_name(name): torch.from_numpy(data) for name, data in gguf_tensors(seed=seed).items()}
     return {name: tensor for name, tensor in found.items() if name is not None}

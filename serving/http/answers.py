@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from taskgraph.errors import BackendUnavailable, RequestError, WeightsError
-from taskgraph.models.tokenizer import Tokenizer
+from taskgraph.models.text.tokenizer import Tokenizer
 from taskgraph.serving import requests as ask
 from taskgraph.serving.guides import Guide, guides_of
 from taskgraph.serving.http.logprobs import Ledger

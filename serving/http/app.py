@@ -21,7 +21,7 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from taskgraph.errors import BackendUnavailable, ExecutionError, TaskgraphError
-from taskgraph.models.tokenizer import Tokenizer
+from taskgraph.models.text.tokenizer import Tokenizer
 from taskgraph.serving.http.access import Access, AccessLog, Gate, access_of
 from taskgraph.serving.http.answers import Answer, all_or_none
 from taskgraph.serving.http.keys import KeyRing

@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from taskgraph.errors import RequestError
-from taskgraph.models.tokenizer import Tokenizer
+from taskgraph.models.text.tokenizer import Tokenizer
 from taskgraph.serving.http import logprobs
 from taskgraph.serving.http.logprobs import PlacedChance
 from taskgraph.serving.requests import MOST_LOGPROBS, Request, Sampling

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from taskgraph.errors import WeightsError
-from taskgraph.models import chat
-from taskgraph.models.tokenizer import Tokenizer
+from taskgraph.models.text import chat
+from taskgraph.models.text.tokenizer import Tokenizer
 from tests.model_files import raw_tokenizer
 
 MESSAGES: list[dict[str, Any]] = [

@@ -13,7 +13,7 @@ from tokenizers import processors
 from taskgraph.errors import WeightsError
 from taskgraph.models import llama
 from taskgraph.models.config import load_config
-from taskgraph.models.tokenizer import Tokenizer
+from taskgraph.models.text.tokenizer import Tokenizer
 from taskgraph.models.weights import open_checkpoint
 from tests.model_files import CONFIG, raw_tokenizer, write_folder, write_gguf
 

@@ -14,7 +14,7 @@ from taskgraph.errors import WeightsError
 from taskgraph.graph.op import Op
 from taskgraph.models import llama
 from taskgraph.models.config import ModelConfig, from_hf
-from taskgraph.models.gguf_file import MappedGguf
+from taskgraph.models.gguf.file import MappedGguf
 from taskgraph.models.stretch import Yarn
 from taskgraph.models.weights import open_checkpoint
 from taskgraph.runtime import rotary
@@ -332,7 +332,7 @@ def test_what_a_family_has_is_read(tmp_path: Path, arch: str) -> None:
 
 @pytest.mark.parametrize("name", ["blk.0.attn_q.weight", "token_embd.weight", "output_norm.weight"])
 def test_missing_and_misshapen_tensors_are_named(tmp_path: Path, name: str) -> None:
-    from taskgraph.models.gguf_config import hf_name
+    from taskgraph.models.gguf.config import hf_name
 
     for tensor in (None, np.ones((7, 32), np.float32)):
         write_gguf(tmp_path / "x.gguf", tensors={name: tensor})

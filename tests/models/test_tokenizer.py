@@ -10,7 +10,7 @@ from tokenizers import Regex, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as RawTokenizer
 
 from taskgraph.errors import WeightsError
-from taskgraph.models.tokenizer import Tokenizer
+from taskgraph.models.text.tokenizer import Tokenizer
 from taskgraph.models.weights import open_checkpoint
 from tests.model_files import TOKENS, raw_tokenizer, write_folder
 

@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks.soak import NAME, tiny_served
 from taskgraph.errors import RequestError
-from taskgraph.models.tokenizer import Tokenizer
+from taskgraph.models.text.tokenizer import Tokenizer
 from taskgraph.serving import guides
 from taskgraph.serving.guides import Guides
 from taskgraph.serving.http.app import Served, create_app

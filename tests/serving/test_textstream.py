@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import models as raw_models
 
-from taskgraph.models.tokenizer import Tokenizer
+from taskgraph.models.text.tokenizer import Tokenizer
 from taskgraph.serving.textstream import TextStream
 from tests.serve_cases import END, TEMPLATE, byte_tokenizer, raw_tokenizer
 

@@ -1,0 +1,1 @@
+"""GGUF files: the header, the config and the vocabulary in it."""

@@ -1,0 +1,1 @@
+"""Text and tokens: tokenizers, and the chat templates that come with weights."""
