@@ -21,7 +21,7 @@ from taskgraph.models.hub import smollm2_path
 from taskgraph.models.weights import open_checkpoint
 from taskgraph.runtime.dtypes import DTYPES, pick
 from taskgraph.serving.engine import Engine
-from taskgraph.serving.options import Memory, Policy
+from taskgraph.serving.options import KvMemory, Policy
 from taskgraph.serving.requests import Request
 from taskgraph.serving.runners.cpu import cpu_engine
 from taskgraph.serving.scheduler import Limits
@@ -62,7 +62,7 @@ def make_requests(config: ModelConfig, count: int) -> list[Request]:
 def engine_of(config: ModelConfig, weights: Mapping[str, "torch.Tensor"], sequences: int) -> Engine:
     """The engine, with room for every running sequence's longest length; blocks are not shared between rounds."""
     limits = Limits(sequences=sequences, tokens=sequences + 448, chunks=16, context=256)
-    return cpu_engine(config, weights, limits, Memory(sequences * 8), policy=Policy(prefix_sharing=False))
+    return cpu_engine(config, weights, limits, KvMemory(sequences * 8), policy=Policy(prefix_sharing=False))
 
 
 def static_batches(model: Any, requests: Sequence[Request], size: int) -> Callable[[], None]:

@@ -46,7 +46,7 @@ def tiny_served(*, pages: int = 14, host_pages: int = 20, sequences: int = 6, mo
     from taskgraph.models.config import from_hf
     from taskgraph.models.text.tokenizer import Tokenizer as Ours
     from taskgraph.serving.http.app import Served
-    from taskgraph.serving.options import Memory, Policy
+    from taskgraph.serving.options import KvMemory, Policy
     from taskgraph.serving.runners.cpu import cpu_engine
     from taskgraph.serving.scheduler import Limits
     from taskgraph.serving.service import Service
@@ -67,7 +67,7 @@ def tiny_served(*, pages: int = 14, host_pages: int = 20, sequences: int = 6, mo
     shapes = llama.step_graph(config, batch=1, tokens=1, cache=8, dtype="f32").flat().with_role("weight")
     weights = {t.name: torch.randn(t.shape, generator=drawn) * 0.3 for t in shapes}
     engine = cpu_engine(
-        config, weights, Limits(sequences, 48, 4, CONTEXT), Memory(pages, host_pages, page_size=PAGE),
+        config, weights, Limits(sequences, 48, 4, CONTEXT), KvMemory(pages, host_pages, page_size=PAGE),
         policy=Policy(expected_output=4.0),
     )  # fmt: skip
     engine.runner.warm()

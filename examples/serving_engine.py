@@ -12,7 +12,7 @@ import torch
 
 from taskgraph.models import llama
 from taskgraph.models.config import load_config
-from taskgraph.serving.options import Memory
+from taskgraph.serving.options import KvMemory
 from taskgraph.serving.requests import Request, Sampling
 from taskgraph.serving.runners.cpu import cpu_engine
 from taskgraph.serving.scheduler import Limits
@@ -27,7 +27,7 @@ def main() -> None:
     weights = {t.name: torch.randn(t.shape) * 0.3 for t in shapes}
 
     streamed: dict[int, list[int]] = defaultdict(list)
-    with cpu_engine(config, weights, Limits(4, 32, chunks=2, context=64), Memory(12)) as engine:
+    with cpu_engine(config, weights, Limits(4, 32, chunks=2, context=64), KvMemory(12)) as engine:
         engine.submit(Request([7, 1, 4], max_tokens=6))
         engine.submit(Request([7, 1, 4], max_tokens=6, sampling=Sampling(temperature=0.9, top_p=0.9, seed=5)))
         unwanted = engine.submit(Request([2] * 20, max_tokens=40))

@@ -9,7 +9,7 @@ from typing import Any
 
 from taskgraph.errors import ConfigError, GraphError, WeightsError
 from taskgraph.models.documents import json_object, shown
-from taskgraph.models.families import FAMILIES, Family
+from taskgraph.models.families import FAMILIES, ModelFamily
 from taskgraph.models.families import Experts as Experts
 from taskgraph.models.families import Latent as Latent
 from taskgraph.models.hf_keys import check_keys, check_scale
@@ -45,7 +45,7 @@ class ModelConfig:
     ranks: int = 1
 
     @property
-    def record(self) -> Family:
+    def record(self) -> ModelFamily:
         """The record of its family."""
         return FAMILIES[self.family]
 
@@ -150,7 +150,7 @@ def from_hf(body: Mapping[str, Any], name: str) -> ModelConfig:
     )
 
 
-def _family(keys: ConfigKeys) -> Family:
+def _family(keys: ConfigKeys) -> ModelFamily:
     """By the first architecture, or by model_type where the config lists none."""
     named = keys.keys.get("architectures")
     if named:

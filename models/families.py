@@ -67,7 +67,7 @@ class ExpertNames:
 
 
 @dataclass(frozen=True, slots=True)
-class Family:
+class ModelFamily:
     """What the models of one architecture have that others of Llama's kind have not.
 
     `name` is the model_type of their config.json, and `architecture` its class. `rope_theta` is the base of rotary
@@ -176,11 +176,11 @@ _DEEPSEEK = _SPARSE | words(
     "topk_method moe_layer_freq qk_head_dim shared_expert_intermediate_size"
 )
 
-FAMILIES: dict[str, Family] = {}
-"""Family by its name."""
+FAMILIES: dict[str, ModelFamily] = {}
+"""ModelFamily by its name."""
 
 
-def register(family: Family) -> Family:
+def register(family: ModelFamily) -> ModelFamily:
     """Know a family from now on. ConfigError where its name or its architecture is known already."""
     twin = next((f for f in FAMILIES.values() if family.name == f.name or family.architecture == f.architecture), None)
     if twin is not None:
@@ -189,11 +189,11 @@ def register(family: Family) -> Family:
     return family
 
 
-register(Family("llama", "LlamaForCausalLM"))
-register(Family("qwen2", "Qwen2ForCausalLM", qkv_bias=True, window_switch=True))
-register(Family("qwen3", "Qwen3ForCausalLM", qk_norm=True, window_switch=True))
+register(ModelFamily("llama", "LlamaForCausalLM"))
+register(ModelFamily("qwen2", "Qwen2ForCausalLM", qkv_bias=True, window_switch=True))
+register(ModelFamily("qwen3", "Qwen3ForCausalLM", qk_norm=True, window_switch=True))
 register(
-    Family(
+    ModelFamily(
         "mixtral",
         "MixtralForCausalLM",
         rope_theta=1e6,
@@ -203,7 +203,7 @@ register(
     )
 )
 register(
-    Family(
+    ModelFamily(
         "qwen2_moe",
         "Qwen2MoeForCausalLM",
         qkv_bias=True,
@@ -213,12 +213,12 @@ register(
     )
 )
 register(
-    Family(
+    ModelFamily(
         "qwen3_moe", "Qwen3MoeForCausalLM", qk_norm=True, window_switch=True, experts=_qwen_experts, reads=_QWEN_SPARSE
     )
 )
 register(
-    Family(
+    ModelFamily(
         "deepseek_v3",
         "DeepseekV3ForCausalLM",
         experts=_deepseek_experts,

@@ -3,7 +3,7 @@
 from typing import Any
 
 from taskgraph.models.documents import words
-from taskgraph.models.families import Family
+from taskgraph.models.families import ModelFamily
 from taskgraph.models.keys import ConfigKeys
 from taskgraph.models.stretch import neutral, number_is
 
@@ -84,7 +84,7 @@ _UNCHANGED: dict[str, tuple[Any, ...]] = {
 """Settings that are honoured with these values only (and when they are null): with others they change arithmetic."""
 
 
-def check_keys(keys: ConfigKeys, family: Family) -> None:
+def check_keys(keys: ConfigKeys, family: ModelFamily) -> None:
     """ConfigError for a key that is neither read for this family nor known to be harmless, and for a setting that
     changes arithmetic in a way that the graphs do not have."""
     read = _READ | family.reads
@@ -107,7 +107,7 @@ def check_keys(keys: ConfigKeys, family: Family) -> None:
     _check_window(keys, family)
 
 
-def _check_window(keys: ConfigKeys, family: Family) -> None:
+def _check_window(keys: ConfigKeys, family: ModelFamily) -> None:
     """Attention within a window is not supported; a window as wide as the context is none."""
     kinds = keys.keys.get("layer_types")
     good = kinds is None or (isinstance(kinds, list) and all(isinstance(k, str) for k in kinds))

@@ -17,7 +17,7 @@ from taskgraph.errors import ExecutionError, RequestError
 from taskgraph.models.paged import PageShape
 from taskgraph.serving.cache.disk import DiskTier
 from taskgraph.serving.cache.pages import PagedCache, block_keys
-from taskgraph.serving.options import Memory, Policy
+from taskgraph.serving.options import KvMemory, Policy
 from taskgraph.serving.requests import (
     CANCELLED,
     FAILED,
@@ -297,7 +297,7 @@ class Engine(AbstractContextManager["Engine"]):
 def paged_engine(
     make: Callable[[PageShape], PagedRunner],
     limits: Limits,
-    memory: Memory,
+    memory: KvMemory,
     vocabulary: int,
     policy: Policy | None = None,
 ) -> Engine:

@@ -11,7 +11,7 @@ from taskgraph.models.shards import load_shard
 from taskgraph.models.text.tokenizer import Tokenizer
 from taskgraph.models.weights import open_checkpoint
 from taskgraph.serving.engine import Engine
-from taskgraph.serving.options import Memory, Planner, Target
+from taskgraph.serving.options import Hardware, KvMemory, Planner
 from taskgraph.serving.runners.cpu import cpu_engine
 from taskgraph.serving.runners.parallel import RanksRunner, ranks_engine
 from taskgraph.serving.scheduler import Limits
@@ -43,7 +43,7 @@ class LocalModel:
 def open_local(
     source: str,
     limits: Limits,
-    target: Target | None = None,
+    target: Hardware | None = None,
     *,
     dtype: str = "auto",
     pages: int = 0,
@@ -58,7 +58,7 @@ def open_local(
     `tg.KnownPlans`. PlanError for a dtype that is none; GraphError for ranks that cannot share the model;
     BackendUnavailable without the GPU, or for ranks on GPUs.
     """
-    on, known = target or Target(), planner if isinstance(planner, tg.KnownPlans) else None
+    on, known = target or Hardware(), planner if isinstance(planner, tg.KnownPlans) else None
     if known is not None and known.files and (on.ranks > 1 or not warm):
         raise PlanError("plan files are for one rank whose steps are planned at the start; leave --plan out.")
     if on.device != "cpu" and on.ranks > 1:
@@ -68,7 +68,7 @@ def open_local(
         config, tokenizer = checkpoint.config, checkpoint.tokenizer()
         weights = load_weights(config, checkpoint, picked.dtype) if on.ranks == 1 else {}
     limits = replace(limits, context=min(limits.context, config.max_context))
-    memory = Memory(pages or max(limits.sequences * limits.context // PAGE // 4, limits.context // PAGE))
+    memory = KvMemory(pages or max(limits.sequences * limits.context // PAGE // 4, limits.context // PAGE))
     if on.device != "cpu":
         from taskgraph.serving.runners.gpu import gpu_engine
 

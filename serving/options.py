@@ -20,7 +20,7 @@ def planner_of(planner: str | Planner) -> Planner:
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
+class KvMemory:
     """The pages of an engine's KV cache, each of `page_size` tokens: `pages` on the device, and the tiers behind it,
     `host_pages` and `disk_pages` in the folder `disk`. RequestError when they contradict each other."""
 
@@ -62,7 +62,7 @@ class Policy:
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class Hardware:
     """Where a model runs: `device` is "cpu", "gpu" for this machine's, or a virtual one ("virtual:h100_sxm"), which
     computes on the CPU what a GPU would. With several `ranks` each is a process that holds its share of every layer, or
     with `whole_experts` whole experts."""

@@ -12,7 +12,7 @@ import taskgraph as tg
 from taskgraph.models import llama
 from taskgraph.models.config import ModelConfig
 from taskgraph.models.shards import check_share
-from taskgraph.serving.options import Planner, planner_of
+from taskgraph.serving.options import Hardware, Planner, planner_of
 
 if TYPE_CHECKING:
     import torch
@@ -60,8 +60,8 @@ class Session(AbstractContextManager["Session"]):
 
     The weights' dtype, bf16 or f32, is that of the cache and of all products; a sequence may have `cache` tokens at
     most. Steps are planned by `planner`, the name of a scheduler or a function like `tg.KnownPlans`, and captured at
-    first use, and kept. With backend "cuda" they run on this machine's GPU, or on the virtual `device`; weights and
-    cache are on it once.
+    first use, and kept. `device` is "cpu", "gpu" for this machine's, or a virtual one ("virtual:h100_sxm"); a GPU holds
+    weights and cache once.
 
     With a `group` this is one rank's session: `config` is its share of the model (`ModelConfig.share`), and `weights`
     are that share's (`shards.load_shard`). All ranks of the group must make the same calls, and get the same results.
@@ -75,8 +75,7 @@ class Session(AbstractContextManager["Session"]):
         batch: int = 1,
         cache: int = 512,
         planner: str | Planner = "auto",
-        backend: str = "cpu",
-        device: str | None = None,
+        device: str = "cpu",
         group: "tg.distributed.Group | None" = None,
     ) -> None:
         if not 1 <= cache <= config.max_context:
@@ -84,13 +83,14 @@ class Session(AbstractContextManager["Session"]):
         check_share(config, group)
         self.config, self.dtype, self.batch, self.cache = config, tg.dtypes.dtype_of(weights), batch, cache
         self._group, self._planner = group, planner
-        self.backend, self._run_on = backend, device
+        hardware = Hardware(device)
+        self.backend, self._run_on = hardware.backend, hardware.run_on
         self._device: str | tg.Device = "cpu" if group is None else tg.distributed.rank_device(group)
         self._bound: Mapping[str, Any] = {**weights, **llama.make_cache(config, batch, cache, self.dtype)}
         self._on_gpu: tg.gpu.DeviceTensors | None = None
-        if backend == "cuda":
-            self._device = tg.gpu.planning_device(device)
-            self._bound = self._on_gpu = tg.gpu.DeviceTensors(self._bound, device)
+        if self.backend == "cuda":
+            self._device = tg.gpu.planning_device(self._run_on)
+            self._bound = self._on_gpu = tg.gpu.DeviceTensors(self._bound, self._run_on)
         self._steps: dict[tuple[int, bool, str | Planner], CapturedStep] = {}
 
     def step(self, tokens: int, all_logits: bool = False, planner: str | Planner | None = None) -> CapturedStep:

@@ -44,7 +44,7 @@ def as_api_errors() -> Iterator[None]:
         raise ApiError(500, f"this request failed in the server ({type(error).__name__}); others go on.") from error
 
 
-class Choice:
+class AnswerChoice:
     """One of a request's answers: its text as it comes, then why it ended and how many tokens it has."""
 
     def __init__(self, stream: Stream, text: TextStream, ledger: Ledger, echo: str = "") -> None:
@@ -97,7 +97,7 @@ class Choice:
 class Answer:
     """What the server gives for a body: the choices that the engine works on. Close it."""
 
-    choices: Sequence[Choice]
+    choices: Sequence[AnswerChoice]
     shape: Shape
     prompt_tokens: int
     tells_usage: bool
@@ -109,7 +109,7 @@ class Answer:
         if asked > service.most_open:
             raise ApiError(400, f"{asked} answers are asked for; at most {service.most_open} can be.")
         engine = service.engine
-        choices: list[Choice] = []
+        choices: list[AnswerChoice] = []
         try:
             with as_api_errors():
                 prompts, guide = await asyncio.to_thread(_prepared, body, tokenizer, engine.vocabulary)
@@ -123,7 +123,7 @@ class Answer:
                 shown_ends = frozenset(marks) if body.ignore_eos else ends | marks
                 echoes = [echo for echo in body.echoes(tokenizer) for _ in range(body.n)]
                 choices.extend(
-                    Choice(
+                    AnswerChoice(
                         service.submit(request),
                         TextStream(tokenizer, body.stop, shown_ends, ends),
                         Ledger(tokenizer),
@@ -152,7 +152,7 @@ class Answer:
     async def whole(self) -> dict[str, Any]:
         """The answer when all its choices have ended."""
 
-        async def said(choice: Choice) -> Piece:
+        async def said(choice: AnswerChoice) -> Piece:
             pieces = [piece async for piece in choice.pieces()]
             return Piece("".join(piece.text for piece in pieces), [told for piece in pieces for told in piece.told])
 
@@ -165,7 +165,7 @@ class Answer:
         """The JSON objects of a streamed answer, of all choices as they come."""
         queue: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
 
-        async def feed(index: int, choice: Choice) -> None:
+        async def feed(index: int, choice: AnswerChoice) -> None:
             try:
                 async for piece in choice.pieces():
                     queue.put_nowait(self.shape.piece(index, piece))
@@ -201,7 +201,7 @@ def _prepared(body: Body, tokenizer: Tokenizer, vocabulary: int) -> tuple[list[l
     return prompts, wanted.guide(guides)
 
 
-def _close(choices: Sequence[Choice]) -> None:
+def _close(choices: Sequence[AnswerChoice]) -> None:
     for choice in choices:
         choice.close()
 

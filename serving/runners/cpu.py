@@ -15,7 +15,7 @@ from taskgraph.models.paged import Bucket, PageShape
 from taskgraph.models.shards import check_share
 from taskgraph.serving import sampling
 from taskgraph.serving.engine import Engine, paged_engine
-from taskgraph.serving.options import Memory, Planner, Policy, planner_of
+from taskgraph.serving.options import KvMemory, Planner, Policy, planner_of
 from taskgraph.serving.runners.runner import Planned, Ran, ladder
 from taskgraph.serving.sampling import Chances
 from taskgraph.serving.scheduler import Batch, Ints, Limits
@@ -24,12 +24,16 @@ if TYPE_CHECKING:
     import torch
 
 
+BUDGET_BYTES = 2e9
+"""The most bytes of their own that a runner's executables hold together."""
+
+
 class CpuRunner:
     """Runs batches on this machine: a captured plan a bucket, from the graph bank, launched from a thread. `GpuRunner`
     does the same on a GPU.
 
     `weights` are those of `llama.load_weights`, in bf16 or f32, which is the dtype of pages and products; `device` is
-    "cpu" unless told, or one like it with fewer cores. Executables together hold at most `budget_bytes` of their own.
+    "cpu" unless told, or one like it with fewer cores. Executables together hold at most BUDGET_BYTES of their own.
     Steps are planned by `planner`, the name of a scheduler or a function like `tg.KnownPlans`.
 
     With a `group` this is one rank's runner: `config` is its share of the model (`ModelConfig.share`), `weights` are
@@ -49,14 +53,13 @@ class CpuRunner:
         *,
         device: "str | tg.Device | None" = None,
         planner: str | Planner = "auto",
-        budget_bytes: float = 2e9,
         group: "tg.distributed.Group | None" = None,
     ) -> None:
         check_share(config, group)
         self._planner, self._group = planner_of(planner), group
         self.config, self.shape, self.dtype = config, shape, tg.dtypes.dtype_of(weights)
         self.device = device or ("cpu" if group is None else tg.distributed.rank_device(group))
-        self.bank: tg.GraphBank[Bucket] = tg.GraphBank(self._make, budget_bytes)
+        self.bank: tg.GraphBank[Bucket] = tg.GraphBank(self._make, BUDGET_BYTES)
         self._bound = self._placed(weights, self._rooms())
         self._limits, self._decode = limits, ladder(limits.sequences)
         self._prefill = (*(n for n in (16 << i for i in range(16)) if n < limits.tokens), limits.tokens)
@@ -220,7 +223,7 @@ def cpu_engine(
     config: ModelConfig,
     weights: "Mapping[str, torch.Tensor]",
     limits: Limits,
-    memory: Memory,
+    memory: KvMemory,
     *,
     device: "str | tg.Device" = "cpu",
     planner: str | Planner = "auto",

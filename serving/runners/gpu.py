@@ -9,7 +9,7 @@ import taskgraph as tg
 from taskgraph.models.config import ModelConfig
 from taskgraph.models.paged import PageShape
 from taskgraph.serving.engine import Engine, paged_engine
-from taskgraph.serving.options import Memory, Planner, Policy
+from taskgraph.serving.options import KvMemory, Planner, Policy
 from taskgraph.serving.runners.cpu import CpuRunner
 from taskgraph.serving.scheduler import Batch, Ints, Limits
 
@@ -31,13 +31,9 @@ class GpuRunner(CpuRunner):
         *,
         device: str | None = None,
         planner: str | Planner = "auto",
-        budget_bytes: float = 2e9,
     ) -> None:
         self._run_on = device
-        super().__init__(
-            config, weights, shape, limits, device=tg.gpu.planning_device(device), planner=planner,
-            budget_bytes=budget_bytes,
-        )  # fmt: skip
+        super().__init__(config, weights, shape, limits, device=tg.gpu.planning_device(device), planner=planner)
 
     def _placed(
         self, weights: Mapping[str, torch.Tensor], rooms: Mapping[str, tuple[int, ...]]
@@ -90,7 +86,7 @@ def gpu_engine(
     config: ModelConfig,
     weights: Mapping[str, torch.Tensor],
     limits: Limits,
-    memory: Memory,
+    memory: KvMemory,
     *,
     device: str | None = None,
     planner: str | Planner = "auto",

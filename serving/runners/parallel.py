@@ -18,7 +18,7 @@ from taskgraph.errors import GraphError, RankLost
 from taskgraph.models.config import ModelConfig
 from taskgraph.models.paged import Bucket, PageShape
 from taskgraph.serving.engine import Engine, paged_engine
-from taskgraph.serving.options import Memory, Policy
+from taskgraph.serving.options import KvMemory, Policy
 from taskgraph.serving.ranks.processes import Ranks
 from taskgraph.serving.runners.cpu import CpuRunner
 from taskgraph.serving.runners.runner import Planned, Ran
@@ -153,7 +153,7 @@ def ranks_engine(
     config: ModelConfig,
     load: Load,
     limits: Limits,
-    memory: Memory,
+    memory: KvMemory,
     ranks: int,
     *,
     whole_experts: bool = False,

@@ -15,7 +15,7 @@ from taskgraph.cli.serve import known, limits_of
 from taskgraph.errors import PlanError, RequestError
 
 if TYPE_CHECKING:
-    from taskgraph.serving.options import Target
+    from taskgraph.serving.options import Hardware
     from taskgraph.serving.scheduler import Limits
     from taskgraph.serving.simulate.traces import Arrival, Percentiles, Replay
 
@@ -62,9 +62,9 @@ def bench_serve(
     Prompts are random tokens, and every request gives all its output tokens. On the cpu the engine runs the model and
     times are measured; for another device steps take the time of their plans, and all times are simulated.
     """
-    from taskgraph.serving.options import Target
+    from taskgraph.serving.options import Hardware
 
-    arrivals, target = _arrivals(trace, dataset, requests, rate, context, seed), Target(device, ranks)
+    arrivals, target = _arrivals(trace, dataset, requests, rate, context, seed), Hardware(device, ranks)
     if device == "cpu":
         limits = limits_of(sequences or 32, step_tokens or 256, context)
         report = _measured(model, arrivals, limits, target, dtype, known(plans, remembered, target), seed)
@@ -94,7 +94,7 @@ def _arrivals(trace: Path | None, dataset: str, requests: int, rate: float, cont
 
 
 def _measured(
-    model: str, arrivals: "list[Arrival]", limits: "Limits", target: "Target", dtype: str, planner: "tg.KnownPlans",
+    model: str, arrivals: "list[Arrival]", limits: "Limits", target: "Hardware", dtype: str, planner: "tg.KnownPlans",
     seed: int,
 ) -> "Replay":  # fmt: skip
     from taskgraph.serving.local import open_local
@@ -108,7 +108,7 @@ def _measured(
 
 
 def _simulated(
-    model: str, arrivals: "list[Arrival]", limits: "Limits", target: "Target", variant: str, plan_seconds: float,
+    model: str, arrivals: "list[Arrival]", limits: "Limits", target: "Hardware", variant: str, plan_seconds: float,
     seed: int,
 ) -> "Replay":  # fmt: skip
     from taskgraph.models.config import load_config

@@ -72,7 +72,8 @@ def run(
 
         ids = tokenizer.encode(tokenizer.chat(prompt))
         cache = min(config.max_context, -(-(len(ids) + max_new_tokens) // _CACHE_STEP) * _CACHE_STEP)
-        session = Session(config, weights, cache=cache, backend=backend, device=device or None, planner=known)
+        on = "cpu" if backend == "cpu" else device or "gpu"
+        session = Session(config, weights, cache=cache, device=on, planner=known)
         with staged.stage("plan and capture prefill"):
             session.run(ids, [0])  # warms kernels up; generate() starts over at the same place
         with staged.stage("plan and capture decode"):

@@ -13,7 +13,7 @@ from taskgraph.errors import BackendUnavailable
 
 if TYPE_CHECKING:
     from taskgraph.serving.http.keys import KeyRing
-    from taskgraph.serving.options import Target
+    from taskgraph.serving.options import Hardware
     from taskgraph.serving.scheduler import Limits
 
 
@@ -78,13 +78,13 @@ def serve(
     from taskgraph.serving.http.access import access_of
     from taskgraph.serving.http.app import Served, run_server
     from taskgraph.serving.local import open_local
-    from taskgraph.serving.options import Target
+    from taskgraph.serving.options import Hardware
     from taskgraph.serving.service import Service
 
     keys = None if api_key_file is None else _key_ring(api_key_file)
     access = access_of(host, keys, tuple(cors_origin or ()))
     with status.status("load weights, plan and capture steps"):
-        limits, target = limits_of(sequences, step_tokens, context), Target(device, tensor_parallel, expert_parallel)
+        limits, target = limits_of(sequences, step_tokens, context), Hardware(device, tensor_parallel, expert_parallel)
         planner = known(plans, remembered, target)
         local = open_local(model, limits, target, dtype=dtype, pages=pages, warm=warm, planner=planner)
     status.print(f"dtype {local.picked.dtype} ({local.picked.why})", soft_wrap=True)
@@ -142,7 +142,7 @@ def api_key(
     typer.echo(secret)
 
 
-def known(plans: list[Path] | None, remembered: bool, target: "Target") -> "tg.KnownPlans":
+def known(plans: list[Path] | None, remembered: bool, target: "Hardware") -> "tg.KnownPlans":
     """The plans of an engine there."""
     return tg.KnownPlans(
         plans or (), backend=target.backend, device=target.run_on, use_remembered=remembered, say=status.print

@@ -10,7 +10,7 @@ from taskgraph.errors import WeightsError
 from taskgraph.models import llama
 from taskgraph.models.layer import LayerPattern, pattern_of
 from taskgraph.models.weights import open_checkpoint
-from taskgraph.serving.options import Memory, Policy
+from taskgraph.serving.options import KvMemory, Policy
 from taskgraph.serving.requests import Request
 from taskgraph.serving.runners.cpu import cpu_engine
 from taskgraph.serving.scheduler import Limits
@@ -98,7 +98,7 @@ def test_the_engine_serves_the_family(case: str, tmp_path: Path) -> None:
     lengths = ((37, 30), (25, 45), (64, 4))
     requests = [Request(torch.randint(0, config.vocab_size, (n,)).tolist(), new) for n, new in lengths]
     limits = Limits(sequences=2, tokens=24, chunks=2, context=96)
-    with cpu_engine(config, weights, limits, Memory(4, 6), policy=Policy(expected_output=1.0)) as engine:
+    with cpu_engine(config, weights, limits, KvMemory(4, 6), policy=Policy(expected_output=1.0)) as engine:
         together = [c.tokens for c in engine.run(requests)]
         assert engine.scheduler.preemptions > 0
         assert [engine.run([request])[0].tokens for request in requests[:2]] == together[:2]

@@ -8,7 +8,7 @@ import torch
 
 from taskgraph.errors import ConfigError, WeightsError
 from taskgraph.models import llama
-from taskgraph.models.families import FAMILIES, Family, register
+from taskgraph.models.families import FAMILIES, ModelFamily, register
 from taskgraph.models.weights import open_checkpoint
 from taskgraph.serving.session import Session
 from tests.models.test_families import SHAPE
@@ -53,6 +53,6 @@ def test_the_family_of_the_section_equals_transformers(tmp_path: Path) -> None:
 
 def test_a_family_is_known_once() -> None:
     added()
-    for twin in (Family("mistral", "AnotherForCausalLM"), Family("other", "MistralForCausalLM")):
+    for twin in (ModelFamily("mistral", "AnotherForCausalLM"), ModelFamily("other", "MistralForCausalLM")):
         with pytest.raises(ConfigError, match=r"'mistral'.*known already"):
             register(twin)

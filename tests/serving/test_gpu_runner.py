@@ -10,7 +10,7 @@ from taskgraph.models.config import load_config
 from taskgraph.models.llama import step_graph
 from taskgraph.runtime.gpu import driver, virtual
 from taskgraph.runtime.gpu.arrays import DeviceTensors
-from taskgraph.serving.options import Memory, Policy
+from taskgraph.serving.options import KvMemory, Policy
 from taskgraph.serving.requests import Request, Sampling
 from taskgraph.serving.runners.cpu import cpu_engine
 from taskgraph.serving.runners.gpu import gpu_engine
@@ -36,7 +36,7 @@ def requests() -> list[Request]:
 
 def test_the_engine_serves_on_the_gpu_what_it_serves_on_the_cpu(on_virtual: Call, tmp_path: Path) -> None:
     weights = model_tensors(step_graph(TINY, batch=1, tokens=1, cache=64, dtype="f32"), 1, roles=("weight",))
-    with cpu_engine(TINY, weights, LIMITS, Memory(32)) as engine:
+    with cpu_engine(TINY, weights, LIMITS, KvMemory(32)) as engine:
         wanted = [c.tokens for c in engine.run(requests())]
     assert on_virtual(served, weights, tmp_path) == wanted
 
@@ -47,7 +47,7 @@ def served(weights: dict[str, torch.Tensor], folder: Path) -> list[tuple[int, ..
     assert control is not None
     driver.Gpu.open()
     before = held(control)
-    memory, policy = Memory(5, 3, folder, 16), Policy(expected_output=1.0)
+    memory, policy = KvMemory(5, 3, folder, 16), Policy(expected_output=1.0)
     with gpu_engine(TINY, weights, LIMITS, memory, device=DEVICE, planner="list", policy=policy) as engine:
         done = engine.run(requests())
         planned = engine.runner.planned

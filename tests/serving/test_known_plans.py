@@ -11,7 +11,7 @@ import taskgraph as tg
 from taskgraph.cli import main
 from taskgraph.models import llama
 from taskgraph.models.config import load_config
-from taskgraph.serving.options import Memory
+from taskgraph.serving.options import KvMemory
 from taskgraph.serving.session import Session
 from taskgraph.tune import autotune
 from taskgraph.tune.known import KnownPlans
@@ -122,7 +122,7 @@ def test_the_serving_engine_uses_a_saved_plan_for_the_bucket_whose_it_is(tmp_pat
     known = KnownPlans([file], use_remembered=False, say=said.append)
     answers = []
     for planner in (known, "auto"):
-        with cpu_engine(CONFIG, weights(), limits, Memory(4), planner=planner) as engine:
+        with cpu_engine(CONFIG, weights(), limits, KvMemory(4), planner=planner) as engine:
             engine.runner.warm()
             answers.append([done.tokens for done in engine.run([Request([1, 2], max_tokens=3)] * 2)])
     known.check_used()

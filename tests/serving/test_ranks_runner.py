@@ -25,7 +25,7 @@ from taskgraph.models.weights import open_checkpoint
 from taskgraph.serving.engine import Engine
 from taskgraph.serving.http.status import PlanBook, status_of
 from taskgraph.serving.local import load_rank, open_local
-from taskgraph.serving.options import Memory, Target
+from taskgraph.serving.options import Hardware, KvMemory
 from taskgraph.serving.requests import Request, Sampling
 from taskgraph.serving.runners.cpu import cpu_engine
 from taskgraph.serving.runners.parallel import RanksRunner, packed, ranks_engine
@@ -170,11 +170,11 @@ def test_ranks_that_cannot_share_a_model(
     config = load_config(str(folder))
     monkeypatch.setattr("taskgraph.serving.runners.parallel.Ranks", None)
     with pytest.raises(GraphError, match="which 3 ranks cannot share"):
-        ranks_engine(config, partial(load_rank, str(folder), "f32", False), LIMITS, Memory(8), 3)
+        ranks_engine(config, partial(load_rank, str(folder), "f32", False), LIMITS, KvMemory(8), 3)
     with pytest.raises(GraphError, match="no experts to share out"):
-        open_local(str(folder), LIMITS, Target(ranks=2, whole_experts=True))
+        open_local(str(folder), LIMITS, Hardware(ranks=2, whole_experts=True))
     with pytest.raises(PlanError, match="choose 2 ranks"):
-        Target(whole_experts=True)
+        Hardware(whole_experts=True)
     for command in (["serve", "--tensor-parallel", "3"], ["bench-serve", "--ranks", "3", "--dataset", "lmsys"]):
         assert call(monkeypatch, *command, str(folder)) == 2
         assert "3 ranks cannot share" in capsys.readouterr().err
@@ -184,7 +184,7 @@ def test_a_rank_that_cannot_start_says_why_and_leaves_none(folder: Path) -> None
     before = set(multiprocessing.active_children())
     load = partial(load_rank, str(folder / "nothing"), "f32", False)
     with pytest.raises(WeightsError, match="nothing") as caught:
-        ranks_engine(load_config(str(folder)), load, LIMITS, Memory(8), 2)
+        ranks_engine(load_config(str(folder)), load, LIMITS, KvMemory(8), 2)
     assert isinstance(caught.value, TaskgraphError)
     assert set(multiprocessing.active_children()) == before
 

@@ -12,7 +12,7 @@ import torch
 import taskgraph as tg
 from taskgraph.models import llama
 from taskgraph.serving.engine import Engine
-from taskgraph.serving.options import Memory
+from taskgraph.serving.options import KvMemory
 from taskgraph.serving.requests import Chance, Completion, Request, Sampling
 from taskgraph.serving.runners.cpu import cpu_engine
 from taskgraph.serving.runners.gpu import gpu_engine
@@ -46,7 +46,7 @@ def test_poison_ends_alone_on_a_gpu(on_virtual: Call) -> None:
 
 
 def gpu_beside_poison(dtype: str) -> list[tuple[Any, ...]]:
-    memory = Memory(16)
+    memory = KvMemory(16)
     with gpu_engine(
         cases.config(), cases.weights(dtype), cases.LIMITS, memory, device=DEVICE, planner="list"
     ) as engine:
@@ -57,7 +57,7 @@ def gpu_beside_poison(dtype: str) -> list[tuple[Any, ...]]:
 def test_poison_ends_alone_over_ranks() -> None:
     with cpu() as one:
         wanted = cases.alone(one)
-    with ranks_engine(cases.config(), cases.load, cases.LIMITS, Memory(16), 1) as engine:
+    with ranks_engine(cases.config(), cases.load, cases.LIMITS, KvMemory(16), 1) as engine:
         assert cases.beside_poison(engine) == wanted
 
 
@@ -80,7 +80,7 @@ def test_one_logit_that_is_no_finite_number_is_enough(dtype: str, value: float) 
     if value == float("inf"):  # times hidden values of both signs it would be NaN
         weights["lm_head"][77] = 0.0
         weights["lm_head"][77, 0] = value
-    with cpu_engine(cases.config(), weights, cases.LIMITS, Memory(16)) as engine:
+    with cpu_engine(cases.config(), weights, cases.LIMITS, KvMemory(16)) as engine:
         for ask in asks:
             for prompt in ([1, 2, 3], [9] * 40):
                 try:

@@ -269,7 +269,7 @@ def generate(weights: dict[str, torch.Tensor], prompt: list[int]) -> list[int]:
     assert control is not None
     driver.Gpu.open()
     before = held(control)
-    with Session(SMALL, weights, cache=64, backend="cuda", device=DEVICE) as session:
+    with Session(SMALL, weights, cache=64, device=DEVICE or "gpu") as session:
         tokens = list(session.generate(prompt, 4))
         step = session.step(1)
         assert step.kind == "simulated"

@@ -15,7 +15,7 @@ from taskgraph.models.config import ModelConfig, from_hf
 from taskgraph.serving.engine import Engine
 from taskgraph.serving.http.app import Served
 from taskgraph.serving.http.status import PlanBook, status_of
-from taskgraph.serving.options import Memory
+from taskgraph.serving.options import KvMemory
 from taskgraph.serving.requests import Request
 from taskgraph.serving.runners.cpu import cpu_engine
 from taskgraph.serving.scheduler import Limits
@@ -42,7 +42,7 @@ def tiny_engine() -> Engine:
     config, draw = tiny(), torch.Generator().manual_seed(0)
     shapes = llama.step_graph(config, batch=1, tokens=1, cache=8, dtype="f32").flat().with_role("weight")
     weights = {t.name: torch.randn(t.shape, generator=draw) * 0.3 for t in shapes}
-    return cpu_engine(config, weights, Limits(4, 64, 4, 128), Memory(24))
+    return cpu_engine(config, weights, Limits(4, 64, 4, 128), KvMemory(24))
 
 
 @pytest.fixture(scope="module")
