@@ -22,10 +22,10 @@ AXES = {
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A TensorSource with what rank `rank` of `ranks` has of another's tensors.
+    """A TensorSource of the part that rank `rank` of `ranks` has of each tensor of another `source`.
 
-    `whole_experts`: routed experts are not cut, for the ranks share them out one by one. `axes` overrides AXES.
-    A model whose embedding is its output head too has its shard of that as "lm_head.weight".
+    With `whole_experts` the tensors of routed experts are not cut, because each rank has some experts and no others.
+    `axes` overrides AXES. With `tied` the embedding is the output head too: its shard is "lm_head.weight".
     """
 
     source: llama.TensorSource

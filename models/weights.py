@@ -115,8 +115,8 @@ class GgufCheckpoint(Checkpoint):
 
     @property
     def identity(self) -> str:
-        """What the file was when it was opened, for weights made of it: which, since when, its size and the digest of
-        its header."""
+        """Tells the opened file from every other and from itself after a change, for weights that are made of it:
+        device, inode, size, times, and the digest of its header."""
         info = self._file.info
         head = hashlib.sha256(self._file.head()).hexdigest()
         return f"{info.st_dev} {info.st_ino} {info.st_size} {info.st_mtime_ns} {info.st_ctime_ns} {head}"

@@ -84,7 +84,7 @@ def open_local(
 
 
 def _warm(engine: Engine, known: "tg.KnownPlans | None") -> None:
-    """The engine's owner has it only when this has gone well, and every plan that was given is used."""
+    """Plan and capture every step, and check that every given plan is used. The engine is closed if either fails."""
     try:
         engine.runner.warm()
         if known is not None:

@@ -46,8 +46,8 @@ class Service(contextlib.AbstractContextManager["Service"]):
     """Runs an engine in its own thread until it is closed, and closes the engine then.
 
     At most `most_open` requests may run and wait together. When a step raises, or the idle runner cannot go on, all
-    requests fail with BackendUnavailable, so do later ones, and `failure` is what it raised; `stopped` is set then and
-    at the end. `watchers` hear, in the engine's thread, of every request that ended.
+    requests fail with BackendUnavailable, and so do later ones. `failure` is what was raised then. `stopped` is set
+    when the thread ends, for whatever reason. `watchers` hear, in the engine's thread, of every request that ended.
     """
 
     def __init__(self, engine: Engine, most_open: int = 256) -> None:
@@ -120,7 +120,7 @@ class Service(contextlib.AbstractContextManager["Service"]):
             self.stopped.set()
 
     def _wanted(self) -> bool:
-        """Wait for something to do; False when it is time to stop. What it raises is the end of the runner."""
+        """Wait for something to do; False when it is time to stop. Raises what the runner's check raises."""
         with self._change:
             while not self.engine.busy and not self._closing:
                 if not self._change.wait(_CHECK_S):

@@ -23,8 +23,8 @@ _REASONS = {ask.LENGTH: "length", ask.STOP: "stop"}
 
 @contextlib.contextmanager
 def as_api_errors() -> Iterator[None]:
-    """What the engine refuses is the client's to correct; what it cannot do now, to try again; anything else ends this
-    request and is no matter of the others."""
+    """Errors as the API has them: 400 for what the client can correct, 429 and 503 for what it may try again later, and
+    500 for anything else, which ends this request alone."""
     try:
         yield
     except ApiError:

@@ -21,9 +21,10 @@ class PlacedChance:
 
 
 class Ledger:
-    """The chances of an answer's tokens, until it is known where in its text they begin, and that it has come so far.
+    """Keeps the chances of an answer's tokens until their text is released, and finds where in the answer each begins.
 
-    A token begins where the text of those before it ends, those that are part of one character all where it does."""
+    A token begins where the text of the tokens before it ends. Tokens that make one character together all begin where
+    the character does."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer, self._decoded = tokenizer, 0

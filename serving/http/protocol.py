@@ -344,9 +344,9 @@ def requests_of(
     marks: Set[int] = frozenset(),
     guide: "Guide | None" = None,
 ) -> list[Request]:
-    """The engine's requests: `n` for each prompt, with seeds one after another. The body's seed is every prompt's, as
-    if it came alone; without one each prompt gets its own. `stop` are the tokens that end answers unless they are to be
-    ignored, and `marks` those that are stop texts of the body. RequestError names a field with a wrong value."""
+    """The engine's requests: `n` for each prompt. The i-th answer to a prompt has the body's seed + i, whichever prompt
+    it is; without a seed each prompt draws one. `stop` are the tokens that end answers, which `ignore_eos` ignores, and
+    `marks` the special tokens that are stop texts of the body. RequestError names a field with a wrong value."""
     stops = frozenset(marks) if body.ignore_eos else frozenset(stop | marks)
     biases = {_token(text): bias for text, bias in body.logit_bias.items()}
     return [
