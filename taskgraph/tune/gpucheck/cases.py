@@ -15,6 +15,7 @@ import torch
 
 import taskgraph.ops as ops
 from taskgraph.cost.model import predict
+from taskgraph.errors import BackendUnavailable
 from taskgraph.graph.device import Device
 from taskgraph.graph.graph import Graph, GraphBuilder
 from taskgraph.graph.op import Op, Work, demand, spec
@@ -217,6 +218,9 @@ class CaseRunner:
         self.choice = fast.name_of(self._op.kind)
         self._sides: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []
         self._places: list[tuple[list[Buffer], list[Buffer]]] = []
+
+        if self._torch and fast.lacks(self._op.kind):
+            raise BackendUnavailable(f"{self.name}: no {self._op.kind} kernel here runs at the speed of plans.")
         self._fill()
 
     def _fill(self) -> None:
@@ -321,6 +325,13 @@ def runner(case: Case, gpu: Gpu, device: Device, fast: Fast) -> Iterator[CaseRun
         made.close()
 
 
+class _Any(Fast):
+    """Takes every kind, to draw the examples that others are verified by."""
+
+    def lacks(self, kind: str) -> bool:
+        return False
+
+
 def examples(gpu: Gpu, device: Device) -> dict[str, tuple[Op, list[torch.Tensor], torch.Tensor]]:
     """An op of every kind that has a Triton kernel, with inputs and an output on the device."""
     s = SMALL
@@ -328,7 +339,7 @@ def examples(gpu: Gpu, device: Device) -> dict[str, tuple[Op, list[torch.Tensor]
     chosen += [elementwise_case(s, kind, 9) for kind in ("swiglu", "rmsnorm")]
     found = {}
     for case in chosen:
-        made = CaseRunner(case, gpu, device, Fast())
+        made = CaseRunner(case, gpu, device, _Any())
         (op,) = case.graph.ops
         ins, outs = made.tensors()
         found[op.kind] = (op, ins, outs[0])
