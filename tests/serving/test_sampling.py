@@ -1,5 +1,7 @@
 """Drawing tokens: the distribution is the cut softmax, and a row's token is its own affair."""
 
+from dataclasses import FrozenInstanceError, fields, replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from taskgraph.serving.requests import Request, Sampling
-from taskgraph.serving.sampling import NO_TOKEN, NONE_LEFT, Draws, draw, likeliest, sample, uniforms
+from taskgraph.serving.sampling import NO_TOKEN, NONE_LEFT, Chances, Draws, Edits, draw, likeliest, sample, uniforms
 from taskgraph.serving.steering import Steer, edits_of
+
+NAN, INF = float("nan"), float("inf")
 
 
 def expected(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
@@ -66,10 +70,100 @@ def test_uniform_numbers_are_uniform_and_depend_on_seed_and_place() -> None:
     assert abs(np.corrcoef(grid[:, :-1].ravel(), grid[:, 1:].ravel())[0, 1]) < 0.05
 
 
+def split_mix(seed: int, place: int) -> float:
+    """SplitMix64 in whole numbers: the finaliser of Steele et al. over a seed and a place in its stream."""
+    x = (seed * 0x9E3779B97F4A7C15 + place * 0xD1B54A32D192ED03) % 2**64
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+    return ((x ^ (x >> 31)) >> 11) / 2**53
+
+
+@given(st.integers(0, 2**64 - 1), st.integers(0, 2**40))
+def test_uniform_numbers_are_those_of_split_mix(seed: int, place: int) -> None:
+    """A seed draws the same tokens in every version: who kept it can ask again."""
+    assert uniforms(np.array([seed], np.uint64), np.array([place])).tolist() == [split_mix(seed, place)]
+
+
+# ------------------------------------------------------------------------------------------- at the edges
+
+
+def drawn(logits: list[float], temperature: float, top_k: int, top_p: float, chance: float) -> int:
+    """One token of one row."""
+    one = np.ones(1)
+    made = draw(torch.tensor([logits]), one * temperature, np.array([top_k]), one * top_p, np.array([chance]))
+    return int(made[0])
+
+
+BELOW_1 = float(np.nextafter(1.0, 0.0))
+
+
+@pytest.mark.parametrize("cut", [(0, 1.0), (4, 1.0), (0, 0.999999)])
+def test_a_number_at_a_border_is_the_next_tokens(cut: tuple[int, float]) -> None:
+    """Four tokens of a quarter each, in some order."""
+    chances = [0.0, 0.2499, 0.25, 0.4999, 0.5, 0.7499, 0.75, BELOW_1]
+    tokens = [drawn([0.0] * 4, 1.0, *cut, u) for u in chances]
+    assert tokens[::2] == tokens[1::2] and len(set(tokens)) == 4
+    assert drawn([-INF, 0.0, -INF, 0.0], 1.0, 0, 1.0, 0.0) == 1  # never one without a chance
+    assert drawn([0.0, -INF, 0.0, -INF], 1.0, *cut, BELOW_1) == 2
+
+
+def test_top_p_keeps_tokens_while_less_than_it_has_been() -> None:
+    """Of quarters 0.5 keeps two, and the least bit more keeps a third."""
+    for top_p, kept in ((0.25, 1), (0.2500001, 2), (0.5, 2), (0.5000001, 3), (0.75, 3), (0.7500001, 4), (0.1, 1)):
+        for top_k in (0, 2):
+            found = {drawn([0.0] * 4, 1.0, top_k, top_p, i / 24) for i in range(24)}
+            assert len(found) == (min(kept, 2) if top_k else kept)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3, 4])
+def test_top_k_keeps_so_many(top_k: int) -> None:
+    assert drawn([4.0, 3.0, 2.0, 1.0], 100.0, top_k, 1.0, BELOW_1) == top_k - 1
+    assert drawn([1.0, 2.0, 3.0, 4.0], 100.0, top_k, 1.0, BELOW_1) == 4 - top_k
+
+
+@pytest.mark.parametrize("kept", [254, 255, 256, 257, 258, 599, 600])
+def test_cuts_around_the_tokens_that_are_sorted_first(kept: int) -> None:
+    """Of 600 tokens, each a little less likely than the one before, the last that is kept can be drawn."""
+    logits = [-i / 1000 for i in range(600)]
+    assert drawn(logits, 1.0, kept, 1.0, BELOW_1) == kept - 1
+    share = np.exp(np.float64(logits))
+    share /= share.sum()
+    middle = float(share[: kept - 1].sum() + share[kept - 1] / 2)
+    assert drawn(logits, 1.0, 0, middle, BELOW_1) == kept - 1
+    assert drawn(logits, 1.0, 0, middle, 0.0) == 0
+
+
+def test_the_least_temperature_that_draws() -> None:
+    logits = [0.0, -1e-5]
+    assert drawn(logits, 1e-5, 0, 1.0, 0.9) == 1  # e^0 against e^-1
+    assert drawn(logits, 9.999e-6, 0, 1.0, 0.9) == 0
+    assert drawn(logits, 1e-5, 0, 1.0, 0.7) == 0
+
+
+def test_as_many_chances_are_told_as_were_asked_for() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0], [2.0, 1.0, 0.0], [0.0, 0.0, NAN], [0.0, 3.0, 0.0]])
+    draws = Draws(
+        np.array([5, 6, 7, 8]), np.zeros(4), np.zeros(4, np.int64), np.ones(4), np.zeros(4), np.array([-1, 0, 2, 2])
+    )
+    tokens, told = sample(logits, draws)
+    assert tokens.tolist() == [2, 0, NO_TOKEN, 1]
+    assert told is not None and told.samples.tolist() == [6, 8]
+    assert told.top_tokens.shape == (2, 2) and told.top_tokens[:, 0].tolist() == [0, 1]
+    np.testing.assert_allclose(told.logprobs, [-np.log(1 + np.exp(-1) + np.exp(-2)), -np.log(1 + 2 * np.exp(-3))])
+    none = Draws(np.array([5]), np.zeros(1), np.zeros(1, np.int64), np.ones(1), np.zeros(1), np.array([-1]))
+    assert sample(logits[:1], none)[1] is None and none.edits is None
+
+
+def test_what_is_drawn_and_told_is_frozen() -> None:
+    draws = Draws(*[np.zeros(1)] * 6)
+    edits = Edits(*[np.zeros(1)] * 5)
+    for value in (draws, edits, Chances(*[np.zeros(1)] * 4)):
+        with pytest.raises(FrozenInstanceError):
+            setattr(value, fields(value)[0].name, None)
+        assert value != replace(value)  # arrays: only itself is equal to it
+
+
 # ------------------------------------------------------------------------------- rows that have no likeliest
-
-
-NAN, INF = float("nan"), float("inf")
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-40, 1e-10, 1e-6, 0.7, 100.0])

@@ -75,6 +75,8 @@ def test_the_default_temperature_draws_from_the_models_own_chances() -> None:
         ("n", [1, 2, 16, 1.0, 16.0], [0, 17, 1.5, "2", True, -1]),
         ("temperature", [0, 1, 2, 0.5], [-0.001, 2.001, "1", True]),
         ("logprobs", [0, 1, 20], [-1, 21, 2.5]),
+        ("top_p", [0.5, 1], ["1", float("nan"), float("inf")]),
+        ("presence_penalty", [0, -1.5], [float("nan"), float("-inf")]),
         ("stream", [True, False], [1, "true"]),
         ("user", ["x"], [1]),
         ("stop", ["x", ["a", "b", "c", "d"], [], "", "y" * 1024], [["a"] * 5, ["a", 1], 3, {"a": 1}, "y" * 1025]),
