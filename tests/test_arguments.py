@@ -244,7 +244,6 @@ def function_calls(s: Shop) -> dict[str, Call]:
         "Plan.from_json": (tg.Plan.from_json, {"text": PLAN.to_json()}),
         "Plan.load": (tg.Plan.load, {"path": s.folder / "plan.json"}),
         "Plan.save": (PLAN.save, {"path": s.folder / "plan.json"}),
-        "Plan.sliced": (PLAN.sliced, {"graph": GRAPH}),
         "Plan.partition": (PLAN.partition, {"lane": 0}),
         "Plan.sms": (PLAN.sms, {"step": 0}),
         "plan": (tg.plan, {"graph": GRAPH, "device": "h100_sxm", "scheduler": "list", **search}),

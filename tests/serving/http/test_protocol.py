@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from taskgraph.errors import RequestError
-from taskgraph.serving.http.logprobs import Told
+from taskgraph.serving.http.logprobs import PlacedChance
 from taskgraph.serving.http.protocol import (
     ApiError,
     Body,
@@ -351,7 +351,7 @@ def test_chances_are_told_to_those_who_asked(talk: bool) -> None:
     body: Body = chat(logprobs=True, top_logprobs=1) if talk else completion(logprobs=1)
     made = shape(body)
     token = TOKENIZER.encode("a")[0]
-    piece = Piece("a", [Told(Chance(token, -0.5, ((token, -0.5),)), 3)])
+    piece = Piece("a", [PlacedChance(Chance(token, -0.5, ((token, -0.5),)), 3)])
     key = "content" if talk else "tokens"
     whole = made.whole([(piece, "stop")], {})["choices"][0]["logprobs"]
     assert made.tells and len(whole[key]) == 1
