@@ -102,14 +102,14 @@ def mutants(source: str, seed: int) -> Iterator[Mutant]:
     operators = {name: provider[name]() for name in OPERATORS}
     nodes = list(ast_nodes(get_ast(source)))
     lines = source.splitlines()
-    ways: dict[tuple[int, int], list[tuple[str, int]]] = defaultdict(list)
+    ways: dict[tuple[int, int], list[tuple[str, int, int]]] = defaultdict(list)
     where: dict[tuple[int, int], str] = {}
     for name, operator in operators.items():
         occurrence = 0
         for node in nodes:
             for start, _ in operator.mutation_positions(node):
                 if not _never_runs(node, lines[start[0] - 1]):
-                    ways[start].append((name, occurrence))
+                    ways[start].append((name, sum(way[0] == name for way in ways[start]), occurrence))
                     where[start] = _function(node)
                 occurrence += 1
     seen: Counter[tuple[str, str]] = Counter()
@@ -119,7 +119,7 @@ def mutants(source: str, seed: int) -> Iterator[Mutant]:
         turns[place] = _digest(seed, *line, seen[line])
         seen[line] += 1
     for place in sorted(ways, key=turns.__getitem__):
-        for name, occurrence in sorted(ways[place], key=lambda way: _digest(seed, turns[place], way[0], way[1] % 2)):
+        for name, _, occurrence in sorted(ways[place], key=lambda way: _digest(seed, turns[place], *way[:2])):
             text = mutate_code(source, operators[name], occurrence)
             if text is None or text == source:
                 continue
@@ -139,9 +139,10 @@ def _never_runs(node: Any, line: str) -> bool:
         return True
     while node.parent is not None:
         parent = node.parent
-        if parent.type in ("param", "funcdef") and node is parent.annotation:
+        if parent.type == "funcdef" and node is parent.annotation:
             return True
-        if parent.type == "annassign" and node is parent.children[1]:
+        place = {"annassign": 1, "tfpdef": 2}.get(parent.type)
+        if place is not None and node is parent.children[place]:
             return True
         node = parent
     return False
@@ -253,7 +254,7 @@ def examine(target: Target, seed: int, per_file: int) -> dict[str, Any]:
                 skipped += 1
                 continue
             file.write_text(mutant.text)
-            outcome, _, _ = run_tests(tree, target, 4 * cpu_s + 20)
+            outcome, _, _ = run_tests(tree, target, 3 * cpu_s + 5)
             found[outcome] += 1
             if outcome == "passed":
                 survived.append(
