@@ -237,7 +237,7 @@ def test_a_prompt_is_read_in_chunks_and_what_decodes_comes_first() -> None:
     assert (third.fed.tolist(), third.source.tolist()) == ([0, 1], [0, 1])
     assert third.lengths.tolist() == [14, 6, 8] and third.positions.tolist() == [13, 5, *range(8)]
     taken = made.take(second, np.array([41, 42]), VOCABULARY)
-    assert (taken.rows.tolist(), taken.tokens.tolist(), taken.samples.tolist()) == ([0, 1], [41, 42], [0, 1])
+    assert (taken.seqs.tolist(), taken.tokens.tolist(), taken.samples.tolist()) == ([0, 1], [41, 42], [0, 1])
     assert (made.tokens[0, 13], made.tokens[1, 5], made.given[:2].tolist()) == (41, 42, [14, 6])
     fourth = form(made)
     assert shape(fourth) == (3, [])  # the last token of a prompt is read like one that decodes
@@ -394,7 +394,7 @@ def test_samples_that_are_no_tokens_fail_their_sequence_alone() -> None:
     numbers = [w.number for w in made.waiting]
     batch = form(made)
     taken = made.take(batch, np.array([VOCABULARY - 1, VOCABULARY, NO_TOKEN, NONE_LEFT]), VOCABULARY)
-    assert (taken.rows.tolist(), taken.tokens.tolist()) == ([0], [VOCABULARY - 1])
+    assert (taken.seqs.tolist(), taken.tokens.tolist()) == ([0], [VOCABULARY - 1])
     assert set(taken.failed) == {1, 2, 3} and taken.full == taken.stopped == []
     why = f"the model gave {VOCABULARY}, which is no token of its vocabulary"
     assert taken.failed[1] == f"request {numbers[1]}: {why} (token 0 of its answer)."
@@ -421,7 +421,7 @@ def test_a_sample_of_a_row_that_was_freed_is_nobodys() -> None:
     add(made, 3, first=20)
     form(made)
     taken = made.take(batch, np.array([5]), VOCABULARY)
-    assert taken.rows.tolist() == [] and made.given[0] == 3
+    assert taken.seqs.tolist() == [] and made.given[0] == 3
 
 
 @pytest.mark.parametrize(("tainted", "sharing", "found"), [(False, True, 2), (True, True, 0), (False, False, 0)])
