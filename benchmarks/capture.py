@@ -122,14 +122,12 @@ def random_plan(rng: np.random.Generator, graph: Graph, device: Device) -> Plan:
     lanes = tuple(tuple(int(n) for n in rng.integers(1, 3, len(g.partitions))) for g in geometries)
     layout = Layout(geometries, lanes)
     flat = graph.flat()
-    problem = make_problem(flat, device, sorted({device.sm_min, *(size for g in geometries for size in g.sizes)}))
+    problem = make_problem(graph, device, sorted({device.sm_min, *(size for g in geometries for size in g.sizes)}))
     lane = rng.integers(0, len(layout.lane_partition), problem.n)
     whole = np.searchsorted(problem.sizes, layout.rows[layout.lane_partition[lane], 2])
     alone = layout.rows[layout.lane_partition[lane], 3] == 1
     mode = np.where(alone | (rng.random(problem.n) < 0.5), whole, rng.integers(0, whole + 1))
-    return plan_from(
-        graph, device, problem, Assignment(layout, _random_order(rng, flat), lane, mode, NO_HOLDS), "random"
-    )
+    return plan_from(problem, Assignment(layout, _random_order(rng, flat), lane, mode, NO_HOLDS, made_by="random"))
 
 
 def _random_geometry(rng: np.random.Generator, device: Device) -> Geometry:

@@ -8,13 +8,11 @@ from taskgraph.cost.model import op_table
 from taskgraph.errors import PlanError
 from taskgraph.graph.graph import Graph
 from taskgraph.schedule.bounds import lower_bounds
-from taskgraph.schedule.evaluate import evaluate
 from taskgraph.schedule.plan import Plan
 from taskgraph.schedule.planner import error_band, replay_times
-from taskgraph.schedule.problem import Costs, make_problem
+from taskgraph.schedule.problem import Costs, legal_sizes, make_problem
 from taskgraph.schedule.sliced import sliced, verify
-from taskgraph.schedule.solve import lists
-from taskgraph.schedule.solve.explore import legal_sizes
+from taskgraph.schedule.solve.found import in_sequence
 from taskgraph.schedule.verify import TUNED
 
 TOLERANCE = 1e-6
@@ -36,22 +34,22 @@ def audit(plan: Plan, graph: Graph, costs: Costs = op_table) -> None:
                 raise PlanError(f"op {said.op!r} {what} at {here} s in the plan; by these prices at {there} s.")
     _audit_bounds(plan, graph, costs)
     if plan.verdict.kind == "simulated" and not plan.made_by.startswith(TUNED):
-        problem = make_problem(graph.flat(), plan.device, None, costs)
-        in_turn = evaluate(problem, lists.sequential(problem)).makespan_s
-        if not _same(plan.verdict.sequential_s, in_turn, in_turn):
+        problem = make_problem(graph, plan.device, None, costs)
+        alone_s = in_sequence(problem).makespan_s
+        if not _same(plan.verdict.sequential_s, alone_s, alone_s):
             raise PlanError(
                 f"the verdict says {plan.verdict.sequential_s} s for the sequential graph; by these prices it takes "
-                f"{in_turn} s."
+                f"{alone_s} s."
             )
 
 
 def _audit_bounds(plan: Plan, graph: Graph, costs: Costs) -> None:
     """Bounds and band are those of the SM counts that planning or searching looks at."""
-    flat = sliced(plan, graph).flat()
+    cut = sliced(plan, graph)
     used = sorted({plan.sms(i) for i in range(len(plan.steps))})
     found = []
-    for sizes in (None, legal_sizes(len(flat.ops), plan.device), used):
-        problem = make_problem(flat, plan.device, sizes, costs)
+    for sizes in (None, legal_sizes(len(cut.flat().ops), plan.device), used):
+        problem = make_problem(cut, plan.device, sizes, costs)
         bounds = replace(lower_bounds(problem), proved_s=plan.bounds.proved_s)
         found.append((bounds, error_band(problem)))
         same = all(_same(getattr(plan.bounds, name), getattr(bounds, name), bounds.best_s) for name in bounds.__slots__)

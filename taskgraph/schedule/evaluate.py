@@ -11,13 +11,14 @@ generation scheme, Kelley 1963, in fluid time). Its result, evaluated, gives the
 """
 
 import heapq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
 from taskgraph.errors import PlanError
 from taskgraph.graph.device import Geometry
+from taskgraph.graph.split import UNSPLIT, Split
 from taskgraph.jit import njit
 from taskgraph.schedule.problem import Problem
 
@@ -68,22 +69,31 @@ class Layout:
         return result
 
 
+NO_HOLDS = np.empty((0, 2), np.int64)
+
+
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """Which lane runs which op, in which order, on how many SMs.
+    """What a scheduler returns: which lane runs which op, in which order, on how many SMs.
 
     order (n,) op numbers; lane (n,) and mode (n,) by op; holds (k, 2): pairs (before, after) of ops beyond the
     problem's edges: the second starts only when the first has ended, because its SMs were not free earlier.
+    `made_by` says for people who made it, and how. `proved_s` is what all plans of the graph take at least, as far as
+    the scheduler has proved it. `problem` is the one whose ops and modes these are, where it is not the one that the
+    scheduler was given: on other SM counts, or of the graph as `split` slices it. With `against` the plan is this one
+    only if it is enough faster (planner.MIN_GAIN) than that one, which is the sequential one as a rule.
     """
 
     layout: Layout
     order: np.ndarray
     lane: np.ndarray
     mode: np.ndarray
-    holds: np.ndarray
-
-
-NO_HOLDS = np.empty((0, 2), np.int64)
+    holds: np.ndarray = field(default_factory=lambda: NO_HOLDS)
+    made_by: str = ""
+    proved_s: float = 0.0
+    problem: Problem | None = None
+    split: Split = UNSPLIT
+    against: "Assignment | None" = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,7 @@
-"""plan(): candidates from the schedulers, judged by the one evaluator, against the sequential graph."""
+"""plan(): what a scheduler assigns, timed by the one evaluator, compared with the sequential order, and written."""
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
-from itertools import pairwise
 
 import numpy as np
 
@@ -13,25 +11,23 @@ from taskgraph.graph.device import Device, get
 from taskgraph.graph.graph import Graph
 from taskgraph.graph.op import RESOURCES
 from taskgraph.jit import njit
-from taskgraph.ops import COLLECTIVES, check_op
+from taskgraph.ops import check_op
 from taskgraph.record import function as called
-from taskgraph.record import instance, integer, number, rows, shown
+from taskgraph.record import instance, integer, number, rows
 from taskgraph.schedule.arena import assign
 from taskgraph.schedule.bounds import lower_bounds
 from taskgraph.schedule.evaluate import Assignment, Evaluation, Layout, evaluate
 from taskgraph.schedule.plan import Lane, Period, Plan, Span, Step, Timeline, Verdict, uncollected
-from taskgraph.schedule.problem import Costs, Problem, make_problem
+from taskgraph.schedule.problem import Budget, Costs, Problem, make_problem
 from taskgraph.schedule.sliced import sliced
-from taskgraph.schedule.solve import lists, proof, rules
-from taskgraph.schedule.solve.explore import Candidate, explore, legal_sizes
+from taskgraph.schedule.solve import SCHEDULERS
+from taskgraph.schedule.solve.checked import checked
+from taskgraph.schedule.solve.found import Found, collectives_ordered, in_sequence, is_sequential
 
-SCHEDULERS = ("auto", "sequential", "list", "search", "exact")
-LARGE = 20_000
-"""From so many ops on, fewer list schedules are made."""
-AUTO_OP_S, ENOUGH = 0.02, 1.01
-"""What "auto" searches at most, in seconds for every op of the graph, and the gap at which it stops."""
 MIN_GAIN = 1.02
 """A packed plan must be predicted this much faster than the sequential one; less is not worth its events."""
+_SLACK = 1e-9
+"""Relative difference of times that is rounding."""
 
 
 def plan(
@@ -51,106 +47,66 @@ def plan(
     better of its result and the list's. "exact" (extra `exact`, small graphs) goes on from the search with OR-Tools,
     and puts into the bounds what it proves about all plans. "auto" packs by list scheduling, and for a GPU it goes on
     with the search where the bounds leave room, for at most AUTO_OP_S seconds an op; graphs of very many ops are left
-    to the lists. All but "list" and "exact" fall back to the sequential plan unless packing wins by MIN_GAIN. `costs`
-    prices the ops. With `nano_batches` the search also splits the batch of a graph for a GPU where that pays:
-    `Plan.split` says how, and everything that takes the plan with its graph splits the graph alike.
-    DemandError if an op asks for more than the device has; PlanError for an unknown scheduler or a budget of 0.
+    to the lists. All but "list" and "exact" fall back to the sequential plan unless packing wins by MIN_GAIN. Other
+    packages may bring more (entry points of the group "taskgraph.schedulers"). `costs` prices the ops. With
+    `nano_batches` a search also splits the batch of a graph for a GPU where that pays: `Plan.split` says how, and
+    everything that takes the plan with its graph splits the graph alike.
+    DemandError if an op asks for more than the device has; PlanError for an unknown scheduler, a budget of 0, or an
+    assignment of a scheduler from elsewhere that is none.
     """
     instance("the graph", graph, Graph, GraphError, "Take what GraphBuilder.build returned.")
-    if scheduler not in SCHEDULERS:
-        raise PlanError(f"unknown scheduler {shown(scheduler)}; this version has {', '.join(SCHEDULERS)}.")
-    budget_s = number("budget_s", budget_s, PlanError)
-    if not budget_s > 0:
-        raise PlanError(f"budget_s is {budget_s}; give the search some seconds, or use scheduler='list'.")
-    seed = integer("seed", seed, PlanError, 0)
-    instance("nano_batches", nano_batches, bool, PlanError)
+    assigned_by, budget = SCHEDULERS[scheduler], _budget(budget_s, seed, nano_batches)
     called("costs", costs, PlanError)
-    target = get(device)
     with uncollected():
-        flat = graph.flat()
-        tensors = dict(flat.tensor)
-        for op in flat.ops:
-            check_op(op, tensors)
-        if scheduler == "exact":
-            proof.check_exact(len(flat.ops))
-        looks = scheduler in ("search", "exact")
-        problem = make_problem(flat, target, legal_sizes(len(flat.ops), target) if looks else None, costs)
-    in_turn = lists.sequential(problem)
-    baseline = Candidate("sequential", graph, problem, in_turn, evaluate(problem, in_turn))
-    packings = [_in_one_order(made) for made in _packings(graph, problem, target)]
-    limit_s = min(c.evaluation.makespan_s for c in [baseline, *packings])
-    if scheduler == "exact":
-        budget_s /= 2
-    if scheduler == "auto":
-        budget_s = min(budget_s, AUTO_OP_S * len(graph.ops))
-    if looks or (scheduler == "auto" and _room(graph, target, problem, limit_s, nano_batches)):
-        found = _searched(graph, target, problem, costs, budget_s, seed, limit_s, nano_batches)
-        packings += [_in_one_order(found)] if found is not None else []
-    packed = min(packings, key=lambda c: c.evaluation.makespan_s, default=baseline)
-    if scheduler == "sequential":
-        packed = baseline
-    if scheduler == "exact":
-        best = min([baseline, packed], key=lambda c: c.evaluation.makespan_s)
-        packed = _in_one_order(proof.proved(best, target, budget_s, seed))
-    wins = packed.evaluation.makespan_s * MIN_GAIN < baseline.evaluation.makespan_s
-    chosen = packed if scheduler in ("list", "exact") or wins else baseline
+        problem = _problem(graph, get(device), costs)
+    made = assigned_by(problem, budget)
+    found = timed(problem, checked(scheduler, problem, made))
+    baseline = timed(problem, made.against) if made.against is not None else in_sequence(problem)
+    wins = made.against is None or found.makespan_s * MIN_GAIN < baseline.makespan_s
+    chosen = found if wins else baseline
+    if found.assignment.proved_s > found.makespan_s * (1 + _SLACK):
+        raise PlanError(
+            f"scheduler {scheduler!r} says that every plan takes {found.assignment.proved_s} s or more; its own takes "
+            f"{found.makespan_s} s."
+        )
     verdict = Verdict(
-        choice="sequential" if chosen.assignment is in_turn else "packed",
-        packed_s=packed.evaluation.makespan_s,
-        sequential_s=baseline.evaluation.makespan_s,
+        choice="sequential" if is_sequential(chosen.problem, chosen.assignment) else "packed",
+        packed_s=found.makespan_s,
+        sequential_s=baseline.makespan_s,
         error_band=error_band(chosen.problem),
     )
     with uncollected():
-        return _plan_of(graph, target, chosen, verdict, f"{scheduler}: {chosen.label}")
+        return _plan_of(graph, chosen, verdict, f"{scheduler}: {chosen.assignment.made_by}")
 
 
-def _packings(graph: Graph, problem: Problem, device: Device) -> Iterator[Candidate]:
-    """List schedules: serial ones on every layout, and parallel ones on lanes that share the device, where ops may be
-    launched on some of its SMs. A large graph for a GPU gets the parallel ones alone, which fit it better."""
-    gpu = device.kind == "gpu"
-    for layout in [] if gpu and problem.n >= LARGE else lists.layouts(device):
-        made = lists.pack(problem, layout)
-        if made is not None:
-            label, times = f"list on {lists.label(layout)}", evaluate(problem, made)
-            yield Candidate(label, graph, problem, made, times)
-    if gpu:
-        for rule, assignment, times in rules.by_rules(problem, rules.FEW if problem.n >= rules.FROM else rules.MANY):
-            yield Candidate(f"list with {rule.label()}", graph, problem, assignment, times)
+def _budget(budget_s: float, seed: int, nano_batches: bool) -> Budget:
+    """PlanError for what cannot be spent."""
+    seconds = number("budget_s", budget_s, PlanError)
+    if not seconds > 0:
+        raise PlanError(f"budget_s is {seconds}; give the search some seconds, or use scheduler='list'.")
+    instance("nano_batches", nano_batches, bool, PlanError)
+    return Budget(seconds, integer("seed", seed, PlanError, 0), nano_batches)
 
 
-def _room(graph: Graph, device: Device, problem: Problem, best_s: float, nano_batches: bool) -> bool:
-    """Whether a search could do much better than `best_s` on a GPU: chains bind unless slices may overlap each other.
-    A large graph is left to the lists."""
-    if device.kind != "gpu" or (graph.repeat is None and problem.n >= rules.FROM):
-        return False
-    bounds = lower_bounds(problem)
-    return max(replace(bounds, chain_s=0.0).best_s if nano_batches else bounds.best_s, 1e-12) * ENOUGH < best_s
+def _problem(graph: Graph, device: Device, costs: Costs) -> Problem:
+    """What schedulers are given; GraphError where an op does not fit its tensors."""
+    flat = graph.flat()
+    tensors = dict(flat.tensor)
+    for op in flat.ops:
+        check_op(op, tensors)
+    return make_problem(graph, device, None, costs)
 
 
-def _searched(
-    graph: Graph, device: Device, problem: Problem, costs: Costs, budget_s: float, seed: int, limit_s: float,
-    nano_batches: bool,
-) -> Candidate | None:  # fmt: skip
-    """What `explore` finds; of a large graph without a repeat the schedule of the best rule."""
-    if graph.repeat is None and problem.n >= rules.FROM and device.kind == "gpu":
-        rule, assignment, times = rules.best_rule(problem, budget_s, seed)
-        return Candidate(f"search over rules, {rule.label()}, seed {seed}", graph, problem, assignment, times)
-    return explore(graph, device, costs, budget_s, seed, limit_s, nano_batches)
-
-
-def _in_one_order(found: Candidate) -> Candidate:
-    """The candidate with its collectives one after another, as they start: ranks that issued them in different orders
-    would wait for each other (`verify.collectives_in_turn`)."""
-    if not any(op.kind in COLLECTIVES and op.integer("ranks") > 1 for op in found.graph.ops):
-        return found
-    ops, chosen = found.graph.flat().ops, found.assignment
-    order = chosen.order[np.argsort(found.evaluation.start_s[chosen.order], kind="stable")]
-    shared = [i for i in order.tolist() if ops[i].kind in COLLECTIVES and ops[i].integer("ranks") > 1]
-    turns = [(a, b) for a, b in pairwise(shared) if chosen.lane[a] != chosen.lane[b]]
-    if not turns:
-        return found
-    held = replace(chosen, order=order, holds=np.concatenate([chosen.holds, turns]))
-    return replace(found, assignment=held, evaluation=evaluate(found.problem, held))
+def timed(problem: Problem, made: Assignment) -> Found:
+    """The assignment by the one clock, with what the clock alone would not keep: lanes of overlapping geometries that
+    run in the assignment's order, and collectives one after another."""
+    problem = made.problem or problem
+    times = evaluate(problem, made)
+    pairs = _geometry_order(made)
+    if len(pairs) and (times.start_s[pairs[:, 1]] < times.end_s[pairs[:, 0]]).any():
+        made = replace(made, holds=np.concatenate([made.holds, pairs]))
+        times = evaluate(problem, made)
+    return collectives_ordered(Found(problem, made, times))
 
 
 def error_band(problem: Problem) -> float:
@@ -166,7 +122,7 @@ def replay_times(graph: Graph, plan: Plan, costs: Costs = op_table) -> Timeline:
     """The simulated timeline of `plan` as it stands: its lanes, its order, the evaluator's clock."""
     graph = sliced(plan, graph)
     problem, chosen, times = _replayed(graph, plan, costs, record=False)
-    return _timeline(graph.flat(), plan.device, problem, chosen.order, [s.lane for s in plan.steps], times)
+    return _timeline(graph.flat(), problem, chosen.order, [s.lane for s in plan.steps], times)
 
 
 def utilisation(graph: Graph, plan: Plan, costs: Costs = op_table) -> dict[str, list[tuple[float, float]]]:
@@ -184,7 +140,7 @@ def _replayed(graph: Graph, plan: Plan, costs: Costs, record: bool) -> tuple[Pro
     index = {op.name: i for i, op in enumerate(flat.ops)}
     order = np.array([index[step.op] for step in plan.steps])
     sms = np.array([plan.sms(i) for i in range(len(plan.steps))])
-    problem = make_problem(flat, plan.device, np.unique(sms).tolist(), costs)
+    problem = make_problem(graph, plan.device, np.unique(sms).tolist(), costs)
     place = Counter((here.geometry, here.partition) for here in plan.lanes)
     layout = Layout(
         plan.geometries,
@@ -200,33 +156,28 @@ def _replayed(graph: Graph, plan: Plan, costs: Costs, record: bool) -> tuple[Pro
     return problem, chosen, evaluate(problem, chosen, record)
 
 
-def _timeline(
-    flat: Graph, device: Device, problem: Problem, order: np.ndarray, lanes: list[int], times: Evaluation
-) -> Timeline:
+def _timeline(flat: Graph, problem: Problem, order: np.ndarray, lanes: list[int], times: Evaluation) -> Timeline:
     names = [flat.ops[i].name for i in order.tolist()]
     spans = rows(Span, len(names), names, lanes, times.start_s[order].tolist(), times.end_s[order].tolist())
-    return Timeline("simulated", f"{device.name}, {' + '.join(sorted(set(problem.sources)))}", spans)
+    return Timeline("simulated", f"{problem.device.name}, {' + '.join(sorted(set(problem.sources)))}", spans)
 
 
 # ----------------------------------------------------------------------------------- from assignment to plan
 
 
-def plan_from(graph: Graph, device: Device, problem: Problem, chosen: Assignment, made_by: str) -> Plan:
+def plan_from(problem: Problem, made: Assignment) -> Plan:
     """The plan of an assignment that came from elsewhere, as it stands: no search, no fall back.
 
-    `problem` is that of `graph.flat()` on `device`; the verdict compares with the sequential order on its SM counts.
+    The verdict compares with the sequential order on the problem's SM counts.
     """
-    turns = _turns(chosen.order, chosen.lane, chosen.layout.conflicts)
-    held = replace(chosen, holds=np.concatenate([chosen.holds, turns]))
-    found = _in_one_order(Candidate(made_by, graph, problem, held, evaluate(problem, held)))
-    in_turn = evaluate(problem, lists.sequential(problem))
-    verdict = Verdict("packed", found.evaluation.makespan_s, in_turn.makespan_s, error_band(problem))
-    return _plan_of(graph, device, found, verdict, made_by)
+    found = timed(problem, checked(made.made_by, problem, made))
+    verdict = Verdict("packed", found.makespan_s, in_sequence(problem).makespan_s, error_band(found.problem))
+    return _plan_of(problem.graph, found, verdict, made.made_by)
 
 
-def _plan_of(graph: Graph, device: Device, chosen: Candidate, verdict: Verdict, made_by: str) -> Plan:
-    flat, problem = chosen.graph.flat(), chosen.problem
-    assignment, times = chosen.assignment, chosen.evaluation
+def _plan_of(graph: Graph, found: Found, verdict: Verdict, made_by: str) -> Plan:
+    problem, assignment, times = found.problem, found.assignment, found.times
+    flat = problem.graph.flat()
     order, layout = assignment.order, assignment.layout
     used, lane_of_op = np.unique(assignment.lane, return_inverse=True)
     kept, geometry_of = np.unique(layout.rows[layout.lane_partition[used], 0], return_inverse=True)
@@ -239,7 +190,7 @@ def _plan_of(graph: Graph, device: Device, chosen: Candidate, verdict: Verdict, 
     return Plan(
         graph=graph.fingerprint,
         graph_name=graph.name,
-        device=device,
+        device=problem.device,
         geometries=tuple(layout.geometries[g] for g in kept),
         lanes=tuple(
             Lane(int(g), int(layout.lane_partition[i] - first_row[g])) for i, g in zip(used, geometry_of, strict=True)
@@ -247,12 +198,12 @@ def _plan_of(graph: Graph, device: Device, chosen: Candidate, verdict: Verdict, 
         steps=rows(Step, problem.n, [flat.ops[i].name for i in order.tolist()], step_lane, waits, sms),
         arena=slots,
         arena_bytes=arena_bytes,
-        timeline=_timeline(flat, device, problem, order, step_lane, times),
-        bounds=replace(lower_bounds(problem), proved_s=chosen.proved_s),
+        timeline=_timeline(flat, problem, order, step_lane, times),
+        bounds=replace(lower_bounds(problem), proved_s=assignment.proved_s),
         verdict=verdict,
         made_by=made_by,
-        split=chosen.split,
-        period=_period(chosen.graph, times.start_s, times.end_s),
+        split=assignment.split,
+        period=_period(problem.graph, times.start_s, times.end_s),
     ).sealed()
 
 
@@ -282,8 +233,7 @@ def retimed(plan: Plan, graph: Graph, costs: Costs = op_table) -> Plan:
 
 def _waits(chosen: Assignment, lane: np.ndarray, problem: Problem) -> list[tuple[int, ...]]:
     """For every step the earlier steps of other lanes it must wait for, without those that another wait implies."""
-    turns = _turns(chosen.order, chosen.lane, chosen.layout.conflicts)
-    extra = np.concatenate([chosen.holds, turns])
+    extra = np.concatenate([chosen.holds, _geometry_order(chosen)])
     pred_ptr, pred = problem.pred_ptr, problem.pred
     if len(extra):
         after = np.concatenate([np.repeat(np.arange(problem.n), np.diff(pred_ptr)), extra[:, 1]])
@@ -295,8 +245,9 @@ def _waits(chosen: Assignment, lane: np.ndarray, problem: Problem) -> list[tuple
     return [tuple(flat[a:b]) for a, b in zip((end - count).tolist(), end.tolist(), strict=True)]
 
 
-def _turns(order: np.ndarray, lane: np.ndarray, conflicts: np.ndarray) -> np.ndarray:
+def _geometry_order(chosen: Assignment) -> np.ndarray:
     """(k, 2) pairs (before, after) that keep lanes of overlapping geometries from running together."""
+    order, lane, conflicts = chosen.order, chosen.lane, chosen.layout.conflicts
     if not conflicts.any():
         return np.empty((0, 2), np.int64)
     last: dict[int, int] = {}

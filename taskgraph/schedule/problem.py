@@ -1,4 +1,4 @@
-"""Problem: everything a solver may see, as numba-ready arrays."""
+"""Problem and Budget: what a scheduler is given. Everything it may see is there as numba-ready arrays."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,16 +13,35 @@ Costs = Callable[[Graph, Device, Sequence[int]], OpTable]
 """What prices the ops of a flat graph on the given SM counts: `op_table`, or a table of measurements over it."""
 
 
+_TABLE = 2_000_000
+"""The most (op, SM count) pairs that a search looks at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What a scheduler may spend: about so many `seconds`, and `seed` for all that it draws, so that equal arguments
+    give equal results. With `nano_batches` it may slice the batch of the graph."""
+
+    seconds: float = 1.0
+    seed: int = 0
+    nano_batches: bool = True
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """n ops in topological order, m modes: the SM counts that an op may be launched on.
+    """What is to be scheduled: the ops of `graph`, written out, on `device`, by the prices of `costs`.
+
+    n ops in topological order, m modes: the SM counts that an op may be launched on.
 
     sizes (m,) SMs, rising; legal (n, m); seconds (n, m) isolated without launch; use (n, m, 5) what the op takes
     while it runs alone at full speed: SMs, then bytes/s of hbm, h2d, d2h, link; work (n, 4) its bytes on these four.
-    Edges in compressed rows: the predecessors of op i are pred[pred_ptr[i]:pred_ptr[i + 1]]. `capacity` (4,) is
+    Edges in compressed rows (CSR): the predecessors of op i are pred[pred_ptr[i]:pred_ptr[i + 1]]. `capacity` (4,) is
     bytes/s of the soft resources. SMs are hard: what runs in a partition shares its SMs and no others.
     """
 
+    graph: Graph
+    device: Device
+    costs: Costs
     sizes: np.ndarray
     legal: np.ndarray
     seconds: np.ndarray
@@ -44,6 +63,10 @@ class Problem:
     def n(self) -> int:
         return len(self.legal)
 
+    def on(self, sizes: Sequence[int] | None) -> "Problem":
+        """The same ops on other SM counts (None: the usual few)."""
+        return make_problem(self.graph, self.device, sizes, self.costs)
+
     def mode_of(self, sms: int) -> int:
         """The mode of exactly `sms` SMs."""
         return int(np.searchsorted(self.sizes, sms))
@@ -55,14 +78,19 @@ class Problem:
 
 
 def make_problem(graph: Graph, device: Device, sizes: Sequence[int] | None = None, costs: Costs = op_table) -> Problem:
-    """The Problem of a flat graph on a device with the given SM counts (default: those of `device.splits()`)."""
+    """The Problem of a graph, its repeat written out, on a device with the given SM counts (default: those of
+    `device.splits()`). DemandError if an op asks for more than the device has."""
+    flat = graph.flat()
     if sizes is None:
         sizes = sorted({size for geometry in device.splits() for size in geometry.sizes})
-    table = costs(graph, device, sizes)
-    pred_ptr, pred = _rows(graph.predecessors())
+    table = costs(flat, device, sizes)
+    pred_ptr, pred = compressed(flat.predecessors())
     succ_ptr, succ = _transposed(pred_ptr, pred)
     capacity = (device.hbm_bytes_per_s, device.h2d_bytes_per_s, device.d2h_bytes_per_s, device.link_bytes_per_s)
     return Problem(
+        graph=graph,
+        device=device,
+        costs=costs,
         sizes=np.array(sizes, dtype=np.int64),
         legal=np.array(sizes)[None, :] >= table.sm_min[:, None],
         seconds=table.seconds,
@@ -82,7 +110,14 @@ def make_problem(graph: Graph, device: Device, sizes: Sequence[int] | None = Non
     )
 
 
-def _rows(lists: list[tuple[int, ...]]) -> tuple[np.ndarray, np.ndarray]:
+def legal_sizes(ops: int, device: Device) -> tuple[int, ...] | None:
+    """Every legal SM count, as far as the tables of a graph of so many ops stay small; None for the usual few."""
+    every = device.partition_sizes()
+    return every if ops * len(every) <= _TABLE else None
+
+
+def compressed(lists: list[tuple[int, ...]]) -> tuple[np.ndarray, np.ndarray]:
+    """Lists of integers in compressed rows: list i is values[pointer[i]:pointer[i + 1]] of (pointer, values)."""
     counts = np.fromiter((len(row) for row in lists), np.int64, len(lists))
     pointer = np.zeros(len(lists) + 1, np.int64)
     np.cumsum(counts, out=pointer[1:])

@@ -25,10 +25,11 @@ from taskgraph.runtime.cpu import probe
 from taskgraph.runtime.gpu.virtual import is_virtual
 from taskgraph.schedule.bounds import lower_bounds
 from taskgraph.schedule.plan import Lane, Plan, Verdict
-from taskgraph.schedule.planner import AUTO_OP_S, plan, retimed
+from taskgraph.schedule.planner import plan, retimed
 from taskgraph.schedule.problem import make_problem
 from taskgraph.schedule.rcpsp.exact import available
 from taskgraph.schedule.sliced import sliced, verify
+from taskgraph.schedule.solve.auto import AUTO_OP_S
 from taskgraph.schedule.verify import TUNED
 from taskgraph.tune.measure import LEAST_ROUNDS, Bench, Budget, Timings
 from taskgraph.units import format_seconds
@@ -230,7 +231,7 @@ def _isolated(shared: Plan, graph: Graph, costs: Costs) -> Iterator[Plan]:
 def _predicted(plan: Plan, graph: Graph, costs: Costs) -> Plan:
     """`plan` as it stands, with the timeline and the bounds that `costs` give it."""
     sizes = {*_sizes(plan.device), *(plan.sms(i) for i in range(len(plan.steps)))}
-    problem = make_problem(sliced(plan, graph).flat(), plan.device, sorted(sizes), costs)
+    problem = make_problem(sliced(plan, graph), plan.device, sorted(sizes), costs)
     return replace(retimed(plan, graph, costs), bounds=lower_bounds(problem)).sealed()
 
 

@@ -24,9 +24,10 @@ from taskgraph.models.config import load_config
 from taskgraph.models.llama import step_graph
 from taskgraph.schedule.evaluate import NO_HOLDS, Assignment, Evaluation, Layout, dispatch, evaluate
 from taskgraph.schedule.plan import Plan
-from taskgraph.schedule.planner import LARGE, SCHEDULERS, plan, replay_times
+from taskgraph.schedule.planner import plan, replay_times
 from taskgraph.schedule.problem import make_problem
-from taskgraph.schedule.solve import lists, rules
+from taskgraph.schedule.solve import SCHEDULERS, found, lists, rules
+from taskgraph.schedule.solve.packing import LARGE
 from tests.strategies import devices, graphs
 
 DEVICES = st.one_of(devices(), st.sampled_from([specs.get("a100_sxm"), specs.get("h100_sxm")]))
@@ -45,7 +46,7 @@ def independent(*works: Work, demands: tuple[Demand | None, ...] = ()) -> Graph:
 # ------------------------------------------------------------------------------------ random graphs
 
 
-REPEATABLE = [name for name in SCHEDULERS if name != "exact"]
+REPEATABLE = [name for name in SCHEDULERS.names() if name != "exact"]
 BRIEF = 1e-3
 """Seconds of search in a test: a few trials, far below what the clock would cut short."""
 
@@ -206,7 +207,7 @@ def test_lanes_that_wait_for_each_other_for_ever() -> None:
     (y,) = b.op("custom", [x], [spec("y", (4,), "f32")], SECOND_OF_FLOPS, "first")
     b.output(*b.op("custom", [y], [spec("z", (4,), "f32")], SECOND_OF_BYTES, "second"))
     problem = make_problem(b.build(), PLAIN)
-    backwards = replace(lists.sequential(problem), order=np.array([1, 0]))
+    backwards = replace(found.sequential(problem), order=np.array([1, 0]))
     with pytest.raises(PlanError, match="never start"):
         evaluate(problem, backwards)
 
@@ -236,7 +237,7 @@ def test_pack_reports_an_op_that_fits_no_partition() -> None:
 # -------------------------------------------------------------------------------------- bad requests
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("scheduler", SCHEDULERS.names())
 def test_demands_that_no_device_can_meet(scheduler: str) -> None:
     with pytest.raises(DemandError, match=r"op0.*200 SMs.*132"):
         plan(independent(SECOND_OF_FLOPS, demands=(Demand(sm=(200, 300)),)), "h100_sxm", scheduler)

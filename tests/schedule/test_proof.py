@@ -20,7 +20,7 @@ from taskgraph.schedule.evaluate import Evaluation, Layout, dispatch, evaluate
 from taskgraph.schedule.planner import plan
 from taskgraph.schedule.problem import Problem, make_problem
 from taskgraph.schedule.rcpsp import exact
-from taskgraph.schedule.solve import lists, proof
+from taskgraph.schedule.solve import found, lists, proof
 from tests.strategies import devices, graphs
 
 H100 = specs.get("h100_sxm")
@@ -55,9 +55,9 @@ def test_brute_force_stays_above_the_bound_and_is_not_better_than_exact(nodes: i
 def test_the_bound_holds_for_plans_of_every_kind(graph: Graph, device: Device, seed: int) -> None:
     sizes = device.partition_sizes()
     problem = make_problem(graph, device, sizes)
-    made = [evaluate(problem, lists.sequential(problem))]
+    made = [evaluate(problem, found.sequential(problem))]
     packed = [lists.pack(problem, layout) for layout in lists.layouts(device)]
-    made += [evaluate(problem, found) for found in packed if found is not None]
+    made += [evaluate(problem, each) for each in packed if each is not None]
     draw = np.random.default_rng(seed)
     for layout in lists.layouts(device):
         row = draw.integers(len(layout.rows), size=problem.n)

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import taskgraph as tg
-from taskgraph.cost.model import op_table
 from taskgraph.graph.split import Split
 from taskgraph.models import paged
 from taskgraph.models.config import load_config
 from taskgraph.rewrite.nanobatch import apply
 from taskgraph.schedule.planner import replay_times
+from taskgraph.schedule.problem import make_problem
 from taskgraph.schedule.sliced import sliced
 from taskgraph.schedule.solve import cycles, explore
 from taskgraph.schedule.solve.annealing import search_layouts, starts
@@ -100,7 +100,7 @@ def test_a_period_is_near_the_least_one() -> None:
 @pytest.mark.parametrize("sizes", [(128, 128), (96, 160), (64, 96, 96)])
 def test_places_of_a_cycle_keep_every_dependency(sizes: tuple[int, ...]) -> None:
     graph = apply(layered(LAYERS), Split.of(sizes))
-    space = explore._space(graph, SLOW, op_table, explore.WINDOW)
+    space = explore._space(graph, make_problem(graph, SLOW), explore.WINDOW)
     layout = search_layouts(SLOW)[0]
     cycle = cycles.plain_cycle(space, layout, starts(space, layout)[0])
     best = cycles.polish(space, layout, [cycle], 0.05, 0)
@@ -112,7 +112,8 @@ def test_places_of_a_cycle_keep_every_dependency(sizes: tuple[int, ...]) -> None
 
 def test_a_cycle_that_no_window_shows_stays_what_it_is() -> None:
     """Its clock never runs, so there is no period to take places from."""
-    space = explore._space(apply(layered(LAYERS), Split.of((128, 128))), SLOW, op_table, explore.WINDOW)
+    graph = apply(layered(LAYERS), Split.of((128, 128)))
+    space = explore._space(graph, make_problem(graph, SLOW), explore.WINDOW)
     layout = search_layouts(SLOW)[0]
     cycle = cycles.plain_cycle(space, layout, starts(space, layout)[0])
     far = cycles.polish(space, layout, [replace(cycle, place=1e3 * cycle.place)], 0.05, 0)

@@ -12,7 +12,7 @@ import numpy as np
 
 from taskgraph.errors import DemandError, GraphError, PlanError
 from taskgraph.schedule.bounds import longest_path
-from taskgraph.schedule.problem import _rows, _transposed
+from taskgraph.schedule.problem import _transposed, compressed
 
 FRACTION_SLACK = 1e-6
 """A resource that is used in whole units is checked exactly; any other to this share of its capacity."""
@@ -82,7 +82,7 @@ def make_project(
     for i, before in enumerate(predecessors):
         if any(not 0 <= p < i for p in before):
             raise GraphError(f"Activity {i} follows {list(before)}; number activities in topological order.")
-    pred_ptr, pred = _rows([tuple(sorted(set(before))) for before in predecessors])
+    pred_ptr, pred = compressed([tuple(sorted(set(before))) for before in predecessors])
     if len(pred_ptr) != len(seconds) + 1 or len(seconds) == 0:
         raise GraphError(f"{len(pred_ptr) - 1} rows of predecessors for {len(seconds)} activities; give one for each.")
     return Project(seconds, use, capacity, pred_ptr, pred, *_transposed(pred_ptr, pred))

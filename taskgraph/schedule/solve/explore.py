@@ -9,42 +9,28 @@ from itertools import pairwise
 import numpy as np
 
 from taskgraph.errors import GraphError, PlanError
-from taskgraph.graph.device import Device
 from taskgraph.graph.graph import Graph
 from taskgraph.graph.split import UNSPLIT, Split
 from taskgraph.ops import COLLECTIVES
 from taskgraph.rewrite.nanobatch import apply, splittable
 from taskgraph.schedule.bounds import lower_bounds, sm_seconds
-from taskgraph.schedule.evaluate import Assignment, Evaluation, Layout, evaluate
-from taskgraph.schedule.problem import Costs, Problem, make_problem
-from taskgraph.schedule.solve import lists
+from taskgraph.schedule.evaluate import Assignment, Layout, evaluate
+from taskgraph.schedule.problem import Budget, Problem, legal_sizes, make_problem
+from taskgraph.schedule.solve import lists, rules
 from taskgraph.schedule.solve.annealing import Space, State, anneal, realise, search_layouts, starts
 from taskgraph.schedule.solve.cycles import Cycle, cycle_of, plain_cycle, polish, written_out
+from taskgraph.schedule.solve.found import Found, collectives_ordered, in_sequence, or_sequential, shortest
+from taskgraph.schedule.solve.packing import packings
 
 WINDOW = 8
 """Iterations of a repeated body that the search looks at; the decisions then hold for all of them."""
 SPLIT_GAIN = 1.01
-_TABLE = 2_000_000
-"""The most (op, SM count) pairs that a search looks at."""
 _FIRST, _RESLICE, _LAST, _DISPATCHED = 0.4, 0.3, 0.3, 0.3
 """Shares of the budget: of the rounds together, of single ops' slices, of the last arm; of each of these for
 dispatched schedules."""
 _RESLICED_FROM_S = 5.0
 _TRIES, _WORTH, _WARM = 24, 1e-3, 2e-3
 """Other slices for single ops: how many are tried at most, what share of the whole area is worth it, and the heat."""
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A schedule of a graph, which is what `split` made of the one that was asked for; all take `proved_s` or more."""
-
-    label: str
-    graph: Graph
-    problem: Problem
-    assignment: Assignment
-    evaluation: Evaluation
-    split: Split = UNSPLIT
-    proved_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,48 +50,71 @@ class _Arm:
         return seconds * SPLIT_GAIN if self.split.parts else seconds
 
 
-def explore(
-    graph: Graph, device: Device, costs: Costs, budget_s: float, seed: int, limit_s: float, nano_batches: bool
-) -> Candidate | None:
-    """The best schedule found in about `budget_s`; None where no arm can be better than `limit_s` by its bounds.
+def searched(problem: Problem, budget: Budget) -> Assignment:
+    """The scheduler "search": the best of the list schedules and of what about `budget.seconds` of search find."""
+    wide = problem.on(legal_sizes(problem.n, problem.device))
+    baseline = in_sequence(wide)
+    return or_sequential(shortest(packed_or_found(wide, budget, baseline), baseline), baseline)
+
+
+def packed_or_found(wide: Problem, budget: Budget, baseline: Found) -> list[Found]:
+    """The list schedules of a problem on all SM counts, and what a search finds that is shorter than they may be."""
+    made = [*packings(wide)]
+    return made + search(wide, budget, min(each.makespan_s for each in (baseline, *made)))
+
+
+def search(problem: Problem, budget: Budget, limit_s: float) -> list[Found]:
+    """What `explore` finds; of a large graph without a repeat the schedule of the best rule. At most one."""
+    if problem.graph.repeat is None and problem.n >= rules.FROM and problem.device.kind == "gpu":
+        rule, made, times = rules.best_rule(problem, budget.seconds, budget.seed)
+        label = f"search over rules, {rule.label()}, seed {budget.seed}"
+        found: Found | None = Found(problem, replace(made, made_by=label), times)
+    else:
+        found = explore(problem, budget, limit_s)
+    return [] if found is None else [collectives_ordered(found)]
+
+
+def explore(problem: Problem, budget: Budget, limit_s: float) -> Found | None:
+    """The best schedule found in about the budget; None where no arm can be better than `limit_s` by its bounds.
 
     Arms are the layouts of `search_layouts`, and on the first of them the slicings of the batch. All arms run for a
     while, the better half goes on, until one is left: successive halving (Karnin, Koren and Somekh 2013).
     """
-    arms = list(_arms(graph, device, costs, limit_s, nano_batches))
+    arms, seconds, seed = list(_arms(problem, limit_s, budget.nano_batches)), budget.seconds, budget.seed
     if not arms:
         return None
     if len(arms) == 1:
-        return _realised(_advanced(arms[0], budget_s, seed), device, costs, seed)
+        return _realised(problem, _advanced(arms[0], seconds, seed), seed)
     rounds = (len(arms) - 1).bit_length()
-    for turn in range(rounds):
-        share = _FIRST * budget_s / rounds / len(arms)
-        arms = sorted((_advanced(arm, share, seed + turn) for arm in arms), key=_Arm.judged)
+    for number in range(rounds):
+        share = _FIRST * seconds / rounds / len(arms)
+        arms = sorted((_advanced(arm, share, seed + number) for arm in arms), key=_Arm.judged)
         arms = arms[: (len(arms) + 1) // 2]
     best = arms[0]
-    if best.split.parts and budget_s >= _RESLICED_FROM_S:
-        best = _resliced(graph, best, device, costs, _RESLICE * budget_s, seed + rounds)
-    return _realised(_advanced(best, _LAST * budget_s, seed + rounds), device, costs, seed)
+    if best.split.parts and seconds >= _RESLICED_FROM_S:
+        best = _resliced(problem, best, _RESLICE * seconds, seed + rounds)
+    return _realised(problem, _advanced(best, _LAST * seconds, seed + rounds), seed)
 
 
-def _resliced(graph: Graph, best: _Arm, device: Device, costs: Costs, budget_s: float, seed: int) -> _Arm:
+def _resliced(problem: Problem, best: _Arm, budget_s: float, seed: int) -> _Arm:
     """The arm with other slices for single ops, one after another, where that helps: first those that save area."""
+    graph = problem.graph
     names = {op.name for op in graph.ops}
-    mine = _areas(best.graph, device, costs)
+    mine = _areas(best.graph, problem)
     worth, base = _WORTH * sum(mine.values()), best.split.parts[0][1]
     halves = Split.of([part for size in base for part in (size // 2, size - size // 2) if part])
     options = []
     for made in [UNSPLIT, halves, *slicings(graph)]:
-        for name, area in _areas(apply(graph, made), device, costs).items():
+        for name, area in _areas(apply(graph, made), problem).items():
             large = name in names and mine.get(name, 0.0) > 10 * worth
             if large and area < mine[name] + (10 * worth if made == halves else -worth):
                 options.append((area - mine[name], name, made))
     options = sorted(options, key=lambda o: o[0])[:_TRIES]
-    for turn, (_, name, made) in enumerate(options):
+    for number, (_, name, made) in enumerate(options):
         with suppress(GraphError):  # an op takes no cut within one of its units
-            arm = _with_slices(graph, best, name, made, device, costs)
+            arm = _with_slices(problem, best, name, made)
             assert arm.cycle is not None
-            cycle = polish(arm.space, _layout(arm), [arm.cycle], budget_s / len(options), seed + turn, _WARM)
+            cycle = polish(arm.space, _layout(arm), [arm.cycle], budget_s / len(options), seed + number, _WARM)
             best = replace(arm, cycle=cycle) if cycle.seconds < best.judged() / SPLIT_GAIN else best
     return best
 
@@ -116,12 +125,12 @@ def _layout(arm: _Arm) -> Layout:
     return replace(arm.layout, geometries=arm.state.layout(arm.layout).geometries)
 
 
-def _with_slices(graph: Graph, arm: _Arm, name: str, made: Split, device: Device, costs: Costs) -> _Arm:
+def _with_slices(problem: Problem, arm: _Arm, name: str, made: Split) -> _Arm:
     """The arm with the op `name` in the slices of `made`; every decision that it had stays with its slice."""
     sizes = made.parts[0][1] if made.parts else (sum(arm.split.parts[0][1]),)
     split = Split((*(part for part in arm.split.parts if name not in part[0]), ((name,), sizes)))
-    sliced = apply(graph, split)
-    space = _space(sliced, device, costs, WINDOW)
+    sliced = apply(problem.graph, split)
+    space = _space(sliced, problem, WINDOW)
     assert arm.state is not None and arm.cycle is not None
     old = _like(arm.graph, sliced)
     lowest = space.lowest_mode()
@@ -150,11 +159,13 @@ def _like(before: Graph, after: Graph) -> np.ndarray:
     return np.array(found)
 
 
-def _areas(graph: Graph, device: Device, costs: Costs) -> dict[str, float]:
-    """The least SM-seconds of the slices of every op together, by the op's name."""
-    problem = make_problem(graph, device, device.partition_sizes(), costs)
+def _areas(graph: Graph, problem: Problem) -> dict[str, float]:
+    """The least SM-seconds of the slices of every op together, by the op's name; of a repeat one iteration."""
+    once = graph if graph.repeat is None else replace(graph, repeat=replace(graph.repeat, count=1))
+    device = problem.device
+    single = make_problem(once, device, device.partition_sizes(), problem.costs)
     areas: dict[str, float] = {}
-    for op, area in zip(graph.ops, sm_seconds(problem).tolist(), strict=True):
+    for op, area in zip(graph.ops, sm_seconds(single).tolist(), strict=True):
         stem = op.name.partition("#")[0]
         areas[stem] = areas.get(stem, 0.0) + area
     return areas
@@ -166,8 +177,8 @@ def slicings(graph: Graph) -> list[Split]:
     weight: Counter[int] = Counter()
     for i, op in enumerate(graph.ops):
         if op.name in info:
-            turns = graph.repeat.count if graph.repeat and graph.repeat.first <= i < graph.repeat.last else 1
-            weight[info[op.name].batch] += turns * (int(op.work.flops + op.work.hbm_bytes) + 1)
+            times = graph.repeat.count if graph.repeat and graph.repeat.first <= i < graph.repeat.last else 1
+            weight[info[op.name].batch] += times * (int(op.work.flops + op.work.hbm_bytes) + 1)
     if not weight:
         return []
     batch = weight.most_common(1)[0][0]
@@ -183,13 +194,14 @@ def _even(batch: int, count: int, unit: int) -> tuple[int, ...]:
     return tuple(sorted(b - a for a, b in pairwise(cuts)))
 
 
-def _arms(graph: Graph, device: Device, costs: Costs, limit_s: float, nano_batches: bool) -> Iterator[_Arm]:
+def _arms(problem: Problem, limit_s: float, nano_batches: bool) -> Iterator[_Arm]:
+    graph, device = problem.graph, problem.device
     layouts, measured = search_layouts(device), False
     for at, made in enumerate([UNSPLIT, *(slicings(graph) if nano_batches and device.kind == "gpu" else ())]):
         sliced = apply(graph, made)
         if at and sliced is graph:
             continue
-        space = _space(sliced, device, costs, WINDOW)
+        space = _space(sliced, problem, WINDOW)
         measured = measured or (at == 0 and not _guessed(space))
         if _bound(space) >= limit_s or (measured and _guessed(space)):
             continue
@@ -222,10 +234,10 @@ def _advanced(arm: _Arm, budget_s: float, seed: int) -> _Arm:
     return replace(arm, state=state, cycle=cycle)
 
 
-def _realised(arm: _Arm, device: Device, costs: Costs, seed: int) -> Candidate:
+def _realised(problem: Problem, arm: _Arm, seed: int) -> Found:
     """The better one of the arm's two schedules on the whole graph."""
     assert arm.state is not None and arm.cycle is not None
-    whole = _space(arm.graph, device, costs, None)
+    whole = _space(arm.graph, problem, None)
     best, times = realise(whole, arm.layout, arm.state)
     if np.isfinite(arm.cycle.seconds):
         fixed = written_out(whole, best.layout, arm.cycle)
@@ -236,7 +248,7 @@ def _realised(arm: _Arm, device: Device, costs: Costs, seed: int) -> Candidate:
                 by_start = np.lexsort((np.arange(whole.problem.n), fixed_times.end_s, fixed_times.start_s))
                 best, times = replace(fixed, order=by_start), fixed_times
     label = f"search on {lists.label(best.layout)}{_sliced(arm.split)}, seed {seed}"
-    return Candidate(label, arm.graph, whole.problem, best, times, arm.split)
+    return Found(whole.problem, replace(best, made_by=label, split=arm.split), times)
 
 
 def _sliced(split: Split) -> str:
@@ -246,20 +258,22 @@ def _sliced(split: Split) -> str:
 # ---------------------------------------------------------------------------------------- what the search sees
 
 
-def _space(graph: Graph, device: Device, costs: Costs, window: int | None) -> Space:
-    """The space of a graph, or of `window` iterations of its repeat: one decision for each op of the body."""
-    repeat = graph.repeat
+def _space(graph: Graph, like: Problem, window: int | None) -> Space:
+    """The space of a graph, or of `window` iterations of its repeat: one decision for each op of the body. Device and
+    prices are those of `like`."""
+    repeat, device = graph.repeat, like.device
     tied = np.array([op.kind in COLLECTIVES and op.integer("ranks") > 1 for op in graph.ops])
     if repeat is None:
-        return replace(Space.flat(make_problem(graph, device, legal_sizes(len(graph.ops), device), costs)), tied=tied)
+        problem = make_problem(graph, device, legal_sizes(len(graph.ops), device), like.costs)
+        return replace(Space.flat(problem), tied=tied)
     count = min(window or repeat.count, repeat.count)
-    flat = (graph if count == repeat.count else replace(graph, repeat=replace(repeat, count=count))).flat()
+    seen = graph if count == repeat.count else replace(graph, repeat=replace(repeat, count=count))
     whole = len(graph.ops) + (repeat.last - repeat.first) * (repeat.count - 1)
-    problem = make_problem(flat, device, legal_sizes(whole, device), costs)
+    problem = make_problem(seen, device, legal_sizes(whole, device), like.costs)
     first, last, n = repeat.first, repeat.last, len(graph.ops)
     decision = np.concatenate([np.arange(first), np.tile(np.arange(first, last), count), np.arange(last, n)])
-    turn = np.repeat(np.arange(count), last - first)
-    iteration = np.concatenate([np.zeros(first, np.int64), turn, np.full(n - last, count - 1)])
+    body = np.repeat(np.arange(count), last - first)
+    iteration = np.concatenate([np.zeros(first, np.int64), body, np.full(n - last, count - 1)])
     inside = (decision >= first) & (decision < last)
     return Space(problem, decision, _kin(graph), iteration, inside, tied, count, repeat.count)
 
@@ -269,9 +283,3 @@ def _kin(graph: Graph) -> np.ndarray:
     stems = [op.name.partition("#")[0] for op in graph.ops]
     number = {stem: i for i, stem in enumerate(dict.fromkeys(stems))}
     return np.array([number[stem] for stem in stems])
-
-
-def legal_sizes(ops: int, device: Device) -> tuple[int, ...] | None:
-    """Every legal SM count, as far as the tables of a graph of this size stay small; None for the usual few."""
-    every = device.partition_sizes()
-    return every if ops * len(every) <= _TABLE else None

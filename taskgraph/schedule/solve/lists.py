@@ -11,13 +11,6 @@ from taskgraph.schedule.evaluate import NO_HOLDS, Assignment, Layout
 from taskgraph.schedule.problem import Problem
 
 
-def sequential(problem: Problem) -> Assignment:
-    """Every op in graph order on one lane of the whole device."""
-    mode = np.full(problem.n, len(problem.sizes) - 1)
-    layout = Layout.shared(problem.sm_count, 1)
-    return Assignment(layout, np.arange(problem.n), np.zeros(problem.n, np.int64), mode, NO_HOLDS)
-
-
 def layouts(device: Device) -> list[Layout]:
     """What a list schedule is tried on: two and three lanes that share the device, and each of its splits."""
     splits = [Layout.isolated(g) for g in device.splits() if len(g.partitions) > 1]

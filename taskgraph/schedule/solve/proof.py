@@ -19,15 +19,15 @@ from typing import Any
 import numpy as np
 
 from taskgraph.errors import BackendUnavailable, PlanError
-from taskgraph.graph.device import Device
 from taskgraph.schedule.bounds import longest_path, lower_bounds
-from taskgraph.schedule.evaluate import Evaluation, Layout, dispatch
-from taskgraph.schedule.problem import Problem
+from taskgraph.schedule.evaluate import Assignment, Evaluation, Layout, dispatch
+from taskgraph.schedule.problem import Budget, Problem, legal_sizes
 from taskgraph.schedule.rcpsp.evolve import solve_auto
 from taskgraph.schedule.rcpsp.exact import available
 from taskgraph.schedule.rcpsp.project import make_project
 from taskgraph.schedule.solve import lists
-from taskgraph.schedule.solve.explore import Candidate
+from taskgraph.schedule.solve.explore import packed_or_found
+from taskgraph.schedule.solve.found import Found, collectives_ordered, in_sequence, shortest
 from taskgraph.schedule.solve.lists import longest_tail
 
 MOST_OPS = 40
@@ -58,41 +58,49 @@ class _Classes:
     area: np.ndarray
 
 
-def check_exact(ops: int) -> None:
-    """Raise what stands in the way of the exact scheduler."""
+def exact(problem: Problem, budget: Budget) -> Assignment:
+    """The scheduler "exact": half of the budget for what "search" does, half to better and prove it.
+
+    BackendUnavailable without OR-Tools, PlanError for graphs of more than MOST_OPS ops."""
     if not available():
         raise BackendUnavailable("The exact scheduler needs OR-Tools: pip install 'taskgraph-gpu[exact]'.")
-    if ops > MOST_OPS:
-        raise PlanError(f"exact plans graphs of at most {MOST_OPS} ops; this has {ops}. Use scheduler='search'.")
+    if problem.n > MOST_OPS:
+        raise PlanError(f"exact plans graphs of at most {MOST_OPS} ops; this has {problem.n}. Use scheduler='search'.")
+    wide = problem.on(legal_sizes(problem.n, problem.device))
+    half, baseline = replace(budget, seconds=budget.seconds / 2), in_sequence(wide)
+    best = shortest([baseline, *packed_or_found(wide, half, baseline)], baseline)
+    return collectives_ordered(proved(best, half.seconds, budget.seed)).chosen()
 
 
-def proved(best: Candidate, device: Device, budget_s: float, seed: int) -> Candidate:
+def proved(best: Found, budget_s: float, seed: int) -> Found:
     """`best`, or a better schedule of its graph that OR-Tools suggests, with what it proves about all of them.
 
     Where the search has sliced the graph into more than MOST_OPS ops, `best` as it is."""
     problem = best.problem
     if problem.n > MOST_OPS:
         return best
-    if device.kind == "gpu":
+    gpu = problem.device.kind == "gpu"
+    if gpu:
         best = _better(best, rigid(problem, budget_s / 3, seed), "CP-SAT's best rigid schedule")
-    bound_s, own = proven_bound(problem, best.evaluation, budget_s / 2)
-    if own is not None and device.kind == "gpu":
+    bound_s, own = proven_bound(problem, best.times, budget_s / 2)
+    if own is not None and gpu:
         best = _better(best, own, "the proof's own order")
-    bound_s = min(bound_s, best.evaluation.makespan_s)
-    gap = best.evaluation.makespan_s / max(bound_s, lower_bounds(problem).best_s)
+    bound_s = min(bound_s, best.makespan_s)
+    gap = best.makespan_s / max(bound_s, lower_bounds(problem).best_s)
     how = "proven best" if gap < 1 + OPTIMAL else f"within {100 * (gap - 1):.2g} % of a proven bound"
-    return replace(best, proved_s=bound_s, label=f"{best.label}, {how}")
+    made = replace(best.assignment, proved_s=bound_s, made_by=f"{best.assignment.made_by}, {how}")
+    return replace(best, assignment=made)
 
 
-def _better(best: Candidate, made: Decisions, name: str) -> Candidate:
+def _better(best: Found, made: Decisions, name: str) -> Found:
     """`best`, or the schedule of these decisions on lanes that share the device, whichever is shorter."""
     problem = best.problem
     layout, row = Layout.shared(problem.sm_count, LANES), np.zeros(problem.n, np.int64)
     for limit in (1.0, np.inf):
         assignment, times = dispatch(problem, layout, made.priority, made.mode, row, (limit, limit))
-        if times.makespan_s < best.evaluation.makespan_s:
-            label = f"{name} on {lists.label(layout)}"
-            best = replace(best, label=label, assignment=assignment, evaluation=times)
+        if times.makespan_s < best.makespan_s:
+            label, split = f"{name} on {lists.label(layout)}", best.assignment.split
+            best = Found(problem, replace(assignment, made_by=label, split=split), times)
     return best
 
 

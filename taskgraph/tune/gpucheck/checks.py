@@ -1,7 +1,7 @@
 """What gpu-check holds the cuda backend to: checks against the cpu backend, the plan and the driver."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -48,11 +48,11 @@ class Bench:
 
     def isolated(self, graph: Graph, *sizes: int) -> Plan | None:
         """A list schedule on partitions of these sizes."""
-        problem = make_problem(graph.flat(), self.device, sorted(set(sizes)))
+        problem = make_problem(graph, self.device, sorted(set(sizes)))
         packed = pack(problem, Layout.isolated(Geometry.of(*sizes)))
         if packed is None:
             return None
-        return plan_from(graph, self.device, problem, packed, "gpu-check")
+        return plan_from(problem, replace(packed, made_by="gpu-check"))
 
 
 CHECKS: dict[str, Callable[[Bench], str]] = {}

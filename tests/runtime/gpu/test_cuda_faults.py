@@ -38,7 +38,7 @@ def isolated(device: Device, *sizes: int) -> Plan:
     problem = make_problem(graph(), device, sorted({*sizes}))
     found = pack(problem, Layout.isolated(Geometry.of(*sizes)))
     assert found is not None
-    return plan_from(graph(), device, problem, found, "test")
+    return plan_from(problem, replace(found, made_by="test"))
 
 
 def control() -> virtual.Control:

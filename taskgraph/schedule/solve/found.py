@@ -1,0 +1,79 @@
+"""What schedulers hand to each other: schedules with their times. And the sequential schedule."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+
+from taskgraph.ops import COLLECTIVES
+from taskgraph.schedule.evaluate import Assignment, Evaluation, Layout, evaluate
+from taskgraph.schedule.problem import Budget, Problem
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A schedule of `problem`, and the times that the one clock gives it."""
+
+    problem: Problem
+    assignment: Assignment
+    times: Evaluation
+
+    @property
+    def makespan_s(self) -> float:
+        return self.times.makespan_s
+
+    def chosen(self) -> Assignment:
+        """The assignment, which says of which problem it is."""
+        return replace(self.assignment, problem=self.problem)
+
+
+def sequential(problem: Problem, budget: Budget | None = None) -> Assignment:
+    """The scheduler "sequential": every op in graph order on one lane of the whole device."""
+    mode, lane = np.full(problem.n, len(problem.sizes) - 1), np.zeros(problem.n, np.int64)
+    layout = Layout.shared(problem.sm_count, 1)
+    return Assignment(layout, np.arange(problem.n), lane, mode, made_by="sequential")
+
+
+def in_sequence(problem: Problem) -> Found:
+    """The sequential schedule with its times."""
+    made = sequential(problem)
+    return Found(problem, made, evaluate(problem, made))
+
+
+def is_sequential(problem: Problem, made: Assignment) -> bool:
+    """Whether this runs op after op, in graph order, on the whole device."""
+    one_lane = len(made.layout.lane_partition) == 1 and made.layout.rows[0, 2] == problem.sm_count
+    whole = (problem.sizes[made.mode] == problem.sm_count).all()
+    return bool(one_lane and whole and (made.order == np.arange(problem.n)).all())
+
+
+def shortest(found: Iterable[Found], otherwise: Found) -> Found:
+    """The first of the shortest; `otherwise` where nothing was found."""
+    return min(found, key=lambda each: each.makespan_s, default=otherwise)
+
+
+def or_sequential(found: Found, baseline: Found) -> Assignment:
+    """What was found, to be taken only where it is enough faster than the sequential schedule of the same ops."""
+    return replace(found.chosen(), against=baseline.chosen())
+
+
+def collectives_ordered(found: Found) -> Found:
+    """The schedule with its collectives one after another, as they start: ranks that issued them in different orders
+    would wait for each other (`verify.collectives_in_turn`)."""
+    chosen, graph = found.assignment, found.problem.graph
+    if not any(op.kind in COLLECTIVES and op.integer("ranks") > 1 for op in graph.ops):
+        return found
+    shared = np.array([op.kind in COLLECTIVES and op.integer("ranks") > 1 for op in graph.flat().ops])
+    if {*_unordered(chosen, chosen.order, shared)} <= {(a, b) for a, b in chosen.holds.tolist()}:
+        return found
+    order = chosen.order[np.argsort(found.times.start_s[chosen.order], kind="stable")]
+    pairs = np.array(_unordered(chosen, order, shared), np.int64).reshape(-1, 2)
+    held = replace(chosen, order=order, holds=np.concatenate([chosen.holds, pairs]))
+    return replace(found, assignment=held, times=evaluate(found.problem, held))
+
+
+def _unordered(chosen: Assignment, order: np.ndarray, shared: np.ndarray) -> list[tuple[int, int]]:
+    """Neighbours among the shared ops in this order that no lane keeps in it."""
+    issued = [i for i in order.tolist() if shared[i]]
+    return [(a, b) for a, b in pairwise(issued) if chosen.lane[a] != chosen.lane[b]]
