@@ -70,10 +70,10 @@ _BATCH = -1
 
 def _part(op: Op, n: int) -> Rows | None:
     """What the op touches of its input `n`, a state; None for all of it."""
-    view, turn = op.views.get(n), op.turn
-    if view is not None or turn is None:
+    view, span = op.views.get(n), op.batch_rows
+    if view is not None or span is None:
         return view
-    return Rows(_BATCH, turn[0] if op.inputs[n] in op.writes else 0, turn[1])
+    return Rows(_BATCH, span[0] if op.inputs[n] in op.writes else 0, span[1])
 
 
 def _touching(accesses: Sequence[Access], part: Rows | None) -> list[int]:

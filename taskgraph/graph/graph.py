@@ -14,7 +14,7 @@ from taskgraph.errors import GraphError
 from taskgraph.graph.edges import predecessors, toposorted
 from taskgraph.graph.functions import check_arity, register_function
 from taskgraph.graph.op import PLAIN, ROWS, Attr, Demand, Op, Rows, Tensor, TensorSpec, Work, check_work, rows_attr
-from taskgraph.record import decode, instance, integer, rows, sequence, shown, text, typed
+from taskgraph.record import decode, from_columns, instance, integer, sequence, shown, text, typed
 from taskgraph.record import function as callable_of
 
 if TYPE_CHECKING:
@@ -259,7 +259,9 @@ def _unroll(graph: Graph, repeat: Repeat) -> Graph:
             return value.get(name) or (stem + name[len(prefix) :] if name.startswith(prefix) else name)
 
         names = [rename(t.name) for t in inside]
-        tensors += rows(Tensor, len(inside), names, *(map(attrgetter(c), inside) for c in ("shape", "dtype", "role")))
+        tensors += from_columns(
+            Tensor, len(inside), names, *(map(attrgetter(c), inside) for c in ("shape", "dtype", "role"))
+        )
         ops += _renamed(graph.ops[repeat.first : repeat.last], rename)
         value = {c.inside: rename(c.next) for c in repeat.carries}
     last = {c.result: value[c.inside] for c in repeat.carries}
@@ -279,7 +281,7 @@ def _renamed(ops: Sequence[Op], rename: Callable[[str], str]) -> tuple[Op, ...]:
 
     name, edges = [rename(op.name) for op in ops], (names("inputs"), names("outputs"))
     hints = (same("work"), same("demand"), names("after"), names("writes"), same("attrs"))
-    return rows(Op, len(ops), name, same("kind"), *edges, *hints)
+    return from_columns(Op, len(ops), name, same("kind"), *edges, *hints)
 
 
 # ------------------------------------------------------------------------------------------ builder

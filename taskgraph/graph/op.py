@@ -192,8 +192,8 @@ class Rows:
 
 ROWS: Final = "rows"
 """The attribute of an op that says which rows of its inputs it takes."""
-TURN: Final = "turn"
-"""The attribute of a slice that says which rows of the batch it stands for in its states: see `Op.turn`."""
+BATCH_ROWS: Final = "batch_rows"
+"""The attribute of a slice that says which rows of the batch it stands for in its states: see `Op.batch_rows`."""
 
 
 def rows_attr(views: Mapping[int, Rows]) -> tuple[int, ...]:
@@ -214,7 +214,7 @@ class Op:
 
     `after` names ops that must end first though no tensor connects them; `attrs` holds the static
     parameters of the kind as sorted (key, value) pairs. There are no callables inside. The attributes `rows`
-    and `turn` belong to every kind: see `views` and `turn`.
+    and `batch_rows` belong to every kind: see `views` and `batch_rows`.
     """
 
     name: str
@@ -244,9 +244,9 @@ class Op:
                 raise GraphError(
                     f"attribute {ROWS!r} of op {self.name!r} is {shown(value)}; it has four numbers a view."
                 )
-            if key == TURN and not (isinstance(value, tuple) and len(value) == 2 and 0 <= value[0] <= value[1]):
+            if key == BATCH_ROWS and not (isinstance(value, tuple) and len(value) == 2 and 0 <= value[0] <= value[1]):
                 raise GraphError(
-                    f"attribute {TURN!r} of op {self.name!r} is {shown(value)}; it has a start and an end."
+                    f"attribute {BATCH_ROWS!r} of op {self.name!r} is {shown(value)}; it has a start and an end."
                 )
 
     def attr(self, key: str, default: Attr | None = None) -> Attr:
@@ -270,11 +270,11 @@ class Op:
         return {}
 
     @property
-    def turn(self) -> tuple[int, int] | None:
+    def batch_rows(self) -> tuple[int, int] | None:
         """The rows of a batch that the op stands for, where its places in states are data: it writes those of its rows,
         which no other row has, and reads those of its rows and of the rows before them."""
         for name, value in self.attrs:
-            if name == TURN and isinstance(value, tuple) and len(value) == 2:
+            if name == BATCH_ROWS and isinstance(value, tuple) and len(value) == 2:
                 return value
         return None
 

@@ -37,7 +37,7 @@ class Kind:
     - `split`: for each input the axis that carries the batch, or a function that says so of given inputs; None: such an
       op cannot be sliced. The output carries the batch on its first axis.
     - `ordered`: places in states are data; a row writes where no other row does, and reads what its own row and rows
-      before it wrote, so that slices of the batch need not wait for those behind them (`Op.turn`).
+      before it wrote, so that slices of the batch need not wait for those behind them (`Op.batch_rows`).
     - `index_ranges`: input number -> (inputs, attributes) -> the range [low, high) of an input that is an index.
     """
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from taskgraph.errors import GraphError
-from taskgraph.graph.op import ITEMSIZE, ROWS, TURN, Attr, Tensor
+from taskgraph.graph.op import BATCH_ROWS, ITEMSIZE, ROWS, Attr, Tensor
 from taskgraph.record import instance, integer, one_of, shown, text
 
 Shapes = Sequence[Tensor]
@@ -159,7 +159,7 @@ class Signature:
         known = self._attributes()
         for key, value in attrs.items():
             wanted = known.get(key)
-            if wanted is None and key not in (ROWS, TURN):
+            if wanted is None and key not in (ROWS, BATCH_ROWS):
                 return f"there is no attribute {key!r}; there are {', '.join(known) or 'none'}"
             if wanted is not None and not _IS[wanted](value):
                 return f"{key} is {shown(value)}; it must be {wanted}"

@@ -12,7 +12,7 @@ from itertools import accumulate, pairwise
 
 from taskgraph.errors import GraphError
 from taskgraph.graph.graph import Carry, Graph, Repeat
-from taskgraph.graph.op import ROWS, TURN, Attr, Op, Rows, Tensor, Work, rows_attr, seen_inputs
+from taskgraph.graph.op import BATCH_ROWS, ROWS, Attr, Op, Rows, Tensor, Work, rows_attr, seen_inputs
 from taskgraph.graph.split import Sizes, Split
 from taskgraph.ops import KINDS, Attrs
 from taskgraph.rewrite.batch import OpBatch, batches, moves_rows
@@ -229,7 +229,7 @@ class _Rewriter:
         for k, (low, high) in enumerate(pairwise(borders)):
             mark = f"#{k}" if count > 1 else ""
             inputs, views, attrs = self._inputs(op, (low, high) if count > 1 else None)
-            attrs = {**self._turn(op, low, high), **attrs}
+            attrs = {**self._batch_rows(op, low, high), **attrs}
             outputs = [self._output(name, i, batch, (low, high), mark) for i, name in enumerate(op.outputs)]
             made = replace(
                 op,
@@ -246,9 +246,9 @@ class _Rewriter:
             names.append(made.name)
         self.parts_of[op.name] = tuple(names)
 
-    def _turn(self, op: Op, low: int, high: int) -> dict[str, Attr]:
+    def _batch_rows(self, op: Op, low: int, high: int) -> dict[str, Attr]:
         """The rows of the batch that units low to high of an op stand for, if those order what it does to its states:
-        one op, of the same batch, writes them all. A slice of a slice keeps the turn that it has."""
+        one op, of the same batch, writes them all. A slice of a slice keeps the rows that it has."""
         batch = self.found.get(op.name)
         if not _ordered(op) or batch is None:
             return {}
@@ -257,7 +257,7 @@ class _Rewriter:
             if len(writers) != 1 or self.found[writers[0]].place.batch != batch.place.batch:
                 return {}
         runs = batch.place.part(low, high).runs
-        return {TURN: (runs[0].first, runs[-1].end)}
+        return {BATCH_ROWS: (runs[0].first, runs[-1].end)}
 
     def _output(self, name: str, i: int, batch: OpBatch | None, units: tuple[int, int], mark: str) -> Tensor:
         tensor = self.graph.tensor[name]

@@ -21,7 +21,7 @@ from taskgraph.graph.graph import Graph
 from taskgraph.graph.op import Op
 from taskgraph.ops import COLLECTIVES
 from taskgraph.schedule.plan import Plan
-from taskgraph.schedule.verify import collectives_in_turn
+from taskgraph.schedule.verify import collectives_in_order
 
 
 class Group:
@@ -220,7 +220,7 @@ def _wrong(graph: Graph, plan: Plan, shared: Iterable[Op], group: Group) -> Grap
     if odd is not None:
         return GraphError(f"op {odd.name!r} is over {odd.integer('ranks')} ranks; the group has {group.size}.")
     try:
-        collectives_in_turn(plan, graph)
+        collectives_in_order(plan, graph)
     except PlanError as error:
         return error
     return None

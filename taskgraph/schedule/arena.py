@@ -11,7 +11,7 @@ import numpy as np
 
 from taskgraph.graph.graph import Graph
 from taskgraph.jit import njit
-from taskgraph.record import rows
+from taskgraph.record import from_columns
 from taskgraph.schedule.plan import Slot
 
 ALIGNMENT = 64
@@ -49,7 +49,7 @@ def assign(
         offsets = _by_size(np.argsort(-sizes, kind="stable"), sizes, life.first, life.last, before, gone)
     else:
         offsets = _by_region(sizes, life, gone, len(order))
-    slots = rows(Slot, len(sizes), life.names, offsets.tolist(), sizes.tolist())
+    slots = from_columns(Slot, len(sizes), life.names, offsets.tolist(), sizes.tolist())
     return slots, int((offsets + sizes).max())
 
 

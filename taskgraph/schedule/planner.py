@@ -12,8 +12,8 @@ from taskgraph.graph.graph import Graph
 from taskgraph.graph.op import RESOURCES
 from taskgraph.jit import njit
 from taskgraph.ops import check_op
+from taskgraph.record import from_columns, instance, integer, number
 from taskgraph.record import function as called
-from taskgraph.record import instance, integer, number, rows
 from taskgraph.schedule.arena import assign
 from taskgraph.schedule.bounds import lower_bounds
 from taskgraph.schedule.evaluate import Assignment, Evaluation, Layout, evaluate
@@ -158,7 +158,7 @@ def _replayed(graph: Graph, plan: Plan, costs: Costs, record: bool) -> tuple[Pro
 
 def _timeline(flat: Graph, problem: Problem, order: np.ndarray, lanes: list[int], times: Evaluation) -> Timeline:
     names = [flat.ops[i].name for i in order.tolist()]
-    spans = rows(Span, len(names), names, lanes, times.start_s[order].tolist(), times.end_s[order].tolist())
+    spans = from_columns(Span, len(names), names, lanes, times.start_s[order].tolist(), times.end_s[order].tolist())
     return Timeline("simulated", f"{problem.device.name}, {' + '.join(sorted(set(problem.sources)))}", spans)
 
 
@@ -195,7 +195,7 @@ def _plan_of(graph: Graph, found: Found, verdict: Verdict, made_by: str) -> Plan
         lanes=tuple(
             Lane(int(g), int(layout.lane_partition[i] - first_row[g])) for i, g in zip(used, geometry_of, strict=True)
         ),
-        steps=rows(Step, problem.n, [flat.ops[i].name for i in order.tolist()], step_lane, waits, sms),
+        steps=from_columns(Step, problem.n, [flat.ops[i].name for i in order.tolist()], step_lane, waits, sms),
         arena=slots,
         arena_bytes=arena_bytes,
         timeline=_timeline(flat, problem, order, step_lane, times),

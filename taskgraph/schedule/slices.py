@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from taskgraph.errors import PlanError
 from taskgraph.graph.graph import Carry, Graph
-from taskgraph.graph.op import PLAIN, ROWS, TURN, Attr, Op, Rows, Work, seen_inputs
+from taskgraph.graph.op import BATCH_ROWS, PLAIN, ROWS, Attr, Op, Rows, Work, seen_inputs
 from taskgraph.graph.split import Split
 from taskgraph.ops import KINDS, Attrs
 from taskgraph.schedule.follow import Batch, Followed, Held, Run, Seen, batch_of, followed, length_of, picked, same
@@ -189,7 +189,7 @@ class _Checker:
             self.cut.move(made)
             self._work(part)
             return
-        if _static(made) != _static(op) or (op.turn is not None and made.turn != op.turn):
+        if _static(made) != _static(op) or (op.batch_rows is not None and made.batch_rows != op.batch_rows):
             raise PlanError(f"op {made.name!r} has other attributes than op {op.name!r}.")
         for i, name in enumerate(op.inputs):
             if self.cut.seen(made, i) != (wanted := self._wanted(part, i)) and not self._alike(made, i, wanted):
@@ -247,7 +247,7 @@ class _Checker:
 
     def _plain(self, op: Op) -> None:
         """An op that only moves rows, and was not in the graph, asks for nothing and has the work of its rows."""
-        if op.after or op.demand != PLAIN or op.writes or op.turn is not None:
+        if op.after or op.demand != PLAIN or op.writes or op.batch_rows is not None:
             raise PlanError(f"op {op.name!r} only moves rows, yet it waits, demands or writes.")
         self._has_work(op, _ruled(op, self.sliced) or op.work)
 
@@ -303,8 +303,8 @@ class _Checker:
     def _independent_places(self) -> None:
         """Slices whose places in a state are data, and that need not wait for each other by the batch rows that they
         say they stand for, are slices of one writer, or the writer's rows are behind all that the reader may see."""
-        turned = [part for part in self.parts.values() if part.made.turn is not None]
-        for one, other in combinations(turned, 2):
+        placed = [part for part in self.parts.values() if part.made.batch_rows is not None]
+        for one, other in combinations(placed, 2):
             shared = self.written.intersection(one.made.inputs, other.made.inputs)
             for state in shared & {*one.made.writes, *other.made.writes}:
                 if not _ordered(one.made, other.made, state) and not self._known_apart(one, other, state):
@@ -319,7 +319,7 @@ class _Checker:
             return False
         if one.number == other.number:
             return True
-        if old.turn is not None and older.turn is not None:
+        if old.batch_rows is not None and older.batch_rows is not None:
             return not _ordered(old, older, state)
         writer, reader = (one, other) if state in old.writes else (other, one)
         if state in self.graph.ops[reader.number].writes:
@@ -370,7 +370,7 @@ class _Checker:
 
 def _static(op: Op) -> dict[str, Attr]:
     """The attributes that no slice changes."""
-    return {key: value for key, value in op.attrs if key not in (ROWS, TURN)}
+    return {key: value for key, value in op.attrs if key not in (ROWS, BATCH_ROWS)}
 
 
 def _ruled(op: Op, graph: Graph) -> Work | None:
@@ -385,8 +385,8 @@ def _ordered(one: Op, other: Op, state: str) -> bool:
     """Whether the rows of the batch that two ops say they stand for make one wait for the other in `state`."""
     spans = []
     for op in (one, other):
-        view, turn = op.views.get(op.inputs.index(state)), op.turn
-        if view is not None or turn is None:
+        view, span = op.views.get(op.inputs.index(state)), op.batch_rows
+        if view is not None or span is None:
             return True  # parts of the state itself: what each takes of it has been checked
-        spans.append(Rows(0, turn[0] if state in op.writes else 0, turn[1]))
+        spans.append(Rows(0, span[0] if state in op.writes else 0, span[1]))
     return spans[0].overlaps(spans[1])

@@ -201,7 +201,7 @@ def _waits_cover_edges(plan: Plan, graph: Graph) -> None:
                 raise PlanError(f"op {op.name!r} may start before {graph.ops[p].name!r} ends: no wait orders them.")
 
 
-def _geometries_take_turns(plan: Plan, graph: Graph) -> None:
+def _geometries_apart(plan: Plan, graph: Graph) -> None:
     """Steps in overlapping partitions of different geometries never run at the same time."""
     if len(plan.geometries) == 1:
         return
@@ -244,7 +244,7 @@ def _timeline_possible(plan: Plan, graph: Graph) -> None:
         )
 
 
-def collectives_in_turn(plan: Plan, graph: Graph) -> None:
+def collectives_in_order(plan: Plan, graph: Graph) -> None:
     """Collectives between ranks run one after another, in the plan's order, so that all ranks issue them alike.
 
     A rule for plans that several ranks run together: `graph` is what the steps name, flat. PlanError names two that
@@ -340,7 +340,7 @@ _RULES: tuple[Callable[[Plan, Graph], None], ...] = (
     _every_op_once,
     _demands_met,
     _waits_cover_edges,
-    _geometries_take_turns,
+    _geometries_apart,
     _timeline_possible,
     _verdict_agrees,
     _no_alias_in_arena,

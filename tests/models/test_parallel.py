@@ -23,7 +23,7 @@ from taskgraph.models.weights import open_checkpoint
 from taskgraph.runtime.cpu.kinds import TORCH_DTYPE
 from taskgraph.runtime.distributed import Group, connect, group, one_plan
 from taskgraph.schedule import planner
-from taskgraph.schedule.verify import collectives_in_turn
+from taskgraph.schedule.verify import collectives_in_order
 from taskgraph.serving.ranks.processes import Ranks
 from taskgraph.serving.session import Session
 from tests.models import test_families, test_llama
@@ -244,8 +244,8 @@ def test_collectives_that_could_race_are_refused(races: tuple[int, ...], ranks: 
     """On every rank at once, also where only one rank's plan races."""
     graph = two_collectives()
     with pytest.raises(PlanError, match=r"'left' and 'right' may run at the same time"):
-        collectives_in_turn(on_two_lanes(graph, waits=False), graph)
-    collectives_in_turn(on_two_lanes(graph, waits=True), graph)
+        collectives_in_order(on_two_lanes(graph, waits=False), graph)
+    collectives_in_order(on_two_lanes(graph, waits=True), graph)
     with pytest.raises(PlanError, match=r"'left' and 'right' may run at the same time|rank 1 runs other"):
         ranks.call("compile", races=races)
     ranks.call("compile")
@@ -260,12 +260,12 @@ def test_the_planner_leaves_no_race_between_nano_batches(
     )
     graph = rewrite.split_batch(step, sizes)
     ordered = tg.plan(graph, "h100_sxm", "list")
-    collectives_in_turn(ordered, graph.flat())
+    collectives_in_order(ordered, graph.flat())
     tg.verify(ordered, graph)
     assert len(ordered.lanes) > 1
     monkeypatch.setattr(planner, "_in_one_order", lambda found: found)
     with pytest.raises(PlanError, match="may run at the same time"):
-        collectives_in_turn(tg.plan(graph, "h100_sxm", "list"), graph.flat())
+        collectives_in_order(tg.plan(graph, "h100_sxm", "list"), graph.flat())
 
 
 def test_ranks_with_other_orders_are_refused(ranks: Ranks) -> None:

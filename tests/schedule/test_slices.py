@@ -14,7 +14,7 @@ import taskgraph as tg
 from taskgraph import ops, rewrite
 from taskgraph.errors import GraphError, PlanError
 from taskgraph.graph.graph import Graph, GraphBuilder
-from taskgraph.graph.op import ROWS, TURN, Op, Work, rows_attr, spec
+from taskgraph.graph.op import BATCH_ROWS, ROWS, Op, Work, rows_attr, spec
 from taskgraph.graph.split import UNSPLIT, Split
 from taskgraph.models import llama
 from taskgraph.schedule.follow import Held, Run, joined, picked, same
@@ -247,7 +247,7 @@ def test_slices_are_those_that_the_split_says(split: Split, text: str) -> None:
 def test_slices_over_pages_that_need_not_wait_for_what_they_read_are_refused(name: str, rows: tuple[int, int]) -> None:
     made = rewrite.split_batch(PAGED, (2, 41))
     with pytest.raises(PlanError, match=r"'layer/(rope|decode_attention)#1'.* share state .* without an order"):
-        check_slices(PAGED, Split.of((2, 41)), attr(made, f"layer/{name}", **{TURN: rows}))
+        check_slices(PAGED, Split.of((2, 41)), attr(made, f"layer/{name}", **{BATCH_ROWS: rows}))
 
 
 def test_verify_refuses_a_plan_of_a_wrong_rewrite() -> None:

@@ -16,7 +16,7 @@ from taskgraph.graph.graph import Graph, GraphBuilder
 from taskgraph.graph.op import Demand, Work, spec
 from taskgraph.schedule.plan import Bounds, Lane, Period, Plan, Slot, Span, Step, Timeline, Verdict
 from taskgraph.schedule.sliced import resident_bytes, verify
-from taskgraph.schedule.verify import check_readable, check_timeline, collectives_in_turn
+from taskgraph.schedule.verify import check_readable, check_timeline, collectives_in_order
 from tests.schedule.test_verify import H100, diamond, packed, sequential, with_slot, with_span, with_step
 
 WORK = Work(flops=1.0)
@@ -288,12 +288,12 @@ def reduced(ranks: int) -> tuple[Graph, Plan]:
 def test_collectives_of_several_ranks_run_one_after_another() -> None:
     graph, plan = reduced(2)
     with pytest.raises(PlanError, match="collectives 'c0' and 'c1' may run at the same time"):
-        collectives_in_turn(plan, graph)
-    collectives_in_turn(with_step(plan, 2, waits=(0,)), graph)
-    collectives_in_turn(with_step(plan, 1, waits=(0,)), graph)
+        collectives_in_order(plan, graph)
+    collectives_in_order(with_step(plan, 2, waits=(0,)), graph)
+    collectives_in_order(with_step(plan, 1, waits=(0,)), graph)
     with pytest.raises(PlanError, match="'c1' and 'c2'"):
-        collectives_in_turn(with_step(with_step(plan, 2, waits=(0,)), 3, lane=0), graph)
-    collectives_in_turn(*reversed(reduced(1)))  # one rank issues as it likes
+        collectives_in_order(with_step(with_step(plan, 2, waits=(0,)), 3, lane=0), graph)
+    collectives_in_order(*reversed(reduced(1)))  # one rank issues as it likes
 
 
 # -------------------------------------------------------------------------------- against all pairs

@@ -60,7 +60,7 @@ def or_sequential(found: Found, baseline: Found) -> Assignment:
 
 def collectives_ordered(found: Found) -> Found:
     """The schedule with its collectives one after another, as they start: ranks that issued them in different orders
-    would wait for each other (`verify.collectives_in_turn`)."""
+    would wait for each other (`verify.collectives_in_order`)."""
     chosen, graph = found.assignment, found.problem.graph
     if not any(op.kind in COLLECTIVES and op.integer("ranks") > 1 for op in graph.ops):
         return found
