@@ -189,6 +189,14 @@ size_t tgv_report(char* out, size_t bytes) {
     return text.size() + 1;
 }
 
+// Makes the kernels of a host-built library known; 1, and what is wrong with it, if they cannot be.
+int tgv_add_kernels(const char* path, char* error, size_t bytes) {
+    std::lock_guard<std::recursive_mutex> hold(machine().lock);
+    std::string wrong = add_host_kernels(path);
+    std::snprintf(error, bytes, "%s", wrong.c_str());
+    return !wrong.empty();
+}
+
 void tgv_clear_log() {
     std::lock_guard<std::recursive_mutex> hold(machine().lock);
     machine().log.clear();

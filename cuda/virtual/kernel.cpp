@@ -13,21 +13,24 @@
 
 namespace tgv {
 
-void load_host_kernels() {
+std::string add_host_kernels(const std::string& path) {
     auto& m = machine();
-    for (auto& path : m.settings.host_kernels) {
-        void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
-        if (!library) {
-            note("error", std::string("host kernels: ") + dlerror());
-            continue;
-        }
-        auto table = reinterpret_cast<HostKernelTable>(dlsym(library, "tgv_host_kernels"));
-        if (!table) {
-            note("error", "host kernels: " + path + " has no table");
-            continue;
-        }
-        for (auto* kernel = table(); kernel->name; kernel++) m.host_kernels[kernel->name] = kernel;
-        m.kernel_libraries.push_back(library);
+    void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+    if (!library) return dlerror();
+    auto table = reinterpret_cast<HostKernelTable>(dlsym(library, "tgv_host_kernels"));
+    if (!table) return path + " has no table";
+    for (auto* kernel = table(); kernel->name; kernel++)
+        if (m.host_kernels.count(kernel->name))
+            return std::string("another file has a kernel ") + kernel->name + "; give it another name";
+    for (auto* kernel = table(); kernel->name; kernel++) m.host_kernels[kernel->name] = kernel;
+    m.kernel_libraries.push_back(library);
+    return "";
+}
+
+void load_host_kernels() {
+    for (auto& path : machine().settings.host_kernels) {
+        std::string wrong = add_host_kernels(path);
+        if (!wrong.empty()) note("error", "host kernels: " + wrong);
     }
 }
 
@@ -150,7 +153,7 @@ ENTRY(cuKernelGetAttribute, 12000, 12000, int* value, int attribute, void* kerne
 static const HostKernel* need_host(Kernel* kernel) {
     if (!kernel->host) kernel->host = host_kernel(kernel->name);
     if (!kernel->host)
-        refuse(NOT_FOUND, "kernel %s has no host build; build its source for the host and name it in the control file",
+        refuse(NOT_FOUND, "kernel %s has no host build; write EXPORT(%s) below it in its .cu file", kernel->name.c_str(),
                kernel->name.c_str());
     return kernel->host;
 }

@@ -303,6 +303,8 @@ void enqueue(Stream* stream, Work&& work);
 void run_kernel(KernelWork& work);
 void check_launch(const KernelWork& work, const Context* context);
 void load_host_kernels();
+// Makes the kernels of a host-built library known; what is wrong with it, empty if nothing is.
+std::string add_host_kernels(const std::string& path);
 const HostKernel* host_kernel(const std::string& name);
 // memory.cpp
 const Allocation* allocation_at(uintptr_t address);

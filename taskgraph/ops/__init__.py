@@ -40,13 +40,36 @@ from taskgraph.ops.moves import (
     slice_rows,
 )
 from taskgraph.ops.rotary import Llama3Stretch, RopeSpec, YarnStretch
-from taskgraph.ops.signatures import Attrs, Signature, moved, need, need_floats
+from taskgraph.ops.signatures import (
+    COUNT,
+    DTYPE,
+    FLAG,
+    NUMBER,
+    PLACE,
+    POSITIVE,
+    SMALL,
+    WORD,
+    Attrs,
+    Shapes,
+    Signature,
+    moved,
+    need,
+    need_floats,
+)
 
 __all__ = [
     "COLLECTIVES",
+    "COUNT",
+    "DTYPE",
+    "FLAG",
     "KINDS",
     "NCCL_CHANNELS",
     "NCCL_SMS",
+    "NUMBER",
+    "PLACE",
+    "POSITIVE",
+    "SMALL",
+    "WORD",
     "Attrs",
     "Kind",
     "LatentRopeSpec",
@@ -54,6 +77,7 @@ __all__ = [
     "Llama3Stretch",
     "RopeSpec",
     "RouteSpec",
+    "Shapes",
     "Signature",
     "TokenPlaces",
     "YarnStretch",

@@ -16,7 +16,7 @@ from taskgraph.cost.gpu_report import Check, GemmTime, GpuReport, KernelTime, Ov
 from taskgraph.cost.profiles import ProfileDB
 from taskgraph.errors import CalibrationError, DeviceError
 from taskgraph.graph import device as specs
-from taskgraph.runtime.gpu import dense, driver, spec
+from taskgraph.runtime.gpu import driver, kinds, spec
 from taskgraph.runtime.gpu.driver import Capability
 from taskgraph.tune.gpucheck import cases, checks, fast, power, rig
 from taskgraph.tune.gpucheck import run as running
@@ -231,13 +231,14 @@ def test_the_equality_check_sees_a_wrong_output(on_virtual: Call) -> None:
 
 def see_a_wrong_output() -> None:
     """With a launch rule that adds a tensor to itself, the check of every op kind must fail."""
-    right = dense.LAUNCH_RULES["add"]
-    dense.LAUNCH_RULES["add"] = lambda op, ins, outs, site: right(op, [ins[0], ins[0]], outs, site)
+    right = kinds.GPU_KINDS["add"]
+    wrong = replace(right, launches=lambda op, ins, outs, site: right.launches(op, [ins[0], ins[0]], outs, site))
+    kinds._KINDS["add"] = wrong
     try:
         name = "every op kind, f32, equals the cpu backend"
         made = checks.checked(name, checks.CHECKS[name], bench())
     finally:
-        dense.LAUNCH_RULES["add"] = right
+        kinds._KINDS["add"] = right
     assert not made.passed and "differ from the cpu backend" in made.seen
 
 

@@ -16,8 +16,8 @@ from taskgraph.graph.op import ITEMSIZE, Tensor
 from taskgraph.runtime.buffers import Use, dtype_name, host_tensor, same
 from taskgraph.runtime.cpu.kinds import TORCH_DTYPE
 from taskgraph.runtime.gpu import driver
-from taskgraph.runtime.gpu.dense import Buffer, dense_strides
 from taskgraph.runtime.gpu.driver import Gpu, Memory
+from taskgraph.runtime.gpu.kinds import Buffer, dense_strides
 
 _TYPESTR = {
     "f64": "<f8", "f32": "<f4", "f16": "<f2", "bf16": "<V2", "i64": "<i8", "i32": "<i4", "i8": "|i1", "u8": "|u1",

@@ -212,17 +212,19 @@ def kernel_folder() -> Path:
 
 
 def compiled(source: Path, arch: str) -> bytes:
-    """The cubin of one .cu file by NVRTC, from the cache where it was compiled before."""
+    """The cubin of one .cu file by NVRTC, from the cache where it was compiled before; a file may include those beside
+    it and our own headers."""
     from cuda.core import Program, ProgramOptions
 
-    headers = sorted(source.parent.glob("*.cuh"))
+    folders = list(dict.fromkeys((source.parent, kernel_folder())))
+    headers = sorted(path for folder in folders for path in folder.glob("*.cuh"))
     digest = hashlib.blake2b(repr((arch, metadata.version("cuda-core"), _nvrtc_version())).encode(), digest_size=12)
     for path in (source, *headers):
         digest.update(path.read_bytes())
     target = cache.place("cubin", f"{source.stem}-{digest.hexdigest()}.cubin")
     if target.exists():
         return target.read_bytes()
-    options = ProgramOptions(arch=arch, std="c++17", include_path=str(source.parent), name=source.name)
+    options = ProgramOptions(arch=arch, std="c++17", include_path=[*map(str, folders)], name=source.name)
     with driver_errors(f"compile {source.name} for {arch}"):
         code = bytes(Program(source.read_text(), "c++", options).compile("cubin").code)
     with cache.keeping("compiled kernels", target):
@@ -256,7 +258,7 @@ class Gpu:
 
     capability: Capability
     device: Any
-    _kernels: dict[str, Any] = field(default_factory=dict)
+    _kernels: dict[tuple[Path, str], Any] = field(default_factory=dict)
     _modules: dict[Path, Any] = field(default_factory=dict)
     _threads: threading.local = field(default_factory=threading.local)
     _born: int = field(default_factory=forks)
@@ -314,15 +316,18 @@ class Gpu:
 
     def kernel(self, name: str, source: str | Path) -> Any:
         """The kernel of that name from a .cu file (a stem of the package's, or a path); compiled at first use."""
-        if name not in self._kernels:
-            path = source if isinstance(source, Path) else kernel_folder() / f"{source}.cu"
+        path = source if isinstance(source, Path) else kernel_folder() / f"{source}.cu"
+        if (path, name) not in self._kernels:
             if path not in self._modules:
                 from cuda.core import ObjectCode
 
+                control = virtual.loaded()
+                if control is not None and path.parent != kernel_folder():
+                    control.add_kernels(path)
                 self._modules[path] = ObjectCode.from_cubin(compiled(path, self.arch))
-            with driver_errors(f"load kernel {name}"):
-                self._kernels[name] = self._modules[path].get_kernel(name)
-        return self._kernels[name]
+            with driver_errors(f"load kernel {name} of {path.name}"):
+                self._kernels[path, name] = self._modules[path].get_kernel(name)
+        return self._kernels[path, name]
 
     def stream(self, context: Any = None) -> Any:
         """A non-blocking stream of a context (default: the whole device)."""

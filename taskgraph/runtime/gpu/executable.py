@@ -20,14 +20,15 @@ from taskgraph.ops import COLLECTIVES
 from taskgraph.runtime.buffers import Region, changed_names, check_apart, host_tensor, written_names
 from taskgraph.runtime.check import Watch
 from taskgraph.runtime.distributed import Group, check_collectives
-from taskgraph.runtime.gpu import driver, experts, latent, paged, torch_ops, virtual  # noqa: F401
+from taskgraph.runtime.gpu import driver, torch_ops, virtual
 from taskgraph.runtime.gpu.arrays import DeviceArray, DeviceSpace, device_buffer
 from taskgraph.runtime.gpu.collectives import collective
-from taskgraph.runtime.gpu.dense import Buffer, CopyLaunch, Launch, Launches, launches, seen
 from taskgraph.runtime.gpu.driver import Gpu, Memory
+from taskgraph.runtime.gpu.kinds import Buffer, CopyLaunch, Launch, Launches, seen
 from taskgraph.runtime.gpu.on_stream import bound_call, named_error
 from taskgraph.runtime.gpu.readback import compare
 from taskgraph.runtime.gpu.sites import Faults, LaneSite
+from taskgraph.runtime.gpu.standard import launches
 from taskgraph.runtime.gpu.torch_memory import TorchPool
 from taskgraph.runtime.turns import Turns, in_op
 from taskgraph.schedule.plan import Plan, Span, Timeline

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from taskgraph.graph.op import ITEMSIZE, Op
-from taskgraph.runtime.gpu.dense import (
+from taskgraph.runtime.gpu.kinds import (
+    KERNELS,
     THREADS,
     Buffer,
     Launch,
@@ -14,15 +15,14 @@ from taskgraph.runtime.gpu.dense import (
     Site,
     at_most,
     float_type,
-    launch_rule,
+    register,
 )
 
 _MAX_EXPERTS, _MAX_GROUPS, _COLUMNS, _BLOCK = 512, 64, 64, 256
 """The arrays in shared memory of `experts.cu`, the columns of a tile and the threads of its block."""
 
 
-@launch_rule("route")
-def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
+def route_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
     logits, *rest = ins
     bias, slots = (sum(t.address for t in rest if (t.dtype == "i32") is whether) for whether in (False, True))
     tokens, count = logits.shape
@@ -39,11 +39,10 @@ def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Laun
         *map(np.int32, (*chosen, *flags)),
         np.float32(op.number("scale")),
     )
-    return [Launch(f"route_{float_type(op, logits)}", "experts", (tokens,), THREADS, args)]
+    return [Launch(f"route_{float_type(op, logits)}", (tokens,), THREADS, args)]
 
 
-@launch_rule("experts")
-def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
+def experts_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
     """Lists of each expert's tokens, its two products on them, and the sum of every token's rows."""
     x, routing, gate_up, down, *residual = ins
     kind, (rows, hidden), (held, _, inner) = float_type(op, x, gate_up, down, outs[0], *residual), x.shape, down.shape
@@ -55,23 +54,27 @@ def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Laun
     up = (x.address, gate_up.address, tokens, counts, offsets, active, np.int32(rows), *sizes)
     summed = (routing.address, places, offsets, made, residual[0].address if residual else 0, outs[0].address)
     return [
-        Launch("expert_lists", "experts", (held,), THREADS, lists),
-        Launch("expert_offsets", "experts", (1,), 1, (counts, offsets, np.int32(held))),
-        Launch(f"expert_up_{kind}", "experts", (-(-inner // _COLUMNS), held), _BLOCK, up),
+        Launch("expert_lists", (held,), THREADS, lists),
+        Launch("expert_offsets", (1,), 1, (counts, offsets, np.int32(held))),
+        Launch(f"expert_up_{kind}", (-(-inner // _COLUMNS), held), _BLOCK, up),
         Launch(
-            f"expert_down_{kind}", "experts", (-(-hidden // _COLUMNS), held), _BLOCK,
+            f"expert_down_{kind}", (-(-hidden // _COLUMNS), held), _BLOCK,
             (active, down.address, counts, offsets, made, *sizes),
         ),
         Launch(
-            f"expert_sum_{kind}", "experts", (rows,), THREADS, (*summed, *map(np.int32, (held, hidden, room))),
+            f"expert_sum_{kind}", (rows,), THREADS, (*summed, *map(np.int32, (held, hidden, room))),
         ),
     ]  # fmt: skip
 
 
-@launch_rule("gated_add")
-def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
+def gated_add_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
     x, gate, base = ins
     count = math.prod(x.shape)
     grid = (max(1, min(-(-count // 256), 8 * site.sm_count)),)
     args = (x.address, gate.address, base.address, outs[0].address, np.int64(count), np.int32(x.shape[1]))
-    return [Launch(f"gated_add_{float_type(op, x, gate, base, outs[0])}", "experts", grid, 256, args)]
+    return [Launch(f"gated_add_{float_type(op, x, gate, base, outs[0])}", grid, 256, args)]
+
+
+register("route", route_launches, KERNELS / "experts.cu")
+register("experts", experts_launches, KERNELS / "experts.cu")
+register("gated_add", gated_add_launches, KERNELS / "experts.cu")

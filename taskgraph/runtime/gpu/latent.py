@@ -10,7 +10,8 @@ import numpy as np
 
 from taskgraph.graph.op import Op
 from taskgraph.runtime import rotary
-from taskgraph.runtime.gpu.dense import (
+from taskgraph.runtime.gpu.kinds import (
+    KERNELS,
     THREADS,
     Buffer,
     Launch,
@@ -18,24 +19,22 @@ from taskgraph.runtime.gpu.dense import (
     Site,
     at_most,
     float_type,
-    launch_rule,
     need_i64,
+    register,
 )
 
 _MAX_RANK, _MAX_DIM = 1024, 512
 """The arrays in shared memory of `latent.cu`."""
 
 
-@launch_rule("latent_rope")
-def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
+def latent_rope_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
     _, _, _, positions, latents = ins
     need_i64(op, positions)
     batch, length, _ = latents.shape
     return _rope(op, ins, outs[0], (np.int32(outs[0].shape[0] // batch), np.int64(length)), site)
 
 
-@launch_rule("paged_latent_rope")
-def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
+def paged_latent_rope_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
     pages, rows, _ = ins[-1].shape
     return _rope(op, ins, outs[0], (np.int64(pages * rows), np.int32(op.integer("context"))), site)
 
@@ -48,11 +47,10 @@ def _rope(op: Op, ins: Sequence[Buffer], out: Buffer, places: tuple[np.integer[A
     last = (np.float32(op.number("eps")), np.int32(bool(op.attr("interleaved"))), np.float32(rotary.size(op)))
     name = f"{op.kind}_{float_type(op, q, kv, norm, latents, out)}"
     args = (*(t.address for t in ins), inverse, out.address, *sizes, *places, *last, site.fault())
-    return [Launch(name, "latent", (tokens, heads + 1), THREADS, args)]
+    return [Launch(name, (tokens, heads + 1), THREADS, args)]
 
 
-@launch_rule("latent_attention")
-def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
+def latent_attention_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
     q, positions, latents, _ = ins
     need_i64(op, positions)
     batch, length, _ = latents.shape
@@ -60,14 +58,12 @@ def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Laun
     return _attention(op, ins, outs[0], pointers, (np.int32(q.shape[0] // batch), np.int64(length)), site)
 
 
-@launch_rule("paged_latent_decode")
-def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
+def paged_latent_decode_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
     q, *others = ins
     return _attention(op, ins, outs[0], [q.address, 0, *(t.address for t in others)], _pages(*ins[1:4]), site)
 
 
-@launch_rule("paged_latent_prefill")
-def _(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
+def paged_latent_prefill_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
     return _attention(op, ins, outs[0], [t.address for t in ins], _pages(*ins[2:5]), site)
 
 
@@ -86,4 +82,11 @@ def _attention(
     sizes = map(np.int32, (heads, dim, rank, turned, out.shape[1] // heads))
     args = (*pointers, out.address, *sizes, *places, np.float32(op.number("scale")), site.fault())
     kernel = "paged_latent_attention" if op.kind.startswith("paged") else "latent_attention"
-    return [Launch(f"{kernel}_{float_type(op, q, latents, up, out)}", "latent", (tokens, heads), THREADS, args)]
+    return [Launch(f"{kernel}_{float_type(op, q, latents, up, out)}", (tokens, heads), THREADS, args)]
+
+
+register("latent_rope", latent_rope_launches, KERNELS / "latent.cu")
+register("paged_latent_rope", paged_latent_rope_launches, KERNELS / "latent.cu")
+register("latent_attention", latent_attention_launches, KERNELS / "latent.cu")
+register("paged_latent_decode", paged_latent_decode_launches, KERNELS / "latent.cu")
+register("paged_latent_prefill", paged_latent_prefill_launches, KERNELS / "latent.cu")

@@ -148,7 +148,8 @@ def kernel_library(kernels: Sequence[Path] | None = None) -> Path:
     """Kernels compiled for the host: those of the package, or the given .cu files."""
     folder = sources() / "virtual"
     inputs = sorted((sources() / "kernels").glob("*.cu")) if kernels is None else list(kernels)
-    shared = [*folder.glob("*.h"), *(sources() / "kernels").glob("*.cuh")]
+    beside = {path.parent for path in inputs} | {sources() / "kernels"}
+    shared = [*folder.glob("*.h"), *(header for place in beside for header in place.glob("*.cuh"))]
     include = ["-include", str(folder / "host.h"), "-I", str(folder), "-I", str(sources() / "kernels")]
     flags = [*([*_FLAGS, *_KERNEL_FLAGS, *include, "-x", "c++"] for _ in inputs), [*_FLAGS, "-I", str(folder)]]
     link = [f"-Wl,--version-script={folder / 'exports.map'}"]
@@ -264,6 +265,14 @@ class Control:
     def set(self, **values: int) -> None:
         """Change settings, for instance faults: `set(fail_alloc=3)`."""
         self._library.tgv_control("\n".join(f"{key} {value}" for key, value in values.items()).encode())
+
+    def add_kernels(self, source: Path) -> None:
+        """Build the kernels of a .cu file for the host and make them known. BackendUnavailable when the compiler
+        refuses the file, or another file has a kernel of the same name: here they are told apart by name alone."""
+        library = kernel_library([source])
+        text = ctypes.create_string_buffer(4096)
+        if self._library.tgv_add_kernels(str(library).encode(), text, ctypes.c_size_t(len(text))):
+            raise BackendUnavailable(f"the kernels of {str(source)!r} cannot be used here: {text.value.decode()}.")
 
     @contextmanager
     def dry(self) -> Iterator[None]:

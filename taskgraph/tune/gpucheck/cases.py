@@ -20,10 +20,11 @@ from taskgraph.graph.device import Device
 from taskgraph.graph.graph import Graph, GraphBuilder
 from taskgraph.graph.op import Op, Work, demand, spec
 from taskgraph.runtime.cpu.kinds import TORCH_DTYPE
-from taskgraph.runtime.gpu import driver, experts, latent, paged  # noqa: F401 - their launch rules
-from taskgraph.runtime.gpu.dense import Buffer, CopyLaunch, launches
+from taskgraph.runtime.gpu import driver
 from taskgraph.runtime.gpu.driver import Gpu, Memory
+from taskgraph.runtime.gpu.kinds import Buffer, CopyLaunch
 from taskgraph.runtime.gpu.sites import LaneSite
+from taskgraph.runtime.gpu.standard import launches
 from taskgraph.tune.gpucheck.fast import Fast
 from taskgraph.tune.gpucheck.rig import Lane
 

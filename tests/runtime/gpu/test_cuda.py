@@ -27,10 +27,11 @@ from taskgraph.runtime.cpu.kinds import TORCH_DTYPE
 from taskgraph.runtime.gpu import driver, torch_ops, virtual
 from taskgraph.runtime.gpu.arrays import DeviceArray, DeviceTensors
 from taskgraph.runtime.gpu.collectives import collective
-from taskgraph.runtime.gpu.dense import LAUNCH_RULES, Buffer, Launch, launches
 from taskgraph.runtime.gpu.driver import GraphFacts, NodeFacts
 from taskgraph.runtime.gpu.executable import CudaExecutable
+from taskgraph.runtime.gpu.kinds import Buffer, Launch
 from taskgraph.runtime.gpu.readback import compare
+from taskgraph.runtime.gpu.standard import GPU_KINDS, launches
 from taskgraph.schedule.plan import Plan
 from taskgraph.schedule.planner import replay_times
 from taskgraph.serving.session import Session, step_seconds
@@ -76,7 +77,7 @@ def test_random_cases_reach_every_kind_views_and_geometries() -> None:
 
 
 def test_every_standard_kind_has_launches() -> None:
-    assert set(tg.ops.KINDS) == set(LAUNCH_RULES)
+    assert set(tg.ops.KINDS) == set(GPU_KINDS)
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])

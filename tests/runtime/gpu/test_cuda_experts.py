@@ -13,7 +13,8 @@ from taskgraph.graph.graph import Graph, GraphBuilder
 from taskgraph.models.config import ModelConfig, Yarn
 from taskgraph.models.llama import step_graph
 from taskgraph.runtime.cpu.kinds import TORCH_DTYPE
-from taskgraph.runtime.gpu.dense import Buffer, launches
+from taskgraph.runtime.gpu.kinds import Buffer
+from taskgraph.runtime.gpu.standard import launches
 from tests.conftest import Call
 from tests.ops.test_experts import LATENT_TINY, MOE_TINY
 from tests.runtime.gpu.test_cuda import run_plan
