@@ -78,21 +78,22 @@ def calibrate(
 def _fit_family(table: Measurements, spec: Spec, report: Callable[[str, Errors, Errors], None]) -> Fitted:
     family, held = table.family, table.keys < HELD_OUT
     train, test = table.where(~held), table.where(held)
-    coefficients, tables = _fit(train, spec)
+    coefficients, values = _fit(train, spec)
     formula = _whole_device(family, test.shapes, spec, coefficients)
-    left = surface.corrections(family.features_of(test.shapes, spec), family.terms, tables)
-    plain, errors = Errors.of(formula, test.seconds), Errors.of(formula * exp(np.asarray(left)), test.seconds)
+    scale = exp(surface.corrections(family.features_of(test.shapes, spec), family.terms, values))
+    plain, errors = Errors.of(formula, test.seconds), Errors.of(formula * scale, test.seconds)
     report(family.name, plain, errors)
-    coefficients, tables = _fit(table, spec)
+    coefficients, values = _fit(table, spec)
     fitted = zip(family.coefficients.names(), coefficients.values(), strict=True)
     named = {name: float(f"{value:.5g}") for name, value in fitted}
     held_out = {**errors.as_dict(), "formula_alone_median": plain.median, "formula_alone_p90": plain.p90}
-    rounded = tuple(tuple(round(float(v), 4) for v in values) for values in tables)
-    return Fitted(named, rounded, {key: round(value, 4) for key, value in held_out.items()})
+    parts = np.split(values, np.cumsum(surface.sizes_of(family.terms))[:-1])
+    tables = tuple(tuple(round(float(v), 4) for v in part) for part in parts)
+    return Fitted(named, tables, {key: round(value, 4) for key, value in held_out.items()})
 
 
-def _fit(table: Measurements, spec: Spec) -> tuple[Coefficients, list[np.ndarray]]:
-    """The coefficients of one family, and the tables of its correction."""
+def _fit(table: Measurements, spec: Spec) -> tuple[Coefficients, np.ndarray]:
+    """The coefficients of one family, and the values of its correction."""
     family = table.family
     coefficients = _fit_formula(table, spec)
     left = np.log(table.seconds / _whole_device(family, table.shapes, spec, coefficients))
@@ -131,25 +132,23 @@ def _fit_formula(table: Measurements, spec: Spec) -> Coefficients:
 
 def fit_tables(
     features: Features, wanted: np.ndarray, terms: Sequence[surface.Term], ridge: float, rounds: int = 12
-) -> list[np.ndarray]:
-    """The tables of all terms that bring the correction near `wanted` (n,): ridge-penalised least absolute deviations
-    by iteratively reweighted least squares (Holland and Welsch 1977), all terms together, so that a term without data
-    is 0."""
-    sizes = surface.sizes_of(terms)
-    first = np.cumsum([0, *sizes])
-    parts = [surface.corners(features, term) for term in terms]
-    index = np.concatenate([at + offset for (at, _), offset in zip(parts, first[:-1], strict=True)]).T
-    weight, rows = np.concatenate([w for _, w in parts]).T, np.arange(len(wanted))
-    entries = (weight.ravel(), (np.repeat(rows, index.shape[1]), index.ravel()))
-    design = _scipy().sparse.csr_array(entries, shape=(len(wanted), first[-1]))
-    values, weights = np.zeros(first[-1]), np.ones(len(wanted))
+) -> np.ndarray:
+    """The values of all terms' tables, one after another, that bring the correction near `wanted` (n,): least absolute
+    deviations with a ridge penalty, by iteratively reweighted least squares (Holland and Welsch 1977). All terms are
+    fitted together, so that a term without data is 0."""
+    size = sum(surface.sizes_of(terms))
+    index, weight = surface.corners(features, terms)
+    points = np.broadcast_to(np.arange(len(wanted)), index.shape)
+    entries = (weight.ravel(), (points.ravel(), index.ravel()))
+    design = _scipy().sparse.csr_array(entries, shape=(len(wanted), size))
+    values, weights = np.zeros(size), np.ones(len(wanted))
     for _ in range(rounds):
         scaled = design * weights[:, None]
-        values = np.linalg.solve((design.T @ scaled).toarray() + ridge * np.eye(first[-1]), scaled.T @ wanted)
+        values = np.linalg.solve((design.T @ scaled).toarray() + ridge * np.eye(size), scaled.T @ wanted)
         error = np.abs(wanted - design @ values)
         weights = 1.0 / np.maximum(error, 0.01)
         weights /= weights.mean()
-    return np.split(values, first[1:-1])
+    return values
 
 
 def _scipy() -> Any:

@@ -140,6 +140,7 @@ class Family:
     columns of `shape`; none for a family that no table measures.
     `features`: by name the numbers (n,) of a `shape` whose fields are (n,) arrays, on which the correction depends;
     `terms`: its tables over them; `ridge`: the penalty of their fit. None for a formula without a correction.
+    `choices` that the formula tries for a shape, about: so many times as large are its arrays.
     `on_device`: (start, least, largest) of the coefficients whose fit depends on the device, by name.
     """
 
@@ -153,12 +154,13 @@ class Family:
     features: Callable[[Any, Spec], Features] | None = None
     terms: tuple[Term, ...] = ()
     ridge: float = 0.3
+    choices: int = 1
     on_device: Callable[[Spec], Mapping[str, tuple[float, float, float]]] = _as_everywhere
 
     def seconds(self, shapes: np.ndarray, spec: Spec, coefficients: Coefficients, sms: np.ndarray) -> np.ndarray:
         """The formula's seconds (n, m), launch included, of `shapes` (n, fields of `shape`) on `sms` (m,) SMs."""
         made = np.empty((len(shapes), len(sms)))
-        for part in blocks(len(shapes), len(sms)):
+        for part in blocks(len(shapes), len(sms) * self.choices):
             columns = self.shape._make(shapes[part].T[:, :, None])
             made[part] = self.formula(columns, spec, coefficients, sms)
         return made

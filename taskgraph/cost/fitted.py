@@ -12,7 +12,7 @@ import numpy as np
 
 from taskgraph.cost import surface
 from taskgraph.cost.families import FAMILIES
-from taskgraph.cost.family import Coefficients, Family, Spec
+from taskgraph.cost.family import Coefficients, Family, Spec, blocks
 from taskgraph.cost.formulas import exp
 from taskgraph.errors import CalibrationError
 from taskgraph.graph.device import Device
@@ -187,12 +187,12 @@ def shipped(name: str) -> Calibration:
 
 @dataclass(frozen=True, slots=True)
 class FamilyModel:
-    """A family on one device: its coefficients and the tables of its correction, one a term of the family (none where
-    it was not fitted). `band` is the relative error of its times, `source` says where they come from."""
+    """A family on one device: its coefficients and the values of its correction, those of all terms one after another
+    (none where it was not fitted). `band` is the relative error of its times, `source` says where they come from."""
 
     family: Family
     coefficients: Coefficients
-    tables: tuple[np.ndarray, ...]
+    values: np.ndarray
     band: float
     source: str
 
@@ -201,12 +201,15 @@ class FamilyModel:
         times the exponential of the correction, which depends on the shape alone, so that the time is monotone in SMs
         as the formula is."""
         seconds = self.family.seconds(shapes, spec, self.coefficients, sms)
-        return seconds * self.scale(shapes, spec)[:, None] if self.tables else seconds
+        return seconds * self.scale(shapes, spec)[:, None] if len(self.values) else seconds
 
     def scale(self, shapes: np.ndarray, spec: Spec) -> np.ndarray:
         """What the correction multiplies the formula's times by (n,)."""
-        features = self.family.features_of(shapes, spec)
-        return exp(np.asarray(surface.corrections(features, self.family.terms, self.tables)))
+        made = np.empty(len(shapes))
+        for part in blocks(len(shapes), surface.CORNERS * len(self.family.terms)):
+            features = self.family.features_of(shapes[part], spec)
+            made[part] = exp(surface.corrections(features, self.family.terms, self.values))
+        return made
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,13 +235,13 @@ class DeviceModel:
     def _make(self, family: Family) -> FamilyModel:
         fitted = self.calibration.fitted.get(family.name)
         if fitted is None:
-            return FamilyModel(family, family.coefficients(), (), UNFITTED_BAND, "formula, not calibrated")
+            return FamilyModel(family, family.coefficients(), np.zeros(0), UNFITTED_BAND, "formula, not calibrated")
         own = self.calibration.device == self.device.name
         source, wider = ("calibrated", 1.0) if own else ("transferred from", TRANSFER_BAND)
-        values = [fitted.coefficients[name] for name in family.coefficients.names()]
-        tables = tuple(np.array(table) for table in fitted.tables)
+        named = [fitted.coefficients[name] for name in family.coefficients.names()]
+        values = np.array([value for table in fitted.tables for value in table])
         made = f"{source} {self.calibration.device} v{self.calibration.version}"
-        return FamilyModel(family, family.coefficients.of(values), tables, fitted.band * wider, made)
+        return FamilyModel(family, family.coefficients.of(named), values, fitted.band * wider, made)
 
     def spec(self, dtype: str = "bf16") -> Spec:
         """The device's numbers as the formulas take them, with the arithmetic rate of `dtype`."""

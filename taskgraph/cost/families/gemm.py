@@ -109,23 +109,22 @@ def _best_tiling(shape: GemmShape, spec: Spec, c: GemmCoefficients, sms: np.ndar
     A tile costs its multiply-adds at the tile's share of the SM's peak, or the loading of its operands from L2, or the
     latency of its steps along k, whichever is longest, and an epilogue. A split of k adds a reduction.
     """
-    m, n, k, itemsize = (np.asarray(x)[:, :, None] for x in shape)  # axes: shape, tile, split
-    height, width = _HEIGHT[:, None], _WIDTH[:, None]
-    tiles = np.ceil(m / height) * np.ceil(n / width)
-    multiply = 2.0 * height * width / (spec.sm_flops_per_s * c.tile_efficiencies[:, None])
-    load = (height + width) * itemsize / c.sm_load_bytes_per_s
+    m, n, k, itemsize = map(np.asarray, shape)  # (n, 1); times _HEIGHT, _WIDTH and _SPLITS a table of tiles or splits
+    tiles = np.ceil(m / _HEIGHT) * np.ceil(n / _WIDTH)
+    multiply = 2.0 * _HEIGHT * _WIDTH / (spec.sm_flops_per_s * c.tile_efficiencies)
+    load = (_HEIGHT + _WIDTH) * itemsize / c.sm_load_bytes_per_s
     slow, fast = np.maximum(multiply, load), np.minimum(multiply, load)
     square = (fast / slow) * (fast / slow)
     step = np.maximum(slow * power(1.0 + square * square, 0.25), c.k_step_s)
-    ctas = tiles * _SPLITS
-    tried = (_SPLITS == 1.0) | ((k >= _LEAST_DEPTH * _SPLITS) & (ctas <= _MOST_WAVES * spec.sms))
+    epilogue = c.epilogue_s * _HEIGHT * _WIDTH / 16384.0
     depth = np.ceil(k / _SPLITS / 32.0) * 32.0
-    tile_s = depth * step + c.epilogue_s * height * width / 16384.0
-    reduce_s = c.split_s + m * n * 4.0 * (_SPLITS + 1.0) / c.reduce_bytes_per_s
-    extra = np.broadcast_to(np.where(_SPLITS > 1.0, reduce_s, 0.0), tried.shape)
-    seconds = waves(ctas[tried][:, None], sms, c.wave) * tile_s[tried][:, None] + c.fill_s + extra[tried][:, None]
-    first = np.concatenate([[0], np.cumsum(tried.sum(axis=(1, 2)))[:-1]])
-    made: np.ndarray = np.minimum.reduceat(seconds, first, axis=0)
+    reduce_s = np.where(_SPLITS > 1.0, c.split_s + m * n * 4.0 * (_SPLITS + 1.0) / c.reduce_bytes_per_s, 0.0)
+    deep, few = k >= _LEAST_DEPTH * _SPLITS, tiles[:, :, None] * _SPLITS <= _MOST_WAVES * spec.sms
+    row, tile, split = np.nonzero((_SPLITS == 1.0) | (deep[:, None, :] & few))
+    rounds = waves((tiles[row, tile] * _SPLITS[split])[:, None], sms, c.wave)
+    tile_s = depth[row, split] * step[row, tile] + epilogue[tile]
+    seconds = rounds * tile_s[:, None] + c.fill_s + reduce_s[row, split][:, None]
+    made: np.ndarray = np.minimum.reduceat(seconds, np.searchsorted(row, np.arange(len(m))), axis=0)
     return made
 
 
@@ -167,5 +166,6 @@ GEMM = Family(
     columns=(Column("m"), Column("n"), Column("k")),
     read=gemm_read,
     features=gemm_features,
+    choices=2 * len(TILES),
     terms=((Axis("m", 0, 2, 9), Axis("n", 5, 2, 7), Axis("k", 5, 2, 7)), *(_tail(*tile) for tile in _TAILS)),
 )
