@@ -87,7 +87,8 @@ def wheel(request: pytest.FixtureRequest, source: Path, tmp_path_factory: pytest
 @pytest.mark.slow
 def test_wheel_holds_every_source_and_data_file(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    wanted = {str(p.relative_to(ROOT)) for p in (ROOT / "taskgraph").rglob("*.py")}
+    own = ROOT / "taskgraph"
+    wanted = {str(p.relative_to(ROOT)) for end in ("*.py", "*.json", "*.toml") for p in own.rglob(end)}
     for part in ("models", "cuda"):
         files = [*(ROOT / part).rglob("*.py"), *(ROOT / part).rglob("*.json"), *(ROOT / part).rglob("*.cu")]
         files += (ROOT / part).rglob("*.html")

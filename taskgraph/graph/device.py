@@ -175,115 +175,115 @@ class Device:
 
 # -------------------------------------------------------------------------------- published devices
 
-_HALF = (
-    "assumed: half of the SMs draw the full bandwidth; NanoFlow (arXiv 2408.12757, table 3) has decode "
-    "attention at 0.8 of its speed on 0.4 of an A100"
-)
-_LAUNCH = "assumed: 1.5 us a kernel node in a replayed graph, 10 us a join of all lanes; calibrate to replace"
-_L2 = "NVIDIA architecture white papers (Ampere, Hopper, Ada, Blackwell): L2 cache of the product"
-_SPLIT_9 = "CUDA Programming Guide 4.6.5: compute capability 9.0 and later, min 8, multiple of 8"
-_SPLIT_8 = "CUDA Programming Guide 4.6.5: compute capability 8.x, min 4, multiple of 2"
+
+@dataclass(frozen=True, slots=True)
+class _Gpu:
+    """An entry of datasheets.toml, which says what its fields are."""
+
+    source: str
+    driver_names: tuple[str, ...]
+    sm_count: int
+    tflops: Mapping[str, float]
+    hbm_gb_per_s: float
+    pcie_gb_per_s: float
+    link_gb_per_s: float
+    memory_gb: float
+    l2_mb: float
+    partitions: str
+    calibration: str
 
 
-def _gpu(
-    name: str,
-    sms: int,
-    split: tuple[int, int],
-    tflops: Mapping[str, float],
-    hbm: float,
-    pcie: float,
-    link: float,
-    memory: float,
-    l2: float,
-    calibration: str,
-    sheet: str,
-) -> Device:
-    """A Device from datasheet units: dense TFLOP/s, GB/s (PCIe and NVLink in one direction), GB, MB of L2."""
-    granularity, minimum = split
-    text = {"hbm_bytes_per_s": sheet, "flops_per_s": sheet + " (dense)", "memory_bytes": sheet, "sm_count": sheet}
-    text |= {"h2d_bytes_per_s": sheet + " (PCIe, one direction)", "link_bytes_per_s": sheet + " (one direction)"}
-    text |= {"sm_granularity": _SPLIT_9 if granularity == 8 else _SPLIT_8, "sm_hbm_bytes_per_s": _HALF}
-    text |= {"launch_seconds": _LAUNCH, "d2h_bytes_per_s": text["h2d_bytes_per_s"]}
-    text |= {"sm_min": text["sm_granularity"], "switch_seconds": _LAUNCH, "l2_bytes": _L2}
-    return Device(
-        name=name,
-        kind="gpu",
-        sm_count=sms,
-        sm_granularity=granularity,
-        sm_min=minimum,
-        flops_per_s=tuple(sorted((dtype, rate * 1e12) for dtype, rate in tflops.items())),
-        hbm_bytes_per_s=hbm * 1e9,
-        sm_hbm_bytes_per_s=hbm * 1e9 / (sms / 2),
-        h2d_bytes_per_s=pcie * 1e9,
-        d2h_bytes_per_s=pcie * 1e9,
-        link_bytes_per_s=link * 1e9,
-        memory_bytes=int(memory * 1e9),
-        launch_seconds=1.5e-6,
-        switch_seconds=10e-6,
-        sources=tuple(sorted(text.items())),
-        l2_bytes=int(l2 * 1e6),
-        calibration=calibration,
-    )
+@dataclass(frozen=True, slots=True)
+class _Partitions:
+    sm_granularity: int
+    sm_min: int
+    source: str
 
 
-_A100 = {"bf16": 312, "f16": 312, "f32": 19.5, "f64": 9.7, "i8": 624}
-_H100 = {"bf16": 989.4, "f16": 989.4, "f8": 1978.9, "i8": 1978.9, "f32": 66.9, "f64": 33.5}
-_B200 = {"bf16": 2250, "f16": 2250, "f8": 4500, "i8": 4500, "f32": 75, "f64": 37}
-_L40S = {"bf16": 362, "f16": 362, "f8": 733, "i8": 733, "f32": 91.6, "f64": 1.43}
-_5090 = {"bf16": 209.5, "f16": 209.5, "f8": 419, "i8": 838, "f32": 104.8, "f64": 1.64}
+@dataclass(frozen=True, slots=True)
+class _Assumed:
+    saturating_share: float
+    launch_seconds: float
+    switch_seconds: float
 
-_SPECS = {
-    device.name: device
-    for device in (
-        _gpu("a100_sxm", 108, (2, 4), _A100, 2039, 32, 300, 80, 40, "a100_sxm", "NVIDIA A100 datasheet, 80GB SXM"),
-        _gpu(
-            "h100_sxm",
-            132,
-            (8, 8),
-            _H100,
-            3350,
-            64,
-            450,
-            80,
-            50,
-            "h100_sxm",
-            "NVIDIA H100 datasheet and Hopper white paper, SXM5",
-        ),
-        _gpu("h200_sxm", 132, (8, 8), _H100, 4800, 64, 450, 141, 50, "h100_sxm", "NVIDIA H200 datasheet, SXM"),
-        _gpu(
-            "b200_sxm",
-            148,
-            (8, 8),
-            _B200,
-            8000,
-            64,
-            900,
-            180,
-            126,
-            "h100_sxm",
-            "NVIDIA HGX B200 datasheet, an eighth of the board",
-        ),
-        _gpu("l40s", 142, (2, 4), _L40S, 864, 32, 0, 48, 96, "a100_sxm", "NVIDIA L40S datasheet"),
-        _gpu(
-            "rtx5090",
-            170,
-            (8, 8),
-            _5090,
-            1792,
-            64,
-            0,
-            32,
-            96,
-            "h100_sxm",
-            "NVIDIA RTX Blackwell white paper, GeForce RTX 5090",
-        ),
-    )
-}
+
+@dataclass(frozen=True, slots=True)
+class _Datasheets:
+    gpu: Mapping[str, _Gpu]
+    partitions: Mapping[str, _Partitions]
+    assumed: _Assumed
+    sources: Mapping[str, str]
+
+    def _check(self) -> None:
+        lost = next((gpu.partitions for gpu in self.gpu.values() if gpu.partitions not in self.partitions), None)
+        if lost is not None:
+            raise DeviceError(f"no partitions {lost!r}; there are {', '.join(self.partitions)}.")
+
+    def device(self, name: str) -> Device:
+        """The entry of that name in SI units."""
+        gpu, assumed = self.gpu[name], self.assumed
+        rule = self.partitions[gpu.partitions]
+        told = {field: text.format(sheet=gpu.source, partitions=rule.source) for field, text in self.sources.items()}
+        return Device(
+            name=name,
+            kind="gpu",
+            sm_count=gpu.sm_count,
+            sm_granularity=rule.sm_granularity,
+            sm_min=rule.sm_min,
+            flops_per_s=tuple(sorted((dtype, rate * 1e12) for dtype, rate in gpu.tflops.items())),
+            hbm_bytes_per_s=gpu.hbm_gb_per_s * 1e9,
+            sm_hbm_bytes_per_s=gpu.hbm_gb_per_s * 1e9 / (gpu.sm_count * assumed.saturating_share),
+            h2d_bytes_per_s=gpu.pcie_gb_per_s * 1e9,
+            d2h_bytes_per_s=gpu.pcie_gb_per_s * 1e9,
+            link_bytes_per_s=gpu.link_gb_per_s * 1e9,
+            memory_bytes=int(gpu.memory_gb * 1e9),
+            launch_seconds=assumed.launch_seconds,
+            switch_seconds=assumed.switch_seconds,
+            sources=tuple(sorted(told.items())),
+            l2_bytes=int(gpu.l2_mb * 1e6),
+            calibration=gpu.calibration,
+        )
+
+
+def read_datasheets(text: str) -> dict[str, Device]:
+    """The devices of a file like datasheets.toml, by name; DeviceError, with the place in it, if it is none."""
+    sheets = _datasheets(text)
+    return {name: sheets.device(name) for name in sheets.gpu}
+
+
+def _datasheets(text: str) -> _Datasheets:
+    import tomllib  # most that import this module ask for no published device
+
+    way_out = "See the head of datasheets.toml."
+    try:
+        body = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise DeviceError(f"not a datasheet file: {error}. {way_out}") from error
+    return convert(_Datasheets, body, DeviceError, "datasheet file", way_out)
+
+
+@cache
+def _published() -> _Datasheets:
+    return _datasheets((Path(__file__).parent / "datasheets.toml").read_text(encoding="utf-8"))
+
+
+@cache
+def _spec(name: str) -> Device:
+    return _published().device(name)
 
 
 def names() -> tuple[str, ...]:
     """Every device name that `get` takes."""
-    return (*_SPECS, "cpu")
+    return (*_published().gpu, "cpu")
+
+
+def reported_as(name: str) -> Device | None:
+    """The published device whose driver reports this name ("NVIDIA H100 80GB HBM3"); None for any other."""
+    words = f" {name}"
+    for spec, gpu in _published().gpu.items():
+        if any(f" {known}" in words for known in gpu.driver_names):
+            return _spec(spec)
+    return None
 
 
 def get(device: "str | Device") -> Device:
@@ -298,11 +298,11 @@ def get(device: "str | Device") -> Device:
         return _this_machine()
     if device.endswith(".json"):
         return read_device(device)
-    if device not in _SPECS:
+    if device not in _published().gpu:
         raise DeviceError(
             f"unknown device {shown(device)}; choose one of {', '.join(names())} or make one with devices.make()."
         )
-    return _SPECS[device]
+    return _spec(device)
 
 
 def read_device(path: str | Path) -> Device:
@@ -335,7 +335,7 @@ def make(base: str | Device, name: str | None = None, **changes: Any) -> Device:
 
 def iter_specs() -> Iterator[Device]:
     """The built-in GPU specs."""
-    return iter(_SPECS.values())
+    return map(_spec, _published().gpu)
 
 
 @cache

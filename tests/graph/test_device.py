@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -33,6 +34,51 @@ def test_every_number_has_a_source(device: Device) -> None:
     sources = dict(device.sources)
     assert set(sources) == NUMERIC
     assert all(len(text) > 10 for text in sources.values())
+
+
+REPORTED = {
+    "NVIDIA A100-SXM4-80GB": "a100_sxm",
+    "A100-SXM-80GB": "a100_sxm",
+    "NVIDIA H100 80GB HBM3": "h100_sxm",
+    "NVIDIA H200": "h200_sxm",
+    "NVIDIA B200": "b200_sxm",
+    "NVIDIA L40S": "l40s",
+    "NVIDIA GeForce RTX 5090": "rtx5090",
+    "NVIDIA GH200 480GB": None,  # another chip, though its name holds H200
+    "NVIDIA H100 PCIe": None,
+    "NVIDIA L40": None,
+    "": None,
+}
+"""What a driver reports -> the spec of that GPU."""
+
+
+@pytest.mark.parametrize("name", REPORTED)
+def test_a_driver_s_name_finds_its_spec(name: str) -> None:
+    found = specs.reported_as(name)
+    assert (found and found.name) == REPORTED[name]
+
+
+def test_every_published_device_is_found_by_a_driver_s_name() -> None:
+    assert {REPORTED[name] for name in REPORTED} - {None} == {device.name for device in SPECS}
+
+
+SHEETS = Path(specs.__file__).with_name("datasheets.toml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("sm_count = 108\n", "", "gpu.a100_sxm.sm_count is missing"),
+        ("sm_count = 108", "sm_count = 108\nsms = 108", "gpu.a100_sxm.sms is not known"),
+        ("sm_count = 108", 'sm_count = "108"', "gpu.a100_sxm.sm_count is '108'; it must be an integer"),
+        ('partitions = "8.x"', 'partitions = "7.x"', "no partitions '7.x'; there are 8.x, 9.0"),
+        ("sm_count = 108", "sm_count = 1", "'a100_sxm': needs 1 <= sm_min <= sm_count"),
+        ("[gpu.l40s]", "[gpu.l40s", "not a datasheet file"),
+    ],
+)
+def test_a_wrong_datasheet_is_refused_by_its_place(old: str, new: str, message: str) -> None:
+    with pytest.raises(DeviceError, match=re.escape(message)):
+        specs.read_datasheets(SHEETS.replace(old, new, 1))
 
 
 def legal(device: Device, size: int) -> bool:

@@ -3,15 +3,9 @@
 from dataclasses import replace
 
 from taskgraph.errors import DeviceError
-from taskgraph.graph.device import Device, iter_specs
+from taskgraph.graph.device import Device, iter_specs, reported_as
 from taskgraph.runtime.gpu import virtual
 from taskgraph.runtime.gpu.driver import Capability, Gpu
-
-_NAMES = {
-    "a100_sxm": ("A100-SXM",), "h100_sxm": ("H100 80GB HBM3",), "h200_sxm": ("H200",), "b200_sxm": ("B200",),
-    "l40s": ("L40S",), "rtx5090": ("RTX 5090",),
-}  # fmt: skip
-"""Spec -> what the driver's name of such a device holds."""
 
 
 def planning_device(device: str | None = None) -> Device:
@@ -24,10 +18,11 @@ def planning_device(device: str | None = None) -> Device:
 
 def _of_real(found: Capability, memory_bytes: int) -> Device:
     """The published spec of a device of that name, with the SMs and memory of this one."""
-    for spec in iter_specs():
-        if any(word in found.device for word in _NAMES.get(spec.name, ())):
-            return replace(spec, sm_count=found.sm_count, memory_bytes=memory_bytes)
-    raise DeviceError(
-        f"no published spec of {found.device!r}; known are {', '.join(_NAMES)}. Make one with devices.make(), or run "
-        "`taskgraph gpu-check`, which measures this one."
-    )
+    spec = reported_as(found.device)
+    if spec is None:
+        known = ", ".join(each.name for each in iter_specs())
+        raise DeviceError(
+            f"no published spec of {found.device!r}; known are {known}. Make one with devices.make(), or run "
+            "`taskgraph gpu-check`, which measures this one."
+        )
+    return replace(spec, sm_count=found.sm_count, memory_bytes=memory_bytes)
