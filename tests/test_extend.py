@@ -1,6 +1,7 @@
 """A kind of op in one file outside the package, that of docs/extend.md, with a kernel of its own, on both backends."""
 
 import os
+import re
 import runpy
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,32 @@ def check_module() -> None:
     with pytest.raises(tg.GraphError, match="'softcap' is registered already"):
         runpy.run_path("softcap_kind.py")
     assert "softcap" in ops.KINDS and "softcap" in tg.cpu.CPU_KINDS and "softcap" in tg.gpu.GPU_KINDS
+
+
+def test_contributing_adds_a_kind(outside: Call) -> None:
+    outside(check_contributing)
+
+
+def check_contributing() -> None:
+    """The code of its section, as one module, and what step by step says where the parts stand."""
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    section = page.partition("## How to add an op kind")[2].partition("\n## ")[0]
+    for path in re.findall(r"`((?:taskgraph|cuda|tests)/[\w/.]+)`", section):
+        assert (ROOT / path).exists(), path
+    names: dict[str, Any] = {}
+    exec(compile(fenced(section, "python"), "CONTRIBUTING.md", "exec"), names)
+    b = tg.GraphBuilder("primer")
+    x = b.input("x", (12, 8), "f32")
+    b.output(names["relu2"](ops.add(x, x, name="twice"), name="made"))
+    made = b.build()
+    assert made.ops[-1].work == tg.Work(flops=192.0, hbm_bytes=8.0 * 96)
+    given = torch.randn(12, 8)
+    for one in (made, tg.rewrite.split_batch(made, (5, 7))):
+        plan = tg.plan(one, "cpu", "list")
+        tg.verify(plan, one)
+        with tg.compile(one, plan) as exe:
+            (got,) = exe(x=given).values()
+        torch.testing.assert_close(got, (2 * given).relu().square())
 
 
 BROKEN = '#include "common.cuh"\nextern "C" __global__ void {name}(float* x) {{ {body} }}\n{export}\n'

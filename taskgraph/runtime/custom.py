@@ -41,7 +41,8 @@ def bound(op: Op, functions: Mapping[str, Function], ins: Tensors, outs: Tensors
     The entry raises ExecutionError, which names the op, for what is said above.
     """
     key = op.attr("function")
-    function = functions.get(str(key)) or find_function(key)  # type: ignore[arg-type]
+    named = key if isinstance(key, str) else str(key)
+    function = functions.get(named) or find_function(named)
     check_arity(op.name, function, len(ins) + len(outs))
     names = (*op.inputs, *op.outputs)
     kept = [i < len(ins) and name not in op.writes for i, name in enumerate(names)]

@@ -19,7 +19,8 @@ def bound_call(
 ) -> Callable[[Any], None]:
     """What launches a custom op on a stream: its function gets the stream as `stream`."""
     key = op.attr("function")
-    function = functions.get(str(key)) or find_function(key)  # type: ignore[arg-type]
+    named = key if isinstance(key, str) else str(key)
+    function = functions.get(named) or find_function(named)
     if not _takes_stream(function):
         raise BackendUnavailable(
             f"op {op.name!r}: on the cuda backend {str(key)!r} must take a keyword argument `stream` and launch on it."

@@ -80,7 +80,7 @@ class Faults:
         self._base = memory.address
 
     def address(self, step: int) -> int:
-        """Of the word of that step."""
+        """The address of the word of that step."""
         return self._base + 8 * step
 
     def check(self) -> None:

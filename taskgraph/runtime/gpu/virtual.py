@@ -57,7 +57,7 @@ def spec_of(device: str) -> Device:
 
 
 def compute_capability(device: Device) -> tuple[int, int]:
-    """Of a published device or one made from it; else by the rule of its partitions (8 SMs: 9.0, else 8.0)."""
+    """That of a published device or of one made from it; else by the rule of its partitions (8 SMs: 9.0, else 8.0)."""
     names = (device.name, *(text.removeprefix("hypothetical, from ") for _, text in device.sources))
     known = next((_COMPUTE_CAPABILITY[name] for name in names if name in _COMPUTE_CAPABILITY), None)
     return known or ((9, 0) if device.sm_granularity >= 8 else (8, 0))

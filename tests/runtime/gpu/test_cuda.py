@@ -35,8 +35,8 @@ from taskgraph.runtime.gpu.standard import GPU_KINDS, launches
 from taskgraph.schedule.plan import Plan
 from taskgraph.schedule.planner import replay_times
 from taskgraph.serving.session import Session, step_seconds
-from taskgraph.tune import gpucheck
 from taskgraph.tune.fill import fill
+from taskgraph.tune.gpucheck import checks
 from tests.conftest import Call
 from tests.ops.test_experts import LATENT_TINY
 from tests.paged_cases import keys_of, values_of
@@ -106,7 +106,7 @@ def test_outputs_and_states_equal_torch_eager(on_virtual: Call, case: str, dtype
 @pytest.mark.parametrize("sms", [8, 64, 132])
 def test_launches_keep_to_the_sms_of_their_step(sms: int) -> None:
     """No op but a copy by an engine launches more threads than its SMs hold at a time, and small ops launch fewer."""
-    graph = gpucheck.every_kind("bf16", rows=4096)
+    graph = checks.every_kind("bf16", rows=4096)
     site, full = FakeSite(sms), 0
     for op in graph.ops:
         tensors = [[graph.tensor[name] for name in names] for names in (op.inputs, op.outputs)]
