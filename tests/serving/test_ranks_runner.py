@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -214,19 +214,21 @@ class Server:
         return httpx.post(f"{self.url}/v1/completions", json=body, timeout=600)
 
     def interrupted(self, interrupt: Callable[[], None]) -> tuple[str, httpx.Response]:
-        """What a streamed request and a plain one get when this happens while both run."""
+        """What a streamed request and a plain one get when this happens while both run: a rank stands still until both
+        are there, so that neither can end before."""
         body = {"model": "tiny", "prompt": "Hello", "max_tokens": 110, "temperature": 0, "stream": True}
+        os.kill(self.ranks[1], signal.SIGSTOP)
         with (
             ThreadPoolExecutor(1) as beside,
             httpx.stream("POST", f"{self.url}/v1/completions", json=body, timeout=600) as response,
         ):
-            lines = response.iter_lines()
-            first = next(lines)
             plain = beside.submit(self.ask, "abc", 110)
-            while httpx.get(f"{self.url}/health", timeout=600).json()["open"] < 2 and not plain.done():
+            while httpx.get(f"{self.url}/health", timeout=600).json()["open"] < 2:
                 time.sleep(0.001)
             interrupt()
-            return "\n".join([first, *lines]), plain.result()
+            with suppress(ProcessLookupError):  # it was killed, and its end noticed
+                os.kill(self.ranks[1], signal.SIGCONT)
+            return "\n".join(response.iter_lines()), plain.result()
 
     def ended(self) -> tuple[int, str]:
         """Its exit code and the rest of what it said, when it and all its processes are gone."""
