@@ -153,7 +153,7 @@ def second_arena(case: Case, most: int) -> tuple[list[tuple[str, int, int]], int
     return slots, max(start + size for _, start, size in slots)
 
 
-@settings(max_examples=250)
+@settings(max_examples=150)
 @given(cases(), st.sampled_from([arena._PAIRS, 0, 3, 12, -1]))
 def test_slots_are_where_the_second_arena_has_them(case: Case, most: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -162,7 +162,7 @@ def test_slots_are_where_the_second_arena_has_them(case: Case, most: int) -> Non
     assert ([(s.tensor, s.offset, s.nbytes) for s in slots], nbytes) == second_arena(case, most)
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(cases())
 def test_the_last_steps_that_have_ended_are_those_of_a_search(case: Case) -> None:
     wanted = [
@@ -172,7 +172,7 @@ def test_the_last_steps_that_have_ended_are_those_of_a_search(case: Case) -> Non
     assert arena.ended_steps(case.lanes, case.waits).tolist() == wanted
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(cases())
 def test_what_is_alive_at_a_step_is_counted(case: Case) -> None:
     tensors = lives(case)
