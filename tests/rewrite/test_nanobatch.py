@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from taskgraph import ops, rewrite
 from taskgraph.errors import GraphError
 from taskgraph.graph.graph import Graph, GraphBuilder
-from taskgraph.graph.op import TURN, Op, Work, seen_inputs, spec
+from taskgraph.graph.op import BATCH_ROWS, Op, Work, seen_inputs, spec
 from taskgraph.ops import KINDS, Attrs
 from tests.rewrite.test_rewrite import PAGED, batched_graphs, reshape, splits
 
@@ -236,7 +236,7 @@ def test_a_repeat_keeps_its_count_and_carries_its_pieces() -> None:
 
 def test_slices_that_touch_the_same_pages_say_which_rows_of_the_batch_they_are() -> None:
     split = rewrite.split_batch(PAGED, (3, 10, 30))
-    ordered = {op.name: dict(op.attrs)[TURN] for op in split.ops if TURN in dict(op.attrs)}
+    ordered = {op.name: dict(op.attrs)[BATCH_ROWS] for op in split.ops if BATCH_ROWS in dict(op.attrs)}
     ropes = [turn for name, turn in ordered.items() if "/rope#" in name]
     assert ropes == [(0, 3), (3, 13), (13, 43)]
     decodes = [turn for name, turn in ordered.items() if "decode_attention" in name]
