@@ -4,7 +4,21 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from taskgraph.cost.model import op_table
+from taskgraph.graph import device as specs
+from taskgraph.graph.graph import Graph, GraphBuilder
+from taskgraph.graph.op import Work, spec
 from taskgraph.schedule.problem import Problem
+
+H100 = specs.get("h100_sxm")
+
+
+def small_graph() -> Graph:
+    """What a problem is of, where nobody looks."""
+    b = GraphBuilder("by hand")
+    b.output(*b.op("custom", [b.input("x", (4,), "f32")], [spec("y", (4,), "f32")], Work(flops=1.0), "op"))
+    return b.build()
+
 
 CAPACITY = (100.0, 10.0, 20.0, 40.0)
 
@@ -31,6 +45,9 @@ def problem(
     before, after = (np.array([e[side] for e in sorted(edges)], np.int64) for side in (0, 1))
     by_after = np.argsort(after, kind="stable")
     return Problem(
+        graph=small_graph(),
+        device=H100,
+        costs=op_table,
         sizes=np.array(sizes, np.int64),
         legal=np.ones((n, m), bool) if legal is None else np.array(legal),
         seconds=took,
