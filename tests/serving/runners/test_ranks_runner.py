@@ -37,7 +37,7 @@ from tests.serving.http.test_serve_local import alone, call
 from tests.serving.http.test_serve_local import folder as folder
 from tests.serving.test_engine import empty, prompts
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 LIMITS = Limits(sequences=3, tokens=16, chunks=2, context=128)
 
 
