@@ -20,7 +20,7 @@ from taskgraph.models import llama
 from taskgraph.models.config import Experts, Latent, ModelConfig, load_config
 from taskgraph.models.parallel import Decode, Prefill, mixed_step
 from taskgraph.ops import active_experts, latent_flops
-from taskgraph.runtime.cpu.kinds import TORCH_DTYPE, Site
+from taskgraph.runtime.cpu.kinds import TORCH_DTYPE, CpuSite
 from taskgraph.runtime.cpu.standard import bind
 from taskgraph.tune.fill import fill
 from tests.cases_experts import HEADS, PLAIN, RANK, ROTARY, VALUES, latent_attention_reference
@@ -44,7 +44,7 @@ def evaluate(make: Make, given: dict[str, torch.Tensor]) -> torch.Tensor:
     (op,) = graph.ops
     out = graph.tensor[op.outputs[0]]
     made = torch.full(out.shape, float("nan"), dtype=TORCH_DTYPE[out.dtype])
-    bind(op, [given[n] for n in op.inputs], [made], Site(1, frozenset()), {})()
+    bind(op, [given[n] for n in op.inputs], [made], CpuSite(1, frozenset()), {})()
     return made
 
 

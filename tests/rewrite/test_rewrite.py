@@ -21,7 +21,7 @@ from taskgraph.graph.op import Work, spec
 from taskgraph.models import llama, paged
 from taskgraph.models.config import ModelConfig, load_config
 from taskgraph.models.parallel import Decode, Prefill, mixed_step
-from taskgraph.runtime.cpu.kinds import TORCH_DTYPE, Site
+from taskgraph.runtime.cpu.kinds import TORCH_DTYPE, CpuSite
 from taskgraph.runtime.cpu.standard import bind
 
 CPU = specs.make("h100_sxm", name="two cores", kind="cpu", sm_count=2, sm_granularity=1, sm_min=1, launch_seconds=1e-6)
@@ -558,7 +558,7 @@ def simulate(graphs: Sequence[Graph], ranks: Sequence[Tensors]) -> list[list[tor
                 out[0] = results.get(op.kind, total.chunk(len(ranks), axis)[r])
         else:
             for one, mine, out in zip([op, *others], held, outs, strict=True):
-                bind(one, [mine[n] for n in op.inputs], out, Site(1, frozenset()), {})()
+                bind(one, [mine[n] for n in op.inputs], out, CpuSite(1, frozenset()), {})()
         for mine, out in zip(held, outs, strict=True):
             for name, tensor in zip(op.outputs, out, strict=True):
                 assert tensor.shape == flat.tensor[name].shape

@@ -17,8 +17,8 @@ from taskgraph.runtime.cpu.kinds import (
     COMPILED,
     TILED,
     TORCH,
+    CpuSite,
     Entry,
-    Site,
     Tensors,
     bits,
     register,
@@ -27,7 +27,7 @@ from taskgraph.runtime.cpu.kinds import (
 from taskgraph.runtime.cpu.tile import COLUMNS
 
 
-def bind_rope(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
+def bind_rope(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
     x, positions = ins
     half = x.shape[2] // 2
     inverse = torch.from_numpy(rotary.inverse_frequencies(op, 2 * half))
@@ -42,7 +42,7 @@ def bind_rope(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
     return rotate
 
 
-def bind_rope_kv(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
+def bind_rope_kv(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
     qkv, positions, keys, values, *norms = ins
     cos, sin = rope_table(op, keys.shape[2], keys.shape[3])
     q_norm, k_norm = (t.float().numpy() for t in norms) if norms else (np.empty(0, np.float32),) * 2
@@ -52,7 +52,7 @@ def bind_rope_kv(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
     )
 
 
-def bind_attention(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
+def bind_attention(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
     q, positions, keys, values = ins
     batch, _, length, dim = keys.shape
     each = q.shape[0] // batch
@@ -78,7 +78,7 @@ def _attend_by_torch(
     out.view(batch, each, -1, dim).copy_(made.transpose(1, 2))
 
 
-def bind_decode_attention(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
+def bind_decode_attention(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
     q, kv = ins
     queries, keys, values = q.unsqueeze(2), kv[0].transpose(1, 2), kv[1].transpose(1, 2)
     out = outs[0]
@@ -101,7 +101,7 @@ def _need_pages(op: Op, x: torch.Tensor, keys: torch.Tensor) -> None:
         raise BackendUnavailable(f"op {op.name!r}: the cpu backend takes f32 or bf16, the same for all.")
 
 
-def bind_paged_rope(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
+def bind_paged_rope(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
     qkv, positions, slots, keys, values, *norms = ins
     _need_pages(op, qkv, keys)
     cos, sin = rope_table(op, op.integer("context"), outs[0].shape[2])
@@ -111,15 +111,15 @@ def bind_paged_rope(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
     return partial(kernels_paged.paged_rope, *buffers, q_norm, k_norm, op.number("eps"), bits(outs[0]), threads)
 
 
-def bind_paged_decode(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
+def bind_paged_decode(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
     return _attention(op, ins, outs, site, kernels_paged.paged_decode)
 
 
-def bind_paged_prefill(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
+def bind_paged_prefill(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
     return _attention(op, ins, outs, site, kernels_paged.paged_prefill)
 
 
-def _attention(op: Op, ins: Tensors, outs: Tensors, site: Site, kernel: Callable[..., Any]) -> Entry:
+def _attention(op: Op, ins: Tensors, outs: Tensors, site: CpuSite, kernel: Callable[..., Any]) -> Entry:
     q, *tables, blocks, keys, values = ins
     _need_pages(op, q, keys)
     length = blocks.shape[1] * keys.shape[2]

@@ -7,10 +7,10 @@ import torch
 from taskgraph.errors import BackendUnavailable, ExecutionError
 from taskgraph.graph.op import Op
 from taskgraph.runtime.cpu import kernels, products
-from taskgraph.runtime.cpu.kinds import COMPILED, FIXED, TORCH, Entry, Site, Tensors, bits, register
+from taskgraph.runtime.cpu.kinds import COMPILED, FIXED, TORCH, CpuSite, Entry, Tensors, bits, register
 
 
-def bind_embedding(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
+def bind_embedding(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
     tokens, table = ins
     direct = table.dtype == outs[0].dtype
     look_up = partial(torch.index_select, table, 0, tokens, out=outs[0] if direct else None)
@@ -28,7 +28,7 @@ def bind_embedding(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
     return run
 
 
-def bind_gemm(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
+def bind_gemm(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
     x, w, *extra = ins
     bias = extra[0] if op.attr("bias") else None
     residual = extra[-1] if op.attr("residual") else None
@@ -37,7 +37,7 @@ def bind_gemm(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
     return products.entry(op.name, product, site.ways)
 
 
-def bind_rmsnorm(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
+def bind_rmsnorm(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
     x, weight = ins
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or weight.dtype != x.dtype:
         raise BackendUnavailable(f"op {op.name!r}: rmsnorm on the cpu backend takes f32, bf16 or f16, both alike.")
@@ -47,15 +47,15 @@ def bind_rmsnorm(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
     )
 
 
-def bind_swiglu(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
+def bind_swiglu(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
     return partial(kernels.swiglu, bits(ins[0]), bits(outs[0]), site.threads_for(outs[0].shape[0]))
 
 
-def bind_add(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
+def bind_add(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
     return partial(torch.add, ins[0], ins[1], out=outs[0])
 
 
-def bind_argmax(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
+def bind_argmax(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
     return partial(kernels.argmax, bits(ins[0]), outs[0].numpy(), site.threads_for(outs[0].shape[0]))
 
 

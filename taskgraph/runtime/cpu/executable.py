@@ -20,7 +20,7 @@ from taskgraph.graph.op import Op, Tensor
 from taskgraph.runtime.buffers import Region, changed_names, check_apart, host_tensor, written_names
 from taskgraph.runtime.check import HostSpace, Watch
 from taskgraph.runtime.cpu import choose
-from taskgraph.runtime.cpu.kinds import TORCH_DTYPE, Entry, Site
+from taskgraph.runtime.cpu.kinds import TORCH_DTYPE, CpuSite, Entry
 from taskgraph.runtime.cpu.lanes import Lane, alone, replay
 from taskgraph.runtime.cpu.standard import bind
 from taskgraph.runtime.cpu.ways import Ways
@@ -167,7 +167,7 @@ class CpuExecutable:
 
     def _entry(self, step: Step) -> Entry:
         op = self._ops[step.op]
-        site = Site(self._plan.partition(step.lane).sm_count, self._constants, self._group, self._ways)
+        site = CpuSite(self._plan.partition(step.lane).sm_count, self._constants, self._group, self._ways)
         return bind(op, [*map(self._tensor, op.inputs)], [*map(self._tensor, op.outputs)], site, self._functions)
 
     def _assemble(self, entries: list[Entry]) -> None:

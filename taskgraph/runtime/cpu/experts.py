@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 
 from taskgraph.graph.op import Op
-from taskgraph.runtime.cpu.kinds import FIXED, TORCH, Entry, Site, Tensors, register
+from taskgraph.runtime.cpu.kinds import FIXED, TORCH, CpuSite, Entry, Tensors, register
 from taskgraph.runtime.cpu.products import Linear, room_for
 
 
@@ -46,7 +46,7 @@ class _Router:
             out.masked_fill_((slots < 0).unsqueeze(1), 0.0)
 
 
-def bind_route(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
+def bind_route(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
     logits, *rest = ins
     correction, slots = ([t for t in rest if (t.dtype == torch.int32) is whether] for whether in (False, True))
     first, whole = op.integer("first"), outs[0] if outs[0].shape == logits.shape else torch.empty(logits.shape)
@@ -71,7 +71,7 @@ def _within_best_groups(choice: torch.Tensor, groups: int, kept: int) -> torch.T
     return grouped.masked_fill(out.unsqueeze(-1), float("-inf")).view(choice.shape)
 
 
-def bind_experts(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
+def bind_experts(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
     x, routing, gate_up, down, *residual = ins
     total = torch.empty(x.shape, dtype=torch.float32)
     fixed = set(op.inputs[2:4]) <= site.constants and room_for(2 * (gate_up.nbytes + down.nbytes))
@@ -102,7 +102,7 @@ def _experts(
     out.copy_(total)
 
 
-def bind_gated_add(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
+def bind_gated_add(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
     x, gate, base = ins
     return lambda: torch.addcmul(base, x, gate.sigmoid(), out=outs[0])
 

@@ -25,7 +25,7 @@ Tensors = Sequence[torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Site:
+class CpuSite:
     """Where an op runs: the threads of its lane, the names of the tensors that never change between replays, the
     group whose ranks its collectives are between, and the ways that products run."""
 
@@ -44,7 +44,7 @@ class Site:
         return self.threads if rows >= _FORK_ROWS else 1
 
 
-Binder = Callable[[Op, Tensors, Tensors, Site], Entry]
+Binder = Callable[[Op, Tensors, Tensors, CpuSite], Entry]
 
 FIXED, CHANGING, TILED, COMPILED, TORCH, OWN = "fixed", "changing", "tiled", "compiled", "torch", "own"
 """By what a kind runs, for people: products with weights that stay, attention by products of operands that change,

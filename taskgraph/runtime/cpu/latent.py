@@ -16,7 +16,7 @@ from taskgraph.ops import latent_flops
 from taskgraph.runtime.cpu import kernels_latent as kernels
 from taskgraph.runtime.cpu.kernels import check_positions
 from taskgraph.runtime.cpu.kernels_paged import check_tables
-from taskgraph.runtime.cpu.kinds import CHANGING, COMPILED, Entry, Site, Tensors, bits, register, rope_table
+from taskgraph.runtime.cpu.kinds import CHANGING, COMPILED, CpuSite, Entry, Tensors, bits, register, rope_table
 from taskgraph.runtime.cpu.products import widened
 
 Ints = npt.NDArray[np.int32]
@@ -37,7 +37,7 @@ def _rows(latents: torch.Tensor) -> npt.NDArray[Any]:
 # -- rotating and writing -----------------------------------------------------------------------------------------
 
 
-def bind_latent_rope(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
+def bind_latent_rope(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
     """A static cache is one whose sequence b has the slots from b * length on."""
     *given, positions, latents = ins
     batch, length, _ = latents.shape
@@ -55,12 +55,12 @@ def bind_latent_rope(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
     return run
 
 
-def bind_paged_latent_rope(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
+def bind_paged_latent_rope(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
     *given, positions, slots, latents = ins
     return _rope(op, (*given, latents), positions.numpy(), slots.numpy(), op.integer("context"), outs[0], site)
 
 
-def _rope(op: Op, tensors: Tensors, places: Ints, slots: Ints, length: int, out: torch.Tensor, site: Site) -> Entry:
+def _rope(op: Op, tensors: Tensors, places: Ints, slots: Ints, length: int, out: torch.Tensor, site: CpuSite) -> Entry:
     q, kv, norm, latents = tensors
     _check(op, q, kv, norm, latents, out)
     table = rope_table(op, length, op.integer("rotary"))
@@ -103,7 +103,7 @@ class _Form:
         return mixed.transpose(0, 1)
 
 
-def bind_latent_attention(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
+def bind_latent_attention(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
     q, positions, latents, up = ins
     batch, each = len(latents), len(q) // len(latents)
     attend, out = _cheaper(op, q, up, batch, site), _by_token(outs[0], q)
@@ -117,13 +117,13 @@ def bind_latent_attention(op: Op, ins: Tensors, outs: Tensors, site: Site) -> En
     return run
 
 
-def bind_paged_latent_decode(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
+def bind_paged_latent_decode(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
     q, lengths, blocks, latents, up = ins
     attend = _cheaper(op, q, up, len(q), site)
     return _over_pages(attend, q, (torch.arange(len(q) + 1), lengths, blocks), latents, _by_token(outs[0], q))
 
 
-def bind_paged_latent_prefill(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
+def bind_paged_latent_prefill(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
     q, starts, lengths, blocks, latents, up = ins
     attend = _cheaper(op, q, up, len(lengths), site)
     return _over_pages(attend, q, (starts, lengths, blocks), latents, _by_token(outs[0], q))
@@ -155,7 +155,7 @@ def _over_pages(attend: Attend, q: torch.Tensor, tables: Tensors, latents: torch
     return run
 
 
-def _cheaper(op: Op, q: torch.Tensor, up: torch.Tensor, sequences: int, site: Site) -> Attend:
+def _cheaper(op: Op, q: torch.Tensor, up: torch.Tensor, sequences: int, site: CpuSite) -> Attend:
     """The form of fewer operations, in float32 where that is the faster way to multiply."""
     (tokens, heads, dim), rotary = q.shape, op.integer("rotary")
     wide = widened(q.dtype, max(tokens // sequences, 1), site.ways)

@@ -9,23 +9,23 @@ from taskgraph.errors import BackendUnavailable
 from taskgraph.graph.op import Op
 from taskgraph.ops import COLLECTIVES
 from taskgraph.runtime.cpu import kernels_paged
-from taskgraph.runtime.cpu.kinds import COMPILED, TORCH, Entry, Site, Tensors, register
+from taskgraph.runtime.cpu.kinds import COMPILED, TORCH, CpuSite, Entry, Tensors, register
 
 
-def bind_copy(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
+def bind_copy(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
     return partial(outs[0].copy_, ins[0])
 
 
-def bind_slice_rows(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
+def bind_slice_rows(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
     rows = slice(op.integer("start"), op.integer("stop"), op.integer("step"))
     return partial(outs[0].copy_, ins[0][rows])
 
 
-def bind_concat_rows(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
+def bind_concat_rows(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
     return partial(torch.cat, list(ins), out=outs[0])
 
 
-def bind_copy_pages(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
+def bind_copy_pages(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
     source, target, pairs = ins
     flat = [t.view(torch.uint8).view(t.shape[0], -1).numpy() for t in (source, target)]
     return partial(kernels_paged.copy_pages, *flat, pairs.numpy(), outs[0].numpy())
@@ -36,7 +36,7 @@ def bind_copy_pages(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
 _HALF = (torch.bfloat16, torch.float16)
 
 
-def bind_collective(op: Op, ins: Tensors, outs: Tensors, site: Site) -> Entry:
+def bind_collective(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
     """Through the group of the executable (gloo); a collective of one rank is a copy."""
     x, out = ins[0], outs[0]
     if op.integer("ranks") == 1:

@@ -8,12 +8,12 @@ from taskgraph.graph.op import Op
 from taskgraph.ops.kinds import CALL
 from taskgraph.runtime import custom
 from taskgraph.runtime.cpu import attention, dense, experts, latent, moves  # noqa: F401 - they register their kinds
-from taskgraph.runtime.cpu.kinds import CPU_KINDS, Entry, Site, Tensors
+from taskgraph.runtime.cpu.kinds import CPU_KINDS, CpuSite, Entry, Tensors
 
 __all__ = ["CPU_KINDS", "bind"]
 
 
-def bind(op: Op, ins: Tensors, outs: Tensors, site: Site, functions: Mapping[str, Callable[..., Any]]) -> Entry:
+def bind(op: Op, ins: Tensors, outs: Tensors, site: CpuSite, functions: Mapping[str, Callable[..., Any]]) -> Entry:
     """The program entry of one op; BackendUnavailable when the CPU has no implementation of its kind."""
     views = op.views
     if views:

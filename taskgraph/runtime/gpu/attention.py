@@ -15,8 +15,8 @@ from taskgraph.runtime.gpu.kinds import (
     KERNELS,
     THREADS,
     Buffer,
+    GpuSite,
     Launches,
-    Site,
     blocks,
     dense_strides,
     float_type,
@@ -27,7 +27,7 @@ from taskgraph.runtime.gpu.kinds import (
 _SPLIT_KEYS, _MAX_SPLITS, _MAX_DIM = 256, 32, 256
 
 
-def rope_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
+def rope_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSite) -> Launches:
     x, positions = ins
     need_i64(op, positions)
     tokens, heads, dim = x.shape
@@ -36,7 +36,7 @@ def rope_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: S
     return [blocks(name, (tokens, heads), THREADS, (*args, np.int32(heads), np.int32(dim)), site)]
 
 
-def rope_kv_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
+def rope_kv_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSite) -> Launches:
     qkv, positions, keys, values, *norms = ins
     need_i64(op, positions)
     batch, kv_heads, length, dim = keys.shape
@@ -50,7 +50,7 @@ def rope_kv_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site
     return [blocks(f"rope_kv_{kind}", (tokens, heads + 2 * kv_heads), THREADS, args, site)]
 
 
-def paged_rope_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
+def paged_rope_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSite) -> Launches:
     qkv, positions, slots, keys, values, *norms = ins
     pages, kv_heads, rows, wide = keys.shape
     tokens, heads, dim = outs[0].shape
@@ -105,7 +105,7 @@ class _DecodeCache:
     pages: _Pages = _Pages(0, 0, 1, 0, 0)
 
 
-def _split_decode(kind: str, q: int, cache: _DecodeCache, batch: int, heads: int, out: int, site: Site) -> Launches:
+def _split_decode(kind: str, q: int, cache: _DecodeCache, batch: int, heads: int, out: int, site: GpuSite) -> Launches:
     """Splits of the keys, as many as fill the lane's SMs, and a combine step."""
     wanted = -(-site.sm_count // (batch * heads))
     splits = max(1, min(_MAX_SPLITS, wanted, -(-cache.length // _SPLIT_KEYS)))
@@ -121,7 +121,7 @@ def _split_decode(kind: str, q: int, cache: _DecodeCache, batch: int, heads: int
     ]
 
 
-def attention_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
+def attention_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSite) -> Launches:
     q, positions, keys, values = ins
     need_i64(op, positions)
     batch, kv_heads, length, dim = keys.shape
@@ -138,7 +138,7 @@ def attention_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], si
     return [blocks(f"attention_{kind}", (tokens, heads), THREADS, args, site)]
 
 
-def decode_attention_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
+def decode_attention_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSite) -> Launches:
     q, kv = ins
     _, batch, length, kv_heads, dim = kv.shape
     _need_dim(op, dim)
@@ -149,7 +149,7 @@ def decode_attention_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buff
     return _split_decode(float_type(op, q, kv, outs[0]), q.address, cache, batch, q.shape[1], outs[0].address, site)
 
 
-def paged_decode_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
+def paged_decode_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSite) -> Launches:
     q, lengths, tables, keys, values = ins
     count, kv_heads, rows, wide = keys.shape
     batch, heads, dim = q.shape
@@ -162,7 +162,7 @@ def paged_decode_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer],
     )
 
 
-def paged_prefill_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
+def paged_prefill_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSite) -> Launches:
     q, starts, lengths, tables, keys, values = ins
     count, kv_heads, rows, wide = keys.shape
     tokens, heads, dim = q.shape

@@ -11,9 +11,9 @@ from taskgraph.runtime.gpu.kinds import (
     KERNELS,
     THREADS,
     Buffer,
+    GpuSite,
     Launch,
     Launches,
-    Site,
     blocks,
     float_type,
     register,
@@ -23,20 +23,20 @@ from taskgraph.runtime.gpu.kinds import (
 _GEMM_TILE, _GEMM_FEW_ROWS, _GEMM_COLUMNS, _GEMM_BLOCK = 64, 16, 64, 256
 
 
-def add_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
+def add_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSite) -> Launches:
     a, b = ins
     kind, count = float_type(op, a, b, outs[0]), math.prod(a.shape)
     args = (a.address, b.address, outs[0].address, np.int64(count))
     return [Launch(f"add_{kind}", spread(count, site), 256, args)]
 
 
-def swiglu_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
+def swiglu_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSite) -> Launches:
     kind, (rows, features) = float_type(op, ins[0], outs[0]), outs[0].shape
     args = (ins[0].address, outs[0].address, np.int64(rows), np.int32(features))
     return [Launch(f"swiglu_{kind}", spread(rows * features, site), 256, args)]
 
 
-def rmsnorm_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
+def rmsnorm_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSite) -> Launches:
     x, weight = ins
     columns = x.shape[-1]
     args = (x.address, weight.address, outs[0].address, np.int32(columns), np.float32(op.number("eps")))
@@ -44,7 +44,7 @@ def rmsnorm_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site
     return [blocks(name, (math.prod(x.shape[:-1]),), THREADS, args, site)]
 
 
-def embedding_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
+def embedding_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSite) -> Launches:
     tokens, table = ins
     kinds = (tokens.dtype, table.dtype, outs[0].dtype)
     if kinds[1:] not in (("f32", "f32"), ("bf16", "bf16"), ("bf16", "f32")):
@@ -54,12 +54,12 @@ def embedding_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], si
     return [blocks(f"embedding_{'_'.join(kinds)}", (tokens.shape[0],), THREADS, args, site)]
 
 
-def argmax_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
+def argmax_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSite) -> Launches:
     args = (ins[0].address, outs[0].address, np.int32(ins[0].shape[1]))
     return [blocks(f"argmax_{float_type(op, ins[0])}", (ins[0].shape[0],), THREADS, args, site)]
 
 
-def gemm_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
+def gemm_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSite) -> Launches:
     x, w, *extra = ins
     (m, k), n = x.shape, outs[0].shape[1]
     kinds = (x.dtype, w.dtype, outs[0].dtype)

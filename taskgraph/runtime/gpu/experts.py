@@ -10,9 +10,9 @@ from taskgraph.runtime.gpu.kinds import (
     KERNELS,
     THREADS,
     Buffer,
+    GpuSite,
     Launch,
     Launches,
-    Site,
     at_most,
     float_type,
     register,
@@ -22,7 +22,7 @@ _MAX_EXPERTS, _MAX_GROUPS, _COLUMNS, _BLOCK = 512, 64, 64, 256
 """The arrays in shared memory of `experts.cu`, the columns of a tile and the threads of its block."""
 
 
-def route_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
+def route_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSite) -> Launches:
     logits, *rest = ins
     bias, slots = (sum(t.address for t in rest if (t.dtype == "i32") is whether) for whether in (False, True))
     tokens, count = logits.shape
@@ -42,7 +42,7 @@ def route_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: 
     return [Launch(f"route_{float_type(op, logits)}", (tokens,), THREADS, args)]
 
 
-def experts_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
+def experts_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSite) -> Launches:
     """Lists of each expert's tokens, its two products on them, and the sum of every token's rows."""
     x, routing, gate_up, down, *residual = ins
     kind, (rows, hidden), (held, _, inner) = float_type(op, x, gate_up, down, outs[0], *residual), x.shape, down.shape
@@ -67,7 +67,7 @@ def experts_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site
     ]  # fmt: skip
 
 
-def gated_add_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
+def gated_add_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSite) -> Launches:
     x, gate, base = ins
     count = math.prod(x.shape)
     grid = (max(1, min(-(-count // 256), 8 * site.sm_count)),)

@@ -77,7 +77,7 @@ class CopyLaunch:
     nbytes: int
 
 
-class Site(Protocol):
+class GpuSite(Protocol):
     """What may be asked for: the SMs of the lane, scratch memory, and constants on the device."""
 
     @property
@@ -97,7 +97,7 @@ class Site(Protocol):
 
 
 Launches = list[Launch | CopyLaunch]
-Rule = Callable[[Op, Sequence[Buffer], Sequence[Buffer], Site], Launches]
+Rule = Callable[[Op, Sequence[Buffer], Sequence[Buffer], GpuSite], Launches]
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +130,7 @@ def register(kind: str, launches: Rule, source: str | Path, *, strided: bool = F
         raise GraphError(f"op kind {kind!r} has kernels for the cuda backend already; register another kind.")
 
 
-def launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
+def launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSite) -> Launches:
     """The launches of one op; BackendUnavailable when there is no kernel for its kind, types or shape."""
     kind = GPU_KINDS.get(op.kind)
     if kind is None:
@@ -164,7 +164,7 @@ def float_type(op: Op, *buffers: Buffer) -> str:
     return found.pop()
 
 
-def blocks(kernel: str, grid: tuple[int, ...], block: int, args: tuple[Any, ...], site: Site) -> Launch:
+def blocks(kernel: str, grid: tuple[int, ...], block: int, args: tuple[Any, ...], site: GpuSite) -> Launch:
     """A launch of a kernel that loops over the blocks of `grid` (`each_block` in common.cuh): no more blocks than the
     SMs that the op is launched on hold at a time."""
     nx, ny, nz = (*grid, 1, 1)[:3]
@@ -173,7 +173,7 @@ def blocks(kernel: str, grid: tuple[int, ...], block: int, args: tuple[Any, ...]
     return Launch(kernel, (launched,), block, (*args, np.int32(nx), np.int32(ny), np.int32(nz)))
 
 
-def spread(elements: int, site: Site) -> tuple[int, ...]:
+def spread(elements: int, site: GpuSite) -> tuple[int, ...]:
     """A grid for grid-stride loops: enough blocks to fill the lane's SMs, not more than there is work."""
     return (max(1, min(-(-elements // 256), 8 * site.sm_count)),)
 

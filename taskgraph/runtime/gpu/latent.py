@@ -14,9 +14,9 @@ from taskgraph.runtime.gpu.kinds import (
     KERNELS,
     THREADS,
     Buffer,
+    GpuSite,
     Launch,
     Launches,
-    Site,
     at_most,
     float_type,
     need_i64,
@@ -27,19 +27,19 @@ _MAX_RANK, _MAX_DIM = 1024, 512
 """The arrays in shared memory of `latent.cu`."""
 
 
-def latent_rope_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
+def latent_rope_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSite) -> Launches:
     _, _, _, positions, latents = ins
     need_i64(op, positions)
     batch, length, _ = latents.shape
     return _rope(op, ins, outs[0], (np.int32(outs[0].shape[0] // batch), np.int64(length)), site)
 
 
-def paged_latent_rope_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
+def paged_latent_rope_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSite) -> Launches:
     pages, rows, _ = ins[-1].shape
     return _rope(op, ins, outs[0], (np.int64(pages * rows), np.int32(op.integer("context"))), site)
 
 
-def _rope(op: Op, ins: Sequence[Buffer], out: Buffer, places: tuple[np.integer[Any], ...], site: Site) -> Launches:
+def _rope(op: Op, ins: Sequence[Buffer], out: Buffer, places: tuple[np.integer[Any], ...], site: GpuSite) -> Launches:
     q, kv, norm, *_, latents = ins
     (tokens, heads, dim), turned = out.shape, op.integer("rotary")
     inverse = site.constant(rotary.inverse_frequencies(op, turned))
@@ -50,7 +50,7 @@ def _rope(op: Op, ins: Sequence[Buffer], out: Buffer, places: tuple[np.integer[A
     return [Launch(name, (tokens, heads + 1), THREADS, args)]
 
 
-def latent_attention_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
+def latent_attention_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSite) -> Launches:
     q, positions, latents, _ = ins
     need_i64(op, positions)
     batch, length, _ = latents.shape
@@ -58,12 +58,12 @@ def latent_attention_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buff
     return _attention(op, ins, outs[0], pointers, (np.int32(q.shape[0] // batch), np.int64(length)), site)
 
 
-def paged_latent_decode_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
+def paged_latent_decode_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSite) -> Launches:
     q, *others = ins
     return _attention(op, ins, outs[0], [q.address, 0, *(t.address for t in others)], _pages(*ins[1:4]), site)
 
 
-def paged_latent_prefill_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
+def paged_latent_prefill_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSite) -> Launches:
     return _attention(op, ins, outs[0], [t.address for t in ins], _pages(*ins[2:5]), site)
 
 
@@ -72,7 +72,12 @@ def _pages(lengths: Buffer, tables: Buffer, latents: Buffer) -> tuple[np.integer
 
 
 def _attention(
-    op: Op, ins: Sequence[Buffer], out: Buffer, pointers: Sequence[int], places: tuple[np.integer[Any], ...], site: Site
+    op: Op,
+    ins: Sequence[Buffer],
+    out: Buffer,
+    pointers: Sequence[int],
+    places: tuple[np.integer[Any], ...],
+    site: GpuSite,
 ) -> Launches:
     q, *_, latents, up = ins
     (tokens, heads, dim), turned = q.shape, op.integer("rotary")

@@ -8,10 +8,10 @@ import numpy as np
 from taskgraph.errors import BackendUnavailable
 from taskgraph.graph.op import Op
 from taskgraph.ops import COLLECTIVES
-from taskgraph.runtime.gpu.kinds import KERNELS, Buffer, CopyLaunch, Launch, Launches, Site, register, spread
+from taskgraph.runtime.gpu.kinds import KERNELS, Buffer, CopyLaunch, GpuSite, Launch, Launches, register, spread
 
 
-def _move_rows(source: Buffer, start: int, step: int, rows: int, target: int, site: Site) -> Launch:
+def _move_rows(source: Buffer, start: int, step: int, rows: int, target: int, site: GpuSite) -> Launch:
     """Rows start, start + step, ... of `source`, `rows` of them, one after another to `target`."""
     row = source.nbytes // source.shape[0]
     unit = 4 if row % 4 == 0 else 1
@@ -20,18 +20,18 @@ def _move_rows(source: Buffer, start: int, step: int, rows: int, target: int, si
     return Launch(f"slice_rows_b{unit}", spread(rows * row // unit, site), 256, args)
 
 
-def slice_rows_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
+def slice_rows_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSite) -> Launches:
     rows = outs[0].shape[0]
     return [_move_rows(ins[0], op.integer("start"), op.integer("step"), rows, outs[0].address, site)]
 
 
-def concat_rows_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
+def concat_rows_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSite) -> Launches:
     """A launch a part: they follow each other on the lane."""
     targets = accumulate((b.nbytes for b in ins[:-1]), initial=outs[0].address)
     return [_move_rows(b, 0, 1, b.shape[0], target, site) for b, target in zip(ins, targets, strict=True)]
 
 
-def copy_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
+def copy_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSite) -> Launches:
     """A copy engine's work, or a kernel on at most the SMs that the demand pins."""
     source, target, nbytes = ins[0].address, outs[0].address, ins[0].nbytes
     if op.demand.sm is None:
@@ -42,7 +42,7 @@ def copy_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: S
     return [Launch(name, grid, 1024, (source, target, np.int64(nbytes // 16 if wide else nbytes)))]
 
 
-def collective_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
+def collective_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSite) -> Launches:
     """A collective of one rank is a copy; more ranks go through NCCL (collectives.py)."""
     return [_move_rows(ins[0], 0, 1, ins[0].shape[0], outs[0].address, site)]
 
@@ -51,7 +51,7 @@ _COPY_SMS = 8
 """Blocks that move pages unless the demand says more: enough for the copy path, and most SMs stay free."""
 
 
-def copy_pages_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: Site) -> Launches:
+def copy_pages_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSite) -> Launches:
     source, target, pairs = ins
     page = source.nbytes // source.shape[0]
     if page % 4:

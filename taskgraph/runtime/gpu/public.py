@@ -3,7 +3,7 @@ real or virtual, and captures several plans over them."""
 
 from taskgraph.runtime.gpu.arrays import DeviceArray, DeviceTensors
 from taskgraph.runtime.gpu.driver import Gpu
-from taskgraph.runtime.gpu.kinds import Buffer, CopyLaunch, Launch, Site, blocks, float_type, register, spread
+from taskgraph.runtime.gpu.kinds import Buffer, CopyLaunch, GpuSite, Launch, blocks, float_type, register, spread
 from taskgraph.runtime.gpu.spec import planning_device
 from taskgraph.runtime.gpu.standard import GPU_KINDS
 from taskgraph.runtime.gpu.virtual import is_virtual
@@ -15,8 +15,8 @@ __all__ = [
     "DeviceArray",
     "DeviceTensors",
     "Gpu",
+    "GpuSite",
     "Launch",
-    "Site",
     "blocks",
     "float_type",
     "is_virtual",
