@@ -382,6 +382,17 @@ def test_nothing_is_recalled_behind_a_gap_without_room_or_without_a_disk() -> No
     assert not bare.recalling(keys) and bare.host.held == 0
 
 
+@pytest.mark.parametrize(("flying", "read"), [(None, 2), (0, 0), (1, 1), (3, 2)])
+def test_idle_blocks_make_room_for_what_is_recalled_up_to_one_that_a_step_fills(flying: int | None, read: int) -> None:
+    cache, disk = with_disk(pages=8, host=4, ready=0)
+    slots = on_host(cache, keys_of(4, first=100))
+    disk.kept = set(keys_of(3))
+    if flying is not None:
+        cache._flying.update([slots[flying]])
+    cache.recall(keys_of(3))
+    assert [slot for slot, _ in disk.reads] == slots[:read]
+
+
 def test_a_block_that_cannot_be_read_is_not_found() -> None:
     cache, disk = with_disk(pages=8, host=4, ready=0)
     keys = keys_of(1)

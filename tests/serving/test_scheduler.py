@@ -373,6 +373,85 @@ def test_without_a_host_the_pages_are_computed_again(caplog: pytest.LogCaptureFi
     assert made.state[1] == RUNNING
 
 
+def test_a_prompt_that_holds_all_pages_and_needs_more_gives_them_up() -> None:
+    made = scheduler(Limits(sequences=2, tokens=6, chunks=4, context=40), pages=8, expected_output=0.0)
+    add(made, 20)
+    assert shape(form(made)) == (0, [6])
+    made.cache.allocate(made.cache.device.available)  # as others' answers would
+    assert shape(form(made)) == (0, [2])  # what its two pages have room for
+    assert made.form() is None
+    assert (made.state[0], made.preemptions, made.recomputed) == (DROPPED, 1, 1)
+    assert made.cache.device.available == 2
+
+
+def test_nothing_is_given_up_while_a_token_that_is_on_its_way_may_free_pages() -> None:
+    made = scheduler(Limits(sequences=2, tokens=7, chunks=4, context=40), pages=12, expected_output=0.0)
+    add(made, 3, most=1)
+    add(made, 20, first=20)
+    batch = form(made)
+    assert shape(batch) == (0, [3, 4])
+    made.cache.allocate(made.cache.device.available)
+    assert made.form() is None and made.preemptions == 0
+    assert made.take(batch, np.array([7, 8]), VOCABULARY).full == [0]
+    made.retire(0, 4)
+    assert shape(form(made)) == (0, [4])
+
+
+class Course:
+    """A grammar of two tokens, the second of which must not be 9."""
+
+    def __init__(self) -> None:
+        self.told: list[int] = []
+
+    @property
+    def ended(self) -> bool:
+        return len(self.told) == 2
+
+    def advance(self, token: int) -> str:
+        self.told.append(token)
+        return "no 9 here" if self.ended and token == 9 else ""
+
+    def allowed(self) -> np.ndarray:
+        return np.full(-(-VOCABULARY // 32), -1, np.int32)
+
+
+class Guide:
+    """Its beginning."""
+
+    vocabulary = VOCABULARY
+
+    def begin(self) -> Course:
+        return Course()
+
+
+def test_a_grammar_follows_every_token_as_it_comes() -> None:
+    guide: Any = Guide()
+    made = scheduler(Limits(sequences=3, tokens=40, chunks=8, context=40))
+    for i in range(3):
+        add(made, 3, most=2 + (i == 0), first=10 * i, guide=guide)
+    taken = made.take(form(made), np.array([9, 9, 4]), VOCABULARY)
+    assert (taken.full, taken.stopped, taken.failed) == ([], [], {})
+    courses: list[Any] = [steer.course for steer in made.steers if steer is not None]
+    assert [course.told for course in courses] == [[9], [9], [4]]
+    number = int(made.number[1])
+    taken = made.take(form(made), np.array([5, 9, 6]), VOCABULARY)
+    assert [course.told for course in courses] == [[9, 5], [9, 9], [4, 6]]
+    assert (taken.full, taken.stopped) == ([], [0, 2])
+    assert taken.failed == {1: f"request {number}: no 9 here"}
+
+
+def test_what_a_grammar_cannot_go_on_from_is_the_reason_of_a_missing_token() -> None:
+    guide: Any = Guide()
+    made = scheduler(Limits(sequences=1, tokens=40, chunks=8, context=40))
+    add(made, 3, guide=guide)
+    made.take(form(made), np.array([4]), VOCABULARY)
+    steer = made.steers[0]
+    assert steer is not None
+    steer.error = "it is too large"
+    failed = made.take(form(made), np.array([NONE_LEFT]), VOCABULARY).failed
+    assert failed == {0: f"request {made.number[0]}: it is too large (token 1 of its answer)."}
+
+
 def test_experience_is_a_moving_mean() -> None:
     made = scheduler(Limits(), expected_output=10.0)
     made.learn(30)
