@@ -14,14 +14,16 @@ from collections.abc import Callable, Iterator
 from functools import cache as memo
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import llvmlite
 import numba
 import numpy as np
+import numpy.typing as npt
 from numba.core.caching import NullCache
 from numba.core.compiler import CompileResult
 from numba.core.dispatcher import Dispatcher
+from numba.core.registry import CPUDispatcher
 from numba.core.serialize import dumps
 
 from taskgraph import cache, compiling
@@ -29,6 +31,8 @@ from taskgraph import cache, compiling
 P = ParamSpec("P")
 R = TypeVar("R")
 
+ZERO = cast(int, np.int64(0))
+"""0 for a counter that is passed on: a literal would have numba compile what takes it once more."""
 _DIGEST = 32
 _UNUSED_S = 60 * 86400.0
 _TOUCH_S = 86400.0
@@ -36,8 +40,31 @@ _CONSTANTS = (bool, int, float, complex, str, bytes, tuple, frozenset, type(None
 
 
 def njit(function: Callable[P, R]) -> Callable[P, R]:
-    """numba.njit without the interpreter, releasing the GIL, kept on disk; keeps the signature for type checkers."""
-    return compiled(function)
+    """numba.njit without the interpreter, releasing the GIL, kept on disk; keeps the signature for type checkers. A
+    division by zero gives what it gives in NumPy."""
+    return compiled(function, error_model="numpy", no_cfunc_wrapper=True)
+
+
+def inner(function: Callable[P, R]) -> Callable[P, R]:
+    """`njit` for what only compiled functions call: it has no door from Python (a call from there is a TypeError), and
+    that half of the work of compiling it is saved."""
+    made = compiled(function, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+    if isinstance(made, Dispatcher):
+        made.__class__ = _Inner
+    return made
+
+
+class _Inner(CPUDispatcher):  # type: ignore[misc]
+    """A function without a door: numba's own call of one would end the process."""
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        raise TypeError(f"{self.py_func.__qualname__} is called by compiled functions only; use its .py_func.")
+
+
+def plain(array: npt.ArrayLike, dtype: npt.DTypeLike) -> np.ndarray:
+    """`array` as compiled functions take it: contiguous, writeable and of one dtype, so that each is compiled once."""
+    made: np.ndarray = np.require(array, dtype, ("C", "W"))
+    return made
 
 
 def compiled(function: Callable[P, R], **options: Any) -> Callable[P, R]:
@@ -73,7 +100,7 @@ class _Kept(NullCache):  # type: ignore[misc]
             payload = _read(self._place(key), key)
             if payload is not None:
                 return CompileResult._rebuild(target_context, *payload)
-        compiling.begin(self._function.__qualname__)
+        compiling.begin(self._function.__qualname__.rpartition(".")[2])
         return None
 
     def save_overload(self, sig: Any, data: Any) -> None:

@@ -6,11 +6,12 @@ before the tensor's producer starts. Order in the list of steps says nothing abo
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from taskgraph.graph.graph import Graph
-from taskgraph.jit import njit
+from taskgraph.jit import ZERO, inner, njit
 from taskgraph.record import from_columns
 from taskgraph.schedule.plan import Slot
 
@@ -46,7 +47,7 @@ def assign(
     sizes = -(-life.nbytes // ALIGNMENT) * ALIGNMENT
     gone = _gone(np.array(lanes, np.int64), life.last, before)
     if _pairs(life.first, gone) <= _PAIRS:
-        offsets = _by_size(np.argsort(-sizes, kind="stable"), sizes, life.first, life.last, before, gone)
+        offsets = _by_size(sizes, life.first, life.last, before, gone)
     else:
         offsets = _by_region(sizes, life, gone, len(order))
     slots = from_columns(Slot, len(sizes), life.names, offsets.tolist(), sizes.tolist())
@@ -68,25 +69,28 @@ def ended_steps(lanes: Sequence[int], waits: Sequence[tuple[int, ...]]) -> np.nd
     pointer = np.zeros(len(lanes) + 1, np.int64)
     np.cumsum([len(w) for w in waits], out=pointer[1:])
     flat = np.fromiter((s for w in waits for s in w), np.int64, int(pointer[-1]))
-    return _clocks(np.array(lanes, np.int64), pointer, flat, count)
+    before, previous = np.full((len(lanes), count), -1, np.int64), np.full(count, -1, np.int64)
+    _clocks(np.array(lanes, np.int64), pointer, flat, previous, before)
+    return before
 
 
 @njit
-def _clocks(lane: np.ndarray, wait_ptr: np.ndarray, wait: np.ndarray, lanes: int) -> np.ndarray:
-    before = np.full((len(lane), lanes), -1, np.int64)
-    previous = np.full(lanes, -1, np.int64)
+def _clocks(lane: np.ndarray, wait_ptr: np.ndarray, wait: np.ndarray, previous: np.ndarray, before: np.ndarray) -> None:
+    """Fill `before` (steps, lanes), which is -1 as is `previous` (lanes,)."""
     for s in range(len(lane)):
         mine = lane[s]
         if previous[mine] >= 0:
-            before[s] = before[previous[mine]]
+            for j in range(len(previous)):
+                before[s, j] = before[previous[mine], j]
             before[s, mine] = previous[mine]
         for k in range(wait_ptr[s], wait_ptr[s + 1]):
             other = wait[k]
-            for j in range(lanes):
-                before[s, j] = max(before[s, j], before[other, j])
-            before[s, lane[other]] = max(before[s, lane[other]], other)
+            for j in range(len(previous)):
+                if before[other, j] > before[s, j]:
+                    before[s, j] = before[other, j]
+            if other > before[s, lane[other]]:
+                before[s, lane[other]] = other
         previous[mine] = s
-    return before
 
 
 def _lifetimes(graph: Graph, lanes: Sequence[int], order: Sequence[int]) -> _Lifetimes:
@@ -110,28 +114,29 @@ def _lifetimes(graph: Graph, lanes: Sequence[int], order: Sequence[int]) -> _Lif
     return _Lifetimes(names, nbytes, step_of[maker][by_first], last)
 
 
-@njit
 def _gone(lane: np.ndarray, last: np.ndarray, before: np.ndarray) -> np.ndarray:
     """For each tensor a step from which on every step, on whatever lane, starts after the tensor's users ended."""
-    steps, lanes = before.shape
-    at = np.zeros(lanes, np.int64)
-    of_lane = np.empty((lanes, steps), np.int64)
-    for s in range(steps):
-        of_lane[lane[s], at[lane[s]]] = s
-        at[lane[s]] += 1
-    gone = np.zeros(len(last), np.int64)
+    gone, pointer = np.zeros(len(last), np.int64), np.zeros(before.shape[1] + 1, np.int64)
+    np.cumsum(np.bincount(lane, minlength=before.shape[1]), out=pointer[1:])
+    _find_gone(pointer, np.argsort(lane, kind="stable"), last, before, gone)
+    return gone
+
+
+@njit
+def _find_gone(
+    pointer: np.ndarray, by_lane: np.ndarray, last: np.ndarray, before: np.ndarray, gone: np.ndarray
+) -> None:
     for t in range(len(last)):
-        for j in range(lanes):
-            low, high = 0, at[j]  # what a lane's steps know only grows
+        for j in range(len(pointer) - 1):
+            low, high = pointer[j], pointer[j + 1]  # what a lane's steps know only grows
             while low < high:
-                middle = (low + high) // 2
-                if _ended(last[t], before[of_lane[j, middle]]):
+                middle = (low + high) >> 1
+                if _ended(last, t, before, by_lane[middle]):
                     high = middle
                 else:
                     low = middle + 1
-            if low > 0:
-                gone[t] = max(gone[t], of_lane[j, low - 1] + 1)
-    return gone
+            if low > pointer[j] and by_lane[low - 1] + 1 > gone[t]:
+                gone[t] = by_lane[low - 1] + 1
 
 
 def _pairs(first: np.ndarray, gone: np.ndarray) -> int:
@@ -139,57 +144,90 @@ def _pairs(first: np.ndarray, gone: np.ndarray) -> int:
     return int((np.searchsorted(first, gone) - np.arange(1, len(first) + 1)).sum())
 
 
-@njit
-def _ended(last: np.ndarray, before: np.ndarray) -> bool:
+@inner
+def _ended(last: np.ndarray, tensor: int, before: np.ndarray, step: int) -> bool:
     """Whether a tensor's users have all ended when a step starts."""
     ended = True
-    for j in range(len(last)):
-        ended = ended and last[j] <= before[j]
+    for j in range(last.shape[1]):
+        ended = ended and last[tensor, j] <= before[step, j]
     return ended
 
 
-@njit
-def _fit(nbytes: int, near: np.ndarray, offset: np.ndarray, size: np.ndarray) -> int:
-    """The tightest gap of at least `nbytes` between the tensors `near`, which come by offset; else their end."""
-    best, best_gap, floor = -1, 0, 0
-    for u in near:
-        gap = offset[u] - floor
-        if gap >= nbytes and (best < 0 or gap < best_gap):
-            best, best_gap = floor, gap
-        floor = max(floor, offset[u] + size[u])
-    return floor if best < 0 else best
-
-
-@njit
 def _by_size(
-    by_size: np.ndarray, size: np.ndarray, first: np.ndarray, last: np.ndarray, before: np.ndarray, gone: np.ndarray
+    sizes: np.ndarray, first: np.ndarray, last: np.ndarray, before: np.ndarray, gone: np.ndarray
 ) -> np.ndarray:
     """Place tensors from large to small, each in the tightest gap between those alive together with it."""
-    n = len(size)
-    start = np.zeros(n + 1, np.int64)
-    for fill in range(2):  # count, then fill: row t has the tensors that may be alive together with t
-        if fill:
-            start[1:] = np.cumsum(start[1:])
-            other = np.empty(start[n], np.int32)
-            free = start[:-1].copy()
+    n = len(sizes)
+    pointer, near = np.zeros(n + 1, np.int64), np.zeros(n, np.int64)
+    neighbours = Neighbours(pointer, np.zeros(2 * _pairs(first, gone), np.int32), near)
+    _find_neighbours(neighbours, first, last, before, gone)
+    offset = np.full(n, -1, np.int64)
+    _fit(np.argsort(-sizes, kind="stable"), sizes, neighbours, offset)
+    return offset
+
+
+class Neighbours(NamedTuple):
+    """What is alive together with each tensor t: other[pointer[t] : pointer[t + 1]]; `near` (n,) is scratch."""
+
+    pointer: np.ndarray
+    other: np.ndarray
+    near: np.ndarray
+
+
+@njit
+def _find_neighbours(
+    found: Neighbours, first: np.ndarray, last: np.ndarray, before: np.ndarray, gone: np.ndarray
+) -> None:
+    """Count, then fill: the second time `near` is the next free place of each tensor."""
+    pointer, other, free = found.pointer, found.other, found.near
+    n = len(first)
+    for fill in range(2):
+        for t in range(n):
+            if fill:
+                pointer[t + 1] += pointer[t]
+                free[t] = pointer[t]
         for t in range(n):
             u = t + 1
             while u < n and first[u] < gone[t]:
-                if not _ended(last[t], before[first[u]]):
+                if not _ended(last, t, before, first[u]):
                     if fill:
                         other[free[t]], other[free[u]] = u, t
                         free[t] += 1
                         free[u] += 1
                     else:
-                        start[t + 1] += 1
-                        start[u + 1] += 1
+                        pointer[t + 1] += 1
+                        pointer[u + 1] += 1
                 u += 1
-    offset = np.full(n, -1, np.int64)
+
+
+@njit
+def _fit(by_size: np.ndarray, size: np.ndarray, found: Neighbours, offset: np.ndarray) -> None:
+    """Place each tensor in the tightest gap between its neighbours that are placed; without one, behind them."""
+    near = found.near
     for t in by_size:
-        near = other[start[t] : start[t + 1]]
-        near = near[offset[near] >= 0]
-        offset[t] = _fit(size[t], near[np.argsort(offset[near])], offset, size)
-    return offset
+        count = 0
+        for k in range(found.pointer[t], found.pointer[t + 1]):
+            if offset[found.other[k]] >= 0:
+                near[count] = found.other[k]
+                count += 1
+        gap = count
+        while gap > 1:  # sorted by offset (Shell 1959)
+            gap >>= 1
+            for x in range(gap, count):
+                u, at = near[x], x
+                while at >= gap and offset[near[at - gap]] > offset[u]:
+                    near[at] = near[at - gap]
+                    at -= gap
+                near[at] = u
+        best, best_gap, floor = -1, 0, 0
+        for k in range(count):
+            u = near[k]
+            room = offset[u] - floor
+            if room >= size[t] and (best < 0 or room < best_gap):
+                best, best_gap = floor, room
+            if offset[u] + size[u] > floor:
+                floor = offset[u] + size[u]
+        offset[t] = floor if best < 0 else best
 
 
 def _by_region(sizes: np.ndarray, life: _Lifetimes, gone: np.ndarray, steps: int) -> np.ndarray:
@@ -206,7 +244,7 @@ def _by_region(sizes: np.ndarray, life: _Lifetimes, gone: np.ndarray, steps: int
         mine = np.flatnonzero(region == r)
         size, first, end = sizes[mine], life.first[mine], until[mine]
         if _pairs(first, end) <= _PAIRS:
-            at = _by_size(np.argsort(-size, kind="stable"), size, first, (end - 1).reshape(-1, 1), clock, end)
+            at = _by_size(size, first, (end - 1).reshape(-1, 1), clock, end)
         else:
             at = _in_order(size, first, end, np.argsort(end, kind="stable"))
         offsets[mine] = base + at
@@ -214,40 +252,54 @@ def _by_region(sizes: np.ndarray, life: _Lifetimes, gone: np.ndarray, steps: int
     return offsets
 
 
-@njit
 def _in_order(size: np.ndarray, first: np.ndarray, end: np.ndarray, by_end: np.ndarray) -> np.ndarray:
     """Place tensors as they are made, each in the tightest of the gaps that ended tensors left."""
-    n = len(size)
-    offset = np.empty(n, np.int64)
-    at, room = np.empty(n + 1, np.int64), np.empty(n + 1, np.int64)  # the gaps by offset; the last one has no end
-    at[0], room[0], gaps, ended = 0, np.iinfo(np.int64).max // 2, 1, 0
-    for t in range(n):
+    offset, gaps = np.empty(len(size), np.int64), np.zeros((2, len(size) + 2), np.int64)
+    _place_in_order(size, first, end, by_end, gaps, offset)
+    return offset
+
+
+@inner
+def _close(gaps: np.ndarray, k: int, count: int) -> int:
+    """Take gap k out of the first `count`."""
+    for j in range(k, count - 1):
+        gaps[0, j], gaps[1, j] = gaps[0, j + 1], gaps[1, j + 1]
+    return count - 1
+
+
+@njit
+def _place_in_order(
+    size: np.ndarray, first: np.ndarray, end: np.ndarray, by_end: np.ndarray, gaps: np.ndarray, offset: np.ndarray
+) -> None:
+    """Fill `offset`; the columns of `gaps` are the offset and room of each gap, by offset: the last one has no end."""
+    at, room = gaps[0], gaps[1]
+    room[0], count, ended = np.iinfo(np.int64).max // 2, ZERO + 1, 0
+    for t in range(len(size)):
         while end[by_end[ended]] <= first[t]:
             u = by_end[ended]
-            k = np.searchsorted(at[:gaps], offset[u])
+            k = ZERO
+            while at[k] < offset[u]:
+                k += 1
             joins_left = k > 0 and at[k - 1] + room[k - 1] == offset[u]
             joins_right = offset[u] + size[u] == at[k]
             if joins_left and joins_right:
                 room[k - 1] += size[u] + room[k]
-                at[k : gaps - 1], room[k : gaps - 1] = at[k + 1 : gaps], room[k + 1 : gaps]
-                gaps -= 1
+                count = _close(gaps, k, count)
             elif joins_left:
                 room[k - 1] += size[u]
             elif joins_right:
                 at[k], room[k] = offset[u], room[k] + size[u]
             else:
-                for j in range(gaps, k, -1):
+                for j in range(count, k, -1):
                     at[j], room[j] = at[j - 1], room[j - 1]
                 at[k], room[k] = offset[u], size[u]
-                gaps += 1
+                count += 1
             ended += 1
-        best = gaps - 1
-        for k in range(gaps - 1):
+        best = count - 1
+        for k in range(count - 1):
             if size[t] <= room[k] < room[best]:
                 best = k
         offset[t] = at[best]
         at[best], room[best] = at[best] + size[t], room[best] - size[t]
         if room[best] == 0:
-            at[best : gaps - 1], room[best : gaps - 1] = at[best + 1 : gaps], room[best + 1 : gaps]
-            gaps -= 1
-    return offset
+            count = _close(gaps, best, count)

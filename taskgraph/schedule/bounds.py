@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from taskgraph.jit import njit
+from taskgraph.jit import njit, plain
 from taskgraph.schedule.plan import Bounds
 from taskgraph.schedule.problem import Problem
 
@@ -25,13 +25,31 @@ def sm_seconds(problem: Problem) -> np.ndarray:
     return area
 
 
-@njit
 def longest_path(seconds: np.ndarray, pred_ptr: np.ndarray, pred: np.ndarray) -> np.ndarray:
     """Earliest end of every op when nothing but the chains binds."""
-    end = np.zeros(len(seconds))
-    for i in range(len(seconds)):
-        ready = 0.0
-        for k in range(pred_ptr[i], pred_ptr[i + 1]):
-            ready = max(ready, end[pred[k]])
-        end[i] = ready + seconds[i]
-    return end
+    return _chains(seconds, pred_ptr, pred, False)
+
+
+def longest_tail(seconds: np.ndarray, succ_ptr: np.ndarray, succ: np.ndarray) -> np.ndarray:
+    """Seconds from the start of every op to the end when nothing but the chains binds."""
+    return _chains(seconds, succ_ptr, succ, True)
+
+
+def _chains(seconds: np.ndarray, pointer: np.ndarray, index: np.ndarray, backwards: bool) -> np.ndarray:
+    made = np.zeros(len(seconds))
+    _add_chains(
+        plain(seconds, np.float64), plain(pointer, np.int64), plain(index, np.int64), backwards, made
+    )  # fmt: skip
+    return made
+
+
+@njit
+def _add_chains(seconds: np.ndarray, pointer: np.ndarray, index: np.ndarray, backwards: bool, made: np.ndarray) -> None:
+    n = len(seconds)
+    for k in range(n):
+        op = n - 1 - k if backwards else k
+        longest = 0.0
+        for e in range(pointer[op], pointer[op + 1]):
+            if made[index[e]] > longest:
+                longest = made[index[e]]
+        made[op] = longest + seconds[op]

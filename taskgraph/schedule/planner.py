@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from taskgraph.errors import GraphError, PlanError
 from taskgraph.graph.device import Device, get
 from taskgraph.graph.graph import Graph
 from taskgraph.graph.op import RESOURCES
-from taskgraph.jit import njit
+from taskgraph.jit import njit, plain
 from taskgraph.ops import check_op
 from taskgraph.record import from_columns, instance, integer, number
 from taskgraph.record import function as called
@@ -259,27 +260,56 @@ def _geometry_order(chosen: Assignment) -> np.ndarray:
     return np.array(pairs, np.int64).reshape(-1, 2)
 
 
-@njit
 def _reduced_waits(
     order: np.ndarray, lane: np.ndarray, lanes: int, pred_ptr: np.ndarray, pred: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Vector clocks (Fidge 1988): known[s, l] is the last step of lane l that has ended when step s ends."""
+    """(waits of each step (n,), and which they are (n, lanes)) without those that another wait implies."""
     n = len(order)
-    step_of = np.empty(n, np.int64)
-    known = np.full((n, lanes), -1, np.int64)
-    last = np.full(lanes, -1, np.int64)
-    count, row = np.zeros(n, np.int64), np.zeros((n, max(lanes - 1, 0)), np.int64)
-    for s in range(n):
+    known, row = np.full((2, n, lanes), -1, np.int64)
+    last, latest = np.full((2, lanes), -1, np.int64)
+    step_of, count = np.zeros((2, n), np.int64)
+    found = Waits(step_of, known, last, latest, row, count)
+    of = plain(order, np.int64), plain(lane, np.int64)
+    _reduce_waits(*of, plain(pred_ptr, np.int64), plain(pred, np.int64), found)
+    return found.length, found.row
+
+
+class Waits(NamedTuple):
+    """Vector clocks (Fidge 1988): known[s, l] is the last step of lane l that has ended when step s ends. step_of (n,)
+    by op, and by lane the last step so far and the latest that the present one needs. The result: row (n, lanes), of
+    which each step has its first length (n,)."""
+
+    step_of: np.ndarray
+    known: np.ndarray
+    last: np.ndarray
+    latest: np.ndarray
+    row: np.ndarray
+    length: np.ndarray
+
+
+@njit
+def _reduce_waits(order: np.ndarray, lane: np.ndarray, pred_ptr: np.ndarray, pred: np.ndarray, found: Waits) -> None:
+    step_of, known, last, latest, row, count = (
+        found.step_of,
+        found.known,
+        found.last,
+        found.latest,
+        found.row,
+        found.length,
+    )
+    lanes = len(last)
+    for s in range(len(order)):
         op = order[s]
         mine = lane[op]
         step_of[op] = s
-        if last[mine] >= 0:
-            known[s] = known[last[mine]]
-        latest = np.full(lanes, -1, np.int64)
+        for i in range(lanes):
+            latest[i] = -1
+            if last[mine] >= 0:
+                known[s, i] = known[last[mine], i]
         for k in range(pred_ptr[op], pred_ptr[op + 1]):
             other = lane[pred[k]]
-            if other != mine:
-                latest[other] = max(latest[other], step_of[pred[k]])
+            if other != mine and step_of[pred[k]] > latest[other]:
+                latest[other] = step_of[pred[k]]
         for i in range(lanes):
             needed = latest[i] > known[s, i]
             for j in range(lanes):
@@ -288,9 +318,9 @@ def _reduced_waits(
             if needed:
                 row[s, count[s]] = latest[i]
                 count[s] += 1
-        for i in range(count[s]):
+        for k in range(count[s]):
             for j in range(lanes):
-                known[s, j] = max(known[s, j], known[row[s, i], j])
+                if known[row[s, k], j] > known[s, j]:
+                    known[s, j] = known[row[s, k], j]
         known[s, mine] = s
         last[mine] = s
-    return count, row

@@ -8,7 +8,7 @@ import numpy as np
 
 from taskgraph.errors import PlanError
 from taskgraph.jit import njit
-from taskgraph.schedule.bounds import longest_path
+from taskgraph.schedule.bounds import longest_path, longest_tail
 from taskgraph.schedule.rcpsp.project import Project, Schedule
 from taskgraph.schedule.rcpsp.sgs import (
     GUARD_S,
@@ -22,7 +22,6 @@ from taskgraph.schedule.rcpsp.sgs import (
     seconds_of,
     serial,
 )
-from taskgraph.schedule.solve.lists import longest_tail
 
 CALL_S = 6e-4
 """Seconds outside the passes: tables, bounds and the value that is returned."""
@@ -200,12 +199,28 @@ def mix_modes(extremes: np.ndarray, rng: np.ndarray, mode: np.ndarray) -> None:
         mode[i] = extremes[1 if draw(rng, 4) < bias else 0, i]
 
 
+class Sampling(NamedTuple):
+    """What passes draw from: a key for every rule and activity (rules, n), the modes of `extreme_modes` (2, n), and the
+    state of `draw` (1,)."""
+
+    keys: np.ndarray
+    extremes: np.ndarray
+    rng: np.ndarray
+
+
+class Found(NamedTuple):
+    """The best schedule of some passes: start and mode (n,); tally (3,) is its makespan, and the schedules and passes
+    that were made."""
+
+    start: np.ndarray
+    mode: np.ndarray
+    tally: np.ndarray
+
+
 @njit
-def _passes(
-    t: Tables, keys: np.ndarray, extremes: np.ndarray, rng: np.ndarray, state: np.ndarray, until: int, target: int,
-    best_start: np.ndarray, best_mode: np.ndarray, s: Scratch,
-) -> None:  # fmt: skip
-    """Passes until `until` schedules are made or `target` is reached. state: makespan, schedules, passes so far."""
+def _passes(t: Tables, among: Sampling, best: Found, until: int, target: int, s: Scratch) -> None:
+    """Passes until `until` schedules are made or `target` is reached."""
+    keys, extremes, rng, state = among.keys, among.extremes, among.rng, best.tally
     n, rules = len(t.took), len(keys)
     order, mode = np.zeros(n, np.int64), extremes[0].copy()
     start, end = np.zeros(n, np.int64), np.zeros(n, np.int64)
@@ -230,8 +245,8 @@ def _passes(
         state[1] += made
         if makespan < state[0]:
             state[0] = makespan
-            best_start[:] = start
-            best_mode[:] = mode
+            best.start[:] = start
+            best.mode[:] = mode
 
 
 def solve_list(project: Project, budget_s: float = 0.01, seed: int = 0) -> Schedule:
@@ -246,16 +261,15 @@ def solve_list(project: Project, budget_s: float = 0.01, seed: int = 0) -> Sched
     tables, tick = make_tables(project)
     chain = chains(tables)
     target = ticks_bound(tables, chain)
-    keys, extremes = priorities(project, tables, chain), extreme_modes(project)
-    state = np.array([np.iinfo(np.int64).max, 0, 0])
-    start, mode = np.zeros(project.n, np.int64), np.zeros(project.n, np.int64)
-    rng, scratch = seeded(seed, 0), make_scratch(tables)
+    among = Sampling(priorities(project, tables, chain), extreme_modes(project), seeded(seed, 0))
+    start, mode = np.zeros((2, project.n), np.int64)
+    best, scratch = Found(start, mode, np.array([np.iinfo(np.int64).max, 0, 0])), make_scratch(tables)
     count = schedules_for(tables, budget_s - CALL_S)
-    _passes(tables, keys, extremes, rng, state, 0, target, start, mode, scratch)  # compiled before the clock starts
+    _passes(tables, among, best, 0, target, scratch)  # compiled before the clock starts
     begin = time.perf_counter()
     step = max(1, min(count, schedules_for(tables, GUARD_S)))
     for until in range(step, count + step, step):
-        _passes(tables, keys, extremes, rng, state, min(until, count), target, start, mode, scratch)
-        if state[0] <= target or time.perf_counter() - begin > budget_s:
+        _passes(tables, among, best, min(until, count), target, scratch)
+        if best.tally[0] <= target or time.perf_counter() - begin > budget_s:
             break
-    return seconds_of(project, tick, start, mode, target, "list", int(state[1]))
+    return seconds_of(project, tick, start, mode, target, "list", int(best.tally[1]))

@@ -8,14 +8,15 @@ window's time, scaled to all iterations.
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from taskgraph.graph.device import Device, Geometry, Partition
-from taskgraph.jit import njit
-from taskgraph.schedule.evaluate import Assignment, Evaluation, Layout, _dispatch, dispatch
+from taskgraph.jit import inner, njit, plain
+from taskgraph.schedule.clock import Bench, Clock, Front, Lanes, Wishes, bench_of, front_of, run_dispatch
+from taskgraph.schedule.evaluate import Assignment, Evaluation, Layout, clock_of, dispatch, lanes_of
 from taskgraph.schedule.problem import Problem
 from taskgraph.schedule.solve.lists import upward_rank
 
@@ -114,10 +115,10 @@ def search_layouts(device: Device) -> list[Layout]:
 def anneal(space: Space, layout: Layout, begin: Sequence[State], budget_s: float, seed: int) -> State:
     """The best state found from `begin`; equal arguments give equal results unless the machine is too slow for the
     number of trials that `budget_s` stands for, and the clock ends the search."""
-    kernel = _kernel_arguments(space, layout)
+    field = _field(space, layout)
 
     def walk(state: State, trials: int, seed: int, hot: float, cold: float) -> State:
-        return _walk(kernel, state, trials, seed, hot, cold)
+        return _walk(_own(field), state, Heat(trials, seed, hot, cold))
 
     trials = int(budget_s / (_OP_S * space.problem.n * ROUNDS))
     return islands(walk, begin, trials, budget_s, seed, Cooling(0.02, 1e-5, 10.0))
@@ -170,150 +171,247 @@ def islands(walk: Walk[J], begin: Sequence[J], trials: int, budget_s: float, see
 def realise(space: Space, layout: Layout, state: State) -> tuple[Assignment, Evaluation]:
     """The schedule of `state` on the space's problem."""
     problem, d = space.problem, space.decision
-    mode = fitted(state.mode[d], state.row[d], state.rows, problem.sizes, np.array(layout.rows[:, 3]))
+    mode = fitted(problem.sizes, state.mode, state.row, state.rows)[d]
     priority = upward_rank(problem) - state.delay[d]
     limits = (float(_OVERSUBSCRIBE[state.policy[_SM]]), float(_OVERSUBSCRIBE[state.policy[_SOFT]]))
     backfill = bool(state.policy[_BACKFILL])
     return dispatch(problem, state.layout(layout), priority, mode, state.row[d], limits, backfill)
 
 
-def _kernel_arguments(space: Space, layout: Layout) -> tuple[object, ...]:
-    problem = space.problem
-    granularity = int(np.diff(problem.sizes).min()) if len(problem.sizes) > 1 else 0
-    return (
-        space.decision, space.kin, space.total / space.window, space.lowest_mode(),
-        upward_rank(problem), granularity, layout.lane_partition, layout.conflicts, problem.sizes,
-        problem.seconds, problem.use, problem.pred_ptr, problem.succ_ptr, problem.succ, problem.capacity,
-        problem.sm_bytes_per_s, problem.launch_s, problem.switch_s, problem.best_seconds().mean(),
-    )  # fmt: skip
+# ------------------------------------------------------------------------------------------- the loop
 
 
-def _walk(kernel: tuple[object, ...], state: State, trials: int, seed: int, hot: float, cold: float) -> State:
-    mode, row, delay, rows, policy = (a.copy() for a in (state.mode, state.row, state.delay, state.rows, state.policy))
-    seconds = _anneal(mode, row, delay, rows, policy, trials, seed % 2**32, hot, cold, *kernel)  # type: ignore[arg-type]
-    return replace(state, mode=mode, row=row, delay=delay, rows=rows, policy=policy, seconds=seconds)
+class Heat(NamedTuple):
+    """A run of the loop: its trials with the first state, a seed, and the heat at the begin and at the end."""
+
+    trials: int
+    seed: int
+    hot: float
+    cold: float
 
 
-@njit
-def fitted(
-    mode: np.ndarray, row: np.ndarray, rows: np.ndarray, sizes: np.ndarray, lanes_each: np.ndarray
-) -> np.ndarray:
+P = TypeVar("P")
+F = TypeVar("F")
+
+
+def metropolis(
+    move: Callable[[F, P, int], bool], judge: Callable[[F, P], float], copy: Callable[[P, P], None], first: int
+) -> Callable[[F, P, P, P, Heat], float]:
+    """The loop of simulated annealing (Metropolis et al. 1953; Kirkpatrick, Gelatt and Vecchi 1983), compiled for three
+    compiled functions: `move` changes a point and says whether that is one, `judge` gives its seconds, `copy` writes
+    the second of two points over the first. Trials are counted from `first`.
+
+    The loop takes what `move` and `judge` read, the point it begins from, room for two more, and the heat; it leaves
+    the best point in the third and returns its seconds. A loss is accepted with the probability exp(-loss / heat),
+    where the heat cools from `hot` to `cold` times the seconds of the point.
+    """
+
+    def anneal(field: F, point: P, old: P, best: P, heat: Heat) -> float:
+        np.random.seed(heat.seed)
+        now = least = judge(field, point)
+        copy(best, point)
+        copy(old, point)
+        for trial in range(first, first + heat.trials - 1):
+            if move(field, point, trial):
+                then = judge(field, point)
+                warm = now * heat.hot * (heat.cold / heat.hot) ** (trial / heat.trials)
+                if then <= now or np.random.random() < np.exp((now - then) / warm):
+                    now = then
+                    copy(old, point)
+                    if now < least:
+                        least = now
+                        copy(best, point)
+                    continue
+            copy(point, old)
+        return least
+
+    return njit(anneal)
+
+
+# ----------------------------------------------------------------------------------- what it does here
+
+
+class Point(NamedTuple):
+    """A state for the kernels, as in `State`."""
+
+    mode: np.ndarray
+    row: np.ndarray
+    delay: np.ndarray
+    rows: np.ndarray
+    policy: np.ndarray
+
+
+def _point(state: State) -> Point:
+    """A copy of the state's arrays."""
+    mode, row = np.array([state.mode, state.row], np.int64)
+    rows, policy = (np.array(a, np.int64, order="C") for a in (state.rows, state.policy))
+    return Point(mode, row, np.array(state.delay, np.float64), rows, policy)
+
+
+class _Field(NamedTuple):
+    """What moves and judge read: decision (n,) and upward rank (n,) by op; kin, lowest mode (d,) by decision; the SM
+    counts (m,), the seconds of all iterations over those of the window, the least shift of a border, the mean seconds
+    of an op; and what `dispatch` takes. modes (d,) is scratch."""
+
+    decision: np.ndarray
+    rank: np.ndarray
+    kin: np.ndarray
+    lowest: np.ndarray
+    modes: np.ndarray
+    sizes: np.ndarray
+    scale: float
+    granularity: int
+    op_s: float
+    clock: Clock
+    lanes: Lanes
+    wishes: Wishes
+    bench: Bench
+    front: Front
+
+
+def _field(space: Space, layout: Layout) -> _Field:
+    problem, clock, lanes = space.problem, clock_of(space.problem), lanes_of(layout)
+    n, d = problem.n, len(space.kin)
+    mode, partition = np.zeros((2, n), np.int64)
+    return _Field(
+        plain(space.decision, np.int64),
+        plain(upward_rank(problem), np.float64),
+        plain(space.kin, np.int64),
+        plain(space.lowest_mode(), np.int64),
+        np.zeros(d, np.int64),
+        plain(problem.sizes, np.int64),
+        space.total / space.window,
+        int(np.diff(problem.sizes).min()) if len(problem.sizes) > 1 else 0,
+        float(problem.best_seconds().mean()),
+        clock,
+        lanes,
+        Wishes(np.zeros(n), mode, partition, np.zeros(2), True),
+        bench_of(clock, lanes),
+        front_of(clock),
+    )
+
+
+def _own(field: _Field) -> _Field:
+    """The field with scratch of its own, for one thread."""
+    n = len(field.rank)
+    mode, partition = np.zeros((2, n), np.int64)
+    return field._replace(
+        modes=np.zeros(len(field.kin), np.int64),
+        wishes=Wishes(np.zeros(n), mode, partition, np.zeros(2), True),
+        bench=bench_of(field.clock, field.lanes),
+        front=front_of(field.clock),
+    )
+
+
+def _walk(field: _Field, state: State, heat: Heat) -> State:
+    point, old, best = _point(state), _point(state), _point(state)
+    seconds = _anneal(field, point, old, best, heat._replace(seed=heat.seed % 2**32))
+    return State(best.mode, best.row, best.delay, best.rows, best.policy, seconds)
+
+
+def fitted(sizes: np.ndarray, mode: np.ndarray, row: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Modes that fit the partitions: all SMs of a partition with one lane, at most them in one with several."""
-    whole = np.searchsorted(sizes, rows[:, 2])
-    fitted = np.empty_like(mode)
-    for i in range(len(mode)):
-        fitted[i] = whole[row[i]] if lanes_each[row[i]] == 1 else min(mode[i], whole[row[i]])
-    return fitted
+    made = np.zeros(len(mode), np.int64)
+    fit(plain(sizes, np.int64), plain(mode, np.int64), plain(row, np.int64), plain(rows, np.int64), made)
+    return made
 
 
 @njit
-def _judge(
-    mode: np.ndarray, row: np.ndarray, delay: np.ndarray, rows: np.ndarray, policy: np.ndarray, decision: np.ndarray,
-    scale: float, rank: np.ndarray, lane_partition: np.ndarray,
-    conflicts: np.ndarray, sizes: np.ndarray, seconds: np.ndarray, use: np.ndarray, pred_ptr: np.ndarray,
-    succ_ptr: np.ndarray, succ: np.ndarray, capacity: np.ndarray, sm_bytes_per_s: float, launch_s: float,
-    switch_s: float,
-) -> float:  # fmt: skip
+def fit(sizes: np.ndarray, mode: np.ndarray, row: np.ndarray, rows: np.ndarray, made: np.ndarray) -> None:
+    """`fitted` into an array."""
+    for p in range(len(rows)):
+        whole = 0
+        while whole < len(sizes) and sizes[whole] < rows[p, 2]:
+            whole += 1
+        for i in range(len(mode)):
+            if row[i] == p:
+                made[i] = whole if rows[p, 3] == 1 or mode[i] > whole else mode[i]
+
+
+@inner
+def _judge(f: _Field, point: Point) -> float:
     """Seconds of the whole graph under a state: the window's, scaled to all iterations.
 
     Not the time between two iterations in the window: that rewards a schedule that runs one slice far ahead."""
-    n = len(decision)
-    start, end, lane, hold = np.zeros(n), np.zeros(n), np.zeros(n, np.int64), np.full(n, -1, np.int64)
-    mode_of_op = fitted(mode[decision], row[decision], rows, sizes, rows[:, 3])
-    _dispatch(
-        rank - delay[decision], mode_of_op, row[decision], _OVERSUBSCRIBE[policy[_SM:]], policy[_BACKFILL] == 1,
-        lane_partition, rows, conflicts, seconds, use, pred_ptr, succ_ptr, succ, capacity, sm_bytes_per_s, launch_s,
-        switch_s, start, end, lane, hold,
-    )  # fmt: skip
-    total_s: float = end.max() * scale
-    return total_s
+    fit(f.sizes, point.mode, point.row, point.rows, f.modes)
+    decision, rank, delay, row, modes, policy = f.decision, f.rank, point.delay, point.row, f.modes, point.policy
+    wishes = f.wishes
+    priority, mode, partition, limits = wishes.priority, wishes.mode, wishes.partition, wishes.oversubscribe
+    for op in range(len(decision)):
+        d = decision[op]
+        priority[op], mode[op], partition[op] = rank[op] - delay[d], modes[d], row[d]
+    for r in range(2):
+        limits[r] = _OVERSUBSCRIBE[policy[_SM + r]]
+    asked = Wishes(priority, mode, partition, limits, policy[_BACKFILL] == 1)
+    lanes = Lanes(f.lanes.partition, point.rows, f.lanes.conflicts, f.lanes.turns)
+    return run_dispatch(f.clock, lanes, asked, f.bench, f.front) * f.scale
 
 
-@njit
-def _anneal(
-    mode: np.ndarray, row: np.ndarray, delay: np.ndarray, rows: np.ndarray, policy: np.ndarray, trials: int,
-    seed: int, hot: float, cold: float, decision: np.ndarray, kin: np.ndarray, scale: float,
-    lowest: np.ndarray, rank: np.ndarray, granularity: int, lane_partition: np.ndarray,
-    conflicts: np.ndarray, sizes: np.ndarray, seconds: np.ndarray, use: np.ndarray, pred_ptr: np.ndarray,
-    succ_ptr: np.ndarray, succ: np.ndarray, capacity: np.ndarray, sm_bytes_per_s: float, launch_s: float,
-    switch_s: float, op_s: float,
-) -> float:  # fmt: skip
-    """Metropolis over `trials` moves, cooling from `hot` to `cold` (relative to the time); leaves the best state in the
-    first five arguments and returns its seconds."""
-    np.random.seed(seed)
-    d = len(kin)
-    now = best = _judge(
-        mode, row, delay, rows, policy, decision, scale, rank, lane_partition, conflicts, sizes,
-        seconds, use, pred_ptr, succ_ptr, succ, capacity, sm_bytes_per_s, launch_s, switch_s,
-    )  # fmt: skip
-    best_mode, best_row, best_delay = mode.copy(), row.copy(), delay.copy()
-    best_rows, best_policy = rows.copy(), policy.copy()
-    old_mode, old_row, old_delay = mode.copy(), row.copy(), delay.copy()
-    old_rows, old_policy = rows.copy(), policy.copy()
-    for trial in range(trials - 1):
-        old_mode[:], old_row[:], old_delay[:], old_rows[:], old_policy[:] = mode, row, delay, rows, policy
-        _move(mode, row, delay, rows, policy, kin, lowest, granularity, sizes, op_s)
-        for i in range(d):
-            if sizes[lowest[i]] > rows[row[i], 2]:
-                row[i] = np.argmax(rows[:, 2])
-        then = _judge(
-            mode, row, delay, rows, policy, decision, scale, rank, lane_partition, conflicts,
-            sizes, seconds, use, pred_ptr, succ_ptr, succ, capacity, sm_bytes_per_s, launch_s, switch_s,
-        )  # fmt: skip
-        heat = now * hot * (cold / hot) ** (trial / trials)
-        if then <= now or np.random.random() < np.exp((now - then) / heat):
-            now = then
-            if now < best:
-                best = now
-                best_mode[:], best_row[:], best_delay[:] = mode, row, delay
-                best_rows[:], best_policy[:] = rows, policy
-        else:
-            mode[:], row[:], delay[:], rows[:], policy[:] = old_mode, old_row, old_delay, old_rows, old_policy
-    mode[:], row[:], delay[:], rows[:], policy[:] = best_mode, best_row, best_delay, best_rows, best_policy
-    return best
+@inner
+def _copy(to: Point, of: Point) -> None:
+    mode, row, delay, rows, policy = to.mode, to.row, to.delay, to.rows, to.policy
+    mode_of, row_of, delay_of, rows_of, policy_of = of.mode, of.row, of.delay, of.rows, of.policy
+    for i in range(len(mode)):
+        mode[i], row[i], delay[i] = mode_of[i], row_of[i], delay_of[i]
+    for p in range(len(rows)):
+        for k in range(4):
+            rows[p, k] = rows_of[p, k]
+    for k in range(len(policy)):
+        policy[k] = policy_of[k]
 
 
-@njit
-def _move(
-    mode: np.ndarray, row: np.ndarray, delay: np.ndarray, rows: np.ndarray, policy: np.ndarray, kin: np.ndarray,
-    lowest: np.ndarray, granularity: int, sizes: np.ndarray, op_s: float,
-) -> None:  # fmt: skip
-    """Change one decision, or all of its kin, or a policy, or the border between two partitions."""
-    at, what = np.random.randint(len(kin)), np.random.random()
+@inner
+def _move(f: _Field, point: Point, trial: int) -> bool:
+    """Change one decision, or all of its kin, or a policy, or the border between two partitions; ops whose partition
+    has become too small go to the largest."""
+    mode, row, delay, rows, policy = point.mode, point.row, point.delay, point.rows, point.policy
+    kin, sizes, lowest = f.kin, f.sizes, f.lowest
+    at, what = np.random.randint(0, len(kin)), np.random.random()
     alike = np.random.random() < 0.25
     if what < 0.45:
-        step = np.random.randint(1, 4) if np.random.random() < 0.8 else np.random.randint(1, len(sizes) + 1)
+        step = np.random.randint(1, 4 if np.random.random() < 0.8 else len(sizes) + 1)
         step = step if np.random.random() < 0.5 else -step
         for i in range(len(kin)):
             if i == at or (alike and kin[i] == kin[at]):
                 mode[i] = min(max(mode[i] + step, lowest[i]), len(sizes) - 1)
     elif what < 0.8:
-        shift = np.random.normal() * op_s * (4.0 if np.random.random() < 0.3 else 1.0)
+        shift = np.random.normal(0.0, 1.0) * f.op_s * (4.0 if np.random.random() < 0.3 else 1.0)
         for i in range(len(kin)):
             if i == at or (alike and kin[i] == kin[at]):
                 delay[i] += shift
     elif what < 0.95 and len(rows) > 1:
-        target = np.random.randint(len(rows))
+        target = np.random.randint(0, len(rows))
         for i in range(len(kin)):
             if i == at or (alike and kin[i] == kin[at]):
                 row[i] = target
     elif what < 0.98 and len(rows) > 1:
-        p = np.random.randint(len(rows) - 1)
-        shift = granularity if np.random.random() < 0.5 else -granularity
+        p = np.random.randint(0, len(rows) - 1)
+        shift_sms = f.granularity if np.random.random() < 0.5 else -f.granularity
         neighbours = rows[p, 0] == rows[p + 1, 0]
-        if neighbours and _legal(rows[p, 2] + shift, sizes) and _legal(rows[p + 1, 2] - shift, sizes):
-            rows[p, 2] += shift
-            rows[p + 1, 1] += shift
-            rows[p + 1, 2] -= shift
+        if neighbours and _legal(rows[p, 2] + shift_sms, sizes) and _legal(rows[p + 1, 2] - shift_sms, sizes):
+            rows[p, 2] += shift_sms
+            rows[p + 1, 1] += shift_sms
+            rows[p + 1, 2] -= shift_sms
     elif np.random.random() < 0.3:
         policy[_BACKFILL] = 1 - policy[_BACKFILL]
     else:
-        policy[np.random.randint(_SM, _SOFT + 1)] = np.random.randint(len(_OVERSUBSCRIBE))
+        policy[np.random.randint(_SM, _SOFT + 1)] = np.random.randint(0, len(_OVERSUBSCRIBE))
+    largest = 0
+    for p in range(len(rows)):
+        if rows[p, 2] > rows[largest, 2]:
+            largest = p
+    for i in range(len(kin)):
+        if sizes[lowest[i]] > rows[row[i], 2]:
+            row[i] = largest
+    return True
 
 
-@njit
+@inner
 def _legal(size: int, sizes: np.ndarray) -> bool:
     found = False
     for s in sizes:
         found = found or s == size
     return found
+
+
+_anneal = metropolis(_move, _judge, _copy, 0)

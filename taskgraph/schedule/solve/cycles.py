@@ -6,13 +6,26 @@ iterations of a body written out in that order run in step, and the one clock sa
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from taskgraph.jit import njit
-from taskgraph.schedule.evaluate import NO_HOLDS, Assignment, Evaluation, Layout, _simulate
-from taskgraph.schedule.solve.annealing import ROUNDS, Cooling, Space, State, fitted, islands, realise
+from taskgraph.jit import inner, njit, plain
+from taskgraph.schedule.clock import Bench, Clock, Lanes, Queues, bench_of, simulate
+from taskgraph.schedule.evaluate import NO_HOLDS, Assignment, Evaluation, Layout, clock_of, lanes_of
+from taskgraph.schedule.solve.annealing import (
+    ROUNDS,
+    Cooling,
+    Heat,
+    Space,
+    State,
+    fit,
+    fitted,
+    islands,
+    metropolis,
+    realise,
+)
 
 _STEP = 1e-7
 """The least distance in periods between the places of two ops of which one needs the other."""
@@ -39,8 +52,9 @@ def cycle_of(space: Space, layout: Layout, state: State) -> Cycle:
     middle[space.decision[wanted]] = np.flatnonzero(wanted)
     begin = times.start_s[middle] / period_s - space.iteration[middle]
     length = (times.end_s - times.start_s)[middle] / period_s
-    lane = np.empty(len(middle), np.int64)
-    _colour(begin, length, state.row, layout.lane_partition, space.window > 1, lane)
+    lane, order = np.zeros(len(middle), np.int64), np.argsort(begin, kind="stable")
+    spans = Spans(plain(begin, np.float64), plain(length, np.float64), plain(state.row, np.int64), order)
+    _colour(spans, plain(layout.lane_partition, np.int64), 4 if space.window > 1 else 0, lane)
     return Cycle(begin, _on_one_lane(space, layout, lane), state.mode)
 
 
@@ -62,8 +76,8 @@ def _on_one_lane(space: Space, layout: Layout, lane: np.ndarray) -> np.ndarray:
 
 def period(space: Space, times: Evaluation) -> float:
     """Seconds from one iteration to the next, in the middle; of a flat graph its makespan."""
-    seconds: float = _period(times.end_s, space.decision, space.iteration, space.inside, space.window)
-    return seconds
+    body = _body(space)
+    return float(_period(body, plain(times.end_s, np.float64), np.zeros(len(space.kin))))
 
 
 def polish(
@@ -71,10 +85,10 @@ def polish(
 ) -> Cycle:
     """The best cycle found from `begin`, at first with losses of about `heat` of the time accepted; equal arguments
     give equal results, as for `search.anneal`."""
-    kernel = _kernel_arguments(space, layout)
+    field = _field(space, layout)
 
     def walk(cycle: Cycle, trials: int, seed: int, hot: float, cold: float) -> Cycle:
-        return _walk(kernel, cycle, trials, seed, hot, cold)
+        return _walk(_own(field), cycle, Heat(trials, seed, hot, cold))
 
     trials = int(budget_s / (_OP_S * space.problem.n * ROUNDS))
     return islands(walk, begin, trials, budget_s, seed, Cooling(heat, 2e-4, 20.0))
@@ -84,26 +98,106 @@ def written_out(space: Space, layout: Layout, cycle: Cycle) -> Assignment:
     """The cycle's queues for every iteration of the space's problem."""
     d = space.decision
     order = np.argsort(space.iteration + cycle.place[d], kind="stable")
-    mode = fitted(
-        cycle.mode, layout.lane_partition[cycle.lane], layout.rows, space.problem.sizes, np.array(layout.rows[:, 3])
-    )
+    mode = fitted(space.problem.sizes, cycle.mode, layout.lane_partition[cycle.lane], layout.rows)
     return Assignment(layout, order, cycle.lane[d], mode[d], NO_HOLDS)
 
 
-def _kernel_arguments(space: Space, layout: Layout) -> tuple[object, ...]:
-    problem = space.problem
-    return (
-        space.decision, space.iteration, space.inside, space.kin, space.tied, space.window, space.total,
-        space.lowest_mode(), *_edges(space), layout.lane_partition, layout.rows, layout.conflicts, problem.sizes,
-        problem.seconds, problem.use, np.diff(problem.pred_ptr), problem.succ_ptr, problem.succ, problem.capacity,
-        problem.sm_count, problem.sm_bytes_per_s, problem.launch_s, problem.switch_s,
+class Point(NamedTuple):
+    """A cycle for the kernels, as in `Cycle`."""
+
+    place: np.ndarray
+    lane: np.ndarray
+    mode: np.ndarray
+
+
+def _point(cycle: Cycle) -> Point:
+    """A copy of the cycle's arrays."""
+    lane, mode = np.array([cycle.lane, cycle.mode], np.int64)
+    return Point(np.array(cycle.place, np.float64), lane, mode)
+
+
+class Body(NamedTuple):
+    """What repeats, as in `Space`: decision, iteration and inside (n,) by op, iterations in the window and in all."""
+
+    decision: np.ndarray
+    iteration: np.ndarray
+    inside: np.ndarray
+    window: int
+    total: int
+
+
+class Edges(NamedTuple):
+    """Edges between decisions: those of decision u are other[pointer[u] : pointer[u + 1]], rows of (decision,
+    iterations), forwards and with minus signs backwards; `stack` is scratch.
+
+    An edge (u, v, k): v of iteration i + k needs u of iteration i, so place[v] + k must not be before place[u]."""
+
+    pointer: np.ndarray
+    other: np.ndarray
+    stack: np.ndarray
+
+
+class _Field(NamedTuple):
+    """What moves and judge read: by decision (d,) its kin, whether it is tied and its lowest mode; the SM counts (m,);
+    start and end (n,) as the clock saw them last. Scratch: modes and rows and `begun` (d,), by op (n,) its key and the
+    ops by key. `trace` has no rows."""
+
+    kin: np.ndarray
+    tied: np.ndarray
+    lowest: np.ndarray
+    sizes: np.ndarray
+    start: np.ndarray
+    end: np.ndarray
+    modes: np.ndarray
+    rows: np.ndarray
+    begun: np.ndarray
+    key: np.ndarray
+    order: np.ndarray
+    trace: np.ndarray
+    body: Body
+    edges: Edges
+    clock: Clock
+    lanes: Lanes
+    queues: Queues
+    bench: Bench
+
+
+def _body(space: Space) -> Body:
+    return Body(
+        plain(space.decision, np.int64), plain(space.iteration, np.int64), plain(space.inside, np.bool_),
+        space.window, space.total,
     )  # fmt: skip
 
 
-def _edges(space: Space) -> tuple[np.ndarray, np.ndarray]:
-    """Edges between decisions as (pointer, rows of (other, iterations)), forwards and with minus signs backwards.
+def _field(space: Space, layout: Layout) -> _Field:
+    clock, lanes = clock_of(space.problem), lanes_of(layout)
+    n, d = space.problem.n, len(space.kin)
+    modes, rows = np.zeros((2, d), np.int64)
+    start, end, key = np.zeros((3, n))
+    op, place, mode = np.zeros((3, n), np.int64)
+    return _Field(
+        plain(space.kin, np.int64),
+        plain(space.tied, np.bool_),
+        plain(space.lowest_mode(), np.int64),
+        plain(space.problem.sizes, np.int64),
+        start,
+        end,
+        modes,
+        rows,
+        np.zeros(d),
+        key,
+        np.arange(n),
+        np.zeros((0, 6)),
+        _body(space),
+        _edges(space),
+        clock,
+        lanes,
+        Queues(op, np.zeros(len(lanes.partition) + 1, np.int64), place, mode),
+        bench_of(clock, lanes),
+    )
 
-    An edge (u, v, k): v of iteration i + k needs u of iteration i, so place[v] + k must not be before place[u]."""
+
+def _edges(space: Space) -> Edges:
     problem, d = space.problem, len(space.kin)
     before = np.repeat(np.arange(problem.n), np.diff(problem.succ_ptr))
     u, v = space.decision[before], space.decision[problem.succ]
@@ -113,21 +207,52 @@ def _edges(space: Space) -> tuple[np.ndarray, np.ndarray]:
     both = both[np.argsort(both[:, 0], kind="stable")]
     pointer = np.zeros(d + 1, np.int64)
     np.cumsum(np.bincount(both[:, 0], minlength=d), out=pointer[1:])
-    return pointer, both[:, 1:]
+    return Edges(pointer, plain(both[:, 1:], np.int64), np.zeros(4 * d + 8, np.int64))
 
 
-def _walk(kernel: tuple[object, ...], cycle: Cycle, trials: int, seed: int, hot: float, cold: float) -> Cycle:
-    place, lane, mode = (a.copy() for a in (cycle.place, cycle.lane, cycle.mode))
-    seconds = _polish(place, lane, mode, trials, seed % 2**32, hot, cold, *kernel)  # type: ignore[arg-type]
-    return replace(cycle, place=place, lane=lane, mode=mode, seconds=seconds)
+def _own(field: _Field) -> _Field:
+    """The field with scratch of its own, for one thread."""
+    n, d = len(field.order), len(field.kin)
+    modes, rows = np.zeros((2, d), np.int64)
+    start, end, key = np.zeros((3, n))
+    op, place, mode = np.zeros((3, n), np.int64)
+    return field._replace(
+        start=start,
+        end=end,
+        modes=modes,
+        rows=rows,
+        begun=np.zeros(d),
+        key=key,
+        order=np.arange(n),
+        edges=field.edges._replace(stack=np.zeros(4 * d + 8, np.int64)),
+        queues=Queues(op, np.zeros_like(field.queues.pointer), place, mode),
+        bench=bench_of(field.clock, field.lanes),
+    )
+
+
+def _walk(field: _Field, cycle: Cycle, heat: Heat) -> Cycle:
+    point, old, best = _point(cycle), _point(cycle), _point(cycle)
+    for at in range(len(point.place)):
+        _push(field.edges, point.place, at)
+    field.order[:] = np.argsort(field.body.iteration + point.place[field.body.decision], kind="stable")
+    seconds = _polish(field, point, old, best, heat._replace(seed=heat.seed % 2**32))
+    return Cycle(best.place, best.lane, best.mode, seconds)
+
+
+class Spans(NamedTuple):
+    """Decisions (d,) in periods: begin and length, the row of the layout, and the decisions by begin."""
+
+    begin: np.ndarray
+    length: np.ndarray
+    row: np.ndarray
+    order: np.ndarray
 
 
 @njit
-def _colour(
-    begin: np.ndarray, length: np.ndarray, row: np.ndarray, lane_partition: np.ndarray, cyclic: bool, lane: np.ndarray
-) -> None:
-    """Give every decision the lane of its partition on which it overlaps least with those given before."""
-    order = np.argsort(begin, kind="mergesort")
+def _colour(spans: Spans, lane_partition: np.ndarray, shifts: int, lane: np.ndarray) -> None:
+    """Give every decision the lane of its partition on which it overlaps least with those given before, up to `shifts`
+    periods away."""
+    begin, length, row, order = spans.begin, spans.length, spans.row, spans.order
     for x in range(len(order)):
         i = order[x]
         least = np.inf
@@ -138,12 +263,9 @@ def _colour(
             for y in range(x):
                 j = order[y]
                 if lane[j] == at:
-                    shifts = 4 if cyclic else 0
                     for shift in range(-shifts, shifts + 1):
-                        low, high = (
-                            max(begin[j] + shift, begin[i]),
-                            min(begin[j] + length[j] + shift, begin[i] + length[i]),
-                        )
+                        low = max(begin[j] + shift, begin[i])
+                        high = min(begin[j] + length[j] + shift, begin[i] + length[i])
                         overlap += max(0.0, high - low)
             if overlap < least - 1e-12:
                 least = overlap
@@ -151,126 +273,117 @@ def _colour(
 
 
 @njit
-def _period(end: np.ndarray, decision: np.ndarray, iteration: np.ndarray, inside: np.ndarray, window: int) -> float:
+def _period(body: Body, end: np.ndarray, begun: np.ndarray) -> float:
     """The longest that any op takes from its end in one iteration to its end in the next: not the time between the
-    ends of whole iterations, which is short for a while when one slice runs ahead of another."""
+    ends of whole iterations, which is short for a while when one slice runs ahead of another. `begun` (d,) is scratch.
+    """
+    window, decision, iteration, inside = body.window, body.decision, body.iteration, body.inside
+    slowest = 0.0
     if window < 4:
-        whole: float = end.max()
-        return whole / window
+        for op in range(len(end)):
+            if end[op] > slowest:
+                slowest = end[op]
+        return slowest / window
     low, high = window // 3, window - 2
-    slowest, begun, n = 0.0, np.zeros(decision.max() + 1), len(end)
-    for op in range(n):
+    for op in range(len(end)):
         if inside[op] and iteration[op] == low:
             begun[decision[op]] = end[op]
-    for op in range(n):
-        if inside[op] and iteration[op] == high:
-            slowest = max(slowest, end[op] - begun[decision[op]])
+    for op in range(len(end)):
+        if inside[op] and iteration[op] == high and end[op] - begun[decision[op]] > slowest:
+            slowest = end[op] - begun[decision[op]]
     return slowest / (high - low)
 
 
-@njit
-def _judge(
-    place: np.ndarray, lane: np.ndarray, mode: np.ndarray, decision: np.ndarray, iteration: np.ndarray,
-    inside: np.ndarray, window: int, total: int, lane_partition: np.ndarray, rows: np.ndarray, conflicts: np.ndarray,
-    sizes: np.ndarray, seconds: np.ndarray, use: np.ndarray, missing: np.ndarray, succ_ptr: np.ndarray,
-    succ: np.ndarray, capacity: np.ndarray, sm_count: int, sm_bytes_per_s: float, launch_s: float, switch_s: float,
-    start: np.ndarray, end: np.ndarray,
-) -> float:  # fmt: skip
+@inner
+def _judge(f: _Field, point: Point) -> float:
     """Fill start and end; seconds of the whole graph: the window's, and a period for every iteration beyond it; inf
     for a deadlock, and for places so far apart that a window does not show what the whole would do."""
-    n, lanes = len(decision), len(lane_partition)
-    if total > window and place.max() - place.min() > window / 2 - 1:
+    body, place, lane, queues, order, key, modes, rows = (
+        f.body,
+        point.place,
+        point.lane,
+        f.queues,
+        f.order,
+        f.key,
+        f.modes,
+        f.rows,
+    )
+    decision, iteration, partition, n = body.decision, body.iteration, f.lanes.partition, len(body.decision)
+    first = last = place[0]
+    for d in range(len(place)):
+        if place[d] < first:
+            first = place[d]
+        if place[d] > last:
+            last = place[d]
+        rows[d] = partition[lane[d]]
+    if body.total > body.window and last - first > body.window / 2 - 1:
         return np.inf
-    order = np.argsort(iteration + place[decision], kind="mergesort")
-    queue, queue_ptr = np.empty(n, np.int64), np.zeros(lanes + 1, np.int64)
+    fit(f.sizes, point.mode, rows, f.lanes.rows, modes)
     for op in range(n):
-        queue_ptr[lane[decision[op]] + 1] += 1
-    queue_ptr = np.cumsum(queue_ptr)
-    at, rank = queue_ptr[:-1].copy(), np.empty(n, np.int64)
+        key[op] = iteration[op] + place[decision[op]]
+    _sort(order, key)
+    pointer, head, queue, rank, mode = queues.pointer, f.bench.head, queues.op, queues.place, queues.mode
+    for i in range(len(pointer)):
+        pointer[i] = 0
+    for op in range(n):
+        pointer[lane[decision[op]] + 1] += 1
+    for i in range(len(head)):
+        head[i] = pointer[i]
+        pointer[i + 1] += pointer[i]
     for x in range(n):
-        here = lane[decision[order[x]]]
-        queue[at[here]] = order[x]
-        at[here] += 1
-        rank[order[x]] = x
-    modes = fitted(mode, lane_partition[lane], rows, sizes, rows[:, 3])[decision]
-    trace = np.zeros((1, 6))
-    ended, _ = _simulate(
-        queue, queue_ptr, rank, modes, lane_partition, rows, conflicts, seconds, use, missing, succ_ptr, succ,
-        capacity, sm_count, sm_bytes_per_s, launch_s, switch_s, start, end, trace, False,
-    )  # fmt: skip
+        op = order[x]
+        d = decision[op]
+        queue[head[lane[d]]] = op
+        head[lane[d]] += 1
+        rank[op], mode[op] = x, modes[d]
+    ended, _, total_s = simulate(f.clock, f.lanes, queues, f.bench, f.start, f.end, f.trace)
     if ended < n:
         return np.inf
-    total_s: float = end.max()
-    if total > window:
-        total_s += (total - window) * _period(end, decision, iteration, inside, window)
+    if body.total > body.window:
+        total_s += (body.total - body.window) * _period(body, f.end, f.begun)
     return total_s
 
 
-@njit
-def _polish(
-    place: np.ndarray, lane: np.ndarray, mode: np.ndarray, trials: int, seed: int, hot: float, cold: float,
-    decision: np.ndarray, iteration: np.ndarray, inside: np.ndarray, kin: np.ndarray, tied: np.ndarray, window: int,
-    total: int, lowest: np.ndarray, edge_ptr: np.ndarray, edge: np.ndarray, lane_partition: np.ndarray,
-    rows: np.ndarray, conflicts: np.ndarray, sizes: np.ndarray, seconds: np.ndarray, use: np.ndarray,
-    missing: np.ndarray, succ_ptr: np.ndarray, succ: np.ndarray, capacity: np.ndarray, sm_count: int,
-    sm_bytes_per_s: float, launch_s: float, switch_s: float,
-) -> float:  # fmt: skip
-    """Metropolis over `trials` moves, cooling from `hot` to `cold` (relative to the time); leaves the best cycle in the
-    first three arguments and returns its seconds."""
-    np.random.seed(seed)
-    n = len(decision)
-    start, end = np.zeros(n), np.zeros(n)
-    for at in range(len(place)):
-        _push(place, at, edge_ptr, edge)
-    now = best = _judge(
-        place, lane, mode, decision, iteration, inside, window, total, lane_partition, rows, conflicts, sizes, seconds,
-        use, missing, succ_ptr, succ, capacity, sm_count, sm_bytes_per_s, launch_s, switch_s, start, end,
-    )  # fmt: skip
-    best_place, best_lane, best_mode = place.copy(), lane.copy(), mode.copy()
-    old_place, old_lane, old_mode = place.copy(), lane.copy(), mode.copy()
-    for trial in range(1, trials):
-        old_place[:], old_lane[:], old_mode[:] = place, lane, mode
-        if trial % (4 * len(place)) == 0:
-            _retime(
-                place, decision, iteration, inside, window, start, _period(end, decision, iteration, inside, window)
-            )
-        elif not _move(place, lane, mode, kin, tied, lowest, edge_ptr, edge, lane_partition, rows, sizes):
-            place[:] = old_place
-            continue
-        then = _judge(
-            place, lane, mode, decision, iteration, inside, window, total, lane_partition, rows, conflicts, sizes,
-            seconds, use, missing, succ_ptr, succ, capacity, sm_count, sm_bytes_per_s, launch_s, switch_s, start, end,
-        )  # fmt: skip
-        heat = now * hot * (cold / hot) ** (trial / trials)
-        if then <= now or np.random.random() < np.exp((now - then) / heat):
-            now = then
-            if now < best:
-                best = now
-                best_place[:], best_lane[:], best_mode[:] = place, lane, mode
-        else:
-            place[:], lane[:], mode[:] = old_place, old_lane, old_mode
-    place[:], lane[:], mode[:] = best_place, best_lane, best_mode
-    return best
+@inner
+def _sort(order: np.ndarray, key: np.ndarray) -> None:
+    """Ops by key, equal ones by number. By insertion: the order of the last trial is nearly this one's."""
+    for x in range(1, len(order)):
+        op, at = order[x], x
+        while at > 0:
+            before = order[at - 1]
+            if key[before] < key[op] or (key[before] == key[op] and before < op):
+                break
+            order[at] = before
+            at -= 1
+        order[at] = op
 
 
-@njit
-def _retime(
-    place: np.ndarray, decision: np.ndarray, iteration: np.ndarray, inside: np.ndarray, window: int, start: np.ndarray,
-    period_s: float,
-) -> None:  # fmt: skip
+@inner
+def _copy(to: Point, of: Point) -> None:
+    place, lane, mode = to.place, to.lane, to.mode
+    place_of, lane_of, mode_of = of.place, of.lane, of.mode
+    for d in range(len(place)):
+        place[d], lane[d], mode[d] = place_of[d], lane_of[d], mode_of[d]
+
+
+@inner
+def _retime(f: _Field, place: np.ndarray) -> None:
     """Places as the clock saw them last, if it saw a period: then a distance in places is one in time."""
+    period_s = _period(f.body, f.end, f.begun)
     if period_s <= 0.0:
         return
+    inside, iteration, decision, start = f.body.inside, f.body.iteration, f.body.decision, f.start
+    middle = f.body.window // 2
     for op in range(len(start)):
-        if not inside[op] or iteration[op] == window // 2:
+        if not inside[op] or iteration[op] == middle:
             place[decision[op]] = start[op] / period_s - iteration[op]
 
 
 @njit
-def _push(place: np.ndarray, at: int, edge_ptr: np.ndarray, edge: np.ndarray) -> bool:
+def _push(edges: Edges, place: np.ndarray, at: int) -> bool:
     """Restore the order of all edges after decision `at` has moved, by moving its neighbours on; False if they chase
     each other round the loop."""
-    stack = np.empty(4 * len(place) + 8, np.int64)
+    stack, other, pointer = edges.stack, edges.other, edges.pointer
     stack[0], height, steps = at, 1, 0
     while height > 0:
         height -= 1
@@ -278,8 +391,8 @@ def _push(place: np.ndarray, at: int, edge_ptr: np.ndarray, edge: np.ndarray) ->
         steps += 1
         if steps > 4 * len(place):
             return False
-        for k in range(edge_ptr[u], edge_ptr[u + 1]):
-            v, later = edge[k]
+        for k in range(pointer[u], pointer[u + 1]):
+            v, later = other[k, 0], other[k, 1]
             if later >= 0:
                 least = place[u] - later + _STEP
                 wrong = place[v] < least
@@ -295,16 +408,19 @@ def _push(place: np.ndarray, at: int, edge_ptr: np.ndarray, edge: np.ndarray) ->
     return True
 
 
-@njit
-def _move(
-    place: np.ndarray, lane: np.ndarray, mode: np.ndarray, kin: np.ndarray, tied: np.ndarray, lowest: np.ndarray,
-    edge_ptr: np.ndarray, edge: np.ndarray, lane_partition: np.ndarray, rows: np.ndarray, sizes: np.ndarray,
-) -> bool:  # fmt: skip
-    """Change the SMs of a decision or all its kin, or its lane, or its place; False if there is no such place."""
-    d, what = len(kin), np.random.random()
-    at = np.random.randint(d)
+@inner
+def _move(f: _Field, point: Point, trial: int) -> bool:
+    """Change the SMs of a decision or all its kin, or its lane, or its place; False if there is no such place. Now and
+    then put all places where the clock saw them."""
+    place, mode, kin, sizes, lowest, rows = point.place, point.mode, f.kin, f.sizes, f.lowest, f.lanes.rows
+    d = len(kin)
+    if trial % (4 * d) == 0:
+        _retime(f, place)
+        return True
+    what = np.random.random()
+    at = np.random.randint(0, d)
     if what < 0.35:
-        step = np.random.randint(1, 4) if np.random.random() < 0.9 else np.random.randint(1, len(sizes) + 1)
+        step = np.random.randint(1, 4 if np.random.random() < 0.9 else len(sizes) + 1)
         step = step if np.random.random() < 0.5 else -step
         alike = np.random.random() < 0.3
         for i in range(d):
@@ -312,14 +428,17 @@ def _move(
                 mode[i] = min(max(mode[i] + step, lowest[i]), len(sizes) - 1)
         return True
     if what < 0.5:
-        to = np.random.randint(len(lane_partition))
-        if rows[lane_partition[to], 2] >= sizes[lowest[at]] and not tied[at]:
-            lane[at] = to
+        to = np.random.randint(0, len(f.lanes.partition))
+        if rows[f.lanes.partition[to], 2] >= sizes[lowest[at]] and not f.tied[at]:
+            point.lane[at] = to
         return True
     if what < 0.85:
-        place[at] += np.random.normal() * (4.0 / max(d, 8)) * (1.0 if np.random.random() < 0.7 else 4.0)
+        place[at] += np.random.normal(0.0, 1.0) * (4.0 / max(d, 8)) * (1.0 if np.random.random() < 0.7 else 4.0)
     else:
-        other = np.random.randint(d)
+        other = np.random.randint(0, d)
         whole = np.floor(place[at] - place[other] + 0.5)
         place[at] = place[other] + whole + (_STEP if np.random.random() < 0.5 else -_STEP)
-    return _push(place, at, edge_ptr, edge)
+    return _push(f.edges, place, at)
+
+
+_polish = metropolis(_move, _judge, _copy, 1)

@@ -1,13 +1,16 @@
 """List scheduling onto lanes: upward rank and earliest finish (HEFT, Topcuoglu, Hariri and Wu 2002), made
 aware of shared resources by the area that earlier choices have already claimed."""
 
-import heapq
+from typing import NamedTuple
 
 import numpy as np
 
 from taskgraph.graph.device import Device
-from taskgraph.jit import njit
-from taskgraph.schedule.evaluate import NO_HOLDS, Assignment, Layout
+from taskgraph.jit import ZERO, njit, plain
+from taskgraph.schedule import heap
+from taskgraph.schedule.bounds import longest_tail
+from taskgraph.schedule.clock import Clock, Lanes
+from taskgraph.schedule.evaluate import NO_HOLDS, Assignment, Layout, clock_of, lanes_of
 from taskgraph.schedule.problem import Problem
 
 
@@ -22,13 +25,14 @@ def pack(problem: Problem, layout: Layout) -> Assignment | None:
 
     None when an op fits no partition.
     """
+    clock, lanes, n = clock_of(problem), lanes_of(layout), problem.n
     lane_mode = np.searchsorted(problem.sizes, layout.rows[layout.lane_partition, 2])
-    order, lane = _earliest_finish(
-        problem.seconds, problem.use, problem.legal, problem.pred_ptr, problem.pred, problem.succ_ptr, problem.succ,
-        problem.capacity, problem.launch_s, upward_rank(problem), lane_mode, layout.lane_partition,
-        layout.rows[:, 2].astype(np.float64),
-    )  # fmt: skip
-    if len(order) < problem.n:
+    where = Where(plain(problem.legal, np.bool_), plain(lane_mode, np.int64), lanes)
+    claims = Claims(np.zeros(len(lane_mode)), np.zeros(len(lanes.rows)), np.zeros(4))
+    order, lane, ready = np.zeros((3, n), np.int64)
+    rank = plain(upward_rank(problem), np.float64)
+    queue = Queue(order, lane, np.zeros(n), ready, np.arange(n), clock.missing.copy())
+    if _earliest_finish(clock, where, rank, claims, queue) < n:
         return None
     return Assignment(layout, order, lane, lane_mode[lane], NO_HOLDS)
 
@@ -44,69 +48,78 @@ def upward_rank(problem: Problem) -> np.ndarray:
     return longest_tail(problem.best_seconds(), problem.succ_ptr, problem.succ)
 
 
-@njit
-def longest_tail(seconds: np.ndarray, succ_ptr: np.ndarray, succ: np.ndarray) -> np.ndarray:
-    """Seconds from the start of every op to the end when nothing but the chains binds."""
-    rank = np.zeros(len(seconds))
-    for i in range(len(seconds) - 1, -1, -1):
-        below = 0.0
-        for k in range(succ_ptr[i], succ_ptr[i + 1]):
-            below = max(below, rank[succ[k]])
-        rank[i] = below + seconds[i]
-    return rank
+class Where(NamedTuple):
+    """Where ops may run: legal (n, m), the mode that each lane launches ops in (lanes,), and the lanes."""
+
+    legal: np.ndarray
+    mode: np.ndarray
+    lanes: Lanes
+
+
+class Claims(NamedTuple):
+    """Until when lanes (lanes,), the SMs of partitions (p,) and soft resources (4,) are claimed, in seconds."""
+
+    lane: np.ndarray
+    sms: np.ndarray
+    soft: np.ndarray
+
+
+class Queue(NamedTuple):
+    """The order, and by op its lane and the end of what it waits for (n,); a heap of the ready ops (n,), the ops by
+    number, and how many each waits for."""
+
+    order: np.ndarray
+    lane: np.ndarray
+    earliest: np.ndarray
+    heap: np.ndarray
+    number: np.ndarray
+    missing: np.ndarray
 
 
 @njit
-def _earliest_finish(
-    seconds: np.ndarray, use: np.ndarray, legal: np.ndarray, pred_ptr: np.ndarray, pred: np.ndarray,
-    succ_ptr: np.ndarray, succ: np.ndarray, capacity: np.ndarray, launch_s: float, rank: np.ndarray,
-    lane_mode: np.ndarray, lane_partition: np.ndarray, partition_sms: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """(order, lane): ready ops by rank, each where it should end first; both empty if an op fits none."""
-    n, lanes = len(rank), len(lane_mode)
-    order, lane, end = np.zeros(n, np.int64), np.zeros(n, np.int64), np.zeros(n)
-    free = np.zeros(lanes)
-    claimed = np.zeros(len(partition_sms))
-    claimed_soft = np.zeros(4)
-    missing = pred_ptr[1:] - pred_ptr[:-1]
-    ready = [(0.0, 0)]
-    ready.pop()
-    for i in range(n):
+def _earliest_finish(clock: Clock, where: Where, rank: np.ndarray, claims: Claims, queue: Queue) -> int:
+    """Take ready ops by rank, each to where it should end first; the number of ops, fewer than all if one fits none."""
+    seconds, use, capacity, succ_ptr, succ = clock.seconds, clock.use, clock.capacity, clock.succ_ptr, clock.succ
+    legal, lane_mode, partition, rows = where.legal, where.mode, where.lanes.partition, where.lanes.rows
+    free, sms, soft, launch_s = claims.lane, claims.sms, claims.soft, clock.launch_s
+    order, lane, earliest, ready, number = queue.order, queue.lane, queue.earliest, queue.heap, queue.number
+    missing = queue.missing
+    size, count = ZERO, 0
+    for i in range(len(rank)):
         if missing[i] == 0:
-            heapq.heappush(ready, (-rank[i], i))
-    count = 0
-    while len(ready) > 0:
-        _, op = heapq.heappop(ready)
-        earliest = 0.0
-        for k in range(pred_ptr[op], pred_ptr[op + 1]):
-            earliest = max(earliest, end[pred[k]])
+            size = heap.push(ready, size, i, rank, number)
+    while size > 0:
+        op = heap.pop(ready, size, rank, number)
+        size -= 1
         best, best_end, best_start = -1, np.inf, 0.0
-        for i in range(lanes):
-            mode, where = lane_mode[i], lane_partition[i]
+        for i in range(len(lane_mode)):
+            mode, part = lane_mode[i], partition[i]
             if not legal[op, mode]:
                 continue
-            begin = max(earliest, free[i])
+            begin = max(earliest[op], free[i])
             took = seconds[op, mode]
-            finish = begin + launch_s + took
-            finish = max(finish, max(claimed[where], begin) + launch_s + took * use[op, mode, 0] / partition_sms[where])
+            area = took * use[op, mode, 0] / rows[part, 2]
+            finish = max(begin + launch_s + took, max(sms[part], begin) + launch_s + area)
             for r in range(4):
                 if use[op, mode, r + 1] > 0.0:
-                    finish = max(finish, max(claimed_soft[r], begin) + took * use[op, mode, r + 1] / capacity[r])
+                    finish = max(finish, max(soft[r], begin) + took * use[op, mode, r + 1] / capacity[r])
             if finish < best_end * (1.0 - 1e-12):
                 best, best_end, best_start = i, finish, begin
         if best < 0:
-            return order[:0], lane[:0]
-        mode, where = lane_mode[best], lane_partition[best]
+            break
+        mode, part = lane_mode[best], partition[best]
         took = seconds[op, mode]
-        claimed[where] = max(claimed[where], best_start) + took * use[op, mode, 0] / partition_sms[where]
+        sms[part] = max(sms[part], best_start) + took * use[op, mode, 0] / rows[part, 2]
         for r in range(4):
             if use[op, mode, r + 1] > 0.0:
-                claimed_soft[r] = max(claimed_soft[r], best_start) + took * use[op, mode, r + 1] / capacity[r]
-        free[best] = end[op] = best_end
+                soft[r] = max(soft[r], best_start) + took * use[op, mode, r + 1] / capacity[r]
+        free[best] = best_end
         order[count], lane[op] = op, best
         count += 1
         for k in range(succ_ptr[op], succ_ptr[op + 1]):
-            missing[succ[k]] -= 1
-            if missing[succ[k]] == 0:
-                heapq.heappush(ready, (-rank[succ[k]], succ[k]))
-    return order, lane
+            after = succ[k]
+            earliest[after] = max(earliest[after], best_end)
+            missing[after] -= 1
+            if missing[after] == 0:
+                size = heap.push(ready, size, after, rank, number)
+    return count

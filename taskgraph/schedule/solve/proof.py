@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from taskgraph.errors import BackendUnavailable, PlanError
-from taskgraph.schedule.bounds import longest_path, lower_bounds
+from taskgraph.schedule.bounds import longest_path, longest_tail, lower_bounds
 from taskgraph.schedule.evaluate import Assignment, Evaluation, Layout, dispatch
 from taskgraph.schedule.problem import Budget, Problem, legal_sizes
 from taskgraph.schedule.rcpsp.evolve import solve_auto
@@ -28,7 +28,6 @@ from taskgraph.schedule.rcpsp.project import make_project
 from taskgraph.schedule.solve import lists
 from taskgraph.schedule.solve.explore import packed_or_found
 from taskgraph.schedule.solve.found import Found, collectives_ordered, in_sequence, shortest
-from taskgraph.schedule.solve.lists import longest_tail
 
 MOST_OPS = 40
 """Larger graphs are refused: nothing would be proven about them."""

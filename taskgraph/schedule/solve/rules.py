@@ -12,10 +12,10 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from taskgraph.schedule.bounds import longest_path
+from taskgraph.schedule.bounds import longest_path, longest_tail
 from taskgraph.schedule.evaluate import Assignment, Evaluation, Layout, dispatch
 from taskgraph.schedule.problem import Problem
-from taskgraph.schedule.solve.lists import longest_tail, upward_rank
+from taskgraph.schedule.solve.lists import upward_rank
 
 FROM = 1_000
 """From so many ops on, a graph without a repeated body is searched by rules."""
