@@ -49,7 +49,7 @@ browser:
 test: develop browser lint
 	$(BIN)/python -m pytest
 
-# One-place changes of ten files, which their own tests must notice (half an hour on two cores; MUTANTS='--file ...').
+# One-place changes of eleven files, which their own tests must notice (half an hour on two cores; MUTANTS='--file ...').
 mutants: develop
 	$(BIN)/python -m benchmarks.mutants $(MUTANTS)
 
