@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from taskgraph.schedule.bounds import longest_path, lower_bounds, sm_seconds
+from taskgraph.schedule.bounds import longest_path, longest_tail, lower_bounds, sm_seconds
 from tests.schedule.problems_by_hand import problem
 
 # Four ops on 4 or 8 SMs; op 1 may not have 4, where it would be fastest and thriftiest.
@@ -41,3 +41,15 @@ def test_the_longest_path_ends_every_op_at_the_latest_of_its_predecessors() -> N
     made = problem([1.0] * 5, [[1.0, 0, 0, 0, 0]] * 5, [(0, 2), (1, 2), (0, 4), (2, 3)])
     ends = longest_path(np.array([1.0, 4.0, 0.5, 2.0, 8.0]), made.pred_ptr, made.pred)
     assert ends.tolist() == [1.0, 4.0, 4.5, 6.5, 9.0]
+
+
+def test_the_longest_tail_is_the_longest_path_of_the_graph_turned_round() -> None:
+    made = problem([1.0] * 5, [[1.0, 0, 0, 0, 0]] * 5, [(0, 2), (1, 2), (0, 4), (2, 3)])
+    tails = longest_tail(np.array([1.0, 4.0, 0.5, 2.0, 8.0]), made.succ_ptr, made.succ)
+    assert tails.tolist() == [9.0, 6.5, 2.5, 2.0, 8.0]
+
+
+def test_the_longest_chain_is_taken_wherever_it_stands_among_the_others() -> None:
+    for seconds, end in (([5.0, 1.0, 1.0], 6.0), ([1.0, 5.0, 1.0], 6.0)):
+        made = problem([1.0] * 3, [[1.0, 0, 0, 0, 0]] * 3, [(0, 2), (1, 2)])
+        assert longest_path(np.array(seconds), made.pred_ptr, made.pred)[2] == end

@@ -6,7 +6,7 @@ times on random problems says what no example can.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import FrozenInstanceError, dataclass, field, fields
 
 import numpy as np
 import pytest
@@ -309,6 +309,20 @@ def test_three_ops_share_the_sms_fairly() -> None:
     assert times.trace == pytest.approx(
         np.array([[0.0, 0, 0, 0, 0, 0], [1.0, 1, 0, 0, 0, 0], [4.0, 1, 0, 0, 0, 0], [5.75, 1, 0, 0, 0, 0]])
     )
+
+
+def test_dispatch_lets_others_overtake_one_that_waits_for_sms_unless_told() -> None:
+    """Needs of 6, 6 and 2 of 8 SMs: the third starts beside the first, ahead of the second."""
+    made, none = problem([2.0, 2.0, 1.0], sms(6, 6, 2)), np.zeros(3, int)
+    priority, layout = np.array([3.0, 2.0, 1.0]), Layout.shared(8, 3)
+    chosen, times = dispatch(made, layout, priority, none, none)
+    assert times.start_s.tolist() == [0.0, 2.0, 0.0] and times.trace.shape == (0, 6)
+    _, strict = dispatch(made, layout, priority, none, none, backfill=False)
+    assert strict.start_s.tolist() == [0.0, 2.0, 2.0]
+    for value in (chosen, times):
+        with pytest.raises(FrozenInstanceError):
+            setattr(value, fields(value)[0].name, None)
+        assert not hasattr(value, "__dict__")
 
 
 def test_lanes_that_contradict_the_edges_are_counted() -> None:
