@@ -45,10 +45,16 @@ def njit(function: Callable[P, R]) -> Callable[P, R]:
     return compiled(function, error_model="numpy", no_cfunc_wrapper=True)
 
 
+def kernel(function: Callable[P, R]) -> Callable[P, R]:
+    """`njit` for what makes no array, text or list: it works on arrays that its caller holds, and counts no references
+    to them. That saves a third of its compilation, and the atomic instructions of counting."""
+    return compiled(function, error_model="numpy", no_cfunc_wrapper=True, _nrt=False)
+
+
 def inner(function: Callable[P, R]) -> Callable[P, R]:
-    """`njit` for what only compiled functions call: it has no door from Python (a call from there is a TypeError), and
-    that half of the work of compiling it is saved."""
-    made = compiled(function, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+    """`kernel` for what only kernels call: it has no door from Python (a call from there is a TypeError), and that half
+    of the work of compiling it is saved."""
+    made = compiled(function, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, _nrt=False)
     if isinstance(made, Dispatcher):
         made.__class__ = _Inner
     return made

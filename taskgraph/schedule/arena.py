@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from taskgraph.graph.graph import Graph
-from taskgraph.jit import ZERO, inner, njit
+from taskgraph.jit import ZERO, inner, kernel
 from taskgraph.record import from_columns
 from taskgraph.schedule.plan import Slot
 
@@ -74,7 +74,7 @@ def ended_steps(lanes: Sequence[int], waits: Sequence[tuple[int, ...]]) -> np.nd
     return before
 
 
-@njit
+@kernel
 def _clocks(lane: np.ndarray, wait_ptr: np.ndarray, wait: np.ndarray, previous: np.ndarray, before: np.ndarray) -> None:
     """Fill `before` (steps, lanes), which is -1 as is `previous` (lanes,)."""
     for s in range(len(lane)):
@@ -122,7 +122,7 @@ def _gone(lane: np.ndarray, last: np.ndarray, before: np.ndarray) -> np.ndarray:
     return gone
 
 
-@njit
+@kernel
 def _find_gone(
     pointer: np.ndarray, by_lane: np.ndarray, last: np.ndarray, before: np.ndarray, gone: np.ndarray
 ) -> None:
@@ -174,7 +174,7 @@ class Neighbours(NamedTuple):
     near: np.ndarray
 
 
-@njit
+@kernel
 def _find_neighbours(
     found: Neighbours, first: np.ndarray, last: np.ndarray, before: np.ndarray, gone: np.ndarray
 ) -> None:
@@ -200,7 +200,7 @@ def _find_neighbours(
                 u += 1
 
 
-@njit
+@kernel
 def _fit(by_size: np.ndarray, size: np.ndarray, found: Neighbours, offset: np.ndarray) -> None:
     """Place each tensor in the tightest gap between its neighbours that are placed; without one, behind them."""
     near = found.near
@@ -267,7 +267,7 @@ def _close(gaps: np.ndarray, k: int, count: int) -> int:
     return count - 1
 
 
-@njit
+@kernel
 def _place_in_order(
     size: np.ndarray, first: np.ndarray, end: np.ndarray, by_end: np.ndarray, gaps: np.ndarray, offset: np.ndarray
 ) -> None:

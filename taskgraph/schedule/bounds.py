@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from taskgraph.jit import njit, plain
+from taskgraph.jit import kernel, plain
 from taskgraph.schedule.plan import Bounds
 from taskgraph.schedule.problem import Problem
 
@@ -43,7 +43,7 @@ def _chains(seconds: np.ndarray, pointer: np.ndarray, index: np.ndarray, backwar
     return made
 
 
-@njit
+@kernel
 def _add_chains(seconds: np.ndarray, pointer: np.ndarray, index: np.ndarray, backwards: bool, made: np.ndarray) -> None:
     n = len(seconds)
     for k in range(n):

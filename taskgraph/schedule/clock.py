@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from taskgraph.jit import ZERO, inner, njit
+from taskgraph.jit import ZERO, inner, kernel
 from taskgraph.schedule import heap
 
 _DONE = 1e-12
@@ -246,7 +246,7 @@ def _reset(clock: Clock, b: Bench) -> None:
         missing[op] = before[op]
 
 
-@njit
+@kernel
 def simulate(
     clock: Clock, lanes: Lanes, queues: Queues, b: Bench, start: np.ndarray, end: np.ndarray, trace: np.ndarray
 ) -> tuple[int, int, float]:
@@ -356,7 +356,7 @@ def _insert(front: Front, priority: np.ndarray, count: int, size: int, op: int, 
     return count + 1, size
 
 
-@njit
+@kernel
 def run_dispatch(clock: Clock, lanes: Lanes, wishes: Wishes, b: Bench, front: Front) -> float:
     """Fill the schedule of `front`; returns its makespan, inf if nothing runs and nothing can start."""
     running, missing, latency, done_ops = b.running, b.missing, b.latency, b.ended

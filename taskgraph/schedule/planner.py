@@ -11,7 +11,7 @@ from taskgraph.errors import GraphError, PlanError
 from taskgraph.graph.device import Device, get
 from taskgraph.graph.graph import Graph
 from taskgraph.graph.op import RESOURCES
-from taskgraph.jit import njit, plain
+from taskgraph.jit import kernel, plain
 from taskgraph.ops import check_op
 from taskgraph.record import from_columns, instance, integer, number
 from taskgraph.record import function as called
@@ -287,7 +287,7 @@ class Waits(NamedTuple):
     length: np.ndarray
 
 
-@njit
+@kernel
 def _reduce_waits(order: np.ndarray, lane: np.ndarray, pred_ptr: np.ndarray, pred: np.ndarray, found: Waits) -> None:
     step_of, known, last, latest, row, count = (
         found.step_of,

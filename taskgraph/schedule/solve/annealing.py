@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from taskgraph.graph.device import Device, Geometry, Partition
-from taskgraph.jit import inner, njit, plain
+from taskgraph.jit import inner, kernel, plain
 from taskgraph.schedule.clock import Bench, Clock, Front, Lanes, Wishes, bench_of, front_of, run_dispatch
 from taskgraph.schedule.evaluate import Assignment, Evaluation, Layout, clock_of, dispatch, lanes_of
 from taskgraph.schedule.problem import Problem
@@ -225,7 +225,7 @@ def metropolis(
             copy(point, old)
         return least
 
-    return njit(anneal)
+    return kernel(anneal)
 
 
 # ----------------------------------------------------------------------------------- what it does here
@@ -316,7 +316,7 @@ def fitted(sizes: np.ndarray, mode: np.ndarray, row: np.ndarray, rows: np.ndarra
     return made
 
 
-@njit
+@kernel
 def fit(sizes: np.ndarray, mode: np.ndarray, row: np.ndarray, rows: np.ndarray, made: np.ndarray) -> None:
     """`fitted` into an array."""
     for p in range(len(rows)):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from taskgraph.jit import inner, njit, plain
+from taskgraph.jit import inner, kernel, plain
 from taskgraph.schedule.clock import Bench, Clock, Lanes, Queues, bench_of, simulate
 from taskgraph.schedule.evaluate import NO_HOLDS, Assignment, Evaluation, Layout, clock_of, lanes_of
 from taskgraph.schedule.solve.annealing import (
@@ -248,7 +248,7 @@ class Spans(NamedTuple):
     order: np.ndarray
 
 
-@njit
+@kernel
 def _colour(spans: Spans, lane_partition: np.ndarray, shifts: int, lane: np.ndarray) -> None:
     """Give every decision the lane of its partition on which it overlaps least with those given before, up to `shifts`
     periods away."""
@@ -272,7 +272,7 @@ def _colour(spans: Spans, lane_partition: np.ndarray, shifts: int, lane: np.ndar
                 lane[i] = at
 
 
-@njit
+@kernel
 def _period(body: Body, end: np.ndarray, begun: np.ndarray) -> float:
     """The longest that any op takes from its end in one iteration to its end in the next: not the time between the
     ends of whole iterations, which is short for a while when one slice runs ahead of another. `begun` (d,) is scratch.
@@ -379,7 +379,7 @@ def _retime(f: _Field, place: np.ndarray) -> None:
             place[decision[op]] = start[op] / period_s - iteration[op]
 
 
-@njit
+@kernel
 def _push(edges: Edges, place: np.ndarray, at: int) -> bool:
     """Restore the order of all edges after decision `at` has moved, by moving its neighbours on; False if they chase
     each other round the loop."""

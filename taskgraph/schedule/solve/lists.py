@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from taskgraph.graph.device import Device
-from taskgraph.jit import ZERO, njit, plain
+from taskgraph.jit import ZERO, kernel, plain
 from taskgraph.schedule import heap
 from taskgraph.schedule.bounds import longest_tail
 from taskgraph.schedule.clock import Clock, Lanes
@@ -76,7 +76,7 @@ class Queue(NamedTuple):
     missing: np.ndarray
 
 
-@njit
+@kernel
 def _earliest_finish(clock: Clock, where: Where, rank: np.ndarray, claims: Claims, queue: Queue) -> int:
     """Take ready ops by rank, each to where it should end first; the number of ops, fewer than all if one fits none."""
     seconds, use, capacity, succ_ptr, succ = clock.seconds, clock.use, clock.capacity, clock.succ_ptr, clock.succ
