@@ -23,6 +23,7 @@ from taskgraph.models.weights import open_checkpoint
 from taskgraph.runtime.cpu.kinds import TORCH_DTYPE
 from taskgraph.runtime.distributed import Group, connect, group, one_plan
 from taskgraph.schedule import planner
+from taskgraph.schedule.solve import packing
 from taskgraph.schedule.verify import collectives_in_order
 from taskgraph.serving.ranks.processes import Ranks
 from taskgraph.serving.session import Session
@@ -263,7 +264,8 @@ def test_the_planner_leaves_no_race_between_nano_batches(
     collectives_in_order(ordered, graph.flat())
     tg.verify(ordered, graph)
     assert len(ordered.lanes) > 1
-    monkeypatch.setattr(planner, "_in_one_order", lambda found: found)
+    for module in (packing, planner):
+        monkeypatch.setattr(module, "collectives_ordered", lambda found: found)
     with pytest.raises(PlanError, match="may run at the same time"):
         collectives_in_order(tg.plan(graph, "h100_sxm", "list"), graph.flat())
 
