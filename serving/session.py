@@ -18,15 +18,6 @@ if TYPE_CHECKING:
     import torch
 
 
-class Fed(tg.Executable, Protocol):
-    """An executable whose inputs can be written in place."""
-
-    @property
-    def inputs(self) -> Mapping[str, Any]:
-        """The input buffers by tensor name."""
-        ...
-
-
 @runtime_checkable
 class SelfTimed(Protocol):
     """An executable that times its own replays: a GPU's, by events."""
@@ -47,7 +38,7 @@ class CapturedStep:
 
     graph: tg.Graph
     plan: tg.Plan
-    executable: Fed
+    executable: tg.Executable
 
     @property
     def kind(self) -> str:

@@ -43,9 +43,10 @@ if TYPE_CHECKING:
     from taskgraph.observe.tuned import explain_tuned
     from taskgraph.runtime import distributed as distributed
     from taskgraph.runtime import dtypes as dtypes
-    from taskgraph.runtime.backend import Executable, compile
+    from taskgraph.runtime.backend import compile
     from taskgraph.runtime.bank import GraphBank
     from taskgraph.runtime.cpu import public as cpu
+    from taskgraph.runtime.executable import Executable
     from taskgraph.runtime.gpu import public as gpu
     from taskgraph.schedule.audit import audit
     from taskgraph.schedule.plan import Bounds, Lane, Period, Plan, Span, Step, Timeline, Verdict
@@ -72,8 +73,9 @@ _HOME = {
     "taskgraph.schedule.planner": "plan",
     "taskgraph.schedule.sliced": "verify",
     "taskgraph.observe.tuned": "explain_tuned",
-    "taskgraph.runtime.backend": "Executable compile",
+    "taskgraph.runtime.backend": "compile",
     "taskgraph.runtime.bank": "GraphBank",
+    "taskgraph.runtime.executable": "Executable",
     "taskgraph.tune.autotune": "Tuned autotune",
     "taskgraph.tune.known": "KnownPlans",
     "taskgraph.observe.explain": "explain",

@@ -224,7 +224,7 @@ def value_calls() -> dict[str, Call]:
 
 def function_calls(s: Shop) -> dict[str, Call]:
     store, timelines = tg.ProfileDB(s.folder / "p.sqlite3"), {"predicted": PLAN.timeline}
-    sim = SimExecutable(GRAPH, PLAN, {})
+    sim = SimExecutable(GRAPH, PLAN)
     report = {"facts": {"a": "b"}, "table": [("x", "y"), ("1", "2")], "utilisation": {"sm": [(0.0, 0.5)]}}
     search = {"budget_s": 0.01, "seed": 0, "nano_batches": True}
     tune = {"backend": "sim", "budget_s": 0.2, "device": "h100_sxm", "seed": 0, "database": store, "tensors": {},

@@ -8,7 +8,7 @@ from typing import Generic, Self, TypeVar
 
 from taskgraph.errors import PlanError
 from taskgraph.record import function, number
-from taskgraph.runtime.backend import Executable
+from taskgraph.runtime.executable import Executable
 
 Key = TypeVar("Key", bound=Hashable)
 

@@ -35,14 +35,18 @@ def own(tensor: torch.Tensor) -> torch.Tensor:
         return made.view(kind) if made.dtype != kind else made
 
 
+def function_of(op: Op, functions: Mapping[str, Function]) -> Function:
+    """The function of a custom op: among `functions`, else the one that is imported by its name; GraphError if none."""
+    key = op.attr("function")
+    return functions.get(str(key)) or find_function(key if isinstance(key, str) else str(key))
+
+
 def bound(op: Op, functions: Mapping[str, Function], ins: Tensors, outs: Tensors) -> Callable[[], None]:
     """The program entry of a custom op; GraphError when its function is not found or takes other arguments.
 
     The entry raises ExecutionError, which names the op, for what is said above.
     """
-    key = op.attr("function")
-    named = key if isinstance(key, str) else str(key)
-    function = functions.get(named) or find_function(named)
+    function = function_of(op, functions)
     check_arity(op.name, function, len(ins) + len(outs))
     names = (*op.inputs, *op.outputs)
     kept = [i < len(ins) and name not in op.writes for i, name in enumerate(names)]

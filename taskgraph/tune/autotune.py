@@ -14,11 +14,11 @@ from typing import Any
 from taskgraph import cache, ops
 from taskgraph.cost.model import op_table
 from taskgraph.cost.profiles import Costs, Place, Profile, ProfileDB, measured_costs, points_of, shape_key
-from taskgraph.errors import BackendUnavailable, PlanError, ProfileError
+from taskgraph.errors import PlanError, ProfileError
 from taskgraph.graph.device import Device, get
 from taskgraph.graph.graph import Graph, GraphBuilder
 from taskgraph.record import function as callable_of
-from taskgraph.record import instance, integer, one_of, parse, read_text, typed
+from taskgraph.record import instance, integer, parse, read_text, typed
 from taskgraph.record import number as number_of
 from taskgraph.runtime.backend import BACKENDS
 from taskgraph.runtime.cpu import probe
@@ -130,7 +130,7 @@ def autotune(
     then nothing is stored.
     """
     instance("the graph", graph, Graph, PlanError, "Take what GraphBuilder.build returned.")
-    one_of("backend", backend, BACKENDS, BackendUnavailable)
+    BACKENDS[backend]  # known, and to be had
     seed = integer("seed", seed, PlanError, 0)
     budget_s = number_of("budget_s, a positive number of seconds such as 60,", budget_s, PlanError, 0, above=True)
     for name, given in (("tensors", tensors), ("functions", functions)):

@@ -14,8 +14,9 @@ import numpy as np
 from taskgraph.cost.profiles import OpKey, OpTime, shape_key
 from taskgraph.graph.device import Geometry
 from taskgraph.graph.graph import Graph
-from taskgraph.runtime.backend import Executable, compile
+from taskgraph.runtime.backend import compile
 from taskgraph.runtime.cpu import probe
+from taskgraph.runtime.executable import Executable
 from taskgraph.schedule.plan import Lane, Plan, Step
 
 ROUNDS, LEAST_ROUNDS = 31, 7

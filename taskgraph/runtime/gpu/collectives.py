@@ -14,6 +14,7 @@ from taskgraph.errors import BackendUnavailable
 from taskgraph.graph.op import Op
 from taskgraph.runtime.distributed import Group
 from taskgraph.runtime.gpu.arrays import DeviceArray
+from taskgraph.runtime.gpu.interop import torch_stream
 
 
 def collective(op: Op, source: DeviceArray, target: DeviceArray, group: Group) -> Callable[[Any], None]:
@@ -29,7 +30,7 @@ def collective(op: Op, source: DeviceArray, target: DeviceArray, group: Group) -
     x, out, run = source.torch(), target.torch(), _CALLS[op.kind]
 
     def on_stream(stream: Any) -> None:
-        with torch.cuda.stream(torch.cuda.ExternalStream(int(stream.handle))):  # type: ignore[no-untyped-call]
+        with torch_stream(stream):
             run(group.handle, out, x)
 
     return on_stream

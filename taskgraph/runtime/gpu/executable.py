@@ -4,22 +4,21 @@ Capture forks from an origin stream to every lane by events, runs each op on its
 graph is read back from the driver and compared with the plan; a difference is CaptureMismatch, never a wrong graph.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal
 
 import torch
 
-from taskgraph.errors import CudaError, ExecutionError, GraphError, PlanError
+from taskgraph.errors import CudaError, GraphError, PlanError
 from taskgraph.graph.graph import Graph
 from taskgraph.graph.op import Op, Tensor
 from taskgraph.ops import COLLECTIVES
-from taskgraph.runtime.buffers import Region, changed_names, check_apart, host_tensor, written_names
-from taskgraph.runtime.check import Watch
-from taskgraph.runtime.distributed import Group, check_collectives
+from taskgraph.runtime.buffers import host_tensor
+from taskgraph.runtime.distributed import check_collectives
+from taskgraph.runtime.executable import Options, from_first
 from taskgraph.runtime.gpu import driver, torch_ops, virtual
 from taskgraph.runtime.gpu.arrays import DeviceArray, DeviceSpace, device_buffer
 from taskgraph.runtime.gpu.collectives import collective
@@ -30,7 +29,8 @@ from taskgraph.runtime.gpu.readback import compare
 from taskgraph.runtime.gpu.sites import Faults, LaneSite
 from taskgraph.runtime.gpu.standard import launches
 from taskgraph.runtime.gpu.torch_memory import TorchPool
-from taskgraph.runtime.turns import Turns, in_op
+from taskgraph.runtime.tensors import TensorExecutable
+from taskgraph.runtime.turns import in_op
 from taskgraph.schedule.plan import Plan, Span, Timeline
 from taskgraph.schedule.planner import replay_times
 
@@ -48,33 +48,25 @@ class CaptureReport:
     """The executable graph was updated in place; else it was instantiated."""
 
 
-class CudaExecutable:
+class CudaExecutable(TensorExecutable[Buffer]):
     """A plan captured on a GPU, real or virtual. Buffers are device memory that is allocated before capture.
 
-    Several threads may call it: a call waits for those before it, so that its answers belong to its inputs.
+    Device tensors (`__cuda_array_interface__`, torch's CUDA tensors) are bound in place; host tensors are uploaded
+    once, into memory of our own. `launch(stream)` replays in the order of `stream` (anything with `__cuda_stream__`)
+    and returns at once; without one it replays on a stream of our own and waits for it. An ExecutionError names an op
+    that was given a token, position, slot or page that does not exist; after a replay on `stream`, the next launch says
+    so. Nothing outside its buffers was touched then, but its outputs mean nothing.
     """
 
-    def __init__(
-        self,
-        graph: Graph,
-        plan: Plan,
-        functions: Mapping[str, Callable[..., Any]],
-        device: str | None = None,
-        group: Group | None = None,
-        check: bool = False,
-    ) -> None:
-        self._checks = check
-        self._graph, self._plan, self._functions, self._group = graph.flat(), plan, dict(functions), group
-        self._turns = Turns(self._graph.name)
-        self._ops = {op.name: op for op in self._graph.ops}
-        self._written = written_names(self._graph)
-        self._closed = True
-        self._memory: list[Memory] = []
-        self._exec: Any = None
+    takes = frozenset({"device", "group"})
+
+    def __init__(self, graph: Graph, plan: Plan, options: Options | None = None) -> None:
+        super().__init__(graph, plan, options)
+        self._group = self._options.group
         if plan.device.kind != "gpu":
             raise PlanError(f"the plan is for {plan.device.name}, which is no GPU; plan with device='h100_sxm', say.")
-        check_collectives(self._graph, plan, group)
-        self._gpu = Gpu.open(device)
+        check_collectives(self._graph, plan, self._group)
+        self._gpu = Gpu.open(self._options.device)
         if plan.device.sm_count > self._gpu.capability.sm_count:
             raise PlanError(
                 f"the plan is for {plan.device.name} with {plan.device.sm_count} SMs; "
@@ -82,17 +74,20 @@ class CudaExecutable:
             )
         self._pool = TorchPool()
         self._torch = not self._gpu.capability.virtual and torch_ops.available()
-        self._given: dict[str, Buffer] = {}
+        self._memory: list[Memory] = []
+        self._exec: Any = None
+        self.origin: Any = None
+        self._streams: list[Any] = []
+        self._partitions: list[driver.Partitioned] = []
         self._kept: dict[str, Any] = {}
+        """What was given in device memory by others, kept alive."""
         self._sites: dict[int, LaneSite] = {}
         self._scratch: list[list[Memory]] = [[] for _ in plan.lanes]
-        self._set: set[str] = set()
-        self._inputs = {t.name for t in self._graph.with_role("input")}
-        self._closed, self._stale = False, True
         try:
             self._open_lanes()
-            self._buffers = self._allocate()
-            self._faults = Faults([step.op for step in plan.steps], self._own(8 * len(plan.steps), pinned=True))
+            self._own = self._allocate()
+            words = self._memory_of(8 * len(plan.steps), pinned=True)
+            self._faults = Faults([step.op for step in plan.steps], words)
         except BaseException:
             self.close()
             raise
@@ -110,7 +105,7 @@ class CudaExecutable:
             self._streams.append(self._gpu.stream(context))
         self._contexts = [int(stream.context.handle) for stream in self._streams]
 
-    def _own(self, nbytes: int, pinned: bool = False) -> Memory:
+    def _memory_of(self, nbytes: int, pinned: bool = False) -> Memory:
         memory = Memory(max(nbytes, 1), pinned)
         self._memory.append(memory)
         return memory
@@ -119,7 +114,7 @@ class CudaExecutable:
         """Inputs, outputs, states, weights each on their own; activations in the arena. What a copy op moves between
         host and device lies in pinned host memory on the host's side."""
         tensors, pinned = self._graph.tensor, self._pinned()
-        self._arena = self._own(self._plan.arena_bytes)
+        self._arena = self._memory_of(self._plan.arena_bytes)
         arena = self._arena.address
         buffers = {
             slot.tensor: Buffer(arena + slot.offset, tensors[slot.tensor].shape, tensors[slot.tensor].dtype)
@@ -128,7 +123,7 @@ class CudaExecutable:
         for name in dict.fromkeys([*sorted(self._inputs), *self._graph.outputs]):
             t = tensors[name]
             if t.role in ("input", "activation"):
-                memory = self._own(t.nbytes, name in pinned)
+                memory = self._memory_of(t.nbytes, name in pinned)
                 buffers[name] = Buffer(memory.address, t.shape, t.dtype, memory.pinned)
         return buffers
 
@@ -143,23 +138,6 @@ class CudaExecutable:
         given = {t.name for t in self._graph.with_role("input", "weight", "state")}
         return (sources & given) | (targets & (given | set(self._graph.outputs)))
 
-    def _buffer(self, name: str) -> Buffer:
-        return self._given.get(name) or self._buffers[name]
-
-    @property
-    def outputs(self) -> Mapping[str, DeviceArray]:
-        """The output buffers by tensor name; each replay overwrites them."""
-        with self._turns.next():
-            self._begin()
-            return {name: DeviceArray(self._buffer(name), self) for name in self._graph.outputs}
-
-    @property
-    def inputs(self) -> Mapping[str, DeviceArray]:
-        """The input buffers by tensor name."""
-        with self._turns.next():
-            self._begin()
-            return {name: DeviceArray(self._buffer(name), self) for name in sorted(self._inputs)}
-
     @property
     def memory_bytes(self) -> int:
         """Device and pinned memory that it holds itself: arena, inputs, outputs, scratch, and what it uploaded."""
@@ -171,84 +149,67 @@ class CudaExecutable:
             self._begin()
             if name not in self._given:
                 raise GraphError(f"{name!r} is not bound; bind() it first.")
-            return DeviceArray(self._given[name], self)
-
-    def bind(self, tensors: Mapping[str, Any] | None = None, **named: Any) -> None:
-        """Use device tensors in place (`__cuda_array_interface__`, torch's CUDA tensors); upload host tensors once,
-        into memory of our own.
-
-        GraphError, and nothing is bound, when a name is unknown, a shape or dtype differs, or the memory cannot be used
-        so; at the next replay, when what it writes to shares memory with anything else."""
-        with self._turns.next():
-            self._begin()
-            self._bind({**(tensors or {}), **named})
-
-    def _begin(self) -> None:
-        """At the start of a call, inside its turn: ExecutionError when closed; the device is current afterwards."""
-        if self._closed:
-            raise ExecutionError("the executable is closed; compile the plan again.", op="")
-        self._gpu.use()
+            return self._shown(name)
 
     def _bind(self, values: Mapping[str, Any]) -> None:
-        checked = [(self._declared(name), value, self._checked(name, value)) for name, value in values.items()]
-        for declared, value, given in checked:
-            name = declared.name
-            if isinstance(given, Buffer):
-                self._kept[name] = value
-                self._stale = self._stale or self._given.get(name) != given
-                self._given[name] = given
-            else:
-                self._let_go(name)
-                self._upload(declared, given)
-            self._set.add(name)
+        self._gpu.use()
+        super()._bind(values)
 
-    def _checked(self, name: str, value: Any) -> Buffer | torch.Tensor:
+    def _checked(self, declared: Tensor, value: Any) -> Buffer | torch.Tensor:
         """The device memory to use in place, or the host tensor to upload."""
-        declared = self._declared(name)
+        name = declared.name
         buffer = device_buffer(declared, value, "write" if name in self._written else "read")
         if buffer is None and declared.role == "activation":
             raise GraphError(f"output {name!r} was given a host tensor; bind device memory, or read outputs[{name!r}].")
         return host_tensor(declared, value, "copy") if buffer is None else buffer
 
-    def _let_go(self, name: str) -> None:
-        """Stop using memory of others for `name`: what is uploaded next goes into our own."""
-        if self._kept.pop(name, None) is not None:
+    def _use(self, declared: Tensor, value: Any, checked: Buffer | torch.Tensor) -> None:
+        name = declared.name
+        if isinstance(checked, Buffer):
+            self._kept[name] = value
+            self._stale = self._stale or self._given.get(name) != checked
+            self._given[name] = checked
+            return
+        if self._kept.pop(name, None) is not None:  # what is uploaded goes into our own, not into memory of others
             del self._given[name]
             self._stale = True
-
-    def _declared(self, name: str) -> Tensor:
-        declared = self._graph.tensor.get(name)
-        if declared is None or (declared.role == "activation" and name not in self._graph.outputs):
-            raise GraphError(f"graph {self._graph.name!r} has no input, weight, state or output {name!r}.")
-        return declared
+        self._upload(declared, checked)
 
     def _upload(self, declared: Tensor, host: torch.Tensor) -> None:
         """Copy a host tensor into a buffer of ours, made at its first use."""
         name = declared.name
-        if name not in self._given and name not in self._buffers:
-            memory = self._own(declared.nbytes, name in self._pinned())
+        if name not in self._given and name not in self._own:
+            memory = self._memory_of(declared.nbytes, name in self._pinned())
             self._given[name] = Buffer(memory.address, declared.shape, declared.dtype, memory.pinned)
             self._stale = True
-        driver.upload(self._buffer(name).address, host.data_ptr(), declared.nbytes)
+        driver.upload(self._tensor(name).address, host.data_ptr(), declared.nbytes)
+
+    def _shown(self, name: str) -> DeviceArray:
+        return DeviceArray(self._tensor(name), self)
+
+    def _results(self) -> dict[str, torch.Tensor]:
+        return {name: self._shown(name).cpu() for name in self._graph.outputs}
+
+    def _place(self, tensor: Buffer) -> tuple[int, int]:
+        return tensor.address, tensor.nbytes
+
+    def _space(self, tensor: Buffer | None) -> DeviceSpace:
+        found = self._arena if tensor is None else tensor
+        return DeviceSpace(found.address, found.nbytes)
 
     # -- capture ---------------------------------------------------------------------------------
 
     def _launches(self) -> list[Launches | Callable[[Any], None]]:
         """What every step runs, bound to its buffers; scratch and constants are allocated here, before capture."""
-        missing = [t.name for t in self._graph.with_role("weight", "state") if t.name not in self._given]
-        if missing:
-            raise GraphError(
-                f"{len(missing)} weights or states are not bound, the first is {missing[0]!r}; bind() them."
-            )
-        changed, names = changed_names(self._graph), {*self._given, *self._inputs, *self._graph.outputs}
-        found = {name: self._buffer(name) for name in names}
-        check_apart(Region(b.address, b.nbytes, name, name in changed) for name, b in found.items())
+        self._check_given()
         return [self._bound(i, self._ops[step.op]) for i, step in enumerate(self._plan.steps)]
 
     def _bound(self, i: int, op: Op) -> Launches | Callable[[Any], None]:
-        ins, outs = seen(op, [self._buffer(n) for n in op.inputs]), [self._buffer(n) for n in op.outputs]
+        ins, outs = seen(op, [self._tensor(n) for n in op.inputs]), [self._tensor(n) for n in op.outputs]
         if op.kind == "call":
-            return bound_call(op, self._functions, *([DeviceArray(b, self) for b in side] for side in (ins, outs)))
+            return bound_call(
+                op, self._options.functions, *([DeviceArray(b, self) for b in side] for side in (ins, outs))
+            )
         if op.kind in COLLECTIVES and self._group is not None and op.integer("ranks") > 1:
             return collective(op, DeviceArray(ins[0], self), DeviceArray(outs[0], self), self._group)
         if self._torch and op.kind in torch_ops.TORCH_OPS:
@@ -256,7 +217,7 @@ class CudaExecutable:
             with self._pool.used():
                 return torch_ops.bound(op, sides[0], sides[1], self._streams[self._plan.steps[i].lane])
         scratch = self._scratch[self._plan.steps[i].lane]
-        site = self._sites.setdefault(i, LaneSite(self._plan.sms(i), self._own, scratch, self._faults.address(i)))
+        site = self._sites.setdefault(i, LaneSite(self._plan.sms(i), self._memory_of, scratch, self._faults.address(i)))
         made = launches(op, ins, outs, site.again())
         for launch in made:
             if not isinstance(launch, CopyLaunch):
@@ -273,6 +234,7 @@ class CudaExecutable:
             self._capture()
 
     def _capture(self) -> None:
+        self._gpu.use()
         if not self._stale:
             return
         bound = self._launches()
@@ -386,31 +348,12 @@ class CudaExecutable:
 
     # -- replay ----------------------------------------------------------------------------------
 
-    def launch(self, stream: object = None) -> None:
-        """Replay once in the order of `stream` (anything with `__cuda_stream__`) and return at once; without one,
-        replay on a stream of our own and wait for it.
-
-        ExecutionError names an op that was given a token, position, slot or page that does not exist; after a replay on
-        `stream`, the next launch says so. Nothing outside its buffers was touched, but its outputs mean nothing."""
-        with self._turns.next():
-            self._begin()
-            self._launch(stream)
-
-    def check(self, kinds: Collection[str] | None = None) -> None:
-        """Replay once, op by op and uncaptured, and look at what each op does: see `Executable.check`."""
-        with self._turns.next():
-            self._begin()
-            self._check(kinds)
-
-    def _check(self, kinds: Collection[str] | None) -> None:
+    def _one_by_one(self, each: Callable[[Op, Callable[[], Any]], Any]) -> None:
+        """`each` with every op, uncaptured."""
+        self._gpu.use()
         bound = self._launches()
-        names = {*self._given, *self._inputs, *self._graph.outputs}
-        own = {name: DeviceSpace(self._buffer(name).address, self._buffer(name).nbytes) for name in names}
-        watch = Watch(self._graph, self._plan, DeviceSpace(self._arena.address, self._arena.nbytes), own)
         for step, entry in zip(self._plan.steps, bound, strict=True):
-            op, stream = self._ops[step.op], self._streams[step.lane]
-            run = partial(self._run_now, step.op, entry, stream)
-            watch.run(op, run, kinds is None or op.kind in kinds)
+            each(self._ops[step.op], partial(self._run_now, step.op, entry, self._streams[step.lane]))
 
     def _run_now(self, op: str, entry: Launches | Callable[[Any], None], stream: Any) -> None:
         """Launch one step outside any capture, and wait for it."""
@@ -426,10 +369,7 @@ class CudaExecutable:
         except Exception as error:
             raise named_error(op, error, None) from error
 
-    def _launch(self, stream: object = None) -> None:
-        if self._checks:
-            self._check(None)
-            return
+    def _launch(self, stream: object) -> None:
         self._capture()
         self._faults.check()  # of replays on streams of others, which nobody has waited for here
         what = f"replay {self._graph.name!r}"
@@ -462,33 +402,13 @@ class CudaExecutable:
             return driver.seconds_between(begin, end) / launches
 
     @property
-    def kind(self) -> str:
+    def kind(self) -> Literal["measured", "simulated"]:
         """What its times are: "measured", or "simulated" on a virtual device."""
         return "simulated" if self._gpu.capability.virtual else "measured"
 
-    def __call__(self, tensors: Mapping[str, Any] | None = None, **named: Any) -> dict[str, torch.Tensor]:
-        """Copy the given inputs into their buffers, bind weights and states, replay, return copies of the outputs."""
-        with self._turns.next():
-            self._begin()
-            self._bind({**(tensors or {}), **named})
-            missing = sorted(self._inputs - self._set)
-            if missing:
-                raise GraphError(
-                    f"input {missing[0]!r} of graph {self._graph.name!r} was never given; pass or bind() it."
-                )
-            self._launch()
-            return {name: DeviceArray(self._buffer(name), self).cpu() for name in self._graph.outputs}
-
-    def timeline(self) -> Timeline:
-        """Replay a second graph once, with event records around every op, and read them.
-
-        Measured on a real device; on the virtual one the times are simulated."""
-        with self._turns.next():
-            self._begin()
-            self._capture()
-            return self._timeline()
-
     def _timeline(self) -> Timeline:
+        """By a second graph with event records around every op; on the virtual device the times are simulated."""
+        self._capture()
         steps = self._plan.steps
         marks = [(self._gpu.event(timing=True), self._gpu.event(timing=True)) for _ in steps]
         capture, owners = self._captured(self._launches(), marks)
@@ -510,52 +430,27 @@ class CudaExecutable:
             if executable is not None:
                 executable.close()
             capture.close()
-        zero = min(span.start_s for span in spans)
-        shifted = tuple(Span(s.op, s.lane, s.start_s - zero, s.end_s - zero) for s in spans)
-        return Timeline(self.kind, self._gpu.capability.describe(), shifted)
+        return from_first(self.kind, self._gpu.capability.describe(), spans)
 
     # -- life ------------------------------------------------------------------------------------
 
-    def close(self) -> None:
-        """Free graph, streams, contexts and memory in reverse order; a second call does nothing.
-
-        It waits for a call that another thread is in. A forked child only drops its copies."""
-        if self._turns.forked:
-            self._closed = self._stale = True
-            self._memory, self._given, self._kept, self._sites = [], {}, {}, {}
-            return
-        with self._turns.next():
-            self._gpu.use()
-            self._close()
-
-    @property
-    def closed(self) -> bool:
-        """Whether its memory is gone."""
-        return self._closed
-
-    def _close(self) -> None:
-        self._closed = self._stale = True
+    def _free(self) -> None:
+        self._gpu.use()
         if self._exec is not None:
             self._exec.close()
-            self._exec = None
-        for stream in reversed([getattr(self, "origin", None), *getattr(self, "_streams", [])]):
+        for stream in reversed([self.origin, *self._streams]):
             if stream is not None:
                 stream.close()
-        self.origin, self._streams = None, []
-        for made in reversed(getattr(self, "_partitions", [])):
+        for made in reversed(self._partitions):
             for context in made.contexts:
                 if context is not None:
                     context.close()
-        self._partitions = []
         for memory in reversed(self._memory):
             memory.close()
         self._pool.close()
-        self._memory, self._given, self._kept, self._sites = [], {}, {}, {}
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    def _drop(self) -> None:
+        self._stale = True
+        self._exec = self.origin = None
+        self._streams, self._partitions, self._memory = [], [], []
+        self._given, self._kept, self._sites = {}, {}, {}

@@ -5,13 +5,24 @@ device memory that outlives it, nor wait: it is captured.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import wraps
+from importlib import import_module
 from typing import Any
+
+import torch
 
 from taskgraph.errors import BackendUnavailable
 from taskgraph.runtime.gpu.arrays import DeviceArray
 
 Function = Callable[..., Any]
+
+
+def torch_stream(stream: Any) -> AbstractContextManager[Any]:
+    """Within the block torch launches on a stream of ours."""
+    external: Any = torch.cuda.ExternalStream
+    found: AbstractContextManager[Any] = torch.cuda.stream(external(int(stream.handle)))
+    return found
 
 
 def torch_op(function: Function) -> Function:
@@ -20,10 +31,8 @@ def torch_op(function: Function) -> Function:
 
     @wraps(function)
     def on_lane(*arrays: DeviceArray, stream: Any) -> None:
-        import torch
-
         tensors = [a.torch() for a in arrays]
-        with torch.cuda.stream(torch.cuda.ExternalStream(int(stream.handle))):  # type: ignore[no-untyped-call]
+        with torch_stream(stream):
             function(*tensors)
 
     return on_lane
@@ -53,8 +62,6 @@ def numba_op(function: Function) -> Function:
 
 
 def _imported(module: str, package: str) -> Any:
-    from importlib import import_module
-
     try:
         return import_module(module)
     except ImportError as error:

@@ -5,25 +5,22 @@ from inspect import signature
 from typing import Any
 
 from taskgraph.errors import BackendUnavailable, CudaError, ExecutionError
-from taskgraph.graph.functions import check_arity, find_function
+from taskgraph.graph.functions import check_arity
 from taskgraph.graph.op import Op
-from taskgraph.runtime.custom import refuse_result
+from taskgraph.runtime.custom import Function, function_of, refuse_result
 from taskgraph.runtime.gpu import driver
 from taskgraph.runtime.gpu.arrays import DeviceArray
-
-Function = Callable[..., Any]
 
 
 def bound_call(
     op: Op, functions: Mapping[str, Function], ins: Sequence[DeviceArray], outs: Sequence[DeviceArray]
 ) -> Callable[[Any], None]:
     """What launches a custom op on a stream: its function gets the stream as `stream`."""
-    key = op.attr("function")
-    named = key if isinstance(key, str) else str(key)
-    function = functions.get(named) or find_function(named)
+    function = function_of(op, functions)
     if not _takes_stream(function):
         raise BackendUnavailable(
-            f"op {op.name!r}: on the cuda backend {str(key)!r} must take a keyword argument `stream` and launch on it."
+            f"op {op.name!r}: on the cuda backend {op.attr('function')!r} must take a keyword argument `stream` and "
+            "launch on it."
         )
     check_arity(op.name, function, len(ins) + len(outs))
 
