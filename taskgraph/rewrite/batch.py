@@ -41,58 +41,58 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Which tokens, of a batch of `batch`, the rows of a tensor stand for: runs in ascending order."""
+class Tokens:
+    """The tokens, of a batch of `batch`, that the rows of a tensor stand for: runs in ascending order."""
 
     batch: int
     runs: tuple[Run, ...]
 
     @staticmethod
-    def own(rows: int) -> "Place":
+    def own(rows: int) -> "Tokens":
         """A batch of its own: every row is a token."""
-        return Place(rows, (Run(rows, 0, 1, 1),))
+        return Tokens(rows, (Run(rows, 0, 1, 1),))
 
     @property
     def rows(self) -> int:
         return sum(run.count for run in self.runs)
 
-    def part(self, start: int, stop: int) -> "Place":
-        """The place of rows start to stop."""
+    def part(self, start: int, stop: int) -> "Tokens":
+        """The tokens of rows start to stop."""
         runs, at = [], 0
         for run in self.runs:
             low, high = max(start - at, 0), min(stop - at, run.count)
             if low < high:
                 runs.append(run.part(low, high))
             at += run.count
-        return Place(self.batch, tuple(runs))
+        return Tokens(self.batch, tuple(runs))
 
-    def sampled(self, start: int, stop: int, step: int) -> "Place":
-        """The place of rows start, start + step, ... before stop."""
+    def sampled(self, start: int, stop: int, step: int) -> "Tokens":
+        """The tokens of rows start, start + step, ... before stop."""
         if step == 1:
             return self.part(start, stop)
         count = len(range(start, stop, step))
         if len(self.runs) > 1:
-            return Place.own(count)
+            return Tokens.own(count)
         run = self.runs[0]
-        return Place(self.batch, (Run(count, run.first + start * run.stride, run.stride * step, run.width),))
+        return Tokens(self.batch, (Run(count, run.first + start * run.stride, run.stride * step, run.width),))
 
-    def grouped(self, rows: int) -> "Place":
-        """The place of units of `rows` rows each."""
+    def grouped(self, rows: int) -> "Tokens":
+        """The tokens of units of `rows` rows each."""
         if rows == 1:
             return self
         if any(run.count % rows or not run.dense for run in self.runs):
-            return Place.own(self.rows // rows)
+            return Tokens.own(self.rows // rows)
         runs = (Run(run.count // rows, run.first, run.stride * rows, run.width * rows) for run in self.runs)
-        return Place(self.batch, tuple(runs))
+        return Tokens(self.batch, tuple(runs))
 
-    def ungrouped(self, rows: int) -> "Place":
-        """The place of rows of which every one of these has `rows`."""
+    def ungrouped(self, rows: int) -> "Tokens":
+        """The tokens of rows of which every one of these has `rows`."""
         if rows == 1:
             return self
         if any(run.width % rows or not run.dense for run in self.runs):
-            return Place.own(self.rows * rows)
+            return Tokens.own(self.rows * rows)
         runs = (Run(run.count * rows, run.first, run.stride // rows, run.width // rows) for run in self.runs)
-        return Place(self.batch, tuple(runs))
+        return Tokens(self.batch, tuple(runs))
 
     def rows_before(self, token: int) -> int | None:
         """The cut of the rows that cuts the batch at `token`; None if it would cut a row."""
@@ -100,33 +100,33 @@ class Place:
         return None if None in counts else sum(c for c in counts if c is not None)
 
 
-def joined(places: Sequence[Place]) -> Place:
-    """The place of the rows of all `places`, one after another."""
+def joined(parts: Sequence[Tokens]) -> Tokens:
+    """The tokens of the rows of all `parts`, one after another."""
     runs: list[Run] = []
-    for run in (run for place in places for run in place.runs):
+    for run in (run for part in parts for run in part.runs):
         last = runs[-1] if runs else None
         if last is not None and run.first < last.end:
-            return Place.own(sum(place.rows for place in places))
+            return Tokens.own(sum(part.rows for part in parts))
         if last is not None and last.dense and run.dense and (last.end, last.width) == (run.first, run.width):
             runs[-1] = replace(last, count=last.count + run.count)
         else:
             runs.append(run)
-    if len({place.batch for place in places}) > 1:
-        return Place.own(sum(place.rows for place in places))
-    return Place(places[0].batch, tuple(runs))
+    if len({part.batch for part in parts}) > 1:
+        return Tokens.own(sum(part.rows for part in parts))
+    return Tokens(parts[0].batch, tuple(runs))
 
 
 @dataclass(frozen=True, slots=True)
 class OpBatch:
     """How an op carries the batch: `units` of it, on `axes` of its inputs (None: whole), `factor` rows a unit of each
-    input and `out_factor` of each output. Slices are multiples of `multiple` units; `place` is that of the units."""
+    input and `out_factor` of each output. Slices are multiples of `multiple` units; `tokens` are those of the units."""
 
     axes: tuple[int | None, ...]
     units: int
     factors: tuple[int, ...]
     out_factors: tuple[int, ...]
     multiple: int
-    place: Place
+    tokens: Tokens
 
 
 def moves_rows(op: Op) -> bool:
@@ -137,13 +137,13 @@ def moves_rows(op: Op) -> bool:
 def batches(graph: Graph) -> dict[str, OpBatch]:
     """How each op carries the batch, by op name; ops that carry none are absent."""
     found: dict[str, OpBatch] = {}
-    places: dict[str, Place] = {}
+    known: dict[str, Tokens] = {}
     entering = {c.inside: c.init for c in graph.repeat.carries} if graph.repeat else {}
     leaving = {c.result: c.next for c in graph.repeat.carries} if graph.repeat else {}
 
-    def place(tensor: Tensor, axis: int) -> Place:
+    def tokens(tensor: Tensor, axis: int) -> Tokens:
         source = entering.get(tensor.name) or leaving.get(tensor.name) or tensor.name
-        return places.get(source, Place.own(tensor.shape[0])) if axis == 0 else Place.own(tensor.shape[axis])
+        return known.get(source, Tokens.own(tensor.shape[0])) if axis == 0 else Tokens.own(tensor.shape[axis])
 
     written = {name for op in graph.ops for name in op.writes}
     for op in graph.ops:
@@ -159,13 +159,13 @@ def batches(graph: Graph) -> dict[str, OpBatch]:
         for i, axis in enumerate(axes):
             if axis is not None:
                 view = op.views.get(i)
-                at = place(whole[i], axis)
+                at = tokens(whole[i], axis)
                 where[i] = at if view is None else at.part(view.start, view.stop)
         made = _op_batch(op, seen, outputs, axes, where)
         if made is not None:
             found[op.name] = made
             for t, factor in zip(outputs, made.out_factors, strict=True):
-                places[t.name] = made.place.ungrouped(factor)
+                known[t.name] = made.tokens.ungrouped(factor)
     return found
 
 
@@ -174,7 +174,7 @@ def _op_batch(
     inputs: Sequence[Tensor],
     outputs: Sequence[Tensor],
     axes: tuple[int | None, ...],
-    where: Mapping[int, Place],
+    where: Mapping[int, Tokens],
 ) -> OpBatch | None:
     multiple = op.integer("split_multiple", 1)
     if op.kind in ("slice_rows", "concat_rows"):

@@ -46,7 +46,7 @@ def splittable(graph: Graph) -> dict[str, SplitInfo]:
     """The ops that can be split into at least two slices, by name; ops that only move rows follow the others."""
     moving = {op.name for op in graph.ops if moves_rows(op)}
     return {
-        name: SplitInfo(b.units, b.multiple, b.place.batch)
+        name: SplitInfo(b.units, b.multiple, b.tokens.batch)
         for name, b in batches(graph).items()
         if b.units >= 2 * b.multiple and name not in moving
     }
@@ -55,9 +55,15 @@ def splittable(graph: Graph) -> dict[str, SplitInfo]:
 def apply(graph: Graph, split: Split) -> Graph:
     """The graph that `split` makes of `graph`; the same Graph when there is nothing to split.
 
-    A graph whose repeat only moves rows stays whole: nothing would be left to repeat.
+    A graph whose repeat only moves rows stays whole: nothing would be left to repeat. GraphError where ops are named.
     """
-    if graph.repeat is not None and all(moves_rows(op) for op in graph.ops[graph.repeat.first : graph.repeat.last]):
+    repeat = graph.repeat
+    if repeat is not None and all(moves_rows(op) for op in graph.ops[repeat.first : repeat.last]):
+        if named := next((names[0] for names, _ in split.parts if names), None):
+            raise GraphError(
+                f"op {named!r} cannot be split: repeat {repeat.name!r} of graph {graph.name!r} only moves rows, and "
+                "nothing would be left to repeat. Write the repeat out with Graph.flat() first."
+            )
         return graph
     found = batches(graph)
     bounds = _bounds(graph, found, split)
@@ -109,12 +115,12 @@ def _named_bounds(name: str, batch: OpBatch, sizes: Sizes) -> Bounds:
     total = sum(sizes)
     cuts: list[int | None] = [*accumulate(sizes[:-1])]
     if total != batch.units:
-        if batch.place.batch % total:
+        if batch.tokens.batch % total:
             raise GraphError(
                 f"sizes {tuple(sizes)} sum to {total}; op {name!r} has {batch.units} units of a batch of "
-                f"{batch.place.batch}. Make them sum to one of these."
+                f"{batch.tokens.batch}. Make them sum to one of these."
             )
-        cuts = [batch.place.rows_before(c * batch.place.batch // total) for c in cuts if c is not None]
+        cuts = [batch.tokens.rows_before(c * batch.tokens.batch // total) for c in cuts if c is not None]
     if any(cut is None or cut % batch.multiple for cut in cuts):
         raise GraphError(
             f"sizes {tuple(sizes)} cut op {name!r} within a unit: it has {batch.units} units and takes multiples of "
@@ -126,14 +132,14 @@ def _named_bounds(name: str, batch: OpBatch, sizes: Sizes) -> Bounds:
 def _common_bounds(graph: str, free: Mapping[str, OpBatch], sizes: Sizes) -> dict[str, Bounds]:
     """The borders for all ops from sizes of the graph's batch: those that do not fall between units are left out."""
     total, tokens = sum(sizes), list(accumulate(sizes))[:-1]
-    known = {b.place.batch for b in free.values()} | {b.units for b in free.values()}
+    known = {b.tokens.batch for b in free.values()} | {b.units for b in free.values()}
     if total not in known:
         offered = ", ".join(map(str, sorted(known - {1}, reverse=True)[:6])) or "none"
         raise GraphError(f"sizes {tuple(sizes)} sum to {total}; the batches of graph {graph!r} are {offered}.")
     result = {}
     for name, b in free.items():
-        if b.place.batch % total == 0:
-            cuts = [b.place.rows_before(token * b.place.batch // total) for token in tokens]
+        if b.tokens.batch % total == 0:
+            cuts = [b.tokens.rows_before(token * b.tokens.batch // total) for token in tokens]
             result[name] = _borders(b, [cut for cut in cuts if cut is not None and cut % b.multiple == 0])
     return result
 
@@ -254,9 +260,9 @@ class _Rewriter:
             return {}
         for state in (name for name in op.inputs if self.graph.tensor[name].role == "state"):
             writers = self.writers.get(state, [])
-            if len(writers) != 1 or self.found[writers[0]].place.batch != batch.place.batch:
+            if len(writers) != 1 or self.found[writers[0]].tokens.batch != batch.tokens.batch:
                 return {}
-        runs = batch.place.part(low, high).runs
+        runs = batch.tokens.part(low, high).runs
         return {BATCH_ROWS: (runs[0].first, runs[-1].end)}
 
     def _output(self, name: str, i: int, batch: OpBatch | None, units: tuple[int, int], mark: str) -> Tensor:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import taskgraph as tg
+from taskgraph.errors import GraphError
 from taskgraph.graph.split import Split
 from taskgraph.models import paged
 from taskgraph.models.config import load_config
@@ -139,6 +140,8 @@ def test_a_repeat_that_only_moves_rows_is_not_emptied() -> None:
     b.output(tg.ops.add(out, out, name="end"))
     graph = b.build()
     assert apply(graph, Split.of((4, 4))) is graph
+    with pytest.raises(GraphError, match=r"'twice' cannot be split: repeat 'turn'.*only moves rows"):
+        apply(graph, Split.of((4, 4), ["twice"]))
     tg.verify(tg.plan(graph, "h100_sxm"), graph)
 
 
