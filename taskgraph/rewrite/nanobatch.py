@@ -44,6 +44,8 @@ def split_batch(graph: Graph, sizes: Sizes | Mapping[str, Sizes], ops: Iterable[
 
 def splittable(graph: Graph) -> dict[str, SplitInfo]:
     """The ops that can be split into at least two slices, by name; ops that only move rows follow the others."""
+    if graph.repeat is not None and _only_moves_rows(graph, graph.repeat):
+        return {}
     moving = {op.name for op in graph.ops if moves_rows(op)}
     return {
         name: SplitInfo(b.units, b.multiple, b.tokens.batch)
@@ -58,7 +60,7 @@ def apply(graph: Graph, split: Split) -> Graph:
     A graph whose repeat only moves rows stays whole: nothing would be left to repeat. GraphError where ops are named.
     """
     repeat = graph.repeat
-    if repeat is not None and all(moves_rows(op) for op in graph.ops[repeat.first : repeat.last]):
+    if repeat is not None and _only_moves_rows(graph, repeat):
         if named := next((names[0] for names, _ in split.parts if names), None):
             raise GraphError(
                 f"op {named!r} cannot be split: repeat {repeat.name!r} of graph {graph.name!r} only moves rows, and "
@@ -68,6 +70,11 @@ def apply(graph: Graph, split: Split) -> Graph:
     found = batches(graph)
     bounds = _bounds(graph, found, split)
     return _Rewriter(graph, found, bounds).run() if bounds else graph
+
+
+def _only_moves_rows(graph: Graph, repeat: Repeat) -> bool:
+    """Whether nothing would be left to repeat if what moves rows were dissolved."""
+    return all(moves_rows(op) for op in graph.ops[repeat.first : repeat.last])
 
 
 # ------------------------------------------------------------------------------------- what to cut

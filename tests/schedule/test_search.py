@@ -13,7 +13,7 @@ from taskgraph.errors import GraphError
 from taskgraph.graph.split import Split
 from taskgraph.models import paged
 from taskgraph.models.config import load_config
-from taskgraph.rewrite.nanobatch import apply
+from taskgraph.rewrite.nanobatch import apply, splittable
 from taskgraph.schedule.planner import replay_times
 from taskgraph.schedule.problem import make_problem
 from taskgraph.schedule.sliced import sliced
@@ -140,6 +140,7 @@ def test_a_repeat_that_only_moves_rows_is_not_emptied() -> None:
     b.output(tg.ops.add(out, out, name="end"))
     graph = b.build()
     assert apply(graph, Split.of((4, 4))) is graph
+    assert splittable(graph) == {} and explore.slicings(graph) == []
     with pytest.raises(GraphError, match=r"'twice' cannot be split: repeat 'turn'.*only moves rows"):
         apply(graph, Split.of((4, 4), ["twice"]))
     tg.verify(tg.plan(graph, "h100_sxm"), graph)
