@@ -8,8 +8,7 @@ from taskgraph.record import number, shown
 
 _PREFIX = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "p": 1e15}
 _BINARY = {"ki": 2.0**10, "mi": 2.0**20, "gi": 2.0**30, "ti": 2.0**40}
-_QUANTITY = re.compile(r"^\s*([-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[-+]?[0-9]+)?)\s*([a-zµ/]*)\s*$", re.IGNORECASE)
-_SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9, "min": 60.0, "h": 3600.0}
+_QUANTITY = re.compile(r"^\s*([-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[-+]?[0-9]+)?)\s*([a-z/]*)\s*$", re.IGNORECASE)
 
 
 def parse_bytes(value: str | float) -> float:
@@ -20,19 +19,6 @@ def parse_bytes(value: str | float) -> float:
 def parse_rate(value: str | float) -> float:
     """Bytes per second from a number or a text such as "20GB/s"."""
     return _parse(value, "B/s", "20GB/s")
-
-
-def parse_flops(value: str | float) -> float:
-    """FLOP/s from a number or a text such as "312 TFLOP/s"."""
-    return _parse(value, "FLOP/s", "312TFLOP/s")
-
-
-def parse_seconds(value: str | float) -> float:
-    """Seconds from a number or a text such as "5us", "3 ms", "2min"."""
-    amount, unit = _split(value, "5us")
-    if unit and unit not in _SECONDS:
-        raise DemandError(f"cannot read {value!r} as a time; write it like '5us'.")
-    return _checked(amount * _SECONDS.get(unit, 1.0), value, "5us")
 
 
 def _parse(value: str | float, unit: str, example: str) -> float:

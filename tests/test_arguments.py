@@ -11,7 +11,7 @@ import pytest
 
 import taskgraph as tg
 from taskgraph import ops
-from taskgraph.cost.profiles import OpKey, OpTime, Place
+from taskgraph.cost.profiles import OpKey, OpTime, Platform
 from taskgraph.runtime.sim import SimExecutable
 from taskgraph.tune.autotune import Trial
 
@@ -63,7 +63,7 @@ def fills(x: Any, out: Any) -> None:
 
 GRAPH = two_ops()
 PLAN = tg.plan(GRAPH, "h100_sxm", "list")
-PLACE = Place("cpu", "m", "none", "v", "cpu")
+PLATFORM = Platform("cpu", "m", "none", "v", "cpu")
 ROW = OpTime(OpKey("add", "4", "f32"), 1, 1e-3, 0.0, 3)
 TRIAL = Trial("list", 1, (132,), 1e-3, 1e-3, 1e-3, 0.1, 1, "pass 1")
 TUNED = tg.Tuned(PLAN, (TRIAL,), "so", "simulated", "here", 0, 1.0)
@@ -259,10 +259,10 @@ def function_calls(s: Shop) -> dict[str, Call]:
         "KnownPlans": (tg.KnownPlans, {"files": (), "backend": "cpu", "device": None, "use_remembered": False,
                                        "say": print}),
         "ProfileDB": (tg.ProfileDB, {"path": s.folder / "q.sqlite3"}),
-        "ProfileDB.record": (store.record, {"place": PLACE, "rows": [ROW]}),
-        "ProfileDB.table": (store.table, {"place": PLACE}),
-        "ProfileDB.lookup": (store.lookup, {"place": PLACE, "key": ROW.key}),
-        "ProfileDB.places": (store.places, {}),
+        "ProfileDB.record": (store.record, {"platform": PLATFORM, "rows": [ROW]}),
+        "ProfileDB.table": (store.table, {"platform": PLATFORM}),
+        "ProfileDB.lookup": (store.lookup, {"platform": PLATFORM, "key": ROW.key}),
+        "ProfileDB.platforms": (store.platforms, {}),
         "Executable.bind": (sim.bind, {"tensors": None}),
         "Executable.launch": (sim.launch, {"stream": None}),
         "Executable.timeline": (sim.timeline, {}),

@@ -16,7 +16,7 @@ import pytest
 import taskgraph as tg
 from taskgraph.cost import fitted
 from taskgraph.cost.fitted import Calibration
-from taskgraph.cost.profiles import OpKey, OpTime, Place
+from taskgraph.cost.profiles import OpKey, OpTime, Platform
 from taskgraph.errors import CalibrationError, DeviceError, GraphError, PlanError, ProfileError, TaskgraphError
 from taskgraph.graph import device as specs
 from taskgraph.graph.device import Device
@@ -230,10 +230,10 @@ def test_equal_graphs_from_python_and_from_files_have_one_fingerprint() -> None:
 @pytest.mark.slow
 def test_damaged_profile_databases_are_profile_errors(tmp_path: Path) -> None:
     """Bytes of the file are changed, cut or doubled: its rows are read, or a ProfileError says what to do."""
-    place = Place("cpu", "m", "none", "v", "cpu")
+    platform = Platform("cpu", "m", "none", "v", "cpu")
     store = tg.ProfileDB(tmp_path / "good.sqlite3")
-    store.record(place, [OpTime(OpKey("add", f"{i} -> {i}", "f32"), 1 + i % 4, 1e-3, 1e-5, 7) for i in range(40)])
-    store.table(place)
+    store.record(platform, [OpTime(OpKey("add", f"{i} -> {i}", "f32"), 1 + i % 4, 1e-3, 1e-5, 7) for i in range(40)])
+    store.table(platform)
     good, rnd, refused = store.path.read_bytes(), random.Random(2), 0
     for number in range(1000):
         path = tmp_path / f"{number}.sqlite3"
@@ -242,7 +242,7 @@ def test_damaged_profile_databases_are_profile_errors(tmp_path: Path) -> None:
             damaged[rnd.randrange(len(damaged))] = rnd.randrange(256)
         path.write_bytes(bytes(damaged) if number % 10 else bytes(damaged)[: rnd.randrange(len(damaged))])
         try:
-            for points in tg.ProfileDB(path).table(place).values():
+            for points in tg.ProfileDB(path).table(platform).values():
                 assert all(sms >= 1 and 0 < median_s < math.inf and spread_s >= 0 for sms, median_s, spread_s in points)
         except ProfileError as error:
             refused += 1

@@ -153,15 +153,15 @@ def test_many_writers_leave_one_whole_file(homes: Path) -> None:
 def test_the_profile_database_works_where_the_data_folder_cannot_be_written(
     homes: Path, heard: list[warnings.WarningMessage]
 ) -> None:
-    from taskgraph.cost.profiles import OpKey, OpTime, Place, ProfileDB
+    from taskgraph.cost.profiles import OpKey, OpTime, Platform, ProfileDB
 
     barred(homes, "data")
-    place, row = Place("cpu", "m", "none", "v", "cpu"), OpTime(OpKey("gemm", "4x4", "f32"), 1, 1e-6, 1e-8, 9)
-    assert ProfileDB().record(place, [row]) == 1
-    assert ProfileDB().lookup(place, row.key) == ((1, 1e-6, 1e-8),)
+    platform, row = Platform("cpu", "m", "none", "v", "cpu"), OpTime(OpKey("gemm", "4x4", "f32"), 1, 1e-6, 1e-8, 9)
+    assert ProfileDB().record(platform, [row]) == 1
+    assert ProfileDB().lookup(platform, row.key) == ((1, 1e-6, 1e-8),)
     assert len(heard) == 1
     with pytest.raises(tg.ProfileError, match="another path"):
-        ProfileDB(homes / "data" / "mine.sqlite3").places()  # a path that was asked for is not replaced
+        ProfileDB(homes / "data" / "mine.sqlite3").platforms()  # a path that was asked for is not replaced
 
 
 # -- compiled functions -----------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """The profile database: measured op times, and how they win over the formulas.
 
-A time belongs to a `Place` (device, machine, driver, library versions, backend) and to an `OpKey` (kind, shapes,
-dtypes); times of different places are never mixed. Planning reads a place once, into a dict, and interpolates there.
+A time belongs to a `Platform` (device, machine, driver, library versions, backend) and to an `OpKey` (kind, shapes,
+dtypes); times of different platforms are never mixed. Planning reads those of a platform once, into a dict, and
+interpolates there.
 """
 
 import math
@@ -52,7 +53,7 @@ class OpKey(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Platform:
     """Where op times were measured. `machine` is a fingerprint of the hardware, `driver` "none" for a CPU."""
 
     device: str
@@ -131,7 +132,7 @@ def points_of(times: Iterable[OpTime]) -> dict[OpKey, Points]:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """The measured times of one place, in memory. It is a `Measured`."""
+    """The measured times of one platform, in memory. It is a `Measured`."""
 
     times: Mapping[OpKey, Points]
 
@@ -196,7 +197,7 @@ _MIGRATIONS: tuple[str, ...] = (
 """Statement i brings a file from schema i to i + 1; the schema is the file's user_version."""
 
 _FILE = "profiles.sqlite3"
-_PLACE = "device = ? AND machine = ? AND driver = ? AND versions = ? AND backend = ?"
+_PLATFORM = "device = ? AND machine = ? AND driver = ? AND versions = ? AND backend = ?"
 
 
 class ProfileDB:
@@ -215,10 +216,10 @@ class ProfileDB:
         """The path of another file of the same home."""
         return cache.place(*parts, data=True) if self._default else self.path.parent.joinpath(*parts)
 
-    def record(self, place: Place, rows: Iterable[OpTime]) -> int:
-        """Store a batch; where a time of the same op, place and SMs is there, the newer one stays. Returns its size."""
+    def record(self, platform: Platform, rows: Iterable[OpTime]) -> int:
+        """Store a batch; of two times of an op on a platform and as many SMs the newer stays. Returns its size."""
         now = time.time()
-        home = _home(place)
+        home = _home(platform)
         rows = list(rows) if isinstance(rows, Iterable) else [rows]
         for row in rows:
             instance("a row of record()", row, OpTime, ProfileError)
@@ -229,10 +230,10 @@ class ProfileDB:
             connection.execute("COMMIT")
         return len(batch)
 
-    def table(self, place: Place) -> dict[OpKey, Points]:
-        """All times of a place in one read, by op; for `Profile`."""
-        query = f"SELECT kind, shape, dtype, sms, median_s, spread_s FROM op_times WHERE {_PLACE} ORDER BY sms"
-        home = _home(place)
+    def table(self, platform: Platform) -> dict[OpKey, Points]:
+        """All times of a platform in one read, by op; for `Profile`."""
+        query = f"SELECT kind, shape, dtype, sms, median_s, spread_s FROM op_times WHERE {_PLATFORM} ORDER BY sms"
+        home = _home(platform)
         found: dict[OpKey, list[tuple[int, float, float]]] = {}
         with self._connection() as connection:
             for kind, shape, dtype, sms, median_s, spread_s in connection.execute(query, home):
@@ -244,15 +245,15 @@ class ProfileDB:
                 found.setdefault(row.key, []).append((row.sms, row.median_s, row.spread_s))
         return {key: tuple(points) for key, points in found.items()}
 
-    def lookup(self, place: Place, key: OpKey) -> Points:
+    def lookup(self, platform: Platform, key: OpKey) -> Points:
         """The times of one op, SMs rising. For people and tests: to plan, read the whole `table` once."""
-        return self.table(place).get(instance("the key", key, OpKey, ProfileError), ())
+        return self.table(platform).get(instance("the key", key, OpKey, ProfileError), ())
 
-    def places(self) -> tuple[Place, ...]:
-        """Every place that has times here."""
+    def platforms(self) -> tuple[Platform, ...]:
+        """Every platform that has times here."""
         query = "SELECT DISTINCT device, machine, driver, versions, backend FROM op_times ORDER BY 1, 2, 3, 4, 5"
         with self._connection() as connection:
-            return tuple(Place(*row) for row in connection.execute(query))
+            return tuple(Platform(*row) for row in connection.execute(query))
 
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
@@ -318,9 +319,9 @@ def _said(error: sqlite3.Error) -> str:
     return " ".join(ascii(str(error))[1:-1].replace("\\n", " ").split())[:200]
 
 
-def _home(place: Place) -> tuple[str, str, str, str, str]:
-    instance("the place", place, Place, ProfileError)
-    return (place.device, place.machine, place.driver, place.versions, place.backend)
+def _home(platform: Platform) -> tuple[str, str, str, str, str]:
+    instance("the platform", platform, Platform, ProfileError)
+    return (platform.device, platform.machine, platform.driver, platform.versions, platform.backend)
 
 
 def _schema(connection: sqlite3.Connection) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 from taskgraph import cache, ops
 from taskgraph.cost.model import op_table
-from taskgraph.cost.profiles import Costs, Place, Profile, ProfileDB, measured_costs, points_of, shape_key
+from taskgraph.cost.profiles import Costs, Platform, Profile, ProfileDB, measured_costs, points_of, shape_key
 from taskgraph.errors import PlanError, ProfileError
 from taskgraph.graph.device import Device, get
 from taskgraph.graph.graph import Graph, GraphBuilder
@@ -141,15 +141,15 @@ def autotune(
         callable_of("progress", progress, PlanError)
     target, run_on = _target(backend, device)
     store = database if isinstance(database, ProfileDB) else ProfileDB(database)
-    place = here(backend, target)
-    winner = _winner_path(store, graph, target, place)
+    platform = here(backend, target)
+    winner = _winner_path(store, graph, target, platform)
     found = None if fresh else _remembered(winner, graph)
     if found is not None:
         return found
     _compile_planner(target)
     budget = Budget(budget_s)
     bench = Bench(graph, backend, functions or {}, tensors or {}, seed, run_on)
-    profiles = None if backend == "sim" or run_on is not None else (store, place)
+    profiles = None if backend == "sim" or run_on is not None else (store, platform)
     tuned = _Tuner(graph, target, bench, budget, seed, profiles, progress).run(fresh)
     if any(trial.measured_s is not None for trial in tuned.trials):
         with cache.keeping("the winner", winner):
@@ -256,7 +256,7 @@ class _Tuner:
         bench: Bench,
         budget: Budget,
         seed: int,
-        profiles: tuple[ProfileDB, Place] | None,
+        profiles: tuple[ProfileDB, Platform] | None,
         progress: Progress | None,
     ) -> None:
         self.graph, self.device, self.bench, self.budget, self.seed = graph, device, bench, budget, seed
@@ -315,7 +315,7 @@ class _Tuner:
             self.leader = contenders[min(wins)[1]] if wins else None
         return rows
 
-    def measure_ops(self, store: ProfileDB, place: Place) -> None:
+    def measure_ops(self, store: ProfileDB, platform: Platform) -> None:
         """Put the times of all ops on all partition sizes into the database, unless they are there."""
         if _covered(self.profile, self.graph, self.device):
             return
@@ -323,8 +323,8 @@ class _Tuner:
         sizes = _sizes(self.device)[::-1]
         times = self.bench.op_times(self.known[self.first], sizes, self.budget.part(0.5))
         try:
-            self.recorded = store.record(place, times)
-            self.profile = Profile(store.table(place))
+            self.recorded = store.record(platform, times)
+            self.profile = Profile(store.table(platform))
         except ProfileError as error:  # a disk that is full by now: this run goes on with what it measured
             cache.warn(f"op times are not kept: {error}")
             self.profile = Profile({**self.profile.times, **points_of(times)})
@@ -432,8 +432,8 @@ def _reason(shown: Trial, won: bool, kind: str, times: str) -> str:
 _STORE_SCHEMA = 2
 
 
-def here(backend: str, device: Device) -> Place:
-    """The place of measurements on this machine. The sim backend has no machine: only the device counts."""
+def here(backend: str, device: Device) -> Platform:
+    """The platform of measurements on this machine. The sim backend has no machine: only the device counts."""
     packages = ("torch", "numba", "numpy")
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in packages)
     machine = hashlib.blake2b(repr(device).encode(), digest_size=8).hexdigest()
@@ -441,14 +441,16 @@ def here(backend: str, device: Device) -> Place:
         from taskgraph.runtime.gpu.driver import Gpu
 
         found = Gpu.open().capability
-        return Place(device.name, f"{found.device}, {found.sm_count} SMs", str(found.driver_version), versions, backend)
+        return Platform(
+            device.name, f"{found.device}, {found.sm_count} SMs", str(found.driver_version), versions, backend
+        )
     if backend != "sim":
         machine = probe.identity()
-    return Place(device.name, machine, "none", versions, backend)
+    return Platform(device.name, machine, "none", versions, backend)
 
 
-def _winner_path(store: ProfileDB, graph: Graph, device: Device, place: Place) -> Path:
-    text = repr((_STORE_SCHEMA, replace(graph, name="any").fingerprint, device, place))
+def _winner_path(store: ProfileDB, graph: Graph, device: Device, platform: Platform) -> Path:
+    text = repr((_STORE_SCHEMA, replace(graph, name="any").fingerprint, device, platform))
     return store.beside("plans", f"{hashlib.blake2b(text.encode(), digest_size=12).hexdigest()}.json")
 
 

@@ -20,7 +20,7 @@ from taskgraph.cost.model import op_table
 from taskgraph.cost.profiles import (
     OpKey,
     OpTime,
-    Place,
+    Platform,
     Points,
     Profile,
     ProfileDB,
@@ -34,7 +34,7 @@ from taskgraph.graph.graph import Graph, GraphBuilder
 from taskgraph.graph.op import Op, Work, spec
 from tests.strategies import devices, graphs
 
-HERE = Place("cpu", "abc", "none", "torch 2.13", "cpu")
+HERE = Platform("cpu", "abc", "none", "torch 2.13", "cpu")
 KEY = OpKey("gemm", "8x16 w16x4 -> 8x4", "f32,f32->f32")
 
 
@@ -122,7 +122,7 @@ def test_rows_come_back_by_op_with_rising_sms(tmp_path: Path) -> None:
     assert database.record(HERE, [row(4, 1e-3), row(1, 3e-3), other]) == 3
     assert database.lookup(HERE, KEY) == ((1, 3e-3, 1e-5), (4, 1e-3, 1e-5))
     assert set(database.table(HERE)) == {KEY, other.key}
-    assert database.places() == (HERE,)
+    assert database.platforms() == (HERE,)
 
 
 KEY_OF_ADD = row(key=OpKey("add", "4 4 -> 4", "f32,f32->f32"))

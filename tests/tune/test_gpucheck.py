@@ -45,7 +45,7 @@ def tune(folder: Path) -> None:
     tuned = tg.autotune(b.build(), "cuda", budget_s=60, device="virtual:h100_sxm", database=store)
     assert tuned.kind == "simulated" and "virtual h100_sxm" in tuned.origin
     assert tuned.trials and all(t.measured_s is None or t.measured_s > 0 for t in tuned.trials)
-    assert not store.path.exists() or store.places() == ()
+    assert not store.path.exists() or store.platforms() == ()
 
 
 @pytest.mark.parametrize(

@@ -314,8 +314,8 @@ def test_op_times_are_kept_and_spare_the_next_graph(world: Callable[..., World],
     world(lambda plan: 1e-3 if is_sequential(plan) else 0.5e-3)
     first = tuned(tmp_path)
     assert first.op_times == 2, "one kind of op, on one core and on two"
-    (place,) = ProfileDB(tmp_path / "p.sqlite3").places()
-    ((key, points),) = ProfileDB(tmp_path / "p.sqlite3").table(place).items()
+    (platform,) = ProfileDB(tmp_path / "p.sqlite3").platforms()
+    ((key, points),) = ProfileDB(tmp_path / "p.sqlite3").table(platform).items()
     assert key.kind == "call"
     assert [sms for sms, _, _ in points] == [1, 2]
     assert tuned(tmp_path, chains(depth=5)).op_times == 0, "the same op was measured before"
@@ -341,7 +341,7 @@ def test_an_op_that_raises_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ExecutionError, match="broken"):
         tuned(tmp_path, chains(explode))
     assert not (tmp_path / "plans").exists()
-    assert ProfileDB(tmp_path / "p.sqlite3").places() == ()
+    assert ProfileDB(tmp_path / "p.sqlite3").platforms() == ()
 
 
 def test_an_unknown_backend(tmp_path: Path) -> None:
