@@ -13,8 +13,7 @@ import numpy as np
 
 from taskgraph.cost import surface
 from taskgraph.cost.family import Coefficients, Family, Features, Spec
-from taskgraph.cost.fitted import Calibration, DeviceModel, Fitted, Response, spec_of
-from taskgraph.cost.formulas import exp
+from taskgraph.cost.fitted import Calibration, DeviceModel, FamilyModel, Fitted, Response, spec_of
 from taskgraph.cost.interference import fit_response
 from taskgraph.cost.measurements import Measurements
 from taskgraph.errors import CalibrationError
@@ -79,15 +78,16 @@ def _fit_family(table: Measurements, spec: Spec, report: Callable[[str, Errors, 
     family, held = table.family, table.keys < HELD_OUT
     train, test = table.where(~held), table.where(held)
     coefficients, values = _fit(train, spec)
-    formula = _whole_device(family, test.shapes, spec, coefficients)
-    scale = exp(surface.corrections(family.features_of(test.shapes, spec), family.terms, values))
-    plain, errors = Errors.of(formula, test.seconds), Errors.of(formula * scale, test.seconds)
+    formula, model = _whole_device(family, test.shapes, spec, coefficients), FamilyModel(family, coefficients, values)
+    corrected = model.seconds(test.shapes, spec, np.array([spec.sms]))[:, 0]
+    plain, errors = Errors.of(formula, test.seconds), Errors.of(corrected, test.seconds)
     report(family.name, plain, errors)
     coefficients, values = _fit(table, spec)
     fitted = zip(family.coefficients.names(), coefficients.values(), strict=True)
     named = {name: float(f"{value:.5g}") for name, value in fitted}
     held_out = {**errors.as_dict(), "formula_alone_median": plain.median, "formula_alone_p90": plain.p90}
-    parts = np.split(values, np.cumsum(surface.sizes_of(family.terms))[:-1])
+    ends = np.cumsum(surface.sizes_of(family.terms), dtype=np.int64)
+    parts = (values[end - size : end] for end, size in zip(ends, surface.sizes_of(family.terms), strict=True))
     tables = tuple(tuple(round(float(v), 4) for v in part) for part in parts)
     return Fitted(named, tables, {key: round(value, 4) for key, value in held_out.items()})
 
@@ -136,6 +136,8 @@ def fit_tables(
     """The values of all terms' tables, one after another, that bring the correction near `wanted` (n,): least absolute
     deviations with a ridge penalty, by iteratively reweighted least squares (Holland and Welsch 1977). All terms are
     fitted together, so that a term without data is 0."""
+    if not terms:
+        return np.zeros(0)
     size = sum(surface.sizes_of(terms))
     index, weight = surface.corners(features, terms)
     points = np.broadcast_to(np.arange(len(wanted)), index.shape)

@@ -193,8 +193,8 @@ class FamilyModel:
     family: Family
     coefficients: Coefficients
     values: np.ndarray
-    band: float
-    source: str
+    band: float = UNFITTED_BAND
+    source: str = "formula, not calibrated"
 
     def seconds(self, shapes: np.ndarray, spec: Spec, sms: np.ndarray) -> np.ndarray:
         """Seconds (n, m), launch included, of shapes (n, fields of the family's `shape`) on `sms` (m,) SMs: the formula
@@ -235,11 +235,11 @@ class DeviceModel:
     def _make(self, family: Family) -> FamilyModel:
         fitted = self.calibration.fitted.get(family.name)
         if fitted is None:
-            return FamilyModel(family, family.coefficients(), np.zeros(0), UNFITTED_BAND, "formula, not calibrated")
+            return FamilyModel(family, family.coefficients(), np.zeros(0))
         own = self.calibration.device == self.device.name
         source, wider = ("calibrated", 1.0) if own else ("transferred from", TRANSFER_BAND)
         named = [fitted.coefficients[name] for name in family.coefficients.names()]
-        values = np.array([value for table in fitted.tables for value in table])
+        values = np.array([value for table in fitted.tables for value in table], np.float64)
         made = f"{source} {self.calibration.device} v{self.calibration.version}"
         return FamilyModel(family, family.coefficients.of(named), values, fitted.band * wider, made)
 
