@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     )
     from taskgraph.graph import device as devices
     from taskgraph.graph.device import Device, Geometry, Partition
+    from taskgraph.graph.functions import Splittable
     from taskgraph.graph.graph import Graph, GraphBuilder, Value
     from taskgraph.graph.op import Demand, Op, Tensor, Work, demand, spec
     from taskgraph.observe.explain import explain
@@ -66,6 +67,7 @@ _HOME = {
         "TaskgraphError WeightsError"
     ),
     "taskgraph.graph.device": "Device Geometry Partition",
+    "taskgraph.graph.functions": "Splittable",
     "taskgraph.graph.graph": "Graph GraphBuilder Value",
     "taskgraph.graph.op": "Demand Op Tensor Work demand spec",
     "taskgraph.schedule.audit": "audit",

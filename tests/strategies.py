@@ -43,8 +43,8 @@ def graphs(draw: st.DrawFn, max_ops: int = 12, repeats: bool = True) -> Graph:
         if draw(st.booleans()):
             outs.append(spec(f"{name}.extra", (draw(st.integers(1, 5000)),), "u8"))
         touches = kind == "touch"
-        inputs = [x, state] if touches else [x]
-        made = b.op(kind, inputs, outs, draw(works()), name, pinned, after, [state] if touches else [])
+        inputs = [x, state.written()] if touches else [x]
+        made = b.op(kind, inputs, outs, draw(works()), name, pinned, after)
         return made[0]
 
     for i in range(draw(st.integers(1, max_ops))):

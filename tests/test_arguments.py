@@ -160,7 +160,7 @@ def spec_calls(s: Shop) -> dict[str, Call]:
 
 def builder_calls(s: Shop) -> dict[str, Call]:
     b = s.builder
-    made = {"inputs": [s.x], "outputs": [s.out], "work": s.work, "name": "c", "demand": None, "after": [], "writes": []}
+    made = {"inputs": [s.x], "outputs": [s.out], "work": s.work, "name": "c", "demand": None, "after": []}
 
     def repeat(count: Any, name: Any) -> None:
         with b.repeat(count, name) as loop:
@@ -176,8 +176,13 @@ def builder_calls(s: Shop) -> dict[str, Call]:
         "GraphBuilder.input": (b.input, {"name": "i", "shape": (4, 4), "dtype": "f32"}),
         "GraphBuilder.weight": (b.weight, {"name": "i", "shape": (4, 4), "dtype": "f32"}),
         "GraphBuilder.state": (b.state, {"name": "i", "shape": (4, 4), "dtype": "f32"}),
-        "GraphBuilder.op": (b.op, {"kind": "custom", "attrs": {"k": 1}, **made}),
-        "GraphBuilder.call": (b.call, {"function": fills, "split_axes": [0], "split_multiple": 1, **made}),
+        "GraphBuilder.op": (b.op, {"kind": "custom", **made}),
+        "GraphBuilder.op with attributes": (
+            lambda attrs: b.op(("custom", attrs), [s.x], [s.out], s.work),
+            {"attrs": {"k": 1}},
+        ),
+        "GraphBuilder.call": (b.call, {"function": fills, **made}),
+        "Splittable": (tg.Splittable, {"function": fills, "axes": [0], "multiple": 1}),
         "GraphBuilder.repeat": (repeat, {"count": 2, "name": "layer"}),
         "Loop": (carry, {"init": s.x, "name": "i", "value": s.y, "inside": ...}),
         "GraphBuilder.output": (lambda value: b.output(value), {"value": s.x}),

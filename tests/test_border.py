@@ -37,7 +37,7 @@ def small() -> tg.Graph:
     h, k = tg.ops.gemm(x, w, name="a"), tg.ops.apply("swiglu", [x.rows(0, 8)], name="b", after=["a"])
     out = [tg.spec("c.o", (8, 64), "f32")]
     work, pinned = tg.Work(flops=1e6, h2d_bytes=10), tg.demand(sm=(2, 8), pcie="20GB/s")
-    (c,) = b.op("custom", [h, k, s], out, work, "c", demand=pinned, writes=[s], attrs={"sizes": (1, 2), "rate": 0.5})
+    (c,) = b.op(("custom", {"sizes": (1, 2), "rate": 0.5}), [h, k, s.written()], out, work, "c", demand=pinned)
     with b.repeat(3) as loop:
         inside = loop.carry(c)
         value = loop.next(inside, tg.ops.add(inside, inside, name="twice"))

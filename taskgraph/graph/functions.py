@@ -7,7 +7,8 @@ last graph that runs it. The table itself holds neither.
 import importlib
 import inspect
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from heapq import heappop, heappush
 from threading import Lock
 from types import MethodType
@@ -15,8 +16,36 @@ from typing import Any
 from weakref import WeakValueDictionary, finalize
 
 from taskgraph.errors import GraphError
+from taskgraph.graph.op import Attr
+from taskgraph.record import integer, sequence, shown
 
 Function = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Splittable:
+    """A function of a custom op that may run on slices of its batch, for `GraphBuilder.call`.
+
+    `axes` has for each input the axis that carries the batch, or None where a slice needs the whole; every output
+    carries it on its first axis. Slices have a multiple of `multiple` rows. GraphError for what is no such thing.
+    """
+
+    function: Function
+    axes: Sequence[int | None]
+    multiple: int = 1
+
+    def __post_init__(self) -> None:
+        for axis in sequence("the axes of Splittable", self.axes, GraphError):
+            if axis is not None:
+                integer("an axis of Splittable", axis, GraphError, 0)
+        integer("the multiple of Splittable", self.multiple, GraphError, 1)
+
+    def attrs(self, inputs: int) -> dict[str, Attr]:
+        """What an op of so many inputs says of it; GraphError unless there is an axis or None for each."""
+        if len(self.axes) != inputs:
+            raise GraphError(f"Splittable has an axis or None for each of {inputs} inputs; got {shown(self.axes)}.")
+        axes = tuple(-1 if axis is None else int(axis) for axis in self.axes)
+        return {"split_axes": axes, "split_multiple": int(self.multiple)}
 
 
 class FunctionName(str):

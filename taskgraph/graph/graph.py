@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from taskgraph.errors import GraphError
 from taskgraph.graph.check import check
 from taskgraph.graph.edges import predecessors, toposorted
-from taskgraph.graph.functions import check_arity, register_function
+from taskgraph.graph.functions import Splittable, check_arity, register_function
 from taskgraph.graph.op import PLAIN, ROWS, Attr, Demand, Op, Rows, Tensor, TensorSpec, Work, check_work, rows_attr
 from taskgraph.record import decode, from_columns, instance, integer, sequence, shown, text, typed
 from taskgraph.record import function as callable_of
@@ -195,11 +195,14 @@ def _renamed(ops: Sequence[Op], rename: Callable[[str], str]) -> tuple[Op, ...]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Value:
-    """A tensor of a graph under construction, or some rows of one; what `taskgraph.ops` takes and returns."""
+    """A tensor of a graph under construction, or some rows of one; what `taskgraph.ops` takes and returns.
+
+    `changes`: it stands for a state that the op which takes it changes in place; see `written`."""
 
     builder: "GraphBuilder"
     tensor: Tensor
     view: Rows | None = None
+    changes: bool = False
 
     @property
     def name(self) -> str:
@@ -218,7 +221,12 @@ class Value:
         start, stop = integer("rows' start", start, GraphError), integer("rows' stop", stop, GraphError)
         narrow = Rows(0, start, stop).of(self.tensor)
         first = start if self.view is None else self.view.start + start
-        return Value(self.builder, narrow, Rows(0, first, first + stop - start))
+        return Value(self.builder, narrow, Rows(0, first, first + stop - start), self.changes)
+
+    def written(self) -> "Value":
+        """This state, as an input that the op changes in place: ops that read it later wait for that op, which waits
+        for those that read it before."""
+        return replace(self, changes=True)
 
     def whole(self, purpose: str) -> "Value":
         """This value; GraphError if it is only some rows of a tensor, which cannot be what `purpose` says."""
@@ -294,17 +302,19 @@ class GraphBuilder:
 
     def op(
         self,
-        kind: str,
+        kind: str | tuple[str, Mapping[str, Attr]],
         inputs: Sequence[Value],
         outputs: Sequence[TensorSpec],
         work: Work,
         name: str | None = None,
         demand: Demand | None = None,
         after: Sequence[str] = (),
-        writes: Sequence[Value] = (),
-        attrs: Mapping[str, Attr] | None = None,
     ) -> tuple[Value, ...]:
-        """Append a node of any kind; the functions of `taskgraph.ops` derive outputs and work for you."""
+        """Append a node of any kind; the functions of `taskgraph.ops` derive outputs and work for you.
+
+        `kind` is its name, or its name with the static parameters of the op. A state that the op changes in place is
+        given as `state.written()`. `after` names ops that must end first though no tensor connects them."""
+        kind, attrs = kind if isinstance(kind, tuple) and len(kind) == 2 else (kind, {})
         text("the kind of an op", kind, GraphError)
         name = self._prefix + (text("the name of an op", name, GraphError) if name else self._free_name(kind))
         if name in self._names:
@@ -312,7 +322,7 @@ class GraphBuilder:
         check_work(name, instance(f"the work of op {name!r}", work, Work, GraphError))
         if demand is not None:
             instance(f"the demand of op {name!r}", demand, Demand, GraphError, "Make one with taskgraph.demand(...).")
-        self._check_parts(f"op {name!r}", (inputs, writes), outputs, after, attrs or {})
+        self._check_parts(f"op {name!r}", inputs, outputs, after, attrs)
         made = tuple(self._tensor(o.name, o.shape, o.dtype, "activation") for o in outputs)
         views = {i: v.view for i, v in enumerate(inputs) if v.view is not None}
         parts: dict[str, Attr] = {ROWS: rows_attr(views)} if views else {}
@@ -325,8 +335,8 @@ class GraphBuilder:
                 work=work,
                 demand=demand or PLAIN,
                 after=tuple(self._known_op(a) for a in after),
-                writes=tuple(v.name for v in writes),
-                attrs=tuple(sorted({**(attrs or {}), **parts}.items())),
+                writes=tuple(dict.fromkeys(v.name for v in inputs if v.changes)),
+                attrs=tuple(sorted({**attrs, **parts}.items())),
             )
         )
         self._names.add(name)
@@ -334,7 +344,7 @@ class GraphBuilder:
 
     def call(
         self,
-        function: Callable[..., Any],
+        function: Callable[..., Any] | Splittable,
         inputs: Sequence[Value],
         outputs: Sequence[TensorSpec],
         *,
@@ -342,32 +352,21 @@ class GraphBuilder:
         name: str | None = None,
         demand: Demand | None = None,
         after: Sequence[str] = (),
-        writes: Sequence[Value] = (),
-        split_axes: Sequence[int | None] | None = None,
-        split_multiple: int = 1,
     ) -> Any:
         """A custom Python op: at run time `function(*inputs, *outputs)` fills the outputs in place.
 
         Returns one Value, or a tuple when there are several outputs. The graph holds the function's name only.
-        An op that may run on slices of its batch says so by `split_axes`: for each input the axis that carries the
-        batch, or None where a slice needs the whole; every output carries it on its first axis. `split_multiple` is
-        what slices must be multiples of.
+        A state that the function changes in place is given as `state.written()`; a function that may run on slices of
+        its batch as a `Splittable`. `after` names ops that must end first though no tensor connects them.
         """
         for what, given in (("inputs", inputs), ("outputs", outputs)):
             sequence(f"{what} of a custom op", given, GraphError)
-        key = register_function(callable_of("the function of a custom op", function, GraphError))
-        attrs: dict[str, Attr] = {"function": key}
-        if split_axes is not None:
-            sequence("split_axes", split_axes, GraphError)
-            split_multiple = integer("split_multiple", split_multiple, GraphError, 1)
-            if len(split_axes) != len(sequence("inputs", inputs, GraphError)):
-                raise GraphError(f"split_axes has an axis or None for each of {len(inputs)} inputs; got {split_axes}.")
-            axes = (-1 if a is None else integer("an axis of split_axes", a, GraphError, 0) for a in split_axes)
-            attrs["split_axes"] = tuple(axes)
-            attrs["split_multiple"] = split_multiple
+        split = function.attrs(len(inputs)) if isinstance(function, Splittable) else {}
+        plain = function.function if isinstance(function, Splittable) else function
+        key = register_function(callable_of("the function of a custom op", plain, GraphError))
         name = name or self._free_name(key.rsplit(":", 1)[-1].partition("#")[0].rsplit(".", 1)[-1].strip("<>"))
-        check_arity(name, function, len(inputs) + len(outputs))
-        made = self.op("call", inputs, outputs, work, name, demand, after, writes, attrs)
+        check_arity(name, plain, len(inputs) + len(outputs))
+        made = self.op(("call", {"function": key, **split}), inputs, outputs, work, name, demand, after)
         return made[0] if len(made) == 1 else made
 
     @contextmanager
@@ -408,11 +407,10 @@ class GraphBuilder:
         self._add_tensor(tensor)
         return Value(self, tensor)
 
-    def _check_parts(self, whose: str, values: Sequence[object], outputs: object, after: object, attrs: object) -> None:
+    def _check_parts(self, whose: str, inputs: object, outputs: object, after: object, attrs: object) -> None:
         """GraphError unless these are lists of values of this builder, of specs and of names, and named attributes."""
-        for each in values:
-            for value in sequence(f"inputs and writes of {whose}", each, GraphError):
-                self._own(value, whose)
+        for value in sequence(f"inputs of {whose}", inputs, GraphError):
+            self._own(value, whose)
         for made in sequence(f"outputs of {whose}", outputs, GraphError):
             if not isinstance(made, TensorSpec):
                 raise GraphError(f"an output of {whose} is {shown(made)}; make one with taskgraph.spec(...).")

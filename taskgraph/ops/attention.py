@@ -72,7 +72,7 @@ def rope_kv(
     q (batch*t, heads, dim)."""
     attrs = instance("spec of rope_kv", spec, RopeSpec, GraphError).attrs()
     inputs = [qkv, positions, keys, values, *sequence("norms of rope_kv", norms, GraphError)]
-    return apply("rope_kv", inputs, attrs, name=name, writes=[keys, values])
+    return apply("rope_kv", inputs, attrs, name=name, writes=(2, 3))
 
 
 def rope_kv_shape(ins: Shapes, attrs: Attrs) -> Output:
@@ -217,7 +217,7 @@ def paged_rope(
     at = instance("places of paged_rope", places, TokenPlaces, GraphError)
     attrs = instance("spec of paged_rope", spec, RopeSpec, GraphError).attrs() | {"context": at.context}
     inputs = [qkv, at.positions, at.slots, keys, values, *sequence("norms of paged_rope", norms, GraphError)]
-    return apply("paged_rope", inputs, attrs, name=name, writes=[keys, values])
+    return apply("paged_rope", inputs, attrs, name=name, writes=(3, 4))
 
 
 def paged_rope_shape(ins: Shapes, attrs: Attrs) -> Output:

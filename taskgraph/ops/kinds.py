@@ -13,7 +13,7 @@ from taskgraph.errors import GraphError
 from taskgraph.graph.graph import Value
 from taskgraph.graph.op import Attr, Demand, Op, Tensor, TensorSpec, Work, seen_inputs
 from taskgraph.ops.signatures import Attrs, Shapes, Signature
-from taskgraph.record import function, instance, sequence, shown, text
+from taskgraph.record import function, instance, integer, sequence, shown, text
 
 Output = tuple[tuple[int, ...], str]
 """The shape and the dtype of an op's output."""
@@ -119,11 +119,12 @@ def apply(
     name: str | None = None,
     demand: Demand | None = None,
     after: Sequence[str] = (),
-    writes: Sequence[Value] = (),
+    writes: Sequence[int] = (),
 ) -> Value:
     """Append an op of a registered kind with derived output and work; GraphError when the inputs do not fit.
 
-    `after` names ops that must end first though no tensor connects them."""
+    `after` names ops that must end first though no tensor connects them; `writes` has the numbers of those inputs that
+    are states which the op changes in place."""
     rules = known(kind)
     if not sequence(f"the inputs of {kind}", inputs, GraphError):
         raise GraphError(f"{kind} needs at least one input.")
@@ -137,7 +138,11 @@ def apply(
     shape, dtype = rules.output(ins, typed)
     out = TensorSpec(f"{stem}.out", shape, dtype)
     work = rules.work(ins, [Tensor(out.name, shape, dtype)], typed)
-    return builder.op(kind, inputs, [out], work, stem, demand, after, writes, typed)[0]
+    changed = [
+        integer(f"writes of {kind}", i, GraphError, 0) for i in sequence(f"writes of {kind}", writes, GraphError)
+    ]
+    given_as = [value.written() if i in changed else value for i, value in enumerate(inputs)]
+    return builder.op((kind, typed), given_as, [out], work, stem, demand, after)[0]
 
 
 def check_op(op: Op, tensors: Mapping[str, Tensor]) -> None:

@@ -72,7 +72,7 @@ def latent_rope(
     cache `latents` (batch, len, rank + rotary) from `positions` (batch,) on; rotate the last channels of each head of
     q (m, heads * dim) -> (m, heads, dim)."""
     attrs = instance("spec of latent_rope", spec, LatentRopeSpec, GraphError).attrs()
-    return apply("latent_rope", [q, kv, norm, positions, latents], attrs, name=name, writes=[latents])
+    return apply("latent_rope", [q, kv, norm, positions, latents], attrs, name=name, writes=(4,))
 
 
 def latent_rope_shape(ins: Shapes, attrs: Attrs) -> Output:
@@ -110,9 +110,7 @@ def paged_latent_rope(
     """`latent_rope` on pages (pages, page size, rank + rotary): every token's latent and rotated key go to its slot."""
     at = instance("places of paged_latent_rope", places, TokenPlaces, GraphError)
     attrs = instance("spec of paged_latent_rope", spec, LatentRopeSpec, GraphError).attrs() | {"context": at.context}
-    return apply(
-        "paged_latent_rope", [q, kv, norm, at.positions, at.slots, latents], attrs, name=name, writes=[latents]
-    )
+    return apply("paged_latent_rope", [q, kv, norm, at.positions, at.slots, latents], attrs, name=name, writes=(5,))
 
 
 def paged_latent_rope_shape(ins: Shapes, attrs: Attrs) -> Output:

@@ -102,7 +102,7 @@ def copy_pages(
     """
     expected = axis_of("copy_pages", "pairs", pairs, 0) if expected_pages is None else expected_pages
     attrs = Attrs(direction=direction, expected_pages=number("expected_pages", expected, GraphError, 0))
-    return apply("copy_pages", [source, target, pairs], attrs, name=name, writes=[target])
+    return apply("copy_pages", [source, target, pairs], attrs, name=name, writes=(1,))
 
 
 def copy_pages_shape(ins: Shapes, attrs: Attrs) -> Output:

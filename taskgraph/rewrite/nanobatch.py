@@ -113,7 +113,7 @@ def _splittable_op(name: str, graph: Graph, free: Mapping[str, OpBatch]) -> OpBa
         raise GraphError(f"graph {graph.name!r} has no op {name!r}; near it are {', '.join(map(repr, near))}.")
     way = "it follows the slices of its neighbours by itself" if moves_rows(op) else "leave it out"
     if op.kind == "call":
-        way = "declare split_axes where it is called if it may run on slices"
+        way = "call its function as a Splittable if it may run on slices"
     raise GraphError(f"op {name!r} of kind {op.kind!r} cannot be split along a batch; {way}.")
 
 

@@ -110,7 +110,7 @@ class Watch:
         for name, values in before.items():
             if not np.array_equal(values, self._own[name].get()):
                 role = "its input" if name in op.inputs else "the buffer of another op,"
-                raise _wrong(op, f"wrote to {role} {name!r}, which it does not name in writes=")
+                raise _wrong(op, f"wrote to {role} {name!r}, which is not given to it as written()")
         after = self._arena.get()
         changed = arena != after
         for name in op.outputs:

@@ -116,7 +116,7 @@ class _Look:
             if keep and t._version != self._versions[[x is t for x in self._reading].index(True)]:
                 return (
                     f"wrote to its input {name!r}, which other ops may read at that moment; write to an output, or "
-                    "make it a state and name it in writes=."
+                    "make it a state and give it as STATE.written()."
                 )
         return ""
 

@@ -59,7 +59,7 @@ def keyed(make: str, **attrs: object) -> OpKey:
         b.output(ops.attention(q, at, keys, values, context=attrs["context"]))  # type: ignore[arg-type]
     else:
         out, work = [spec("y", (4,), "f32")], Work(flops=attrs["flops"])  # type: ignore[arg-type]
-        b.output(*b.op("call", [b.input("x", (4,), "f32")], out, work, "f", attrs={"function": "m:f"}))
+        b.output(*b.op(("call", {"function": "m:f"}), [b.input("x", (4,), "f32")], out, work, "f"))
     graph = b.build()
     return shape_key(graph.ops[0], graph.tensor)
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 
 from taskgraph import ops
 from taskgraph.errors import GraphError
+from taskgraph.graph.functions import Splittable
 from taskgraph.graph.graph import Graph, GraphBuilder, Value
 from taskgraph.graph.op import Demand, Op, Tensor, Work, spec
 from taskgraph.runtime.cpu.standard import CPU_KINDS
@@ -21,7 +22,8 @@ ONE = Work(flops=1.0)
 def node(
     b: GraphBuilder, name: str, *inputs: Value, after: tuple[str, ...] = (), writes: tuple[Value, ...] = ()
 ) -> Value:
-    return b.op("custom", inputs, [spec(f"{name}.out", (4,), "f32")], ONE, name, after=after, writes=writes)[0]
+    given = [value.written() if any(value is w for w in writes) else value for value in inputs]
+    return b.op("custom", given, [spec(f"{name}.out", (4,), "f32")], ONE, name, after=after)[0]
 
 
 # ------------------------------------------------------------------------------------------- rules
@@ -386,6 +388,28 @@ def test_roles() -> None:
     assert [t.name for t in graph.with_role("input", "state")] == ["x", "s"]
     assert graph.tensor["a.out"].role == "activation"
     assert graph.tensor["x"].nbytes == 16
+
+
+def test_a_splittable_function_says_how_it_is_sliced() -> None:
+    b = GraphBuilder("g")
+    x, table = b.input("x", (4, 2), "f32"), b.weight("table", (2, 2), "f32")
+    out = [spec("o", (4, 2), "f32")]
+    b.output(b.call(Splittable(print, (0, None), 2), [x, table], out, work=ONE, name="part"))
+    (op,) = b.build().ops
+    assert (op.attr("split_axes"), op.attr("split_multiple")) == ((0, -1), 2)
+    with pytest.raises(GraphError, match=r"axis or None for each of 1 inputs; got \(0, None\)"):
+        b.call(Splittable(print, (0, None)), [x], out, work=ONE)
+    for wrong, message in (({"axes": (-1,)}, "from 0|at least 0"), ({"axes": (0,), "multiple": 0}, "at least 1")):
+        with pytest.raises(GraphError, match=message):
+            Splittable(print, **wrong)
+
+
+def test_written_marks_an_input_and_not_the_state() -> None:
+    b = GraphBuilder("g")
+    s, x = b.state("s", (4, 2), "f32"), b.input("x", (4, 2), "f32")
+    b.output(node(b, "read", s, x))
+    b.output(node(b, "part", s.rows(0, 2).written(), s.rows(2, 4)), node(b, "rows", s.written().rows(1, 3)))
+    assert [op.writes for op in b.build().ops] == [(), ("s",), ("s",)]
 
 
 def test_state_hazards_order_ops() -> None:

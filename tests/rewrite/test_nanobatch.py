@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from taskgraph import ops, rewrite
 from taskgraph.errors import GraphError
+from taskgraph.graph.functions import Splittable
 from taskgraph.graph.graph import Graph, GraphBuilder
 from taskgraph.graph.op import BATCH_ROWS, Op, Work, seen_inputs, spec
 from taskgraph.ops import KINDS, Attrs
@@ -159,15 +160,9 @@ def test_work_is_that_of_the_slice() -> None:
 def test_which_ops_can_be_split_into_what() -> None:
     b = GraphBuilder("kinds")
     x = b.input("x", (6, 4), "f32")
-    pairs = b.call(
-        reshape, [x], [spec("p", (6, 4), "f32")], work=Work(flops=1.0), name="pairs", split_axes=(0,), split_multiple=2
-    )
-    threes = b.call(
-        reshape, [x], [spec("t", (6, 4), "f32")], work=Work(flops=1.0), name="threes", split_axes=(0,), split_multiple=3
-    )
-    fours = b.call(
-        reshape, [x], [spec("f", (6, 4), "f32")], work=Work(flops=1.0), name="fours", split_axes=(0,), split_multiple=4
-    )
+    pairs = b.call(Splittable(reshape, (0,), 2), [x], [spec("p", (6, 4), "f32")], work=Work(flops=1.0), name="pairs")
+    threes = b.call(Splittable(reshape, (0,), 3), [x], [spec("t", (6, 4), "f32")], work=Work(flops=1.0), name="threes")
+    fours = b.call(Splittable(reshape, (0,), 4), [x], [spec("f", (6, 4), "f32")], work=Work(flops=1.0), name="fours")
     last = ops.slice_rows(ops.add(pairs, threes, name="sum"), 0, 5, name="cut")
     b.output(last, fours)
     infos = rewrite.splittable(b.build())

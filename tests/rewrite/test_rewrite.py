@@ -16,6 +16,7 @@ import taskgraph as tg
 from taskgraph import ops, record, rewrite
 from taskgraph.errors import GraphError
 from taskgraph.graph import device as specs
+from taskgraph.graph.functions import Splittable
 from taskgraph.graph.graph import Graph, GraphBuilder, Value
 from taskgraph.graph.op import Work, spec
 from taskgraph.models import llama, paged
@@ -109,8 +110,8 @@ class Maker:
 
     def do_rope(self, x: Value, y: Value) -> Value:
         q = self.b.call(
-            reshape, [x], [spec(f"heads{len(self.b._ops)}", (x.shape[0], HEADS, DIM), "f32")],
-            work=Work(hbm_bytes=128.0 * x.shape[0]), split_axes=(0,),
+            Splittable(reshape, (0,)), [x], [spec(f"heads{len(self.b._ops)}", (x.shape[0], HEADS, DIM), "f32")],
+            work=Work(hbm_bytes=128.0 * x.shape[0]),
         )  # fmt: skip
         q = ops.rope(q, self.places)
         return self.b.call(
@@ -130,12 +131,12 @@ class Maker:
         tokens = self.batch * self.each
         kv = self.b.state(f"kv{self.count}", (2, tokens, 5, HEADS, DIM), "f32")
         q = self.b.call(
-            reshape, [x], [spec(f"q{self.count}", (tokens, HEADS, DIM), "f32")], work=Work(flops=5.0 * tokens),
-            split_axes=(0,), split_multiple=2,
+            Splittable(reshape, (0,), 2), [x], [spec(f"q{self.count}", (tokens, HEADS, DIM), "f32")],
+            work=Work(flops=5.0 * tokens),
         )  # fmt: skip
         mixed = ops.decode_attention(q, kv)
         return self.b.call(
-            reshape, [mixed], [spec(f"m{self.count}", x.shape, "f32")], work=Work(flops=5.0 * tokens), split_axes=(0,)
+            Splittable(reshape, (0,)), [mixed], [spec(f"m{self.count}", x.shape, "f32")], work=Work(flops=5.0 * tokens)
         )  # type: ignore[no-any-return]
 
     def do_regroup(self, x: Value, y: Value) -> Value:
@@ -351,8 +352,8 @@ def test_ops_that_cannot_split_take_the_joined_tensor() -> None:
 def test_work_of_calls_is_divided_in_proportion() -> None:
     b = GraphBuilder("call")
     out = b.call(
-        reshape, [b.input("x", (8, 4), "f32")], [spec("z", (8, 4), "f32")], work=Work(flops=8.0, hbm_bytes=80.0),
-        name="f", split_axes=(0,), split_multiple=2,
+        Splittable(reshape, (0,), 2), [b.input("x", (8, 4), "f32")], [spec("z", (8, 4), "f32")],
+        work=Work(flops=8.0, hbm_bytes=80.0), name="f",
     )  # fmt: skip
     b.output(out)
     split = rewrite.split_batch(b.build(), (2, 6))
@@ -366,7 +367,7 @@ def test_writes_to_disjoint_rows_of_a_state_are_free_and_others_ordered() -> Non
     def touch(name: str, *rows: int, write: bool = False) -> None:
         part = s.rows(*rows) if rows else s
         out = [spec(f"{name}.out", (1,), "f32")]
-        b.output(*b.op("custom", [x, part], out, Work(flops=1.0), name, writes=[s] if write else []))
+        b.output(*b.op("custom", [x, part.written() if write else part], out, Work(flops=1.0), name))
 
     touch("write02", 0, 2, write=True)
     touch("write24", 2, 4, write=True)
@@ -438,12 +439,10 @@ def test_named_ops_that_cannot_split_are_refused() -> None:
     b = GraphBuilder("opaque")
     x = b.input("x", (4, 4), "f32")
     z = b.call(reshape, [x], [spec("z", (4, 4), "f32")], work=Work(flops=1.0), name="f")
-    odd = b.call(
-        reshape, [x], [spec("o", (4, 4), "f32")], work=Work(flops=1.0), name="g", split_axes=(0,), split_multiple=2
-    )
+    odd = b.call(Splittable(reshape, (0,), 2), [x], [spec("o", (4, 4), "f32")], work=Work(flops=1.0), name="g")
     b.output(ops.concat_rows([z, odd], name="both"), ops.all_reduce(z, ranks=1, axis=0, name="ring"))
     graph = b.build()
-    for name, pattern in (("f", "split_axes"), ("both", "by itself"), ("ring", "leave it out")):
+    for name, pattern in (("f", "Splittable"), ("both", "by itself"), ("ring", "leave it out")):
         with pytest.raises(GraphError, match=f"{name}.*{pattern}"):
             rewrite.split_batch(graph, (2, 2), [name])
     with pytest.raises(GraphError, match=r"'g' within a unit.*multiples of 2"):

@@ -430,7 +430,7 @@ def test_states_that_are_declared_may_be_written_and_are_written_once() -> None:
 
     b = tg.GraphBuilder("counts")
     s = b.state("s", (4,), "f32")
-    b.output(b.call(counts, [s], [spec("y", (4,), "f32")], name="mine", work=ONE, writes=[s]))
+    b.output(b.call(counts, [s.written()], [spec("y", (4,), "f32")], name="mine", work=ONE))
     graph = b.build()
     held = torch.zeros(4)
     with tg.compile(graph, plan(graph, CPU), check=True) as exe:

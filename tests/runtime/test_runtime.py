@@ -291,7 +291,7 @@ def test_a_state_lives_across_calls() -> None:
         total.add_(x)
         out.copy_(total)
 
-    b.output(b.call(accumulate, [x, total], [spec("out", (2,), "f32")], work=ONE, writes=[total]))
+    b.output(b.call(accumulate, [x, total.written()], [spec("out", (2,), "f32")], work=ONE))
     graph = b.build()
     state = torch.zeros(2)
     with tg.compile(graph, plan(graph, CPU)) as exe:
@@ -303,9 +303,7 @@ def test_a_state_lives_across_calls() -> None:
 
 def test_functions_may_be_given_at_compile() -> None:
     b = GraphBuilder("given")
-    b.output(
-        b.op("call", [b.input("x", (2,), "f32")], [spec("o", (2,), "f32")], ONE, "f", attrs={"function": "no:f"})[0]
-    )
+    b.output(b.op(("call", {"function": "no:f"}), [b.input("x", (2,), "f32")], [spec("o", (2,), "f32")], ONE, "f")[0])
     graph = b.build()
     with tg.compile(graph, plan(graph, CPU), functions={"no:f": increment}) as exe:
         assert exe(x=torch.zeros(2))["o"].tolist() == [1, 1]

@@ -37,8 +37,9 @@ def layered(layers: int, batch: int = 256, width: int = 64) -> tg.Graph:
         up = tg.ops.gemm(h, w, name="up")
         nbytes = 2 * 4 * batch * width
         (mixed,) = b.op(
-            "call", [up], [tg.spec("mixed", (batch, width), "f32")], tg.Work(flops=1.0, hbm_bytes=3.0 * nbytes),
-            "mix", attrs={"function": "tests.schedule.test_search:halve", "split_axes": (0,)},
+            ("call", {"function": "tests.schedule.test_search:halve", "split_axes": (0,)}), [up],
+            [tg.spec("mixed", (batch, width), "f32")], tg.Work(flops=1.0, hbm_bytes=3.0 * nbytes),
+            "mix",
         )  # fmt: skip
         out = loop.next(h, mixed)
     b.output(out)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import taskgraph as tg
 from taskgraph import ops, rewrite
 from taskgraph.errors import GraphError, PlanError
+from taskgraph.graph.functions import Splittable
 from taskgraph.graph.graph import Graph, GraphBuilder
 from taskgraph.graph.op import BATCH_ROWS, ROWS, Op, Work, rows_attr, spec
 from taskgraph.graph.split import UNSPLIT, Split
@@ -89,10 +90,10 @@ def graph_of_all() -> Graph:
     norm = ops.rmsnorm(up, b.weight("scale", (8,), "f32"), name="norm")
     for name in ("side", "idle"):
         made = [spec(f"{name}_made", (12, 8), "f32")]
-        b.call(np.copyto, [norm], made, work=Work(hbm_bytes=7.0), name=name, split_axes=(0,))
+        b.call(Splittable(np.copyto, (0,)), [norm], made, work=Work(hbm_bytes=7.0), name=name)
     last = b.call(
-        np.copyto, [norm], [spec("copied", (12, 8), "f32")], work=Work(hbm_bytes=768.0), name="late", after=["side"],
-        split_axes=(0,), split_multiple=2,
+        Splittable(np.copyto, (0,), 2), [norm], [spec("copied", (12, 8), "f32")], work=Work(hbm_bytes=768.0),
+        name="late", after=["side"],
     )  # fmt: skip
     for name in ("first", "second"):
         qkv = ops.gemm(last, b.weight(f"qkv_{name}", (8, 96), "f32"), name=f"{name}_qkv")
@@ -376,7 +377,7 @@ def test_rows_of_a_state_are_taken_before_it_is_written() -> None:
     b = GraphBuilder("stale")
     x, kv = b.input("x", (4, 8), "f32"), b.state("kv", (4, 8), "f32")
     before = ops.slice_rows(kv, 0, 4, name="before")
-    made = b.call(touch, [x, kv], [spec("made", (4, 8), "f32")], work=Work(flops=1.0), name="touch", writes=[kv])
+    made = b.call(touch, [x, kv.written()], [spec("made", (4, 8), "f32")], work=Work(flops=1.0), name="touch")
     b.output(ops.add(before, made, name="sum"))
     graph = b.build()
     split = Split(((("sum",), (1, 3)),))

@@ -412,7 +412,7 @@ def test_given_states_are_copied_and_the_rest_is_used_in_place() -> None:
 def test_tuning_does_not_change_the_callers_states(tmp_path: Path) -> None:
     b = GraphBuilder("counter")
     x, total = b.input("x", (2,), "f32"), b.state("total", (2,), "f32")
-    b.output(b.call(accumulate, [x, total], [spec("out", (2,), "f32")], work=Work(flops=1.0), writes=[total]))
+    b.output(b.call(accumulate, [x, total.written()], [spec("out", (2,), "f32")], work=Work(flops=1.0)))
     mine = torch.ones(2)
     tuned(tmp_path, b.build(), tensors={"total": mine}, budget_s=0.3)
     assert mine.tolist() == [1.0, 1.0]
