@@ -10,7 +10,7 @@ import os
 import pickle
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache as memo
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
@@ -25,6 +25,7 @@ from numba.core.compiler import CompileResult
 from numba.core.dispatcher import Dispatcher
 from numba.core.registry import CPUDispatcher
 from numba.core.serialize import dumps
+from numba.core.types.containers import BaseTuple
 
 from taskgraph import cache, compiling
 
@@ -121,7 +122,8 @@ class _Kept(NullCache):  # type: ignore[misc]
             _prune(path.parent)
 
     def _key(self, sig: Any, codegen: Any) -> tuple[Any, ...]:
-        return (sig, codegen.magic_tuple(), _made_from(self._function))
+        given = sig if isinstance(sig, tuple) else sig.args
+        return (sig, codegen.magic_tuple(), (_made_from(self._function), *_field_names(given)))
 
     def _place(self, key: tuple[Any, ...]) -> Path:
         sig, target, sources = key
@@ -199,6 +201,14 @@ def _made_from(function: Any) -> str:
     for text in sorted(constants):
         digest.update(text.encode())
     return digest.hexdigest()
+
+
+def _field_names(given: Iterable[Any]) -> Iterator[str]:
+    """The fields of named tuples among the types: numba calls such a type by its class and its fields' types alone."""
+    for each in given:
+        if isinstance(each, BaseTuple):
+            yield from (f"{each.instance_class.__name__}.{name}" for name in getattr(each, "fields", ()))
+            yield from _field_names(each.types)
 
 
 def _reads(function: FunctionType) -> Iterator[tuple[str, Any]]:

@@ -213,6 +213,29 @@ def test_a_change_in_a_callee_of_another_file_compiles_again(modules: Any, compi
     assert modules(5).answer(2) == 11 and "answer" in compilations
 
 
+PAIR = "from typing import NamedTuple\nclass Pair(NamedTuple):\n    {first}: int\n    {second}: int\n"
+APART = "from taskgraph.jit import njit\n@njit\ndef apart(pair):\n    return pair.high - pair.low\n"
+
+
+def test_fields_in_another_order_compile_again(
+    homes: Path, monkeypatch: pytest.MonkeyPatch, compilations: list[str]
+) -> None:
+    """The function's own source stays; numba's name of the type tells only the fields' types."""
+    monkeypatch.syspath_prepend(str(homes))
+    (homes / "kept_apart.py").write_text(APART)
+    for first, second in (("low", "high"), ("high", "low"), ("low", "high")):
+        made: dict[str, Any] = {"__name__": "kept_pair"}
+        exec(PAIR.format(first=first, second=second), made)
+        module = ModuleType("kept_pair")
+        module.Pair = made["Pair"]  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "kept_pair", module)
+        sys.modules.pop("kept_apart", None)
+        apart = importlib.import_module("kept_apart").apart
+        assert apart(module.Pair(**{"low": 1, "high": 5})) == 4
+    sys.modules.pop("kept_apart", None)
+    assert compilations == ["apart", "apart"]
+
+
 @pytest.mark.parametrize("damage", ["empty", "short", "flipped", "random", "folder"])
 def test_a_damaged_file_is_compiled_again(homes: Path, modules: Any, compilations: list[str], damage: str) -> None:
     assert modules().answer(2) == 7

@@ -1,17 +1,17 @@
 """How attention with a cache of keys and values, static or in pages, and the rotation before it run on a CPU."""
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 
 from taskgraph.errors import BackendUnavailable
 from taskgraph.graph.op import Op
 from taskgraph.runtime import rotary
-from taskgraph.runtime.cpu import kernels, kernels_paged, products
+from taskgraph.runtime.cpu import kernels_attention, kernels_paged, products
+from taskgraph.runtime.cpu.arguments import Cache, Chunks, Places, Rope, Tables, ready
 from taskgraph.runtime.cpu.kinds import (
     CHANGING,
     COMPILED,
@@ -21,6 +21,7 @@ from taskgraph.runtime.cpu.kinds import (
     Entry,
     Tensors,
     bits,
+    need_floats,
     register,
     rope_table,
 )
@@ -44,31 +45,33 @@ def bind_rope(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
 
 def bind_rope_kv(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
     qkv, positions, keys, values, *norms = ins
+    need_floats(op, qkv, keys, values, outs[0])
     cos, sin = rope_table(op, keys.shape[2], keys.shape[3])
     q_norm, k_norm = (t.float().numpy() for t in norms) if norms else (np.empty(0, np.float32),) * 2
-    buffers = (bits(qkv), positions.numpy(), bits(keys), bits(values), cos, sin)
-    return partial(
-        kernels.rope_kv, *buffers, q_norm, k_norm, op.number("eps"), bits(outs[0]), site.threads_for(qkv.shape[0])
-    )
+    cache, rope = Cache(bits(keys), bits(values)), Rope(cos, sin, q_norm, k_norm, op.number("eps"))
+    threads = site.threads_for(qkv.shape[0])
+    return ready(kernels_attention.rope_kv, bits(qkv), positions.numpy(), cache, rope, bits(outs[0]), threads)
 
 
 def bind_attention(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
     q, positions, keys, values = ins
+    need_floats(op, q, keys, values, outs[0])
     batch, _, length, dim = keys.shape
     each = q.shape[0] // batch
-    buffers = tuple(map(bits, (q, positions, keys, values, outs[0])))
+    given = (bits(q), positions.numpy(), Cache(bits(keys), bits(values)), bits(outs[0]))
     if each == 1:
-        return partial(kernels.decode_attention, *buffers, np.empty(length * site.threads, np.float32), site.threads)
+        scratch = np.empty(length * site.threads, np.float32)
+        return ready(kernels_attention.decode_attention, *given, scratch, site.threads)
     if q.dtype == torch.float16 or dim % 2:  # the tile's panels are of float32 and pairs of bf16
         return partial(_attend_by_torch, q, positions, keys, values, outs[0])
-    scratch = np.empty(kernels.prefill_scratch_size(length, dim, site.threads), np.float32)
-    return partial(kernels.prefill_attention, *buffers, scratch, site.dots, site.threads)
+    scratch = np.empty(kernels_attention.prefill_scratch_size(length, dim, site.threads), np.float32)
+    return ready(kernels_attention.prefill_attention, *given, scratch, site.dots, site.threads)
 
 
 def _attend_by_torch(
     q: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: torch.Tensor
 ) -> None:
-    """`kernels.prefill_attention` in float32."""
+    """`kernels_attention.prefill_attention` in float32."""
     (batch, _, length, dim), each = keys.shape, len(q) // len(keys)
     if int(positions.min()) < 0 or int(positions.max()) + each > length:
         raise ValueError("a position is outside the KV cache; make the cache longer or stop earlier")
@@ -106,26 +109,29 @@ def bind_paged_rope(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry
     _need_pages(op, qkv, keys)
     cos, sin = rope_table(op, op.integer("context"), outs[0].shape[2])
     q_norm, k_norm = (t.float().numpy() for t in norms) if norms else (np.empty(0, np.float32),) * 2
-    buffers = (bits(qkv), positions.numpy(), slots.numpy(), bits(keys), bits(values), cos, sin)
-    threads = site.threads_for(qkv.shape[0])
-    return partial(kernels_paged.paged_rope, *buffers, q_norm, k_norm, op.number("eps"), bits(outs[0]), threads)
+    places, cache = Places(positions.numpy(), slots.numpy()), Cache(bits(keys), bits(values))
+    rope, threads = Rope(cos, sin, q_norm, k_norm, op.number("eps")), site.threads_for(qkv.shape[0])
+    return ready(kernels_paged.paged_rope, bits(qkv), places, cache, rope, bits(outs[0]), threads)
 
 
 def bind_paged_decode(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
-    return _attention(op, ins, outs, site, kernels_paged.paged_decode)
+    q, lengths, blocks, keys, values = ins
+    _need_pages(op, q, keys)
+    given = (Tables(lengths.numpy(), blocks.numpy()), Cache(bits(keys), bits(values)), bits(outs[0]))
+    return ready(kernels_paged.paged_decode, bits(q), *given, _scratch(q, keys, blocks, site), site.dots, site.threads)
 
 
 def bind_paged_prefill(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
-    return _attention(op, ins, outs, site, kernels_paged.paged_prefill)
-
-
-def _attention(op: Op, ins: Tensors, outs: Tensors, site: CpuSite, kernel: Callable[..., Any]) -> Entry:
-    q, *tables, blocks, keys, values = ins
+    q, starts, lengths, blocks, keys, values = ins
     _need_pages(op, q, keys)
-    length = blocks.shape[1] * keys.shape[2]
-    scratch = np.empty(kernels_paged.scratch_size(length, q.shape[2], site.threads), np.float32)
-    places = [t.numpy() for t in (*tables, blocks)]
-    return partial(kernel, bits(q), *places, bits(keys), bits(values), bits(outs[0]), scratch, site.dots, site.threads)
+    chunks = Chunks(starts.numpy(), lengths.numpy(), blocks.numpy())
+    given = (chunks, Cache(bits(keys), bits(values)), bits(outs[0]))
+    return ready(kernels_paged.paged_prefill, bits(q), *given, _scratch(q, keys, blocks, site), site.dots, site.threads)
+
+
+def _scratch(q: torch.Tensor, keys: torch.Tensor, blocks: torch.Tensor, site: CpuSite) -> npt.NDArray[np.float32]:
+    longest = blocks.shape[1] * keys.shape[2]
+    return np.empty(kernels_paged.scratch_size(longest, q.shape[2], site.threads), np.float32)
 
 
 register("rope", bind_rope, TORCH)

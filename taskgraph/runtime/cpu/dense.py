@@ -4,10 +4,11 @@ from functools import partial
 
 import torch
 
-from taskgraph.errors import BackendUnavailable, ExecutionError
+from taskgraph.errors import ExecutionError
 from taskgraph.graph.op import Op
 from taskgraph.runtime.cpu import kernels, products
-from taskgraph.runtime.cpu.kinds import COMPILED, FIXED, TORCH, CpuSite, Entry, Tensors, bits, register
+from taskgraph.runtime.cpu.arguments import ready
+from taskgraph.runtime.cpu.kinds import COMPILED, FIXED, TORCH, CpuSite, Entry, Tensors, bits, need_floats, register
 
 
 def bind_embedding(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
@@ -39,16 +40,14 @@ def bind_gemm(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
 
 def bind_rmsnorm(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
     x, weight = ins
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or weight.dtype != x.dtype:
-        raise BackendUnavailable(f"op {op.name!r}: rmsnorm on the cpu backend takes f32, bf16 or f16, both alike.")
+    need_floats(op, x, weight, outs[0])
     rows = [bits(t.view(-1, t.shape[-1])) for t in (x, outs[0])]
-    return partial(
-        kernels.rmsnorm, rows[0], bits(weight), rows[1], op.number("eps"), site.threads_for(rows[0].shape[0])
-    )
+    return ready(kernels.rmsnorm, rows[0], bits(weight), rows[1], op.number("eps"), site.threads_for(rows[0].shape[0]))
 
 
 def bind_swiglu(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
-    return partial(kernels.swiglu, bits(ins[0]), bits(outs[0]), site.threads_for(outs[0].shape[0]))
+    need_floats(op, ins[0], outs[0])
+    return ready(kernels.swiglu, bits(ins[0]), bits(outs[0]), site.threads_for(outs[0].shape[0]))
 
 
 def bind_add(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
@@ -56,7 +55,8 @@ def bind_add(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
 
 
 def bind_argmax(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
-    return partial(kernels.argmax, bits(ins[0]), outs[0].numpy(), site.threads_for(outs[0].shape[0]))
+    need_floats(op, ins[0])
+    return ready(kernels.argmax, bits(ins[0]), outs[0].numpy(), site.threads_for(outs[0].shape[0]))
 
 
 register("embedding", bind_embedding, TORCH)

@@ -19,10 +19,9 @@ def _turn(source: Any, target: Any, cos: Any, sin: Any, interleaved: Any) -> Non
 
 
 @kernel
-def _latent_rope(
-    q: Any, kv: Any, norm: Any, positions: Any, slots: Any, cache: Any, cos: Any, sin: Any, eps: Any,
-    interleaved: Any, out: Any, part: Any, parts: Any,
-) -> None:  # fmt: skip
+def _latent_rope(q: Any, kv: Any, places: Any, cache: Any, rope: Any, out: Any, part: Any, parts: Any) -> None:
+    positions, slots = places
+    cos, sin, norm, eps, interleaved = rope
     tokens, heads, dim = out.shape
     rank, plain = len(norm), dim - 2 * cos.shape[1]
     for token in range(tokens * part // parts, tokens * (part + 1) // parts):
@@ -44,13 +43,11 @@ def _latent_rope(
 
 
 @kernel
-def latent_rope(
-    q: Any, kv: Any, norm: Any, positions: Any, slots: Any, cache: Any, cos: Any, sin: Any, eps: Any,
-    interleaved: Any, out: Any, threads: Any = 1,
-) -> None:  # fmt: skip
+def latent_rope(q: Any, kv: Any, places: Any, cache: Any, rope: Any, out: Any, threads: Any = 1) -> None:
     """Rotate the last channels of each head of q (t, h * d) into out (t, h, d); normalise and rotate kv (t, rank +
-    rotary) into cache[slots[i]] (-1: nowhere). Token i stands at positions[i]; norm (rank,) float32."""
+    rotary) into its place of the cache. `places` are Places, `rope` is a LatentRope."""
+    positions, slots = places
     for i in range(len(slots)):
-        if slots[i] >= len(cache) or positions[i] < 0 or positions[i] >= len(cos):
+        if slots[i] >= len(cache) or positions[i] < 0 or positions[i] >= len(rope.cos):
             raise ValueError("a slot or a position is outside the KV cache. They are", slots[i], positions[i])
-    fork(_latent_rope, (q, kv, norm, positions, slots, cache, cos, sin, eps, interleaved, out), threads)
+    fork(_latent_rope, (q, kv, places, cache, rope, out), threads)

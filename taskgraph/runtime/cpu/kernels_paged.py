@@ -6,23 +6,32 @@ A query's sums run over its keys in order, whatever rows stand beside it, so a t
 batch or on how its prompt was cut into chunks. Kernels take `threads` last, as in `taskgraph.runtime.cpu.kernels`.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from taskgraph.runtime.cpu.kernels import _turned, weigh
+from taskgraph.runtime.cpu.arguments import Array
+from taskgraph.runtime.cpu.kernels_attention import _turned, weigh
 from taskgraph.runtime.cpu.tile import COLUMNS, PAIRS, ROWS, SINGLE, WIDE, fork, kernel, narrow, tile, widen
 
 
+class _Spot(NamedTuple):
+    """A token's place in a head's page: the page's first element in the flat arrays, the place in it, and the page's
+    tokens and channels."""
+
+    page: int
+    at: int
+    size: int
+    wide: int
+
+
 @kernel
-def _append(
-    keys: Any, values: Any, page: Any, size: Any, wide: Any, at: Any, k: Any, qkv: Any, token: Any, v: Any, last: Any
-) -> None:  # fmt: skip
-    """Write a key and a value (`qkv[token]` from number `v` on) of one head into place `at` of a page, `wide` by `size`
-    in panels, whose first element is number `page` of the flat keys and of the flat values.
+def _append(keys: Any, values: Any, spot: Any, k: Any, qkv: Any, token: Any, v: Any, last: Any) -> None:
+    """Write a key and a value (`qkv[token]` from number `v` on) of one head to a spot of the flat keys and values.
 
     Attention multiplies values by the word: what the word of the `last` token has of none is zeroed, for another
     sequence may have left a NaN there."""
+    page, at, size, wide = spot
     pack, dim = 4 // keys.itemsize, len(k)
     first = page + at // COLUMNS * (wide * COLUMNS) + at % COLUMNS * pack
     for word in range(dim // pack):  # two loops: a division an element would last longer than all the rest
@@ -38,11 +47,11 @@ def _append(
 
 
 @kernel
-def _paged_rope(
-    qkv: Any, positions: Any, slots: Any, keys: Any, values: Any, cos: Any, sin: Any, q_norm: Any, k_norm: Any,
-    eps: Any, out: Any, part: Any, parts: Any,
-) -> None:  # fmt: skip
+def _paged_rope(qkv: Any, places: Any, cache: Any, rope: Any, out: Any, part: Any, parts: Any) -> None:
     """No array is sliced within the loop: threads would wait for each other to count its references."""
+    positions, slots = places
+    keys, values = cache
+    cos, sin, q_norm, k_norm, eps = rope
     tokens, heads, dim = out.shape
     _, kv_heads, size, wide = keys.shape
     flat_k, flat_v = keys.reshape(keys.size), values.reshape(values.size)
@@ -61,29 +70,38 @@ def _paged_rope(
                     out[token, h, j] = turned[j]
             else:
                 page = (slot // size * np.int64(kv_heads) + h - heads) * size * wide
-                _append(flat_k, flat_v, page, size, wide, slot % size, turned, qkv, token, (h + kv_heads) * dim, last)
+                spot = _Spot(page, slot % size, size, wide)
+                _append(flat_k, flat_v, spot, turned, qkv, token, (h + kv_heads) * dim, last)
 
 
 @kernel
-def paged_rope(
-    qkv: Any, positions: Any, slots: Any, keys: Any, values: Any, cos: Any, sin: Any, q_norm: Any, k_norm: Any,
-    eps: Any, out: Any, threads: Any = 1,
-) -> None:  # fmt: skip
-    """`kernels.rope_kv` with a place of its own for every token: position positions[i], slot slots[i] (-1: none)."""
-    room = keys.shape[0] * keys.shape[2]
+def paged_rope(qkv: Any, places: Any, cache: Any, rope: Any, out: Any, threads: Any = 1) -> None:
+    """`kernels_attention.rope_kv` with a place of its own for every token: `places` are Places."""
+    positions, slots = places
+    room = cache.keys.shape[0] * cache.keys.shape[2]
     for i in range(len(slots)):
-        if slots[i] >= room or positions[i] < 0 or positions[i] >= len(cos):
+        if slots[i] >= room or positions[i] < 0 or positions[i] >= len(rope.cos):
             raise ValueError("a slot or a position is outside the pages. They are", slots[i], positions[i])
-    fork(_paged_rope, (qkv, positions, slots, keys, values, cos, sin, q_norm, k_norm, eps, out), threads)
+    fork(_paged_rope, (qkv, places, cache, rope, out), threads)
+
+
+class _Cuts(NamedTuple):
+    """A thread's own memory, (ROWS, columns) each, and whether bf16 is multiplied by the processor's dot products."""
+
+    scores: Array
+    shares: Array
+    queries: Array
+    part_sum: Array
+    mixed: Array
+    dot: bool
 
 
 @kernel
-def _rows(
-    q: Any, seen: Any, grow: Any, blocks: Any, keys: Any, values: Any, h: Any, scratch: Any, dot: Any, out: Any
-) -> None:
-    """Attention of up to ROWS query rows, q and out (rows, dim), over the pages of one sequence: row r sees `seen` +
-    grow * r keys. `scratch` is what `_cut` gives."""
-    scores, shares, queries, part_sum, mixed = scratch
+def _rows(q: Any, seen: Any, grow: Any, blocks: Any, cache: Any, h: Any, cuts: Any, out: Any) -> None:
+    """Attention of up to ROWS query rows, q and out (rows, dim), over the pages `blocks` of one sequence and kv head h:
+    row r sees `seen` + grow * r keys."""
+    keys, values = cache
+    scores, shares, queries, part_sum, mixed, dot = cuts
     (rows, dim), (size, wide) = q.shape, keys.shape[2:]
     pack, last = 4 // keys.itemsize, seen + grow * (rows - 1)
     scale, dots = np.float32(1.0) / np.sqrt(np.float32(dim)), keys.itemsize == 2 and dot
@@ -102,7 +120,8 @@ def _rows(
         place = panel * COLUMNS
         address = keys.ctypes.data + blocks[place // size] * keys.strides[0] + h * page_bytes
         address += place % size // COLUMNS * (wide * COLUMNS * keys.itemsize)
-        tile(rows, query, stride, address, dim // pack, scores.ctypes.data + place * 4, scores.strides[0], mode)
+        into = (scores.ctypes.data + place * 4, scores.strides[0])
+        tile(rows, (query, stride), address, dim // pack, into, mode)
     padded = (last + pack - 1) // pack * pack
     for r in range(rows):
         weigh(scores[r], shares[r], seen + grow * r, padded, scale, dots)
@@ -114,10 +133,8 @@ def _rows(
         steps = min(size, padded - first) // pack
         page = values.ctypes.data + blocks[first // size] * values.strides[0] + h * page_bytes
         for panel in range(deep):
-            tile(
-                rows, share_at + first * unit, share_stride,
-                page + panel * (size * COLUMNS * keys.itemsize), steps, part_sum.ctypes.data, 128, mode,
-            )  # fmt: skip
+            weights, address = (share_at + first * unit, share_stride), page + panel * (size * COLUMNS * keys.itemsize)
+            tile(rows, weights, address, steps, (part_sum.ctypes.data, 128), mode)
             for r in range(rows):
                 for j in range(COLUMNS):
                     mixed[r, panel * COLUMNS + j] += part_sum[r, j]
@@ -133,8 +150,8 @@ def scratch_size(length: int, dim: int, threads: int) -> int:
 
 
 @kernel
-def _cut(scratch: Any, part: Any, parts: Any, dim: Any, like: Any) -> Any:
-    """This thread's scores, shares, widened queries, partial sums and mixed rows."""
+def _cut(scratch: Any, dot: Any, part: Any, parts: Any, dim: Any, like: Any) -> Any:
+    """This thread's part of the scratch, cut up for queries of `dim` channels that are stored as in `like`."""
     mine = scratch[len(scratch) // parts * part : len(scratch) // parts * (part + 1)]
     deep = (dim + COLUMNS - 1) // COLUMNS * COLUMNS
     wide = (len(mine) // ROWS - 2 * deep - COLUMNS) // 2
@@ -143,18 +160,16 @@ def _cut(scratch: Any, part: Any, parts: Any, dim: Any, like: Any) -> Any:
     rest = mine[2 * ROWS * wide :]
     sums, rest = rest[: ROWS * COLUMNS].reshape(ROWS, COLUMNS), rest[ROWS * COLUMNS :]
     mixed = rest[: ROWS * deep].reshape(ROWS, deep)
-    return scores, shares, rest[ROWS * deep :].reshape(ROWS, deep), sums, mixed
+    return _Cuts(scores, shares, rest[ROWS * deep :].reshape(ROWS, deep), sums, mixed, dot)
 
 
 @kernel
-def _paged_decode(
-    q: Any, lengths: Any, blocks: Any, keys: Any, values: Any, out: Any, scratch: Any, dot: Any, part: Any,
-    parts: Any,
-) -> None:  # fmt: skip
+def _paged_decode(q: Any, tables: Any, cache: Any, out: Any, scratch: Any, dot: Any, part: Any, parts: Any) -> None:
+    lengths, blocks = tables
     batch, heads, dim = q.shape
-    kv_heads = keys.shape[1]
+    kv_heads = cache.keys.shape[1]
     group = heads // kv_heads
-    cuts = _cut(scratch, part, parts, dim, q)
+    cuts = _cut(scratch, dot, part, parts, dim, q)
     total, before = max(lengths.sum() * kv_heads, 1), 0
     for b in range(batch):
         for h in range(kv_heads):
@@ -168,10 +183,8 @@ def _paged_decode(
                 continue
             for top in range(0, group, ROWS):
                 end = min(top + ROWS, group)
-                _rows(
-                    q[b, h * group + top : h * group + end], lengths[b], 0, blocks[b], keys, values, h, cuts, dot,
-                    target[top:end],
-                )  # fmt: skip
+                queries = q[b, h * group + top : h * group + end]
+                _rows(queries, lengths[b], 0, blocks[b], cache, h, cuts, target[top:end])
 
 
 @kernel
@@ -200,26 +213,22 @@ def check_chunks(starts: Any, lengths: Any, rows: Any) -> None:
 
 
 @kernel
-def paged_decode(
-    q: Any, lengths: Any, blocks: Any, keys: Any, values: Any, out: Any, scratch: Any, dot: Any, threads: Any = 1
-) -> None:
-    """One query a sequence: q (n, h, d) over the first lengths[i] keys of blocks[i] -> out (n, h * d).
+def paged_decode(q: Any, tables: Any, cache: Any, out: Any, scratch: Any, dot: Any, threads: Any = 1) -> None:
+    """One query a sequence: q (n, h, d) over the tokens that its Tables name -> out (n, h * d).
 
     Threads take (sequence, kv head) pairs, shared out by their lengths; heads of a group share each page. `dot` is
     that of `kernels.gemm`.
     """
-    check_tables(lengths, blocks, len(keys), keys.shape[2])
-    fork(_paged_decode, (q, lengths, blocks, keys, values, out, scratch, dot), threads)
+    check_tables(tables.lengths, tables.blocks, len(cache.keys), cache.keys.shape[2])
+    fork(_paged_decode, (q, tables, cache, out, scratch, dot), threads)
 
 
 @kernel
-def _paged_prefill(
-    q: Any, starts: Any, lengths: Any, blocks: Any, keys: Any, values: Any, out: Any, scratch: Any,
-    dot: Any, part: Any, parts: Any,
-) -> None:  # fmt: skip
+def _paged_prefill(q: Any, chunks: Any, cache: Any, out: Any, scratch: Any, dot: Any, part: Any, parts: Any) -> None:
+    starts, lengths, blocks = chunks
     _, heads, dim = q.shape
-    group = heads // keys.shape[1]
-    cuts = _cut(scratch, part, parts, dim, q)
+    group = heads // cache.keys.shape[1]
+    cuts = _cut(scratch, dot, part, parts, dim, q)
     whole = out.reshape(len(q), heads, dim)
     total, before = 1, 0
     for s in range(len(lengths)):
@@ -232,25 +241,20 @@ def _paged_prefill(
                 mine = min(before * parts // total, parts - 1) == part
                 before += rows * lengths[s]
                 if mine:
-                    _rows(
-                        q[token : token + rows, head], lengths[s] - each + top + 1, 1, blocks[s], keys, values,
-                        head // group, cuts, dot, whole[token : token + rows, head],
-                    )  # fmt: skip
+                    queries, target = q[token : token + rows, head], whole[token : token + rows, head]
+                    _rows(queries, lengths[s] - each + top + 1, 1, blocks[s], cache, head // group, cuts, target)
 
 
 @kernel
-def paged_prefill(
-    q: Any, starts: Any, lengths: Any, blocks: Any, keys: Any, values: Any, out: Any, scratch: Any, dot: Any,
-    threads: Any = 1,
-) -> None:  # fmt: skip
-    """Chunks: rows starts[i] to starts[i + 1] of q (t, h, d) are the last of lengths[i] tokens in the pages blocks[i].
+def paged_prefill(q: Any, chunks: Any, cache: Any, out: Any, scratch: Any, dot: Any, threads: Any = 1) -> None:
+    """Several queries a sequence: rows of q (t, h, d) over the tokens that their Chunks name -> out (t, h * d).
 
-    Rows beyond starts[-1] are zeroed. Threads take blocks of ROWS queries of a head, shared out by their keys.
+    Rows beyond the last chunk are zeroed. Threads take blocks of ROWS queries of a head, shared out by their keys.
     """
-    check_tables(lengths, blocks, len(keys), keys.shape[2])
-    check_chunks(starts, lengths, len(q))
-    fork(_paged_prefill, (q, starts, lengths, blocks, keys, values, out, scratch, dot), threads)
-    out[starts[-1] :] = narrow(np.float32(0.0), out)
+    check_tables(chunks.lengths, chunks.blocks, len(cache.keys), cache.keys.shape[2])
+    check_chunks(chunks.starts, chunks.lengths, len(q))
+    fork(_paged_prefill, (q, chunks, cache, out, scratch, dot), threads)
+    out[chunks.starts[-1] :] = narrow(np.float32(0.0), out)
 
 
 @kernel

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy.typing as npt
 import torch
 
-from taskgraph.errors import GraphError
+from taskgraph.errors import BackendUnavailable, GraphError
 from taskgraph.graph.op import Op
 from taskgraph.ops.kinds import known
 from taskgraph.record import function
@@ -79,6 +79,13 @@ TORCH_DTYPE = {
     "f64": torch.float64, "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16,
     "i64": torch.int64, "i32": torch.int32, "i8": torch.int8, "u8": torch.uint8, "bool": torch.bool,
 }  # fmt: skip
+
+
+def need_floats(op: Op, *tensors: torch.Tensor) -> None:
+    """BackendUnavailable, which names the op, unless all are of one dtype that our kernels have: f32, bf16 or f16."""
+    first = tensors[0].dtype
+    if first not in (torch.float32, torch.bfloat16, torch.float16) or any(t.dtype != first for t in tensors):
+        raise BackendUnavailable(f"op {op.name!r}: {op.kind} on the cpu backend takes f32, bf16 or f16, all alike.")
 
 
 _BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,8 @@ from taskgraph.errors import BackendUnavailable
 from taskgraph.graph.op import Op
 from taskgraph.ops import latent_flops
 from taskgraph.runtime.cpu import kernels_latent as kernels
-from taskgraph.runtime.cpu.kernels import check_positions
+from taskgraph.runtime.cpu.arguments import LatentRope, Places, ready
+from taskgraph.runtime.cpu.kernels_attention import check_positions
 from taskgraph.runtime.cpu.kernels_paged import check_tables
 from taskgraph.runtime.cpu.kinds import CHANGING, COMPILED, CpuSite, Entry, Tensors, bits, register, rope_table
 from taskgraph.runtime.cpu.products import widened
@@ -64,9 +64,9 @@ def _rope(op: Op, tensors: Tensors, places: Ints, slots: Ints, length: int, out:
     q, kv, norm, latents = tensors
     _check(op, q, kv, norm, latents, out)
     table = rope_table(op, length, op.integer("rotary"))
-    numbers = (op.number("eps"), bool(op.attr("interleaved")))
-    ready = (bits(q), bits(kv), norm.float().numpy(), places, slots, _rows(latents), *table, *numbers)
-    return partial(kernels.latent_rope, *ready, bits(out), site.threads_for(len(q)))
+    rope = LatentRope(*table, norm.float().numpy(), op.number("eps"), bool(op.attr("interleaved")))
+    given = (bits(q), bits(kv), Places(places, slots), _rows(latents), rope)
+    return ready(kernels.latent_rope, *given, bits(out), site.threads_for(len(q)))
 
 
 # -- attention ----------------------------------------------------------------------------------------------------

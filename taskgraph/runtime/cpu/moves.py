@@ -9,6 +9,7 @@ from taskgraph.errors import BackendUnavailable
 from taskgraph.graph.op import Op
 from taskgraph.ops import COLLECTIVES
 from taskgraph.runtime.cpu import kernels_paged
+from taskgraph.runtime.cpu.arguments import ready
 from taskgraph.runtime.cpu.kinds import COMPILED, TORCH, CpuSite, Entry, Tensors, register
 
 
@@ -28,7 +29,7 @@ def bind_concat_rows(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entr
 def bind_copy_pages(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
     source, target, pairs = ins
     flat = [t.view(torch.uint8).view(t.shape[0], -1).numpy() for t in (source, target)]
-    return partial(kernels_paged.copy_pages, *flat, pairs.numpy(), outs[0].numpy())
+    return ready(kernels_paged.copy_pages, *flat, pairs.numpy(), outs[0].numpy())
 
 
 # -- collectives -------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba.core import cgutils, registry, types
+from numba.core.types import containers
 from numba.extending import intrinsic
 
 from taskgraph.errors import BackendUnavailable
@@ -100,6 +101,11 @@ OPENMP = _link_openmp()
 def kernel(function: Any) -> Any:
     """Compiled at first call for each dtype, cached on disk; releases the GIL."""
     return compiled(function, fastmath=FAST, error_model="numpy")
+
+
+def inlined(function: Any) -> Any:
+    """A part of kernels, compiled into each that calls it."""
+    return numba.njit(forceinline=True, fastmath=FAST, error_model="numpy")(function)
 
 
 # -- bits, threads and the register tile, as LLVM IR --------------------------------------------------------------
@@ -277,14 +283,16 @@ def emit_tile(builder: Any, mode: int, target: Target, rows: Any, args: Any) -> 
 
 
 def _tile_intrinsic(mode: int) -> Any:
+    rows_at = containers.UniTuple(types.intp, 2)
+
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        emit_tile(builder, mode, TARGET, args[0], args[1:])
+        rows, x, w, steps, out, more = args
+        x, out = cgutils.unpack_tuple(builder, x), cgutils.unpack_tuple(builder, out)
+        emit_tile(builder, mode, TARGET, rows, [*x, w, steps, *out, more])
         return context.get_dummy_value()
 
-    def typed(
-        typingctx: Any, rows: Any, x: Any, x_stride: Any, w: Any, steps: Any, out: Any, out_stride: Any, more: Any
-    ) -> Any:
-        return types.void(*[types.intp] * 7, types.boolean), codegen
+    def typed(typingctx: Any, rows: Any, x: Any, w: Any, steps: Any, out: Any, more: Any) -> Any:
+        return types.void(types.intp, rows_at, types.intp, types.intp, rows_at, types.boolean), codegen
 
     return intrinsic(typed)
 
@@ -295,17 +303,18 @@ _tile_wide = _tile_intrinsic(WIDE)
 
 
 @kernel
-def tile(
-    rows: Any, x: Any, x_stride: Any, w: Any, steps: Any, out: Any, out_stride: Any, mode: Any, more: Any = False
-) -> None:
-    """out[r, c] = sum_k x[r, k] w[k, c] for 1..ROWS rows and COLUMNS columns; addresses and strides in bytes, `steps`
-    the words of a column of w. `mode` is SINGLE, PAIRS or WIDE; PAIRS only where DOT. `more` adds to what is in out."""
+def tile(rows: Any, x: Any, w: Any, steps: Any, out: Any, mode: Any, more: Any = False) -> None:
+    """out[r, c] = sum_k x[r, k] w[k, c] for 1..ROWS rows and COLUMNS columns, each of x, w and out by its address.
+
+    x and out are an address and the bytes from row to row; `steps` are the words of a column of w. `mode` is SINGLE,
+    PAIRS or WIDE; PAIRS only where DOT. `more` adds to what is in out."""
+    source, target = (np.intp(x[0]), np.intp(x[1])), (np.intp(out[0]), np.intp(out[1]))
     if mode == SINGLE:
-        _tile_single(rows, x, x_stride, w, steps, out, out_stride, more)
+        _tile_single(rows, source, w, steps, target, more)
     elif mode == WIDE:
-        _tile_wide(rows, x, x_stride, w, steps, out, out_stride, more)
+        _tile_wide(rows, source, w, steps, target, more)
     else:
-        _tile_pairs(rows, x, x_stride, w, steps, out, out_stride, more)
+        _tile_pairs(rows, source, w, steps, target, more)
 
 
 @intrinsic

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 
 import taskgraph as tg
-from taskgraph.runtime.cpu import kernels
+from taskgraph.runtime.cpu import kernels, kernels_attention
+from taskgraph.runtime.cpu.arguments import Cache, Rope, ready
 from taskgraph.runtime.cpu.tile import DOT
 
 TASKS = Path("/proc/self/task")
@@ -58,16 +59,11 @@ def test_bf16_weight_needs_an_even_inner_size() -> None:
         kernels.pack_weight(np.zeros((4, 3), np.uint16))
 
 
-def test_rmsnorm_and_add(dtype: torch.dtype, threads: int) -> None:
-    x, residual, weight = (torch.randn(s).to(dtype) for s in ((7, 72), (7, 72), (72,)))
-    out, total = torch.empty_like(x), torch.empty_like(x)
+def test_rmsnorm(dtype: torch.dtype, threads: int) -> None:
+    x, weight = torch.randn(7, 72).to(dtype), torch.randn(72).to(dtype)
+    out = torch.empty_like(x)
     kernels.rmsnorm(bits(x), bits(weight), bits(out), 1e-5, threads)
     close(out, F.rms_norm(x.float(), (72,), weight.float(), 1e-5))
-    kernels.add_rmsnorm(bits(x), bits(residual), bits(weight), bits(total), bits(out), 1e-5, threads)
-    assert torch.equal(total, x + residual)
-    close(out, F.rms_norm((x + residual).float(), (72,), weight.float(), 1e-5))
-    kernels.add(bits(x), bits(residual), bits(out), threads)
-    assert torch.equal(out, x + residual)
 
 
 def test_swiglu(dtype: torch.dtype, threads: int) -> None:
@@ -78,12 +74,7 @@ def test_swiglu(dtype: torch.dtype, threads: int) -> None:
     close(out, F.silu(gate) * up)
 
 
-def test_embedding_and_argmax(dtype: torch.dtype, threads: int) -> None:
-    table, tokens, out = torch.randn(11, 40).to(dtype), torch.tensor([3, 10, 0]), torch.empty(3, 40, dtype=dtype)
-    kernels.embedding(tokens.numpy(), bits(table), bits(out))
-    assert torch.equal(out, table[tokens])
-    with pytest.raises(ValueError, match="vocabulary"):
-        kernels.embedding(np.array([11]), bits(table), bits(out))
+def test_argmax(dtype: torch.dtype, threads: int) -> None:
     x, best = torch.randn(5, 3000).to(dtype), torch.empty(5, dtype=torch.int64)
     x[1, 7] = x[1, 2999] = 9.0
     x[2, 2999] = 9.0
@@ -122,9 +113,8 @@ def test_rope_kv(norms: bool, dtype: torch.dtype, threads: int) -> None:
     angle = torch.outer(torch.arange(float(length)), 0.5 ** torch.arange(dim / 2))
     cos, sin, out = angle.cos(), angle.sin(), torch.empty(batch * each, heads, dim, dtype=dtype)
     weights = torch.rand(2, dim if norms else 0)
-    tables = (cos.numpy(), sin.numpy(), *weights.numpy(), 1e-5)
-    buffers = (bits(qkv), positions.numpy(), bits(keys), bits(values))
-    kernels.rope_kv(*buffers, *tables, bits(out), threads)
+    cache, rope = Cache(bits(keys), bits(values)), Rope(cos.numpy(), sin.numpy(), *weights.numpy(), 1e-5)
+    kernels_attention.rope_kv(bits(qkv), positions.numpy(), cache, rope, bits(out), threads)
     split = qkv.view(batch, each, heads + 2 * kv, dim)
     at = positions[:, None] + torch.arange(each)
     q, k, v = split.float().split((heads, kv, kv), dim=2)
@@ -136,7 +126,7 @@ def test_rope_kv(norms: bool, dtype: torch.dtype, threads: int) -> None:
         close(keys[b, :, at[b]].transpose(0, 1), rotated(k, *turn)[b])
         assert torch.equal(values[b, :, at[b]].transpose(0, 1).float(), v[b])
     with pytest.raises(ValueError, match="KV cache"):
-        kernels.rope_kv(bits(qkv), np.array([0, 10]), *buffers[2:], *tables, bits(out), threads)
+        kernels_attention.rope_kv(bits(qkv), np.array([0, 10]), cache, rope, bits(out), threads)
 
 
 @pytest.mark.parametrize("each", [1, 31])
@@ -146,18 +136,35 @@ def test_attention(each: int, dtype: torch.dtype, threads: int) -> None:
     positions = torch.tensor([39, 0])
     keys, values = torch.randn(2, batch, kv, length, dim).to(dtype)
     out = torch.empty(batch * each, heads * dim, dtype=dtype)
-    scratch = np.full(kernels.prefill_scratch_size(length, dim, threads), np.nan, np.float32)
-    buffers = (bits(q), positions.numpy(), bits(keys), bits(values), bits(out), scratch)
+    scratch = np.full(kernels_attention.prefill_scratch_size(length, dim, threads), np.nan, np.float32)
+    buffers = (bits(q), positions.numpy(), Cache(bits(keys), bits(values)), bits(out), scratch)
     mask = torch.arange(length) <= positions[:, None, None, None] + torch.arange(each)[:, None]
     queries = q.float().view(batch, each, heads, dim).transpose(1, 2)
     want = F.scaled_dot_product_attention(queries, keys.float(), values.float(), mask, enable_gqa=True)
     for dot in {False, DOT}:
         out.fill_(np.nan)
         if each == 1:
-            kernels.decode_attention(*buffers, threads)
+            kernels_attention.decode_attention(*buffers, threads)
         else:
-            kernels.prefill_attention(*buffers, dot, threads)
+            kernels_attention.prefill_attention(*buffers, dot, threads)
         close(out, want.transpose(1, 2).reshape(batch * each, heads * dim))
+
+
+def test_a_ready_kernel_does_what_a_call_of_it_does(dtype: torch.dtype, threads: int) -> None:
+    """Also when its arrays have other values by then, and for the errors that it raises."""
+    q, keys, values = torch.randn(3, 4, 32).to(dtype), *torch.randn(2, 3, 2, 40, 32).to(dtype)
+    positions, cache = torch.tensor([7, 0, 39]), Cache(bits(keys), bits(values))
+    outs = [torch.empty(3, 128, dtype=dtype) for _ in range(2)]
+    scratch = np.empty(40 * threads, np.float32)
+    given = [(bits(q), positions.numpy(), cache, bits(out), scratch, threads) for out in outs]
+    run = ready(kernels_attention.decode_attention, *given[0])
+    keys.normal_()
+    run()
+    kernels_attention.decode_attention(*given[1])
+    assert torch.equal(*outs)
+    positions[1] = 40
+    with pytest.raises(ValueError, match="KV cache"):
+        run()
 
 
 def test_each_thread_of_a_pool_gets_its_core() -> None:
