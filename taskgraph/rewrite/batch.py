@@ -42,10 +42,15 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """The tokens, of a batch of `batch`, that the rows of a tensor stand for: runs in ascending order."""
+    """The tokens, of a batch of `batch`, that the rows of a tensor stand for: runs in ascending order.
+
+    `root` is the tensor whose rows the batch is, which no op makes out of rows; "" where that is not known. Only
+    tokens of one root are known to be the same ones.
+    """
 
     batch: int
     runs: tuple[Run, ...]
+    root: str = ""
 
     @staticmethod
     def own(rows: int) -> "Tokens":
@@ -56,6 +61,10 @@ class Tokens:
     def rows(self) -> int:
         return sum(run.count for run in self.runs)
 
+    def same_batch(self, other: "Tokens") -> bool:
+        """Whether both are known to be tokens of one batch."""
+        return bool(self.root) and (self.root, self.batch) == (other.root, other.batch)
+
     def part(self, start: int, stop: int) -> "Tokens":
         """The tokens of rows start to stop."""
         runs, at = [], 0
@@ -64,7 +73,7 @@ class Tokens:
             if low < high:
                 runs.append(run.part(low, high))
             at += run.count
-        return Tokens(self.batch, tuple(runs))
+        return replace(self, runs=tuple(runs))
 
     def sampled(self, start: int, stop: int, step: int) -> "Tokens":
         """The tokens of rows start, start + step, ... before stop."""
@@ -74,7 +83,7 @@ class Tokens:
         if len(self.runs) > 1:
             return Tokens.own(count)
         run = self.runs[0]
-        return Tokens(self.batch, (Run(count, run.first + start * run.stride, run.stride * step, run.width),))
+        return replace(self, runs=(Run(count, run.first + start * run.stride, run.stride * step, run.width),))
 
     def grouped(self, rows: int) -> "Tokens":
         """The tokens of units of `rows` rows each."""
@@ -83,7 +92,7 @@ class Tokens:
         if any(run.count % rows or not run.dense for run in self.runs):
             return Tokens.own(self.rows // rows)
         runs = (Run(run.count // rows, run.first, run.stride * rows, run.width * rows) for run in self.runs)
-        return Tokens(self.batch, tuple(runs))
+        return replace(self, runs=tuple(runs))
 
     def ungrouped(self, rows: int) -> "Tokens":
         """The tokens of rows of which every one of these has `rows`."""
@@ -92,7 +101,7 @@ class Tokens:
         if any(run.width % rows or not run.dense for run in self.runs):
             return Tokens.own(self.rows * rows)
         runs = (Run(run.count * rows, run.first, run.stride // rows, run.width // rows) for run in self.runs)
-        return Tokens(self.batch, tuple(runs))
+        return replace(self, runs=tuple(runs))
 
     def rows_before(self, token: int) -> int | None:
         """The cut of the rows that cuts the batch at `token`; None if it would cut a row."""
@@ -113,7 +122,8 @@ def joined(parts: Sequence[Tokens]) -> Tokens:
             runs.append(run)
     if len({part.batch for part in parts}) > 1:
         return Tokens.own(sum(part.rows for part in parts))
-    return Tokens(parts[0].batch, tuple(runs))
+    roots = {part.root for part in parts}
+    return Tokens(parts[0].batch, tuple(runs), parts[0].root if len(roots) == 1 else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +152,12 @@ def batches(graph: Graph) -> dict[str, OpBatch]:
     leaving = {c.result: c.next for c in graph.repeat.carries} if graph.repeat else {}
 
     def tokens(tensor: Tensor, axis: int) -> Tokens:
+        if axis > 0:
+            return Tokens.own(tensor.shape[axis])
+        if tensor.name in known:
+            return known[tensor.name]
         source = entering.get(tensor.name) or leaving.get(tensor.name) or tensor.name
-        return known.get(source, Tokens.own(tensor.shape[0])) if axis == 0 else Tokens.own(tensor.shape[axis])
+        return replace(known.get(source, Tokens.own(tensor.shape[0])), root=tensor.name)
 
     written = {name for op in graph.ops for name in op.writes}
     for op in graph.ops:

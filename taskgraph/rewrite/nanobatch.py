@@ -267,7 +267,7 @@ class _Rewriter:
             return {}
         for state in (name for name in op.inputs if self.graph.tensor[name].role == "state"):
             writers = self.writers.get(state, [])
-            if len(writers) != 1 or self.found[writers[0]].tokens.batch != batch.tokens.batch:
+            if len(writers) != 1 or not self.found[writers[0]].tokens.same_batch(batch.tokens):
                 return {}
         runs = batch.tokens.part(low, high).runs
         return {BATCH_ROWS: (runs[0].first, runs[-1].end)}

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import taskgraph as tg
 from taskgraph.errors import PlanError
 from taskgraph.graph import device as specs
-from taskgraph.graph.device import Device, Geometry
+from taskgraph.graph.device import Device, Geometry, Partition
 from taskgraph.graph.graph import Graph, GraphBuilder
 from taskgraph.graph.split import Split
 from taskgraph.rewrite import apply
@@ -71,6 +71,16 @@ WRONG: dict[str, tuple[Callable[[Assignment], object], str]] = {
     "no lanes": (lambda a: replace(a, layout=Layout((), ())), "its layout"),
     "lanes of other partitions": (lambda a: replace(a, layout=Layout((Geometry.of(132),), ((1, 1),))), "its layout"),
     "a partition that is none": (lambda a: replace(a, layout=Layout.shared(131, 1)), "no partition of 131 SMs"),
+    "a partition ahead of the first SM": (
+        lambda a: replace(a, layout=Layout((Geometry((Partition(-1, 64),)),), ((1,),))), "of 64 SMs from SM -1 on"
+    ),
+    "a partition beyond the last SM": (
+        lambda a: replace(a, layout=Layout((Geometry((Partition(72, 64),)),), ((1,),))), "of 64 SMs from SM 72 on"
+    ),
+    "fewer lanes than none": (lambda a: replace(a, layout=Layout((Geometry.of(64, 64),), ((2, -1),))), "has no lanes"),
+    "partitions without lanes": (lambda a: replace(a, layout=Layout((Geometry.of(64),), ((0,),))), "has no lanes"),
+    "a proof of less than nothing": (lambda a: replace(a, proved_s=-1.0), "proved_s is -1.0"),
+    "a proof of the end of time": (lambda a: replace(a, proved_s=float("inf")), "proved_s is inf"),
     "a proof of nothing": (lambda a: replace(a, proved_s=float("nan")), "proved_s is nan"),
     "a proof in words": (lambda a: replace(a, proved_s="long"), "proved_s is 'long'"),
     "made by nobody": (lambda a: replace(a, made_by=7), "made_by is 7"),
@@ -90,6 +100,11 @@ def test_what_is_no_assignment_is_refused_by_the_name_of_its_scheduler(how: str)
     with pytest.raises(PlanError, match="scheduler 'mine'") as caught:
         checked("mine", PROBLEM, change(RIGHT))
     assert text in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_partition_may_have_no_lane() -> None:
+    spare = replace(RIGHT, layout=Layout((Geometry.of(64, 64),), ((0, 1),)), mode=np.full(3, PROBLEM.mode_of(64)))
+    assert plan_from(PROBLEM, spare).partition(0).first_sm == 64
 
 
 def test_sms_below_a_demand_are_refused() -> None:

@@ -47,6 +47,23 @@ def test_rows_are_picked_joined_and_compared_as_written_out(
     assert same(joined([picked(one, 0, start), picked(one, start, 99)]), one)
 
 
+def with_tensor(graph: Graph, name: str, **changes: Any) -> Graph:
+    return replace(graph, tensors=tuple(replace(t, **changes) if t.name == name else t for t in graph.tensors))
+
+
+def with_op(graph: Graph, name: str, **changes: Any) -> Graph:
+    return replace(graph, ops=tuple(replace(op, **changes) if op.name == name else op for op in graph.ops))
+
+
+def op_of(graph: Graph, name: str) -> Op:
+    return next(op for op in graph.ops if op.name == name)
+
+
+def attr(graph: Graph, name: str, **values: Any) -> Graph:
+    """The graph with other attributes of an op."""
+    return with_op(graph, name, attrs=tuple(sorted({**dict(op_of(graph, name).attrs), **values}.items())))
+
+
 # ------------------------------------------------------------------------------- right rewrites
 
 
@@ -70,6 +87,79 @@ def test_slices_over_pages_pass(sizes: tuple[int, ...]) -> None:
 def test_slices_of_a_step_on_two_ranks_pass(sizes: tuple[int, ...]) -> None:
     for graph in (mixed(2), *rewrite.collective_variants(mixed(2)).values()):
         check_slices(graph, Split.of(sizes), rewrite.split_batch(graph, sizes))
+
+
+def over_pages(same: bool, between: bool = False, part: bool = False, **rows: tuple[int, int]) -> Graph:
+    """A writer of pages and a reader of them, whose rows are of one input (or of two inputs, unless `same`).
+
+    `between` is an op that leads by its second input, `part` makes both take the first pages only, and `rows` are rows
+    of the batch that an op stands for already.
+    """
+    b = GraphBuilder("pages")
+    keys, values = (b.state(name, (3, 2, 32, 32), "f32") for name in ("keys", "values"))
+    pages = [p.rows(0, 2) if part else p for p in (keys, values)]
+    places = ops.TokenPlaces(*(b.input(name, (4,), "i32") for name in ("positions", "slots")), 32)
+    q = ops.paged_rope(b.input("x", (4, 192), "f32"), places, *pages, spec=ops.RopeSpec(2), name="write")
+    b.output(q)
+    q = q if same else b.input("q", (4, 2, 32), "f32")
+    if between:
+        q = b.call(
+            np.copyto, [ops.add(b.input("table", (3, 5), "f32"), b.input("other", (3, 5), "f32")), q],
+            [spec("mixed", (4, 2, 32), "f32")], work=Work(flops=9.0), name="between", split_axes=(None, 0),
+        )  # fmt: skip
+    tables = b.input("lengths", (4,), "i32"), b.input("blocks", (4, 2), "i32")
+    b.output(ops.paged_decode(q, *tables, *pages, context=8, name="read"))
+    graph = b.build()
+    for name, span in rows.items():
+        graph = attr(graph, name, **{BATCH_ROWS: span})
+    return graph
+
+
+def waits(graph: Graph) -> dict[str, set[str]]:
+    """Every op -> the ops that must have ended before it."""
+    return {
+        op.name: {graph.ops[i].name for i in before} for op, before in zip(graph.ops, graph.predecessors(), strict=True)
+    }
+
+
+@pytest.mark.parametrize("between", [False, True])
+def test_a_reader_need_not_wait_for_rows_behind_its_own(between: bool) -> None:
+    graph = over_pages(same=True, between=between)
+    sliced = rewrite.split_batch(graph, (1, 3))
+    check_slices(graph, Split.of((1, 3)), sliced)
+    assert "write#1" not in waits(sliced)["read#0"] and waits(sliced)["read#1"] >= {"write#0", "write#1"}
+
+
+def test_rows_of_two_inputs_are_not_taken_for_one_batch() -> None:
+    graph = over_pages(same=False)
+    sliced = rewrite.split_batch(graph, (1, 3))
+    check_slices(graph, Split.of((1, 3)), sliced)
+    assert waits(sliced)["read#0"] >= {"write#0", "write#1"}
+    wrong = sliced
+    for k, rows in enumerate(((0, 1), (1, 4))):
+        for name in ("read", "write"):
+            wrong = attr(wrong, f"{name}#{k}", **{BATCH_ROWS: rows})
+    with pytest.raises(PlanError, match="'write#1' and 'read#0' share state"):
+        check_slices(graph, Split.of((1, 3)), wrong)
+
+
+def test_what_ops_take_of_a_state_orders_them_whatever_they_say_of_the_batch() -> None:
+    graph = over_pages(same=False, between=True, part=True)
+    split = Split(((("between",), (1, 3)),))
+    sliced = rewrite.apply(graph, split)
+    for name, rows in (("write", (2, 4)), ("read", (0, 2))):
+        sliced = attr(sliced, name, **{BATCH_ROWS: rows})
+    check_slices(graph, split, sliced)
+    assert "write" in waits(sliced)["read"]
+
+
+def test_what_the_graph_itself_says_of_its_rows_holds() -> None:
+    graph = over_pages(same=False, write=(4, 8), read=(0, 4))
+    assert "write" not in waits(graph)["read"]
+    sliced = rewrite.split_batch(graph, (1, 3))
+    check_slices(graph, Split.of((1, 3)), sliced)
+    with pytest.raises(PlanError, match="'read#1' has other attributes"):
+        check_slices(graph, Split.of((1, 3)), attr(sliced, "read#1", **{BATCH_ROWS: (0, 3)}))
 
 
 # ------------------------------------------------------------------------------- wrong rewrites
@@ -110,19 +200,6 @@ def graph_of_all() -> Graph:
 ALL = graph_of_all()
 SPLIT = Split(((("norm",), (6, 2, 4)), ((), (4, 8))))
 SLICED = rewrite.apply(ALL, SPLIT)
-
-
-def with_op(graph: Graph, name: str, **changes: Any) -> Graph:
-    return replace(graph, ops=tuple(replace(op, **changes) if op.name == name else op for op in graph.ops))
-
-
-def op_of(graph: Graph, name: str) -> Op:
-    return next(op for op in graph.ops if op.name == name)
-
-
-def attr(graph: Graph, name: str, **values: Any) -> Graph:
-    """The graph with other attributes of an op."""
-    return with_op(graph, name, attrs=tuple(sorted({**dict(op_of(graph, name).attrs), **values}.items())))
 
 
 def moved(graph: Graph, name: str, before: str) -> Graph:
@@ -196,6 +273,20 @@ WRONG: dict[str, tuple[Callable[[Graph], Graph], str]] = {
     "carried elsewhere": (lambda g: carries(g, [2, 1, 0, 3]), "the carry 'layer/one#0' takes"),
     "one iteration less": (lambda g: replace(g, repeat=replace(g.repeat, count=2)), "'all' is ('layer', 3)"),
     "outputs exchanged": (lambda g: replace(g, outputs=g.outputs[::-1]), "other outputs"),
+    "an earlier name": (lambda g: replace(g, name="a"), "another name"),
+    "a later name": (lambda g: replace(g, name="z"), "another name"),
+    "what leaves the repeat in fewer bits": (
+        lambda g: with_tensor(g, "layer:sum.out#0", dtype="bf16"), "'layer:sum.out#0' is not rows 0 to 4"
+    ),
+    "what leaves the repeat in more bits": (
+        lambda g: with_tensor(g, "layer:sum.out#0", dtype="f64"), "'layer:sum.out#0' is not rows 0 to 4"
+    ),
+    "joined to another dtype": (
+        lambda g: with_tensor(g, join(g).outputs[0], dtype="f64"), "out of other rows"
+    ),
+    "joined to more rows": (
+        lambda g: with_tensor(g, join(g).outputs[0], shape=(7, 8)), "out of other rows"
+    ),
     "another weight": (
         lambda g: replace(g, tensors=tuple(replace(t, dtype="f64") if t.name == "w" else t for t in g.tensors)), "'w'"
     ),
