@@ -3,7 +3,6 @@
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from threading import RLock
-from types import TracebackType
 from typing import Generic, Self, TypeVar
 
 from taskgraph.errors import PlanError
@@ -63,7 +62,5 @@ class GraphBank(Generic[Key]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

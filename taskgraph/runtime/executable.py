@@ -7,7 +7,6 @@ and a line in the registry (`runtime.backend`).
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from taskgraph.errors import ExecutionError, GraphError
@@ -129,9 +128,7 @@ class Executable(ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # -- what a backend says: each runs inside the turn of a call --------------------------------

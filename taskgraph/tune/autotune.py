@@ -9,22 +9,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 from taskgraph import cache, ops
 from taskgraph.cost.model import op_table
 from taskgraph.cost.profiles import Costs, Platform, Profile, ProfileDB, measured_costs, points_of, shape_key
 from taskgraph.errors import PlanError, ProfileError
-from taskgraph.graph.device import Device, get
+from taskgraph.graph.device import Device, Geometry, get
 from taskgraph.graph.graph import Graph, GraphBuilder
 from taskgraph.record import function as callable_of
-from taskgraph.record import instance, integer, parse, read_text, typed
+from taskgraph.record import instance, integer, one_of, parse, read_text, typed
 from taskgraph.record import number as number_of
 from taskgraph.runtime.backend import BACKENDS
 from taskgraph.runtime.cpu import probe
 from taskgraph.runtime.gpu.virtual import is_virtual
 from taskgraph.schedule.bounds import lower_bounds
-from taskgraph.schedule.plan import Lane, Plan, Verdict
+from taskgraph.schedule.plan import Lane, Plan, Step, Verdict
 from taskgraph.schedule.planner import plan, retimed
 from taskgraph.schedule.problem import make_problem
 from taskgraph.schedule.rcpsp.exact import available
@@ -102,19 +102,26 @@ class Tuned:
         return self.plan.verdict
 
 
-def autotune(
-    graph: Graph,
-    backend: str = "cpu",
-    budget_s: float = 60.0,
-    *,
-    device: str | Device | None = None,
-    seed: int = 0,
-    database: ProfileDB | str | Path | None = None,
-    tensors: Mapping[str, Any] | None = None,
-    functions: Mapping[str, Callable[..., Any]] | None = None,
-    fresh: bool = False,
-    progress: Progress | None = None,
-) -> Tuned:
+class Options(TypedDict, total=False):
+    """The keyword arguments of `autotune`."""
+
+    device: str | Device | None
+    """What to plan for; the cuda backend takes this machine's GPU without it, the cpu backend this machine's cores."""
+    seed: int
+    """What tensors and searches are drawn from; 0 without it."""
+    tensors: Mapping[str, Any] | None
+    """Values for inputs, weights and states by name, used in place except states, which are copied."""
+    functions: Mapping[str, Callable[..., Any]] | None
+    """Python functions for custom ops whose function cannot be imported by name."""
+    database: ProfileDB | str | Path | None
+    """Where measured times and winners are kept; the user's own profile database without it."""
+    fresh: bool
+    """Whether to measure anew what an earlier call found."""
+    progress: Progress | None
+    """Told what happens."""
+
+
+def autotune(graph: Graph, backend: str = "cpu", budget_s: float = 60.0, **options: Unpack[Options]) -> Tuned:
     """The plan of `graph` that is fastest on `backend`, as measured there; the sequential one unless another wins.
 
     Candidates run in interleaved repeats beside two copies of the sequential plan, whose difference is noise and no
@@ -123,24 +130,28 @@ def autotune(
     in a second session. The winner is kept beside the database: the next call with the same graph, device, backend
     and versions returns it at once, unless `fresh`. After a change of a custom op's code ask for `fresh`.
 
-    `tensors` are values for inputs, weights and states, used in place except states, which are copied; what is
-    missing is drawn from `seed` (see `fill`). The cuda backend plans for this machine's GPU, or for `device`; on
-    "virtual:h100_sxm", as on the sim backend, nothing is measured: times are simulated, they say so and stay out of
-    the database. PlanError for a budget that is not positive; ExecutionError when an op raises, and
-    then nothing is stored.
+    The options are keyword arguments, each of which may be left out: `device`, `seed`, `tensors`, `functions`,
+    `database`, `fresh` and `progress` (see `Options`). Tensors that are not given are drawn from `seed` (see `fill`).
+    On the device "virtual:h100_sxm", as on the sim backend, nothing is measured: times are simulated, they say so and
+    stay out of the database. PlanError for a budget that is not positive, and for an option that there is not;
+    ExecutionError when an op raises, and then nothing is stored.
     """
     instance("the graph", graph, Graph, PlanError, "Take what GraphBuilder.build returned.")
     BACKENDS[backend]  # known, and to be had
-    seed = integer("seed", seed, PlanError, 0)
+    for name in options:
+        one_of("an option of autotune", name, Options.__annotations__, PlanError)
+    seed = integer("seed", options.get("seed", 0), PlanError, 0)
     budget_s = number_of("budget_s, a positive number of seconds such as 60,", budget_s, PlanError, 0, above=True)
+    tensors, functions = options.get("tensors"), options.get("functions")
     for name, given in (("tensors", tensors), ("functions", functions)):
         if given is not None:
             instance(name, given, Mapping, PlanError, "It is by name.")
-    instance("fresh", fresh, bool, PlanError)
+    fresh = instance("fresh", options.get("fresh", False), bool, PlanError)
+    progress = options.get("progress")
     if progress is not None:
         callable_of("progress", progress, PlanError)
-    target, run_on = _target(backend, device)
-    store = database if isinstance(database, ProfileDB) else ProfileDB(database)
+    target, run_on = _target(backend, options.get("device"))
+    store = _store(options.get("database"))
     platform = here(backend, target)
     winner = _winner_path(store, graph, target, platform)
     found = None if fresh else _remembered(winner, graph)
@@ -157,6 +168,10 @@ def autotune(
     return tuned
 
 
+def _store(database: ProfileDB | str | Path | None) -> ProfileDB:
+    return database if isinstance(database, ProfileDB) else ProfileDB(database)
+
+
 def remembered(
     graph: Graph,
     backend: str = "cpu",
@@ -167,7 +182,7 @@ def remembered(
 
     Nothing is planned, run or measured."""
     target, _ = _target(backend, device)
-    store = database if isinstance(database, ProfileDB) else ProfileDB(database)
+    store = _store(database)
     return _remembered(_winner_path(store, graph, target, here(backend, target)), graph)
 
 
@@ -201,15 +216,22 @@ def candidates(graph: Graph, device: Device, budget_s: float, seed: int, costs: 
     names = ("sequential", "list", "auto", "search", *(("exact",) if small else ()))
     made = [plan(graph, device, name, budget_s=search_s, seed=seed, costs=costs) for name in names]
     made += [apart for shared in made for apart in _isolated(shared, graph, costs)]
-    distinct: dict[tuple[object, ...], Plan] = {}
+    distinct: dict[Course, Plan] = {}
     for each in made:
-        distinct.setdefault(_identity(each), each)
+        distinct.setdefault(Course.of(each), each)
     return list(distinct.values())
 
 
-def _identity(plan: Plan) -> tuple[object, ...]:
+class Course(NamedTuple):
     """What a plan does: two plans that differ in nothing else run alike."""
-    return (plan.geometries, plan.lanes, plan.steps)
+
+    geometries: tuple[Geometry, ...]
+    lanes: tuple[Lane, ...]
+    steps: tuple[Step, ...]
+
+    @classmethod
+    def of(cls, plan: Plan) -> "Course":
+        return cls(plan.geometries, plan.lanes, plan.steps)
 
 
 def _isolated(shared: Plan, graph: Graph, costs: Costs) -> Iterator[Plan]:
@@ -239,7 +261,7 @@ def costs_known(backend: str, device: Device, database: ProfileDB | str | Path |
     """Prices by the op times that are measured on `backend` of this machine, as autotune plans with them."""
     if backend == "sim":
         return op_table
-    store = database if isinstance(database, ProfileDB) else ProfileDB(database)
+    store = _store(database)
     return measured_costs(Profile(store.table(here(backend, device))))
 
 
@@ -263,7 +285,7 @@ class _Tuner:
         self.profiles, self.progress = profiles, progress
         self.profile = Profile({})
         self.trials: list[Trial] = []
-        self.leader: tuple[object, ...] | None = None
+        self.leader: Course | None = None
         self.recorded = 0
 
     def run(self, fresh: bool) -> Tuned:
@@ -272,7 +294,7 @@ class _Tuner:
         if self.profiles is not None and not fresh:
             self.profile = Profile(self.profiles[0].table(self.profiles[1]))
         sequential = plan(self.graph, self.device, "sequential", costs=measured_costs(self.profile))
-        self.first = _identity(sequential)
+        self.first = Course.of(sequential)
         self.known = {self.first: sequential}
         for number in range(1, PASSES + 1):
             new = self.planned(number)
@@ -291,12 +313,12 @@ class _Tuner:
         if self.progress is not None:
             self.progress(what, min(self.budget.spent_s / self.budget.seconds, 1.0))
 
-    def planned(self, number: int) -> list[tuple[object, ...]]:
-        """Plan with the op times known by now; the identities of the best few plans that have not run yet."""
+    def planned(self, number: int) -> list[Course]:
+        """Plan with the op times known by now; what the best few plans do that have not run yet."""
         if number > 1:
             self.say(f"planning, pass {number}")
         left_s = max(self.budget.seconds - self.budget.spent_s, 0.0)
-        made = {_identity(p): p for p in self.candidates(left_s)}
+        made = {Course.of(p): p for p in self.candidates(left_s)}
         new = sorted((key for key in made if key not in self.known), key=lambda key: made[key].makespan_s)[:MOST]
         self.known |= {key: made[key] for key in new}
         return new
@@ -304,7 +326,7 @@ class _Tuner:
     def candidates(self, left_s: float) -> Sequence[Plan]:
         return candidates(self.graph, self.device, left_s, self.seed, measured_costs(self.profile))
 
-    def compete(self, contenders: Sequence[tuple[object, ...]], name: str, share: float) -> list[Trial]:
+    def compete(self, contenders: Sequence[Course], name: str, share: float) -> list[Trial]:
         """A session of these plans; the fastest of those that win leads from now on, unless the budget held none."""
         plans = [self.known[key] for key in contenders]
         session = self.bench.session(self.known[self.first], plans, self.budget.part(share))

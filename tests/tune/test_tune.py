@@ -357,7 +357,7 @@ def test_an_unknown_backend(tmp_path: Path) -> None:
 def test_candidates_are_distinct_and_pass_the_checker(data: st.DataObject, graph: Graph, device: Device) -> None:
     plans, costs = candidates(graph, device, 1.0, 0), measured_costs(data.draw(profiles_of(graph, device)))
     assert is_sequential(plans[0])
-    assert len({tuning._identity(p) for p in plans}) == len(plans)
+    assert len({tuning.Course.of(p) for p in plans}) == len(plans)
     for p in plans:
         tg.verify(p, graph)
         tg.verify(tuning._predicted(p, graph, costs), graph)

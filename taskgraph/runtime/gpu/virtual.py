@@ -12,7 +12,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -381,9 +380,3 @@ def _driver_is_mapped() -> bool:
     if platform.system() != "Linux":
         raise BackendUnavailable("the virtual driver runs on Linux.")
     return any("/libcuda.so" in line for line in Path("/proc/self/maps").read_text().splitlines())
-
-
-def reexecute(device: str, argv: Sequence[str]) -> int:
-    """Run this program once more as a child on the virtual device, with `argv`; its exit code."""
-    with process_environment(device) as env:
-        return subprocess.run([sys.executable, *argv], env=env, check=False).returncode
