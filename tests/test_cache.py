@@ -17,6 +17,7 @@ import pytest
 
 import taskgraph as tg
 from taskgraph import cache, compiling, jit
+from taskgraph.runtime.gpu import virtual
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAN = """
@@ -162,6 +163,35 @@ def test_the_profile_database_works_where_the_data_folder_cannot_be_written(
     assert len(heard) == 1
     with pytest.raises(tg.ProfileError, match="another path"):
         ProfileDB(homes / "data" / "mine.sqlite3").platforms()  # a path that was asked for is not replaced
+
+
+def test_the_profile_database_is_in_memory_where_nothing_can_be_written(
+    homes: Path, heard: list[warnings.WarningMessage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from taskgraph.cost.profiles import OpKey, OpTime, Platform, ProfileDB
+
+    def none() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    barred(homes, "data", "cache")
+    monkeypatch.setattr(tempfile, "gettempdir", none)
+    platform, key = Platform("cpu", "m", "none", "v", "cpu"), OpKey("gemm", "4x4", "f32")
+    store, other = ProfileDB(), ProfileDB()
+    write = threading.Thread(target=store.record, args=(platform, [OpTime(key, 1, 1e-6, 1e-8, 9)]))
+    write.start()
+    write.join()
+    assert store.lookup(platform, key) == ((1, 1e-6, 1e-8),) and store.platforms() == (platform,)
+    assert other.platforms() == ()
+    (warning,) = heard
+    assert "nothing is kept" in str(warning.message) and str(homes / "data") in str(warning.message)
+
+
+def test_the_virtual_driver_says_what_it_needs_where_nothing_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(virtual, "loaded", lambda: None)
+    monkeypatch.setattr(virtual, "_driver_is_mapped", lambda: False)
+    monkeypatch.setattr(tempfile, "tempdir", "/proc/nowhere")
+    with pytest.raises(tg.BackendUnavailable, match=r"temporary folder .*set TMPDIR"):
+        virtual.load("virtual:h100_sxm")
 
 
 # -- compiled functions -----------------------------------------------------------------------------------------------

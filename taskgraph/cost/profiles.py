@@ -9,6 +9,8 @@ import math
 import os
 import sqlite3
 import time
+import uuid
+import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -205,12 +207,18 @@ class ProfileDB:
 
     Every call opens and closes its own connection, so a ProfileDB may be shared by threads and survive a fork, and
     any number of processes may write at once: the file is in WAL mode and a batch is one transaction, all or nothing.
-    ProfileError when the file is damaged, foreign, of a newer version, or cannot be written.
+    ProfileError when the file is damaged, foreign, of a newer version, or cannot be written. The default one is in
+    memory where no folder can be written at all.
     """
 
     def __init__(self, path: str | Path | None = None) -> None:
         self.path = _default_path() if path is None else as_path(path, ProfileError, "profile database")
         self._default = path is None
+        self._memory = ""
+        if self._default and not os.access(self.path.parent, os.W_OK):
+            self._memory = f"file:taskgraph-{uuid.uuid4().hex}?mode=memory&cache=shared"
+            held = sqlite3.connect(self._memory, uri=True, check_same_thread=False)
+            weakref.finalize(self, held.close)  # it is there as long as this
 
     def beside(self, *parts: str) -> Path:
         """The path of another file of the same home."""
@@ -259,8 +267,10 @@ class ProfileDB:
     def _connection(self) -> Iterator[sqlite3.Connection]:
         """A connection to a file of our schema, made or brought up to date if need be; its errors are ProfileErrors."""
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            connection = sqlite3.connect(self.path, timeout=_BUSY_S, isolation_level=None)
+            if not self._memory:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+            file, named = self._memory or self.path, bool(self._memory)
+            connection = sqlite3.connect(file, timeout=_BUSY_S, isolation_level=None, uri=named)
             try:
                 connection.execute("PRAGMA journal_mode = WAL")
                 connection.execute("PRAGMA synchronous = NORMAL")

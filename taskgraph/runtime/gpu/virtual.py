@@ -363,7 +363,7 @@ def load(device: str | Device, **changes: Any) -> Control:
     spec = spec_of(device) if isinstance(device, str) else device
     if _driver_is_mapped():
         raise BackendUnavailable("this process has loaded a CUDA driver; start another process for the virtual one.")
-    folder = Path(tempfile.mkdtemp(prefix="taskgraph-virtual-"))
+    folder = _new_folder()
     try:
         folder_for(settings(spec, **changes), folder)
         library = ctypes.CDLL(str(folder / "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
@@ -374,6 +374,17 @@ def load(device: str | Device, **changes: Any) -> Control:
         shutil.rmtree(folder, ignore_errors=True)
     _loaded = Control(library, spec)
     return _loaded
+
+
+def _new_folder() -> Path:
+    """A temporary folder for what a process loads; BackendUnavailable where there can be none."""
+    try:
+        return Path(tempfile.mkdtemp(prefix="taskgraph-virtual-"))
+    except OSError as error:
+        raise BackendUnavailable(
+            f"the virtual driver needs a temporary folder ({error.strerror or error}); set TMPDIR to one that can be "
+            "written."
+        ) from error
 
 
 def _driver_is_mapped() -> bool:
