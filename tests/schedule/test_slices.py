@@ -104,8 +104,9 @@ def over_pages(same: bool, between: bool = False, part: bool = False, **rows: tu
     q = q if same else b.input("q", (4, 2, 32), "f32")
     if between:
         q = b.call(
-            np.copyto, [ops.add(b.input("table", (3, 5), "f32"), b.input("other", (3, 5), "f32")), q],
-            [spec("mixed", (4, 2, 32), "f32")], work=Work(flops=9.0), name="between", split_axes=(None, 0),
+            Splittable(np.copyto, (None, 0)),
+            [ops.add(b.input("table", (3, 5), "f32"), b.input("other", (3, 5), "f32")), q],
+            [spec("mixed", (4, 2, 32), "f32")], work=Work(flops=9.0), name="between",
         )  # fmt: skip
     tables = b.input("lengths", (4,), "i32"), b.input("blocks", (4, 2), "i32")
     b.output(ops.paged_decode(q, *tables, *pages, context=8, name="read"))
