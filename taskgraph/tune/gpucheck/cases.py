@@ -22,6 +22,7 @@ from taskgraph.graph.op import Op, Work, demand, spec
 from taskgraph.runtime.cpu.kinds import TORCH_DTYPE
 from taskgraph.runtime.gpu import driver
 from taskgraph.runtime.gpu.driver import Gpu, Memory
+from taskgraph.runtime.gpu.interop import torch_stream
 from taskgraph.runtime.gpu.kinds import Buffer, CopyLaunch
 from taskgraph.runtime.gpu.sites import LaneSite
 from taskgraph.runtime.gpu.standard import launches
@@ -280,8 +281,7 @@ class CaseRunner:
             self.case.function(self._gpu, lane, ins[0], outs[0])
         elif self._fast is not None and self._sides:
             xs, ys = self._sides[turn % len(self._sides)]
-            stream = torch.cuda.ExternalStream(int(lane.stream.handle))  # type: ignore[no-untyped-call]
-            with torch.cuda.stream(stream):
+            with torch_stream(lane.stream):
                 self._fast(self._op, xs, ys[0])
         else:
             for made in launches(self._op, ins, outs, self._site(lane)):

@@ -37,7 +37,7 @@ from taskgraph.schedule.planner import replay_times
 from taskgraph.serving.session import Session, step_seconds
 from taskgraph.tune.fill import fill
 from taskgraph.tune.gpucheck import checks
-from tests.conftest import Call
+from tests.conftest import Call, virtual_process
 from tests.ops.test_experts import LATENT_TINY
 from tests.paged_cases import keys_of, values_of
 from tests.runtime.test_runtime import CASES, STATES, TOLERANCE, random_tensors, widened
@@ -149,8 +149,10 @@ def test_a_part_of_a_buffer_is_where_torch_says() -> None:
 
 
 @pytest.fixture(scope="module")
-def rules(on_virtual: Call) -> dict[str, str]:
-    result: dict[str, str] = on_virtual(all_rules)
+def rules() -> dict[str, str]:
+    """In a process of its own: what a rule makes in vain (a descriptor of no context) nothing can free."""
+    with virtual_process() as call:
+        result: dict[str, str] = call(all_rules)
     return result
 
 
