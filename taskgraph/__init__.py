@@ -6,6 +6,8 @@ Names are loaded on first use, so importing the package imports neither torch no
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from taskgraph import moved
+
 if TYPE_CHECKING:
     from taskgraph import cache as cache
     from taskgraph import observe as observe
@@ -101,6 +103,9 @@ _MODULES = {
 _WHERE = {name: module for module, names in _HOME.items() for name in names.split()}
 
 __all__ = sorted(["__version__", *_WHERE, *_MODULES])  # noqa: PLE0605
+
+
+moved.install()
 
 
 def __getattr__(name: str) -> Any:

@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from operator import attrgetter
 from struct import pack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from taskgraph.errors import GraphError
 from taskgraph.graph.check import check
+from taskgraph.graph.earlier import EarlierCall, EarlierOp, only, written
 from taskgraph.graph.edges import predecessors, toposorted
 from taskgraph.graph.functions import Splittable, check_arity, register_function
 from taskgraph.graph.op import PLAIN, ROWS, Attr, Demand, Op, Rows, Tensor, TensorSpec, Work, check_work, rows_attr
@@ -309,12 +310,16 @@ class GraphBuilder:
         name: str | None = None,
         demand: Demand | None = None,
         after: Sequence[str] = (),
+        **earlier: Unpack[EarlierOp],
     ) -> tuple[Value, ...]:
         """Append a node of any kind; the functions of `taskgraph.ops` derive outputs and work for you.
 
         `kind` is its name, or its name with the static parameters of the op. A state that the op changes in place is
-        given as `state.written()`. `after` names ops that must end first though no tensor connects them."""
-        kind, attrs = kind if isinstance(kind, tuple) and len(kind) == 2 else (kind, {})
+        given as `state.written()`. `after` names ops that must end first though no tensor connects them. `earlier` are
+        the arguments of version 0.1."""
+        only("op", earlier, EarlierOp)
+        inputs = written(inputs, earlier.get("writes", ()))
+        kind, attrs = kind if isinstance(kind, tuple) and len(kind) == 2 else (kind, earlier.get("attrs") or {})
         text("the kind of an op", kind, GraphError)
         name = self._prefix + (text("the name of an op", name, GraphError) if name else self._free_name(kind))
         if name in self._names:
@@ -352,15 +357,22 @@ class GraphBuilder:
         name: str | None = None,
         demand: Demand | None = None,
         after: Sequence[str] = (),
+        **earlier: Unpack[EarlierCall],
     ) -> Any:
         """A custom Python op: at run time `function(*inputs, *outputs)` fills the outputs in place.
 
         Returns one Value, or a tuple when there are several outputs. The graph holds the function's name only.
         A state that the function changes in place is given as `state.written()`; a function that may run on slices of
-        its batch as a `Splittable`. `after` names ops that must end first though no tensor connects them.
+        its batch as a `Splittable`. `after` names ops that must end first though no tensor connects them. `earlier` are
+        the arguments of version 0.1.
         """
+        only("call", earlier, EarlierCall)
         for what, given in (("inputs", inputs), ("outputs", outputs)):
             sequence(f"{what} of a custom op", given, GraphError)
+        axes = earlier.get("split_axes")
+        if axes is not None and not isinstance(function, Splittable):
+            function = Splittable(function, axes, earlier.get("split_multiple", 1))
+        inputs = written(inputs, earlier.get("writes", ()))
         split = function.attrs(len(inputs)) if isinstance(function, Splittable) else {}
         plain = function.function if isinstance(function, Splittable) else function
         key = register_function(callable_of("the function of a custom op", plain, GraphError))
