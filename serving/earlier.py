@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import taskgraph as tg
 from taskgraph.models.config import ModelConfig
@@ -48,11 +48,10 @@ def cpu_engine(
     mine = tg.dtypes.dtype_of(weights)
     if dtype not in ("auto", mine):
         raise tg.PlanError(f"the weights are {mine}; load them as {dtype!r} instead of asking the engine for it.")
-    unknown = next((name for name in options if name not in (*_MEMORY, *_POLICY)), None)
-    if unknown is not None:
-        raise TypeError(f"cpu_engine() got an unexpected keyword argument {unknown!r}")
-    memory = KvMemory(**{name: options[name] for name in _MEMORY if name in options})  # type: ignore[literal-required]
-    policy = Policy(**{name: options[name] for name in _POLICY if name in options})  # type: ignore[literal-required]
+    given: dict[str, Any] = dict(options)
+    memory, policy = ({name: given.pop(name) for name in names if name in given} for names in (_MEMORY, _POLICY))
+    if given:
+        raise TypeError(f"cpu_engine() got an unexpected keyword argument {next(iter(given))!r}")
     return cpu.cpu_engine(
-        config, weights, limits, memory, device=device, planner="auto" if planner is None else planner, policy=policy
+        config, weights, limits, KvMemory(**memory), device=device, planner=planner or "auto", policy=Policy(**policy)
     )
