@@ -5,7 +5,9 @@ from collections.abc import Sequence
 
 from taskgraph.graph.graph import Value
 from taskgraph.graph.op import ITEMSIZE, Demand, Work
-from taskgraph.ops.kinds import Axes, Kind, Output, apply, register
+from taskgraph.ops.formula import number
+from taskgraph.ops.kinds import Axes, Kind, Output, apply, is_value, register
+from taskgraph.ops.pointwise import Operand, broadcast
 from taskgraph.ops.signatures import (
     FLAG,
     OUT_DTYPE,
@@ -151,9 +153,16 @@ def swiglu_work(ins: Shapes, outs: Shapes, attrs: Attrs) -> Work:
 register(Kind("swiglu", Signature("2"), swiglu_shape, swiglu_work, split=(0,)))
 
 
-def add(a: Value, b: Value, *, name: str | None = None, after: Sequence[str] = ()) -> Value:
-    """a + b, equal shapes."""
-    return apply("add", [a, b], name=name, after=after)
+def add(a: Operand, b: Operand, *, name: str | None = None, after: Sequence[str] = ()) -> Value:
+    """a + b. Shapes of one dtype broadcast, and one operand may be a number: that is an `elementwise`."""
+    values = [v for v in (a, b) if isinstance(v, Value)]
+    alike = len(values) == 2 and values[0].dtype == values[1].dtype
+    if alike and values[0].shape != values[1].shape and broadcast([v.shape for v in values]) is not None:
+        return apply("elementwise", values, {"formula": "add x0 x1"}, name=name, after=after)
+    if len(values) == 1:
+        words = ("x0" if isinstance(v, Value) else repr(number("an operand of add", v)) for v in (a, b))
+        return apply("elementwise", values, {"formula": " ".join(("add", *words))}, name=name, after=after)
+    return apply("add", values if len(values) == 2 else [is_value("add", "a", a)], name=name, after=after)
 
 
 def add_shape(ins: Shapes, attrs: Attrs) -> Output:

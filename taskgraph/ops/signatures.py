@@ -85,9 +85,10 @@ def _finite(value: Attr) -> float:
     return float(value) if isinstance(value, (int, float)) and number else math.nan
 
 
-COUNT, PLACE, FLAG, NUMBER, POSITIVE, SMALL, WORD, DTYPE = (
+COUNT, PLACE, FLAG, NUMBER, POSITIVE, SMALL, WORD, DTYPE, AXES = (
     "an integer of at least 1", "an integer of at least 0", "true or false", "a finite number",
     "a finite number above 0", "a finite number of at least 0", "a text", f"one of {', '.join(ITEMSIZE)}",
+    "integers of at least 0",
 )  # fmt: skip
 """What an attribute can be, in the words of its error."""
 
@@ -100,6 +101,7 @@ _IS: Final[Mapping[str, Callable[[Attr], bool]]] = {
     SMALL: lambda v: _finite(v) >= 0,
     WORD: lambda v: isinstance(v, str),
     DTYPE: lambda v: isinstance(v, str) and v in ITEMSIZE,
+    AXES: lambda v: isinstance(v, tuple) and all(_is_integer(n, 0) for n in v),
 }
 
 OUT_DTYPE: Final[Mapping[str, str]] = {"out_dtype": DTYPE}

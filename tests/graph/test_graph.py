@@ -14,6 +14,7 @@ from taskgraph.graph.functions import Splittable
 from taskgraph.graph.graph import Graph, GraphBuilder, Value
 from taskgraph.graph.op import Demand, Op, Tensor, Work, spec
 from taskgraph.runtime.cpu.standard import CPU_KINDS
+from tests import cases_standard
 from tests.strategies import graphs
 
 ONE = Work(flops=1.0)
@@ -193,6 +194,7 @@ MADE: dict[str, tuple[Maker, tuple[int, ...], str, Work]] = {
         lambda b: ops.reduce_scatter(b.input("x", (3, 8), "f32"), ranks=4, axis=1),
         (3, 2), "f32", Work(flops=18, hbm_bytes=96 + 24, link_bytes=72),
     ),
+    **cases_standard.MADE,
 }  # fmt: skip
 
 
@@ -321,6 +323,7 @@ MISFITS: dict[str, Callable[[GraphBuilder], Any]] = {
     "all_gather": lambda b: ops.all_gather(b.input("bad", (3, 4), "f32"), ranks=2, axis=2),
     "all_reduce": lambda b: ops.all_reduce(b.input("bad", (3, 4), "f32"), ranks=0),
     "reduce_scatter": lambda b: ops.reduce_scatter(b.input("bad", (3, 4), "f32"), ranks=2, axis=0),
+    **cases_standard.MISFITS,
 }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from taskgraph.graph.op import ITEMSIZE, Tensor
 from taskgraph.ops import KINDS, Attrs
 from taskgraph.runtime.cpu.kinds import TORCH_DTYPE
 from taskgraph.schedule.planner import plan
+from tests import cases_standard
 from tests.paged_cases import PLACES
 from tests.runtime import test_runtime
 
@@ -19,7 +20,7 @@ CASES = {name: case for name, case in test_runtime.CASES.items() if "rows" not i
 
 GENERAL = {
     "embedding", "gemm", "rmsnorm", "rope", "swiglu", "add", "argmax", "copy", "slice_rows", "concat_rows", "gated_add",
-    "all_gather", "all_reduce", "reduce_scatter", "attention", "attention decode",
+    "all_gather", "all_reduce", "reduce_scatter", "attention", "attention decode", *cases_standard.GENERAL,
 }  # fmt: skip
 """Cases whose reference holds for other sizes too; of the rest only shape and dtype are compared."""
 

@@ -23,7 +23,7 @@ from taskgraph.runtime.cpu.kinds import TORCH_DTYPE
 from taskgraph.runtime.cpu.standard import CPU_KINDS
 from taskgraph.schedule.plan import Plan
 from taskgraph.schedule.planner import plan
-from tests import cases_experts
+from tests import cases_experts, cases_standard
 from tests.paged_cases import CASES as PAGED_CASES
 from tests.paged_cases import PLACES, keys_of, values_of
 
@@ -164,6 +164,7 @@ CASES: dict[str, tuple[Callable[[GraphBuilder, str], Value], Callable[[Tensors],
     "all_reduce": (lambda b, d: ops.all_reduce(b.input("x", (5, 7), d), ranks=1), lambda t: t["x"]),
     "reduce_scatter": (lambda b, d: ops.reduce_scatter(b.input("x", (5, 7), d), ranks=1), lambda t: t["x"]),
     **cases_experts.CASES,
+    **cases_standard.CASES,
     **PAGED_CASES,
 }  # fmt: skip
 STATES = ("keys", "values", "pages_k", "pages_v", "pages_l")

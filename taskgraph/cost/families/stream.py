@@ -71,10 +71,23 @@ def latent_kernel(op: Op, ins: Tensors, outs: Tensors) -> Kernel:
     return Kernel("stream", ins[0].dtype, (flops / LATENT_EFFICIENCY, *moved, 0.0))
 
 
+PRODUCT_EFFICIENCY = 0.6
+"""Share of the tensor cores' rate that batched products reach: assumed, for no table measures them."""
+
+
+def product_kernel(op: Op, ins: Tensors, outs: Tensors) -> Kernel:
+    """Batched products: their work as a stream whose arithmetic runs on tensor cores."""
+    flops, *moved = op.work.vector
+    return Kernel("stream", ins[0].dtype, (flops / PRODUCT_EFFICIENCY, *moved, 0.0))
+
+
 STREAM = Family(
     "stream",
     StreamShape,
     StreamCoefficients,
     stream_seconds,
-    kinds=dict.fromkeys(("latent_attention", "paged_latent_decode", "paged_latent_prefill"), latent_kernel),
+    kinds={
+        **dict.fromkeys(("latent_attention", "paged_latent_decode", "paged_latent_prefill"), latent_kernel),
+        "matmul": product_kernel,
+    },
 )

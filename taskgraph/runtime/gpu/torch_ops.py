@@ -31,7 +31,14 @@ def gemm(op: Op, ins: Tensors, out: torch.Tensor) -> None:
         out.add_(more)
 
 
+def matmul(op: Op, ins: Tensors, out: torch.Tensor) -> None:
+    """`ops.matmul` by cuBLAS; types that it does not mix are converted first."""
+    a, b = (t.to(out.dtype) for t in ins)
+    torch.matmul(a, b.transpose(-1, -2) if op.attr("transpose_b") else b, out=out)
+
+
 TORCH_OPS["gemm"] = gemm
+TORCH_OPS["matmul"] = matmul
 
 
 def available() -> bool:
