@@ -196,8 +196,12 @@ def test_the_virtual_driver_says_what_it_needs_where_nothing_can_be_written(monk
 
 # -- compiled functions -----------------------------------------------------------------------------------------------
 
-CALLEE = "from taskgraph.jit import njit\nFACTOR = {factor}\n@njit\ndef scaled(x):\n    return x * FACTOR\n"
-CALLER = "from taskgraph.jit import njit\nfrom kept_a import scaled\n@njit\ndef answer(x):\n    return scaled(x) + 1\n"
+CALLEE = "from taskgraph import jit\nFACTOR = {factor}\n@jit.{callee}\ndef scaled(x):\n    return x * FACTOR\n"
+CALLER = (
+    "from taskgraph import jit\nfrom kept_a import scaled\n"
+    "@jit.{caller}\ndef answer(x):\n    return scaled(x) + 1\n"
+    "@jit.{caller}\ndef twice(x):\n    return scaled(x) + answer(x)\n"
+)
 
 
 @pytest.fixture
@@ -208,9 +212,9 @@ def modules(homes: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(source))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
 
-    def load(factor: int = 3) -> ModuleType:
-        (source / "kept_a.py").write_text(CALLEE.format(factor=factor))
-        (source / "kept_b.py").write_text(CALLER)
+    def load(factor: int = 3, callee: str = "njit", caller: str = "njit") -> ModuleType:
+        (source / "kept_a.py").write_text(CALLEE.format(factor=factor, callee=callee))
+        (source / "kept_b.py").write_text(CALLER.format(caller=caller))
         for name in ("kept_a", "kept_b"):
             sys.modules.pop(name, None)
         importlib.invalidate_caches()
@@ -237,10 +241,27 @@ def test_a_compiled_function_is_read_by_the_next_process(modules: Any, compilati
     assert modules().answer(2) == 7 and not compilations
 
 
-def test_a_change_in_a_callee_of_another_file_compiles_again(modules: Any, compilations: list[str]) -> None:
-    assert modules(3).answer(2) == 7
+@pytest.mark.parametrize("kinds", [("njit", "njit"), ("kernel", "kernel"), ("inner", "kernel")])
+def test_a_change_in_a_callee_of_another_file_compiles_again(
+    modules: Any, compilations: list[str], kinds: tuple[str, str]
+) -> None:
+    assert modules(3, *kinds).answer(2) == 7
     compilations.clear()
-    assert modules(5).answer(2) == 11 and "answer" in compilations
+    assert modules(5, *kinds).answer(2) == 11 and "answer" in compilations
+
+
+def test_inner_functions_are_kept_in_their_callers(homes: Path, modules: Any, compilations: list[str]) -> None:
+    module = modules(3, "inner", "kernel")
+    assert module.answer(2) == 7 and compilations == ["answer"]
+    with pytest.raises(TypeError, match=r"scaled is called by compiled functions only; use its \.py_func"):
+        module.scaled(2)
+    assert module.scaled.py_func(2) == 6
+    module = modules(3, "inner", "kernel")
+    assert module.twice(2) == 13 and module.answer(2) == 7  # one read, and one compiled against it
+    assert compilations == ["answer", "twice"]
+    assert modules(3, "inner", "kernel").twice(2) == 13 and compilations == ["answer", "twice"]
+    files = (homes / "cache" / "taskgraph" / "compiled").glob("*.bin")
+    assert sorted(path.name.rpartition("-")[0] for path in files) == ["kept_b.answer", "kept_b.twice"]
 
 
 PAIR = "from typing import NamedTuple\nclass Pair(NamedTuple):\n    {first}: int\n    {second}: int\n"
