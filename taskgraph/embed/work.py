@@ -1,0 +1,81 @@
+"""The work of a call of torch: torch's own flop counts, and every operand's bytes moved once."""
+
+import math
+from typing import Any
+
+import torch
+from torch.utils import flop_counter
+
+import taskgraph as tg
+from taskgraph.embed.calls import Layout, by_name, mapped
+from taskgraph.embed.flow import Call, Flow, Use
+
+_FREE = frozenset({"copy_", "clone", "contiguous", "reshape", "_to_copy", "to", "fill_", "zero_", "zeros", "cat", "stack"})
+"""Calls that move bytes and compute nothing."""
+
+
+def of_call(flow: Flow, call: Call) -> tg.Work:
+    """The work of a call as it is."""
+    ins = {(use.leaf, use.version): seen_bytes(flow.layout(use)) for use in call.uses()}
+    made = [flow.leaves[leaf].layout for leaf in call.results if leaf is not None]
+    changed = 0.0
+    if call.changes:
+        first = next(iter(call.uses()))
+        changed = float(seen_bytes(flow.layout(first)))
+    moved = float(sum(ins.values()) + sum(layout.nbytes for layout in made) + changed)
+    read = _indexed(flow, call)
+    if read is not None:
+        moved = read + float(sum(layout.nbytes for layout in made))
+    return tg.Work(flops=max(_flops(flow, call, made), 0.0), hbm_bytes=max(moved, 1.0))
+
+
+def seen_bytes(layout: Layout) -> int:
+    """Bytes that a reader of the tensor touches: expanded axes once."""
+    touched = math.prod(n for n, step in zip(layout.size, layout.stride, strict=True) if step != 0)
+    return int(touched * layout.dtype.itemsize)
+
+
+def _indexed(flow: Flow, call: Call) -> float | None:
+    """What a look-up reads and writes, which is not the whole of its table."""
+    target = call.target._opname
+    if target == "embedding":
+        indices = call.args[1]
+        rows, width = flow.layout(indices), flow.layout(call.args[0])
+        return float(rows.nbytes + rows.elements * width.size[-1] * width.dtype.itemsize)
+    if target in ("index_copy_", "index_put_", "scatter_"):
+        given = [u for u in call.uses()[1:]]
+        return 2.0 * sum(flow.layout(u).nbytes for u in given)
+    return None
+
+
+def _flops(flow: Flow, call: Call, made: list[Layout]) -> float:
+    given: dict[str, Any] = mapped(
+        by_name(call.target, call.args, call.kwargs), lambda v: _meta(flow.layout(v)) if isinstance(v, Use) else v
+    )
+    names = call.target._opname
+    rule = flop_counter.flop_registry.get(call.target.overloadpacket)
+    elements = float(sum(layout.elements for layout in made))
+    if rule is not None and made:
+        order = [given[a.name] for a in call.target._schema.arguments if a.name in given]
+        try:
+            return float(rule(*order, out_val=_meta(made[0])))
+        except Exception:  # its rule takes other arguments than the call has
+            return 2.0 * elements
+    if names in ("linear", "matmul"):
+        first, second = given.get("input", given.get("self")), given.get("weight", given.get("other"))
+        return 2.0 * elements * float((first if first is not None else second).shape[-1])
+    if names == "scaled_dot_product_attention":
+        q, k = given["query"], given["key"]
+        return 4.0 * math.prod(q.shape) * k.shape[-2]
+    if names in ("conv1d", "conv2d", "conv3d"):
+        return 2.0 * elements * math.prod(given["weight"].shape[1:])
+    if names in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
+        steps = math.prod(given["input"].shape[:-1])
+        return 2.0 * steps * sum(math.prod(w.shape) for w in given["params"] if len(w.shape) == 2)
+    if names in _FREE:
+        return 0.0
+    return max(elements, float(sum(flow.layout(u).elements for u in call.uses()[:1])))
+
+
+def _meta(layout: Layout) -> torch.Tensor:
+    return torch.empty_strided(layout.size, layout.stride, dtype=layout.dtype, device="meta")
