@@ -10,6 +10,7 @@ from taskgraph import moved
 
 if TYPE_CHECKING:
     from taskgraph import cache as cache
+    from taskgraph import embed as embed
     from taskgraph import observe as observe
     from taskgraph import ops as ops
     from taskgraph import record as record
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from taskgraph import units as units
     from taskgraph.cache import CacheWarning
     from taskgraph.cost.profiles import ProfileDB
+    from taskgraph.embed.importer import from_torch
     from taskgraph.errors import (
         BackendUnavailable,
         CalibrationError,
@@ -63,6 +65,7 @@ __version__ = "0.1.0"
 _HOME = {
     "taskgraph.cache": "CacheWarning",
     "taskgraph.cost.profiles": "ProfileDB",
+    "taskgraph.embed.importer": "from_torch",
     "taskgraph.errors": (
         "BackendUnavailable CalibrationError CaptureMismatch ConfigError CudaError DemandError "
         "DeviceError ExecutionError GraphError KeyFileError PlanError ProfileError RankLost RequestError "
@@ -92,6 +95,7 @@ _MODULES = {
     "devices": "taskgraph.graph.device",
     "distributed": "taskgraph.runtime.distributed",
     "dtypes": "taskgraph.runtime.dtypes",
+    "embed": "taskgraph.embed",
     "gpu": "taskgraph.runtime.gpu.public",
     "observe": "taskgraph.observe",
     "ops": "taskgraph.ops",

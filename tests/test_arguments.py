@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
 
 import taskgraph as tg
 from taskgraph import ops
@@ -286,7 +287,19 @@ def function_calls(s: Shop) -> dict[str, Call]:
 
 def calls(folder: Path) -> dict[str, Call]:
     shop = Shop(folder)
-    return {**op_calls(shop), **spec_calls(shop), **builder_calls(shop), **value_calls(), **function_calls(shop)}
+    torch_calls: dict[str, Call] = {
+        "from_torch": (
+            tg.from_torch, {"module": torch.nn.Linear(2, 3), "example_inputs": (torch.ones(1, 2),), "dynamic": None},
+        ),
+    }  # fmt: skip
+    return {
+        **torch_calls,
+        **op_calls(shop),
+        **spec_calls(shop),
+        **builder_calls(shop),
+        **value_calls(),
+        **function_calls(shop),
+    }
 
 
 NAMES = sorted(calls(Path("/nowhere")))

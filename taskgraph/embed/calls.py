@@ -224,9 +224,11 @@ def leaves(value: Any) -> Iterator[Any]:
 def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
     """`value` with every leaf changed."""
     if isinstance(value, (list, tuple)):
-        return type(value)(mapped(v, change) for v in value) if type(value) in (list, tuple) else [
-            mapped(v, change) for v in value
-        ]
+        return (
+            type(value)(mapped(v, change) for v in value)
+            if type(value) in (list, tuple)
+            else [mapped(v, change) for v in value]
+        )
     if isinstance(value, dict):
         return {k: mapped(v, change) for k, v in value.items()}
     return change(value)

@@ -30,7 +30,7 @@ _NOTHING: Final = frozenset({
 """Operators that compute nothing."""
 
 
-class Unsupported(GraphError):
+class Unsupported(GraphError):  # noqa: N818 - the name says what it means
     """Something in a torch module that a graph cannot hold; the message says what and which way out there is."""
 
 
@@ -248,7 +248,9 @@ class _Tracer:
         ):
             return target(*args, **kwargs)
         what = "autocast" if "autocast" in name else f"{name!r}, which is no operator of torch"
-        raise Unsupported(f"{node.name} calls {what}; run that part outside, or let torch.compile break the graph there.")
+        raise Unsupported(
+            f"{node.name} calls {what}; run that part outside, or let torch.compile break the graph there."
+        )
 
     # -- calls -----------------------------------------------------------------------------------
 

@@ -56,15 +56,26 @@ class Imported:
 
         return memory_of(value, wanted)
 
-    def results(self, made: Mapping[str, torch.Tensor]) -> Any:
-        """What the module returns, of the outputs by name that a call of the executable returned."""
+    def results(self, made: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor] | None = None) -> Any:
+        """What the module returns, of the outputs by name that a call of the executable returned.
+
+        `given` is what `feed` made of the arguments, for a module that returns one of them."""
         assert self._lowered is not None
-        have = {**self.tensors, **made}
+        have = {**self.tensors, **(given or {}), **made}
 
         def one(value: Any) -> Any:
-            return value.of(have[value.tensor]) if isinstance(value, Place) else value
+            if not isinstance(value, Place):
+                return value
+            if value.tensor not in have:
+                raise GraphError(f"the module returns its argument {value.tensor!r}; give results() what feed() made.")
+            return value.of(have[value.tensor])
 
         return pytree.tree_unflatten(list(leaves(mapped(self._lowered.outputs, one))), self._out_tree)
+
+    def call(self, executable: tg.Executable, *args: Any, **kwargs: Any) -> Any:
+        """What the module returns for these arguments, by an executable of the graph that is bound to `tensors`."""
+        given = self.feed(*args, **kwargs)
+        return self.results(executable(given), given)
 
     def explain(self, device: "str | tg.Device" = "cpu") -> str:
         """Which ops were recognised, which run as they are, and what share of the predicted time each kind has."""
@@ -73,9 +84,7 @@ class Imported:
         return explain(self, device)
 
 
-def from_torch(
-    module: torch.nn.Module, example_inputs: Any, *, dynamic: Any = None
-) -> Imported:
+def from_torch(module: torch.nn.Module, example_inputs: Any, *, dynamic: Any = None) -> Imported:
     """The graph of `module` at the shapes of `example_inputs`: a tuple of arguments, or a mapping of named ones.
 
     The module is exported by torch.export without gradients; it may be an ExportedProgram too. Calls that are
@@ -101,7 +110,9 @@ def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (example,), {}
     if isinstance(example, Sequence) and not isinstance(example, str):
         return tuple(example), {}
-    raise GraphError(f"example_inputs are a tuple of arguments or a mapping of named ones; got {type(example).__name__}.")
+    raise GraphError(
+        f"example_inputs are a tuple of arguments or a mapping of named ones; got {type(example).__name__}."
+    )
 
 
 def _name(module: Any) -> str:

@@ -114,15 +114,11 @@ def lower(name: str, flow: Flow, matches: Sequence["Match"] = ()) -> Lowered:
     outputs = _outputs(site)
     graph = site.builder.build()
     used = {n for op in graph.ops for n in op.inputs} | {p.tensor for p in leaves(outputs) if isinstance(p, Place)}
-    kept = {n: t for n, t in tensors.items() if n in used}
-    if len(kept) < len(tensors):
-        graph = tg.Graph(
-            graph.name,
-            tuple(t for t in graph.tensors if t.role in ("activation", "input") or t.name in kept),
-            graph.ops,
-            graph.outputs,
-        )
-    return Lowered(graph, kept, sources, outputs, tuple(site.recognised))
+    kept = tuple(t for t in graph.tensors if t.role == "activation" or t.name in used or t.name in graph.outputs)
+    graph = tg.Graph(graph.name, kept, graph.ops, graph.outputs)
+    sources = [p if p is not None and p.tensor in graph.tensor else None for p in sources]
+    tensors = {n: t for n, t in tensors.items() if n in graph.tensor}
+    return Lowered(graph, tensors, sources, outputs, tuple(site.recognised))
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +158,9 @@ def _declare(site: Site) -> tuple[dict[str, torch.Tensor], list[Place | None]]:
         layout = flow.leaves[storage.whole].layout
         shape, dtype = layout.spec
         name = site.free_name(storage.name)
-        make = builder.input if storage.role == "input" else builder.state if storage.role == "state" else builder.weight
+        make = (
+            builder.input if storage.role == "input" else builder.state if storage.role == "state" else builder.weight
+        )
         site.values[number, 0] = make(name, shape, dtype)
         if storage.value is not None:
             tensors[name] = memory_of(storage.value, layout)

@@ -1,6 +1,7 @@
 """The work of a call of torch: torch's own flop counts, and every operand's bytes moved once."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,9 @@ import taskgraph as tg
 from taskgraph.embed.calls import Layout, by_name, mapped
 from taskgraph.embed.flow import Call, Flow, Use
 
-_FREE = frozenset({"copy_", "clone", "contiguous", "reshape", "_to_copy", "to", "fill_", "zero_", "zeros", "cat", "stack"})
+_FREE = frozenset(
+    {"copy_", "clone", "contiguous", "reshape", "_to_copy", "to", "fill_", "zero_", "zeros", "cat", "stack"}
+)
 """Calls that move bytes and compute nothing."""
 
 
@@ -43,8 +46,7 @@ def _indexed(flow: Flow, call: Call) -> float | None:
         rows, width = flow.layout(indices), flow.layout(call.args[0])
         return float(rows.nbytes + rows.elements * width.size[-1] * width.dtype.itemsize)
     if target in ("index_copy_", "index_put_", "scatter_"):
-        given = [u for u in call.uses()[1:]]
-        return 2.0 * sum(flow.layout(u).nbytes for u in given)
+        return 2.0 * sum(flow.layout(u).nbytes for u in call.uses()[1:])
     return None
 
 
@@ -61,20 +63,43 @@ def _flops(flow: Flow, call: Call, made: list[Layout]) -> float:
             return float(rule(*order, out_val=_meta(made[0])))
         except Exception:  # its rule takes other arguments than the call has
             return 2.0 * elements
-    if names in ("linear", "matmul"):
-        first, second = given.get("input", given.get("self")), given.get("weight", given.get("other"))
-        return 2.0 * elements * float((first if first is not None else second).shape[-1])
-    if names == "scaled_dot_product_attention":
-        q, k = given["query"], given["key"]
-        return 4.0 * math.prod(q.shape) * k.shape[-2]
-    if names in ("conv1d", "conv2d", "conv3d"):
-        return 2.0 * elements * math.prod(given["weight"].shape[1:])
-    if names in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
-        steps = math.prod(given["input"].shape[:-1])
-        return 2.0 * steps * sum(math.prod(w.shape) for w in given["params"] if len(w.shape) == 2)
+    depth = _DEPTHS.get(names)
+    if depth is not None:
+        return 2.0 * float(depth(given, elements))
     if names in _FREE:
         return 0.0
     return max(elements, float(sum(flow.layout(u).elements for u in call.uses()[:1])))
+
+
+def _by_linear(given: dict[str, Any], elements: float) -> float:
+    return elements * given["input"].shape[-1]  # type: ignore[no-any-return]
+
+
+def _by_matmul(given: dict[str, Any], elements: float) -> float:
+    return elements * given["self"].shape[-1]  # type: ignore[no-any-return]
+
+
+def _by_attention(given: dict[str, Any], elements: float) -> float:
+    return 2.0 * math.prod(given["query"].shape) * given["key"].shape[-2]  # type: ignore[no-any-return]
+
+
+def _by_convolution(given: dict[str, Any], elements: float) -> float:
+    return elements * float(math.prod(given["weight"].shape[1:]))
+
+
+def _by_recurrence(given: dict[str, Any], elements: float) -> float:
+    steps: int = math.prod(given["input"].shape[:-1])
+    return float(steps * sum(math.prod(w.shape) for w in given["params"] if len(w.shape) == 2))
+
+
+_DEPTHS: dict[str, Callable[[dict[str, Any], float], float]] = {
+    "linear": _by_linear,
+    "matmul": _by_matmul,
+    "scaled_dot_product_attention": _by_attention,
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _by_convolution),
+    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), _by_recurrence),
+}
+"""Multiplications of composite calls, which torch's counter sees only in parts."""
 
 
 def _meta(layout: Layout) -> torch.Tensor:

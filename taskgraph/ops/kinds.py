@@ -54,6 +54,7 @@ class Kind:
     def __post_init__(self) -> None:
         text("the name of an op kind", self.name, GraphError)
         instance(f"takes of {self.name}", self.takes, Signature, GraphError)
+        instance(f"stated of {self.name}", self.stated, bool, GraphError)
         ranges = instance(f"index_ranges of {self.name}", self.index_ranges, Mapping, GraphError)
         rules = [self.shape, self.work, *ranges.values(), *([self.split] if callable(self.split) else [])]
         for rule in rules:

@@ -193,7 +193,8 @@ def widened(tensors: Tensors) -> Tensors:
 
 
 def test_every_kind_has_a_case() -> None:
-    assert {case.split()[0] for case in CASES} == set(CPU_KINDS)
+    own = {name for name, kind in CPU_KINDS.items() if kind.bind.__module__.startswith("taskgraph.runtime.")}
+    assert {case.split()[0] for case in CASES} == own
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])

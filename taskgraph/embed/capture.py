@@ -1,0 +1,128 @@
+"""A captured plan that is called as torch calls a function: arguments in, new tensors out."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import torch
+
+import taskgraph as tg
+from taskgraph.embed.calls import Layout, leaves, mapped
+from taskgraph.embed.kinds import ATEN
+from taskgraph.embed.lower import Lowered, Place, memory_of
+
+MOST_REBINDS: Final = 64
+"""A plan whose weights or states move more often than this is given up."""
+
+
+class Captured:
+    """The executable of a lowered graph, and what of the arguments goes where.
+
+    Inputs are copied into buffers; weights and states are used in place, and looked after: a call that finds them
+    moved or changed binds them again. Results are copies, as callers keep them.
+    """
+
+    def __init__(self, lowered: Lowered, args: Sequence[Any], scheduler: str) -> None:
+        graph = lowered.graph
+        self.plan = tg.plan(graph, "cpu", scheduler)
+        self.lowered, self.why, self.rebinds = lowered, "", 0
+        self.recognised = sum(made.kind != ATEN for made in lowered.recognised)
+        self._exe: Any = tg.compile(graph, self.plan)
+        self._launch: Callable[[], Any] = self._exe.launch
+        used = {t.name: t.role for t in graph.tensors}
+        places = [(i, p) for i, p in enumerate(lowered.sources) if p is not None and p.tensor in used]
+        self._bound = [(i, p) for i, p in places if used[p.tensor] != "input"]
+        buffers = self._exe.inputs
+        self._copies = [(i, p.layout.on(buffers[p.tensor])) for i, p in places if used[p.tensor] == "input"]
+        self._constant = [i for i, p in self._bound if used[p.tensor] == "weight"]
+        self._states = [i for i, p in self._bound if used[p.tensor] == "state"]
+        given = {p.tensor for _, p in self._bound}
+        self._exe.bind({n: t for n, t in lowered.tensors.items() if n not in given})
+        self._pointers: list[int] = []
+        self._versions: list[int] = []
+        self._bind(args)
+        self._results = self._readers()
+
+    def run(self, args: Sequence[Any]) -> Any:
+        """One call; None, and `why`, where it must be run otherwise."""
+        if [args[i].data_ptr() for i, _ in self._bound] != self._pointers or [
+            args[i]._version for i in self._constant
+        ] != self._versions:
+            if self.rebinds >= MOST_REBINDS:
+                self.why = "its weights or states moved or changed too often"
+                return None
+            self.rebinds += 1
+            self._bind(args)
+        if self._states and self._shared(args):
+            self.why = "an argument shares memory with one that is changed in place"
+            return None
+        for i, buffer in self._copies:
+            buffer.copy_(args[i])
+        self._launch()
+        return self._results(args)
+
+    def _bind(self, args: Sequence[Any]) -> None:
+        self._exe.bind({p.tensor: memory_of(args[i], p.layout) for i, p in self._bound})
+        self._pointers = [args[i].data_ptr() for i, _ in self._bound]
+        self._versions = [args[i]._version for i in self._constant]
+
+    def _shared(self, args: Sequence[Any]) -> bool:
+        changed = {args[i].untyped_storage()._cdata for i in self._states}
+        return any(args[i].untyped_storage()._cdata in changed for i, _ in self._copies)
+
+    # -- results ---------------------------------------------------------------------------------
+
+    def _readers(self) -> Callable[[Sequence[Any]], Any]:
+        """What makes the results of a call: copies of outputs, and arguments themselves where those are returned."""
+        outputs, roles = self.lowered.outputs, {t.name: t.role for t in self.lowered.graph.tensors}
+        made, source_of = self._exe.outputs, {p.tensor: i for i, p in enumerate(self.lowered.sources) if p is not None}
+        places = [p for p in leaves(outputs) if isinstance(p, Place)]
+        shared = {p.tensor for p in places if [q.tensor for q in places].count(p.tensor) > 1}
+        plain: list[tuple[Any, ...]] = []
+        for p in leaves(outputs):
+            if not isinstance(p, Place):
+                plain.append((0, p))
+            elif roles.get(p.tensor, "input") == "activation":
+                view = p.of(made[p.tensor])
+                simple = p.tensor not in shared and Layout.of(view).dense
+                plain.append((1, view) if simple else (2, p))
+            else:
+                plain.append((3, p, source_of.get(p.tensor)))
+        flat = (
+            all(kind == 1 for kind, *_ in plain)
+            and isinstance(outputs, (tuple, list))
+            and not any(isinstance(o, (tuple, list, dict)) for o in outputs)
+        )
+        if flat:
+            views = [row[1] for row in plain]
+            if len(views) == 1:
+                (only,) = views
+                return lambda args: (only.clone(),)
+            return lambda args: tuple([v.clone() for v in views])
+        return lambda args: self._mixed(plain, args)
+
+    def _mixed(self, plain: list[tuple[Any, ...]], args: Sequence[Any]) -> Any:
+        copied: dict[str, torch.Tensor] = {}
+        found: list[Any] = []
+        for kind, what, *more in plain:
+            if kind == 0:
+                found.append(what)
+            elif kind == 1:
+                found.append(what.clone())
+            elif kind == 2:
+                if what.tensor not in copied:
+                    copied[what.tensor] = self._exe.outputs[what.tensor].clone()
+                found.append(what.of(copied[what.tensor]))
+            elif more[0] is None:
+                found.append(what.of(self.lowered.tensors[what.tensor]).clone())
+            else:
+                value = args[more[0]]
+                for target, view_args, kwargs, item in what.views:
+                    viewed = target(value, *view_args, **kwargs)
+                    value = viewed if item is None else viewed[item]
+                found.append(value)
+        rest = iter(found)
+        return mapped(self.lowered.outputs, lambda _: next(rest))
+
+    def close(self) -> None:
+        """Free buffers and lanes."""
+        self._exe.close()

@@ -1,0 +1,86 @@
+"""What became of a module that torch.compile gave to taskgraph: plans, verdicts, calls."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from taskgraph.embed.dynamo import ALL, Compiled, Variant
+from taskgraph.units import format_seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One shape of one graph of Dynamo's.
+
+    `way` is "plan" or "eager", `reason` why it is eager; `ops` and `recognised` count the ops of its plan. `plan_s` and
+    `eager_s` are the measured seconds of the fastest trial calls, 0 where there was none; `rebinds` counts how often
+    weights or states had moved or changed. `calls` counts all calls."""
+
+    shape: Any
+    way: str
+    reason: str
+    calls: int
+    ops: int
+    recognised: int
+    plan_s: float
+    eager_s: float
+    rebinds: int
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """All pieces of a compiled module."""
+
+    pieces: tuple[Piece, ...]
+
+    @property
+    def hit_rate(self) -> float:
+        """The share of calls of pieces that have a plan in the end; 0 without calls."""
+        calls = sum(p.calls for p in self.pieces)
+        return sum(p.calls for p in self.pieces if p.way == "plan") / calls if calls else 0.0
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.pieces)} pieces; {100 * self.hit_rate:.0f} % of calls by plans"]
+        for p in self.pieces:
+            if p.way == "plan":
+                told = f"plan of {p.ops} ops, {p.recognised} recognised"
+                if p.eager_s:
+                    told += f"; {format_seconds(p.plan_s)} against {format_seconds(p.eager_s)} eager (measured)"
+            else:
+                told = f"as torch runs it: {p.reason}"
+            lines.append(f"  {p.calls:6d} calls  {told}")
+        return "\n".join(lines)
+
+
+def report(compiled: Any = None) -> Report:
+    """The pieces of `compiled`, a module that torch.compile returned and that was called; None: of all there are.
+
+    Pieces are known by the weights that they use; those without any belong to every module."""
+    chosen = list(ALL)
+    if compiled is not None:
+        module = getattr(compiled, "_orig_mod", compiled)
+        own = set()
+        if isinstance(module, torch.nn.Module):
+            own = {t.data_ptr() for t in (*module.parameters(), *module.buffers()) if t.device.type != "meta"}
+        chosen = [c for c in chosen if not c.addresses or not c.addresses.isdisjoint(own)]
+    return Report(tuple(_piece(c, key, v) for c in chosen for key, v in _variants(c)))
+
+
+def _variants(compiled: Compiled) -> list[tuple[Any, Variant]]:
+    return [*compiled.variants.items()] or [((), Variant(None, compiled.reason, decided=True))]
+
+
+def _piece(compiled: Compiled, key: Any, v: Variant) -> Piece:
+    captured = v.captured
+    return Piece(
+        shape=key,
+        way="eager" if captured is None else "plan",
+        reason=v.reason,
+        calls=v.calls,
+        ops=0 if captured is None else len(captured.plan.steps),
+        recognised=0 if captured is None else captured.recognised,
+        plan_s=min(v.ours_s, default=0.0),
+        eager_s=min(v.eager_s, default=0.0),
+        rebinds=0 if captured is None else captured.rebinds,
+    )
