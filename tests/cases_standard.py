@@ -67,10 +67,31 @@ CASES: dict[str, Case] = {
     ),
     "reduce max": (lambda b, d: ops.reduce_max(*_given(b, d, (5, 3, 9)), 1), lambda t: t["x"].amax(1)),
     "reduce min": (lambda b, d: ops.reduce("min", *_given(b, d, (5, 3, 9)), (0, 2)), lambda t: t["x"].amin((0, 2))),
+    "reshape": (lambda b, d: ops.reshape(*_given(b, d, (6, 4, 5)), (4, 3, -1)), lambda t: t["x"].reshape(4, 3, 10)),
+    "permute": (
+        lambda b, d: ops.permute(*_given(b, d, (5, 3, 4, 9)), (2, 0, 3, 1)), lambda t: t["x"].permute(2, 0, 3, 1),
+    ),
+    "permute last": (lambda b, d: ops.transpose(*_given(b, d, (5, 3, 8)), 0, 1), lambda t: t["x"].transpose(0, 1)),
+    "expand": (lambda b, d: ops.expand(*_given(b, d, (5, 1, 7)), (2, 5, 3, 7)), lambda t: t["x"].repeat(2, 1, 3, 1)),
+    "concat": (
+        lambda b, d: ops.concat(_given(b, d, (5, 3, 8), (5, 2, 8)), 1), lambda t: torch.cat([t["x"], t["y"]], 1),
+    ),
+    "slice_axis": (lambda b, d: ops.slice_axis(*_given(b, d, (5, 9, 4)), 1, 2, 9, 3), lambda t: t["x"][:, 2:9:3]),
+    "index_select": (
+        lambda b, d: ops.index_select(b.input("x", (5, 12, 4), d), b.input("i", (7,), "i64"), 1),
+        lambda t: t["x"].index_select(1, t["i"]),
+    ),
+    "index_select rows": (
+        lambda b, d: ops.index_select(b.input("x", (12, 5), d), b.input("i", (7,), "i64")), lambda t: t["x"][t["i"]],
+    ),
+    "take_along": (
+        lambda b, d: ops.take_along(b.input("x", (5, 12, 3), d), b.input("i", (5, 4, 3), "i64"), 1),
+        lambda t: t["x"].take_along_dim(t["i"].long(), 1),
+    ),
 }  # fmt: skip
 """Runs: the op of one dtype, and torch's result."""
 
-GENERAL = {case for case in CASES if "gelu" not in case and "layer_norm" not in case}
+GENERAL = {case for case in CASES if "gelu" not in case and case.split()[0] not in ("layer_norm", "reshape")}
 """Cases whose reference holds for other sizes and dtypes too."""
 
 MADE: dict[str, tuple[Maker, tuple[int, ...], str, Work]] = {
@@ -93,6 +114,30 @@ MADE: dict[str, tuple[Maker, tuple[int, ...], str, Work]] = {
         lambda b: ops.reduce_mean(b.input("x", (3, 8, 2), "f32"), (0, 2)),
         (8,), "f32", Work(flops=48, hbm_bytes=4 * (48 + 8)),
     ),
+    "reshape": (
+        lambda b: ops.reshape(b.input("x", (3, 8, 2), "f32"), (6, 8)), (6, 8), "f32", Work(hbm_bytes=2 * 192),
+    ),
+    "permute": (
+        lambda b: ops.permute(b.input("x", (3, 8, 2), "bf16"), (2, 0, 1)), (2, 3, 8), "bf16", Work(hbm_bytes=4 * 48),
+    ),
+    "expand": (
+        lambda b: ops.expand(b.input("x", (3, 1), "f32"), (2, -1, 5)), (2, 3, 5), "f32", Work(hbm_bytes=12 + 120),
+    ),
+    "concat": (
+        lambda b: ops.concat([b.input("x", (3, 2), "f32"), b.input("y", (3, 6), "f32")], -1),
+        (3, 8), "f32", Work(hbm_bytes=2 * 96),
+    ),
+    "slice_axis": (
+        lambda b: ops.slice_axis(b.input("x", (3, 8), "f32"), 1, 1, 8, 2), (3, 4), "f32", Work(hbm_bytes=2 * 48),
+    ),
+    "index_select": (
+        lambda b: ops.index_select(b.input("x", (3, 8), "f32"), b.input("i", (5,), "i32"), 1),
+        (3, 5), "f32", Work(hbm_bytes=20 + 2 * 60),
+    ),
+    "take_along": (
+        lambda b: ops.take_along(b.input("x", (3, 8), "bf16"), b.input("i", (3, 2), "i64")),
+        (3, 2), "bf16", Work(hbm_bytes=48 + 2 * 12),
+    ),
 }  # fmt: skip
 """Declarations: the op, and its shape, dtype and work by hand."""
 
@@ -108,5 +153,13 @@ MISFITS: dict[str, Callable[[GraphBuilder], Any]] = {
     "matmul batch": lambda b: ops.matmul(b.input("x", (2, 3, 8), "f32"), b.input("bad", (3, 8, 5), "f32")),
     "reduce": lambda b: ops.reduce_sum(b.input("bad", (3, 8), "i64"), 1),
     "reduce axes": lambda b: ops.reduce_sum(b.input("bad", (3, 8), "f32"), (1, -1)),
+    "reshape": lambda b: ops.reshape(b.input("bad", (3, 8), "f32"), (5, -1)),
+    "permute": lambda b: ops.permute(b.input("bad", (3, 8), "f32"), (1, 1)),
+    "expand": lambda b: ops.expand(b.input("bad", (3, 8), "f32"), (3, 16)),
+    "concat": lambda b: ops.concat([b.input("x", (3, 8), "f32"), b.input("bad", (4, 8), "f32")], 1),
+    "concat dtype": lambda b: ops.concat([b.input("x", (3, 8), "f32"), b.input("bad", (3, 8), "bf16")], 1),
+    "slice_axis": lambda b: ops.slice_axis(b.input("bad", (3, 8), "f32"), 1, 4, 9),
+    "index_select": lambda b: ops.index_select(b.input("x", (3, 8), "f32"), b.input("bad", (5,), "f32")),
+    "take_along": lambda b: ops.take_along(b.input("x", (3, 8), "f32"), b.input("bad", (2, 8), "i64")),
 }  # fmt: skip
 """What is refused, by an error that names the kind and the tensor "bad"."""

@@ -55,7 +55,7 @@ __device__ __forceinline__ float over_block(float value) {
 // What an op was given that it cannot use. The word at `fault` is the op's own, in memory that the host reads after a
 // replay: what it is, and its value in the lower 48 bits; one of them, where there are several. The kernel goes on
 // without it, within its buffers.
-enum Fault : long long { TOKEN = 1, POSITION, SLOT, PAGE, LENGTH, CHUNK };
+enum Fault : long long { TOKEN = 1, POSITION, SLOT, PAGE, LENGTH, CHUNK, INDEX };
 
 __device__ __forceinline__ void report(long long* fault, Fault what, long long value) {
     *static_cast<volatile long long*>(fault) = (static_cast<long long>(what) << 48) | (value & 0xffffffffffffll);

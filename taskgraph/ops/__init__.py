@@ -15,6 +15,7 @@ from taskgraph.ops.attention import (
     rope,
     rope_kv,
 )
+from taskgraph.ops.axes import concat, expand, index_select, permute, reshape, slice_axis, take_along, transpose
 from taskgraph.ops.dense import add, argmax, embedding, gemm, rmsnorm, swiglu
 from taskgraph.ops.experts import RouteSpec, active_experts, experts, gated_add, route
 from taskgraph.ops.kinds import KINDS, Kind, apply, batch_axes, check_op, register
@@ -114,6 +115,7 @@ __all__ = [
     "batch_axes",
     "cast",
     "check_op",
+    "concat",
     "concat_rows",
     "copy",
     "copy_pages",
@@ -122,10 +124,12 @@ __all__ = [
     "elementwise",
     "embedding",
     "exp",
+    "expand",
     "experts",
     "gated_add",
     "gelu",
     "gemm",
+    "index_select",
     "latent_attention",
     "latent_flops",
     "latent_rope",
@@ -145,6 +149,7 @@ __all__ = [
     "paged_latent_rope",
     "paged_prefill",
     "paged_rope",
+    "permute",
     "reduce",
     "reduce_max",
     "reduce_mean",
@@ -152,6 +157,7 @@ __all__ = [
     "reduce_sum",
     "register",
     "relu",
+    "reshape",
     "rmsnorm",
     "rope",
     "rope_kv",
@@ -159,11 +165,14 @@ __all__ = [
     "rsqrt",
     "sigmoid",
     "silu",
+    "slice_axis",
     "slice_rows",
     "softmax",
     "sqrt",
     "sub",
     "swiglu",
+    "take_along",
     "tanh",
+    "transpose",
     "where",
 ]

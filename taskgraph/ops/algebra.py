@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from taskgraph.errors import GraphError
 from taskgraph.graph.graph import Value
 from taskgraph.graph.op import Demand, Work
-from taskgraph.ops.kinds import Axes, Kind, Output, apply, axis_of, is_value, register
+from taskgraph.ops.axes import place_of
+from taskgraph.ops.kinds import Axes, Kind, Output, apply, register
 from taskgraph.ops.pointwise import broadcast
 from taskgraph.ops.signatures import (
     AXES,
@@ -24,7 +25,7 @@ from taskgraph.ops.signatures import (
     need,
     need_floats,
 )
-from taskgraph.record import integer, one_of, sequence
+from taskgraph.record import one_of, sequence
 
 # ---------------------------------------------------------------------------------------- layer norm
 
@@ -70,7 +71,7 @@ register(
 
 def softmax(x: Value, axis: int = -1, *, log: bool = False, name: str | None = None) -> Value:
     """exp(x) along `axis`, divided by its sum; with `log` the logarithm of that."""
-    return apply("softmax", [x], {"axis": _place("softmax", x, axis), "log": log}, name=name)
+    return apply("softmax", [x], {"axis": place_of("softmax", x, axis), "log": log}, name=name)
 
 
 def softmax_shape(ins: Shapes, attrs: Attrs) -> Output:
@@ -155,7 +156,7 @@ def reduce(
     Axes below 0 count from the last. A NaN among what is compared is the result."""
     one_of("operation of reduce", operation, REDUCTIONS, GraphError)
     given = [axes] if isinstance(axes, int) else sequence("axes of reduce", axes, GraphError)
-    over = tuple(sorted(_place("reduce", x, axis) for axis in given))
+    over = tuple(sorted(place_of("reduce", x, axis) for axis in given))
     return apply("reduce", [x], Attrs(operation=operation, axes=over, keep_axes=keep_axes), name=name)
 
 
@@ -205,11 +206,3 @@ register(
     Kind("reduce", Signature("+", {"operation": WORD, "axes": AXES, "keep_axes": FLAG}), reduce_shape, reduce_work,
          reduce_split)
 )  # fmt: skip
-
-
-def _place(kind: str, x: Value, axis: object) -> int:
-    """The axis of `x`, counted from the first; GraphError if it has none such."""
-    is_value(kind, "x", x)
-    place = integer(f"an axis of {kind}", axis, GraphError)
-    axis_of(kind, "x", x, place)
-    return place % len(x.shape)

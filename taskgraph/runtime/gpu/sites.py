@@ -64,6 +64,7 @@ _WHAT = (
     "", "the token {}, which is outside its table", "the position {}, which is outside the cache",
     "the slot {}, which is outside the pages", "the page {}, which does not exist",
     "the length {}, which its block table does not hold", "chunks that end at row {}, which do not fit",
+    "the index {}, which its axis has not",
 )  # fmt: skip
 """By the numbers of `Fault` in common.cuh."""
 
