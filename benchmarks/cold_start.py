@@ -24,6 +24,8 @@ example:
   python -m benchmarks.cold_start --model llama-3-8b --batch 64 --json
 """
 INSIDE = "--inside"
+_UNUSUAL = ("NUMBA_CACHE_DIR", "PYTHONDONTWRITEBYTECODE")
+"""Settings that would keep the processes from keeping what a user's do."""
 
 
 class Compilations:
@@ -80,7 +82,7 @@ def measure(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, A
     """All figures of one model, in seconds."""
     asked = ["--model", args.model, "--device", args.device, "--batch", str(args.batch), "--context", str(args.context)]
     with tempfile.TemporaryDirectory() as folder:
-        here = {name: value for name, value in os.environ.items() if name != "NUMBA_CACHE_DIR"}
+        here = {name: value for name, value in os.environ.items() if name not in _UNUSUAL}
         here |= {"XDG_CACHE_HOME": folder}
 
         def output(*command: str) -> str:

@@ -131,7 +131,7 @@ def compiled(function: Callable[P, R], **options: Any) -> Callable[P, R]:
     """`njit` with more of numba's options."""
     made: Any = numba.njit(nogil=True, **options)(function)
     if isinstance(made, Dispatcher):
-        setattr(made, "_cache", _Kept(made.py_func))  # noqa: B010 - no public way in
+        setattr(made, "_cache", _Kept(made.py_func, options.get("_nrt", True)))  # noqa: B010 - no public way in
     result: Callable[P, R] = made
     return result
 
@@ -139,8 +139,9 @@ def compiled(function: Callable[P, R], **options: Any) -> Callable[P, R]:
 class _Kept(NullCache):  # type: ignore[misc]
     """numba's protocol of a cache, for one function; one file a signature."""
 
-    def __init__(self, function: Any) -> None:
+    def __init__(self, function: Any, counts: bool) -> None:
         self._function, self._on = function, True
+        self._counts = counts  # references: it calls numba's runtime
 
     @property
     def cache_path(self) -> str:
@@ -154,7 +155,8 @@ class _Kept(NullCache):  # type: ignore[misc]
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """The compiled signature, None where it is not kept, or its file is damaged."""
-        target_context.refresh()
+        if self._counts:
+            target_context.refresh()  # it imports all that compiling needs; a kernel that is read needs none of it
         if self._on:
             key = self._key(sig, target_context.codegen())
             payload = _read(self._place(key), key)

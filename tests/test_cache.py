@@ -264,6 +264,29 @@ def test_inner_functions_are_kept_in_their_callers(homes: Path, modules: Any, co
     assert sorted(path.name.rpartition("-")[0] for path in files) == ["kept_b.answer", "kept_b.twice"]
 
 
+SUM = """
+import sys
+import numpy as np
+from taskgraph import jit
+@jit.kernel
+def total(x):
+    sum = 0.0
+    for each in x:
+        sum += each
+    return sum
+print(total(np.arange(4.0)), "numba.np.arraymath" in sys.modules)
+"""
+
+
+def test_a_kept_kernel_is_read_without_what_only_compiling_needs(homes: Path) -> None:
+    (homes / "kept_sum.py").write_text(SUM)
+    for said in ("6.0 True", "6.0 False"):
+        here = {**os.environ, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, homes / "kept_sum.py"]
+        done = subprocess.run(command, capture_output=True, text=True, env=here, check=False)
+        assert done.stdout.strip() == said, done.stderr
+
+
 PAIR = "from typing import NamedTuple\nclass Pair(NamedTuple):\n    {first}: int\n    {second}: int\n"
 APART = "from taskgraph.jit import njit\n@njit\ndef apart(pair):\n    return pair.high - pair.low\n"
 

@@ -43,6 +43,13 @@ def stages(*names: str) -> Iterator["Stages"]:
         yield Stages(progress, names)
 
 
+@contextmanager
+def planning() -> Iterator[None]:
+    """A progress line on a terminal while a command plans; results say how long that took."""
+    with stages("plan") as staged, staged.stage("plan", said=False):
+        yield
+
+
 class Stages:
     """The stages of one command, by name."""
 
@@ -51,8 +58,8 @@ class Stages:
         self._tasks = {name: progress.add_task(name, total=1, start=False, visible=False) for name in names}
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Around the work of stage `name`."""
+    def stage(self, name: str, said: bool = True) -> Iterator[None]:
+        """Around the work of stage `name`; one that is not `said` leaves no line where stderr is no terminal."""
         task = self._tasks[name]
         self._progress.update(task, visible=True)
         self._progress.start_task(task)
@@ -68,7 +75,7 @@ class Stages:
         finally:
             compiling.listen(others)
         self._progress.update(task, completed=1, description=name)
-        if self._progress.disable:
+        if said and self._progress.disable:
             say(f"{name}: {time.perf_counter() - begin:.1f} s")
 
 

@@ -54,4 +54,4 @@ def _show_warning(others: Callable[..., None]) -> Callable[..., None]:
 
 def _first_compilation(name: str, before: int) -> None:
     if not before:
-        say("compiling the schedulers for this processor, once: some fifteen seconds")
+        say("compiling the schedulers for this processor, once: some ten seconds")

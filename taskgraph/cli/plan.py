@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import taskgraph as tg
-from taskgraph.cli.console import check_outputs, screen
+from taskgraph.cli.console import check_outputs, planning, screen
 from taskgraph.cli.steps import StepSize, advice, graph_of
 
 EPILOG = """
@@ -58,10 +58,11 @@ def plan(
         dtype = pick("auto").dtype if device == "cpu" else "bf16"
     size = StepSize(batch, context, tokens, dtype, ranks, expert_parallel)
     begin = time.perf_counter()
-    graph = graph_of(model, size)
-    made = tg.plan(graph, device, scheduler)
+    with planning():
+        graph = graph_of(model, size)
+        made = tg.plan(graph, device, scheduler)
+        tg.verify(made, graph, memory=False)
     seconds = time.perf_counter() - begin
-    tg.verify(made, graph, memory=False)
     screen.print(tg.explain(made), markup=False)
     rate = batch * tokens / made.makespan_s
     on = f"one {made.device.name}" if ranks == 1 else f"{ranks} x {made.device.name}"

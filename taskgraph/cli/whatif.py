@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 import taskgraph as tg
-from taskgraph.cli.console import screen
+from taskgraph.cli.console import planning, screen
 from taskgraph.units import format_seconds
 
 RESOURCES: Mapping[str, tuple[str, ...]] = {
@@ -110,7 +110,8 @@ def whatif(
     given = {"sm": sm, "flops": flops, "hbm": hbm, "link": link, "pcie": pcie}
     factors = {name: factor for name, text in given.items() if (factor := parse_factor(text)) != 1.0}
     sizes = {"batch": batch, "context": context, "tokens": tokens}
-    pair = what_if(model, tg.devices.get(device), factors, **sizes, scheduler=scheduler)
+    with planning():
+        pair = what_if(model, tg.devices.get(device), factors, **sizes, scheduler=scheduler)
     table = Table(title=f"{model}, {batch} x {tokens} tokens, context {context} (simulated)", title_justify="left")
     for column in ("", *(outcome.device.name for outcome in pair), "change"):
         table.add_column(column, overflow="fold")
