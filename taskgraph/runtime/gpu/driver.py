@@ -1,4 +1,5 @@
-"""The only door to cuda.core: what the driver can do, contexts of SM partitions, streams, memory, kernels, graphs.
+"""The door to cuda.core: what the driver can do, contexts of SM partitions, streams, memory, kernels. Captured graphs
+have one of their own, `captures`.
 
 Rules of green contexts that this module keeps: one split for all partitions of a geometry, counts read back; streams
 from cuda.core's green contexts only, non-blocking; a green context is never made current to a thread.
@@ -7,7 +8,7 @@ from cuda.core's green contexts only, non-blocking; a green context is never mad
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -126,7 +127,7 @@ def is_driver_error(error: Exception) -> bool:
 
 def typed(what: str, error: Exception) -> CudaError:
     """An error of cuda.core as ours."""
-    return _error(what, str(error))
+    return cuda_error(what, str(error))
 
 
 def raise_typed(what: str, error: Exception) -> NoReturn:
@@ -140,11 +141,12 @@ def check(what: str, result: Sequence[Any]) -> Any:
     """The value of a cuda.bindings call, or CudaError."""
     status, *values = result
     if int(status):
-        raise _error(what, status.name)
+        raise cuda_error(what, status.name)
     return values[0] if len(values) == 1 else values
 
 
-def _error(what: str, text: str) -> CudaError:
+def cuda_error(what: str, text: str) -> CudaError:
+    """Our error for what the driver calls `text`, with what the virtual driver says about it."""
     code = text.split(":")[0].split("\n")[0].strip()
     control = virtual.loaded()
     detail = f" ({control.report().last_refusal})" if control else ""
@@ -397,148 +399,7 @@ class Gpu:
         check("wait for the device", cu.cuCtxSynchronize())
 
 
-# -------------------------------------------------------------------------------------------------- graphs
-
-
-@dataclass(frozen=True, slots=True)
-class NodeFacts:
-    """What the driver says about a captured node: its kind ("kernel", "memcpy", ...), its kernel's name and the
-    context it will run in (0: not told)."""
-
-    handle: int
-    kind: str
-    kernel: str = ""
-    context: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class GraphFacts:
-    """A captured graph as the driver gives it back."""
-
-    nodes: tuple[NodeFacts, ...]
-    edges: tuple[tuple[int, int], ...]
-
-
-class Capture:
-    """A stream capture in thread-local mode that starts on `origin`; `graph` is there after `end`."""
-
-    def __init__(self, origin: Any) -> None:
-        with driver_errors("begin the capture"):
-            self.builder = origin.create_graph_builder()
-            self.builder.begin_building("thread_local")
-        self.closed = False
-        self._origin = origin
-
-    def end(self) -> None:
-        """End it; CudaError when the driver refuses, for instance for a lane that was not joined."""
-        self.closed = True
-        with driver_errors("end the capture"):
-            self.builder.end_building()
-
-    def abandon(self) -> None:
-        """End it whatever state it is in, after an error."""
-        from cuda.bindings import driver as cu
-
-        if self.closed:
-            return
-        self.closed = True
-        status, graph = cu.cuStreamEndCapture(self._origin.handle)  # the builder refuses to end an invalid capture
-        if not int(status) and int(graph):
-            cu.cuGraphDestroy(graph)
-
-    @property
-    def handle(self) -> Any:
-        """The CUgraph."""
-        return self.builder.graph_definition.handle
-
-    def instantiate(self) -> Any:
-        """The executable graph."""
-        with driver_errors("instantiate the graph"):
-            return self.builder.complete()
-
-    def close(self) -> None:
-        """Free the captured graph; executables made from it live on."""
-        self.abandon()
-        with _ignored():
-            self.builder.close()
-
-
-@contextmanager
-def _ignored() -> Iterator[None]:
-    """Errors of the driver while cleaning up after an error."""
-    try:
-        yield
-    except Exception as error:
-        if type(error).__name__ not in ("CUDAError", "RuntimeError"):
-            raise
-
-
-def last_nodes(stream: Any) -> tuple[int, ...]:
-    """The nodes that the next node captured on `stream` will follow."""
-    from cuda.bindings import driver as cu
-
-    _, _, _, nodes, _, count = check("read the capture", cu.cuStreamGetCaptureInfo(stream.handle))
-    return tuple(int(node) for node in nodes[:count])
-
-
-def capturing(stream: Any) -> bool:
-    """Whether a capture that `stream` belongs to is going on and still valid."""
-    from cuda.bindings import driver as cu
-
-    code, state, *_ = cu.cuStreamGetCaptureInfo(stream.handle)
-    return not int(code) and int(state) == int(cu.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_ACTIVE)
-
-
-def captured_handles(stream: Any) -> tuple[int, ...]:
-    """All nodes captured so far by the capture that `stream` belongs to; CudaError when there is none any more."""
-    from cuda.bindings import driver as cu
-
-    state, _, graph, _, _, _ = check("read the capture", cu.cuStreamGetCaptureInfo(stream.handle))
-    if int(state) != int(cu.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_ACTIVE):
-        raise _error("read the capture", "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED")
-    return tuple(int(node) for node in _listed(cu.cuGraphGetNodes, graph))
-
-
-def _listed(call: Callable[..., Any], handle: Any) -> list[Any]:
-    _, count = check("count", call(handle))
-    if not count:
-        return []
-    values, count = check("list", call(handle, count))
-    return list(values[:count])
-
-
-def read_graph(handle: Any) -> GraphFacts:
-    """Nodes with their kernels and contexts, and edges."""
-    from cuda.bindings import driver as cu
-
-    kernels: dict[int, str] = {}
-
-    def facts(node: Any) -> NodeFacts:
-        kind = check("node type", cu.cuGraphNodeGetType(node)).name.rpartition("TYPE_")[2].lower()
-        if kind != "kernel":
-            return NodeFacts(int(node), kind)
-        params = check("node parameters", cu.cuGraphKernelNodeGetParams(node))
-        kernel = int(params.kern) or int(params.func)
-        if kernel not in kernels:
-            named = cu.cuKernelGetName(params.kern) if int(params.kern) else cu.cuFuncGetName(params.func)
-            kernels[kernel] = check("kernel name", named).decode()
-        return NodeFacts(int(node), kind, kernels[kernel], int(params.ctx))
-
-    nodes = tuple(facts(node) for node in _listed(cu.cuGraphGetNodes, handle))
-    *_, count = check("count edges", cu.cuGraphGetEdges(handle))
-    if not count:
-        return GraphFacts(nodes, ())
-    begins, ends, _, count = check("list edges", cu.cuGraphGetEdges(handle, count))
-    edges = tuple((int(a), int(b)) for a, b in zip(begins[:count], ends[:count], strict=True))
-    return GraphFacts(nodes, edges)
-
-
-def record_external(event: Any, stream: Any) -> None:
-    """Capture a node that records `event` at every launch of the graph."""
-    from cuda.bindings import driver as cu
-
-    flag = cu.CUevent_record_flags.CU_EVENT_RECORD_EXTERNAL
-    check("record an event", cu.cuEventRecordWithFlags(event.handle, stream.handle, int(flag)))
+# -------------------------------------------------------------------------------------------------- work
 
 
 def launch_kernel(stream: Any, kernel: Any, grid: tuple[int, ...], block: int, args: Sequence[Any]) -> None:

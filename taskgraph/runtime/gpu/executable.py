@@ -19,7 +19,7 @@ from taskgraph.ops import COLLECTIVES
 from taskgraph.runtime.buffers import host_tensor
 from taskgraph.runtime.distributed import check_collectives
 from taskgraph.runtime.executable import Options, from_first
-from taskgraph.runtime.gpu import driver, torch_ops, virtual
+from taskgraph.runtime.gpu import captures, driver, torch_ops, virtual
 from taskgraph.runtime.gpu.arrays import DeviceArray, DeviceSpace, device_buffer
 from taskgraph.runtime.gpu.collectives import collective
 from taskgraph.runtime.gpu.driver import Gpu, Memory
@@ -240,7 +240,7 @@ class CudaExecutable(TensorExecutable[Buffer]):
         bound = self._launches()
         capture, owners = self._captured(bound, None)
         try:
-            facts = driver.read_graph(capture.handle)
+            facts = captures.read_graph(capture.handle)
             compare(self._plan, facts, owners, self._contexts)
             self._tell_times(owners)
             updated = self._renew(capture)
@@ -252,7 +252,7 @@ class CudaExecutable(TensorExecutable[Buffer]):
         self.report = CaptureReport(len(facts.nodes), len(facts.edges), kernels, sizes, capability, updated)
         self._stale = False
 
-    def _renew(self, capture: driver.Capture) -> bool:
+    def _renew(self, capture: captures.Capture) -> bool:
         """Update the executable graph in place where CUDA allows it (True); else instantiate a new one."""
         if self._exec is not None:
             try:
@@ -268,13 +268,13 @@ class CudaExecutable(TensorExecutable[Buffer]):
 
     def _captured(
         self, bound: Sequence[Launches | Callable[[Any], None]], marks: Sequence[tuple[Any, Any]] | None
-    ) -> tuple[driver.Capture, list[list[int]]]:
+    ) -> tuple[captures.Capture, list[list[int]]]:
         """Capture all steps; gives the nodes of each step. `marks` are events around every step."""
         steps = self._plan.steps
         wanted = {wait for step in steps for wait in step.waits}
         done: dict[int, Any] = {}
         owners: list[list[int]] = []
-        capture = driver.Capture(self.origin)
+        capture = captures.Capture(self.origin)
         try:
             fork = self._record(self.origin)
             entered: set[int] = set()
@@ -286,10 +286,10 @@ class CudaExecutable(TensorExecutable[Buffer]):
                 for wait in step.waits:
                     self._wait(stream, done[wait])
                 if marks:
-                    driver.record_external(marks[i][0], stream)
+                    captures.record_external(marks[i][0], stream)
                 owners.append(self._run(step.op, entry, stream))
                 if marks:
-                    driver.record_external(marks[i][1], stream)
+                    captures.record_external(marks[i][1], stream)
                 if i in wanted:
                     done[i] = self._record(stream)
             for lane in sorted(entered):
@@ -315,16 +315,16 @@ class CudaExecutable(TensorExecutable[Buffer]):
         try:
             if not callable(entry):
                 return [node for launch in entry for node in self._launched(launch, stream)]
-            before = set(driver.captured_handles(stream))
+            before = set(captures.captured_handles(stream))
             with in_op(), self._pool.used():
                 entry(stream)
-            return [node for node in driver.captured_handles(stream) if node not in before]
+            return [node for node in captures.captured_handles(stream) if node not in before]
         except Exception as error:
             raise named_error(op, error, stream) from error
 
     def _launched(self, launch: Launch | CopyLaunch, stream: Any) -> tuple[int, ...]:
         self._send(launch, stream)
-        return driver.last_nodes(stream)
+        return captures.last_nodes(stream)
 
     def _send(self, launch: Launch | CopyLaunch, stream: Any) -> None:
         if isinstance(launch, CopyLaunch):

@@ -8,7 +8,7 @@ from taskgraph.errors import BackendUnavailable, CudaError, ExecutionError
 from taskgraph.graph.functions import check_arity
 from taskgraph.graph.op import Op
 from taskgraph.runtime.custom import Function, function_of, refuse_result
-from taskgraph.runtime.gpu import driver
+from taskgraph.runtime.gpu import captures, driver
 from taskgraph.runtime.gpu.arrays import DeviceArray
 
 
@@ -53,7 +53,7 @@ def named_error(op: str, error: Exception, stream: Any) -> Exception:
     if driver.is_driver_error(error):
         typed = driver.typed(f"op {op!r} broke the capture", error)
         return CudaError(f"{typed} {_RULE}", typed.code)
-    if not driver.capturing(stream):
+    if not captures.capturing(stream):
         code = "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED"
         return CudaError(f"op {op!r} broke the capture: {text}. {_RULE}", code)
     return ExecutionError(f"op {op!r} failed while it was captured: {text}", op=op)

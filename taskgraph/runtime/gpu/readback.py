@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 
 from taskgraph.errors import CaptureMismatch
-from taskgraph.runtime.gpu.driver import GraphFacts
+from taskgraph.runtime.gpu.captures import GraphFacts
 from taskgraph.schedule.plan import Plan, Step
 
 

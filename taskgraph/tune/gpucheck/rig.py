@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from taskgraph.errors import ExecutionError
 from taskgraph.graph.device import Geometry
-from taskgraph.runtime.gpu import driver, virtual
+from taskgraph.runtime.gpu import captures, driver, virtual
 from taskgraph.runtime.gpu.driver import Gpu
 from taskgraph.runtime.gpu.torch_memory import TorchPool
 from taskgraph.tune.gpucheck.power import Meter
@@ -127,12 +127,12 @@ class Rig:
             made.close()
 
     def _captured(self, runner: Runner, lane: Lane, count: int, pool: TorchPool) -> Loop:
-        capture = driver.Capture(lane.stream)
+        capture = captures.Capture(lane.stream)
         try:
             with pool.used():
                 for turn in range(count):
                     runner.launch(lane, turn)
-            nodes = driver.captured_handles(lane.stream)
+            nodes = captures.captured_handles(lane.stream)
             capture.end()
             if self._control is not None:
                 each = runner.predicted_s(lane.sms) * count / len(nodes)

@@ -26,8 +26,8 @@ from taskgraph.models.paged import step_graph as step_over_pages
 from taskgraph.runtime.cpu.kinds import TORCH_DTYPE
 from taskgraph.runtime.gpu import driver, torch_ops, virtual
 from taskgraph.runtime.gpu.arrays import DeviceArray, DeviceTensors
+from taskgraph.runtime.gpu.captures import GraphFacts, NodeFacts
 from taskgraph.runtime.gpu.collectives import collective
-from taskgraph.runtime.gpu.driver import GraphFacts, NodeFacts
 from taskgraph.runtime.gpu.executable import CudaExecutable
 from taskgraph.runtime.gpu.kinds import Buffer, Launch
 from taskgraph.runtime.gpu.readback import compare

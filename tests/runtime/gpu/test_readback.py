@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 
 from taskgraph.errors import CaptureMismatch
-from taskgraph.runtime.gpu.driver import GraphFacts, NodeFacts
+from taskgraph.runtime.gpu.captures import GraphFacts, NodeFacts
 from taskgraph.runtime.gpu.readback import compare
 from tests.schedule.test_verify import packed
 
