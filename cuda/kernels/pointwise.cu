@@ -12,7 +12,7 @@ enum Code {
 };  // in the order of OPERATIONS in taskgraph/ops/formula.py
 enum Type { F32, BF16, F16, BOOL, I32, I64 };
 
-constexpr int WORDS = 5, MOST_AXES = 6, MOST_INPUTS = 8, REGISTERS = 10, EACH = 4;
+constexpr int WORDS = 5, MOST_AXES = 6, MOST_INPUTS = 8, REGISTERS = 8, EACH = 4;
 
 struct Operands {
     const void* at[MOST_INPUTS];

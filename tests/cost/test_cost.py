@@ -285,3 +285,14 @@ def test_a_slice_costs_what_a_graph_of_its_own_size_costs() -> None:
     part, own = (op_table(g, device, sizes) for g in (step(256, 128), step(128, None)))
     assert part.seconds == pytest.approx(own.seconds)
     assert part.sm_use == pytest.approx(own.sm_use)
+
+
+def test_batched_products_run_at_the_rate_of_tensor_cores() -> None:
+    """By the published rate of their dtype, not at that of plain arithmetic."""
+    b = tg.GraphBuilder("batched")
+    x, y = (b.input(name, (64, 512, 512), "bf16") for name in "xy")
+    b.output(tg.ops.matmul(x, y, name="product"))
+    graph = b.build()
+    seconds = tg.plan(graph, "h100_sxm", "sequential").timeline.spans[0].end_s
+    published = 2.0 * 64 * 512**3 / H100.rate("bf16")
+    assert published < seconds < 4 * published

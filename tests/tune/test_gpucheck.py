@@ -225,20 +225,26 @@ def bench() -> checks.Bench:
     return checks.Bench(driver.Gpu.open(), specs.get("h100_sxm"), "virtual:h100_sxm")
 
 
-def test_the_equality_check_sees_a_wrong_output(on_virtual: Call) -> None:
-    on_virtual(see_a_wrong_output)
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("add", "every op kind, {}, equals the cpu backend"),
+     ("elementwise", "pointwise ops, norms and moves along axes, {}, equal the cpu backend")],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_the_equality_checks_see_a_wrong_output(on_virtual: Call, kind: str, name: str, dtype: str) -> None:
+    on_virtual(see_a_wrong_output, kind, name.format(dtype))
 
 
-def see_a_wrong_output() -> None:
-    """With a launch rule that adds a tensor to itself, the check of every op kind must fail."""
-    right = kinds.GPU_KINDS["add"]
-    wrong = replace(right, launches=lambda op, ins, outs, site: right.launches(op, [ins[0], ins[0]], outs, site))
-    kinds._KINDS["add"] = wrong
+def see_a_wrong_output(kind: str, name: str) -> None:
+    """The check holds, and with a launch rule that takes the first operand for all it must fail."""
+    assert checks.checked(name, checks.CHECKS[name], bench()).passed
+    right = kinds.GPU_KINDS[kind]
+    wrong = replace(right, launches=lambda op, ins, outs, site: right.launches(op, [ins[0]] * len(ins), outs, site))
+    kinds._KINDS[kind] = wrong
     try:
-        name = "every op kind, f32, equals the cpu backend"
         made = checks.checked(name, checks.CHECKS[name], bench())
     finally:
-        kinds._KINDS["add"] = right
+        kinds._KINDS[kind] = right
     assert not made.passed and "differ from the cpu backend" in made.seen
 
 

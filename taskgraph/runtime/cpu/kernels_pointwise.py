@@ -374,6 +374,14 @@ def _two(code: Any, a: Any, b: Any, out: Any) -> None:
 
 
 @kernel
+def _where(a: Any, b: Any, c: Any, out: Any) -> None:
+    zero = np.float32(0.0)
+    for i in range(len(out)):
+        one, other = b[i], c[i]
+        out[i] = one if a[i] != zero else other
+
+
+@kernel
 def _pointwise(steps: Any, numbers: Any, operands: Any, addresses: Any, total: Any, part: Any, parts: Any) -> None:
     most = 0
     for s in range(len(steps)):
@@ -397,8 +405,7 @@ def _pointwise(steps: Any, numbers: Any, operands: Any, addresses: Any, total: A
             b = rows[steps[s, 3] if steps[s, 3] >= 0 else most - 1 - steps[s, 3], :n]
             if code == WHERE:
                 c = rows[steps[s, 4] if steps[s, 4] >= 0 else most - 1 - steps[s, 4], :n]
-                for i in range(n):
-                    out[i] = b[i] if a[i] != np.float32(0.0) else c[i]
+                _where(a, b, c, out)
             else:
                 _one(code, a, out, halves, brains)
                 _two(code, a, b, out)

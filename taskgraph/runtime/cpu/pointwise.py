@@ -16,8 +16,8 @@ from taskgraph.runtime.cpu.arguments import ready
 from taskgraph.runtime.cpu.kinds import COMPILED, TORCH_DTYPE, CpuSite, Entry, Tensors, register
 from taskgraph.runtime.program import TYPES, axes_of, rows_of, single, steps_of
 
-_A_THREAD = 1 << 14
-"""Elements that are worth a thread."""
+_A_THREAD = 1 << 15
+"""Elements that are worth a thread: torch's GRAIN_SIZE."""
 _NAMES = {kind: name for name, kind in TORCH_DTYPE.items()}
 
 

@@ -107,6 +107,22 @@ def every_kind(dtype: str, rows: int = 32) -> Graph:
     return b.build()
 
 
+def standard_ops(dtype: str, rows: int = 48) -> Graph:
+    """A graph of pointwise ops, norms, products, reductions and moves along axes."""
+    b = GraphBuilder(f"standard-{dtype}")
+    x, y = b.input("x", (rows, 8, 40), dtype), b.input("y", (rows, 8, 40), dtype)
+    weight, index = b.weight("weight", (40,), dtype), b.input("index", (24,), "i64")
+    gate = ops.elementwise("mul x0 x2; silu s0; mul s1 x1; gelu s2", [x, y, weight], name="gate")
+    normed = ops.layer_norm(ops.add(gate, x), weight, weight, name="normed")
+    scores = ops.softmax(ops.matmul(normed, y, transpose_b=True), name="scores")
+    mixed = ops.matmul(scores, ops.transpose(ops.permute(y, (0, 2, 1))), name="mixed")
+    wide = ops.concat([mixed, ops.slice_axis(mixed, 2, 0, 40, 2)], 2, name="wide")
+    picked = ops.index_select(wide, index, 2, name="picked")
+    mean = ops.expand(ops.reduce_mean(picked, 1, keep_axes=True), (rows, 8, 24), name="mean")
+    b.output(ops.sub(picked, mean), ops.reduce_max(ops.reshape(wide, (rows * 4, 120)), 1), ops.reduce_sum(x, (0, 2)))
+    return b.build()
+
+
 def _equal(bench: Bench, graph: Graph, made: Plan) -> str:
     """Run `made` and the cpu backend on the same values; AssertionError where they differ."""
     given = fill(graph.flat(), {}, seed=1)
@@ -136,6 +152,18 @@ def f32_is_right(bench: Bench) -> str:
 @check("every op kind, bf16, equals the cpu backend")
 def bf16_is_right(bench: Bench) -> str:
     graph = every_kind("bf16")
+    return _equal(bench, graph, plan(graph, bench.device, "sequential"))
+
+
+@check("pointwise ops, norms and moves along axes, f32, equal the cpu backend")
+def f32_standard_ops(bench: Bench) -> str:
+    graph = standard_ops("f32")
+    return _equal(bench, graph, plan(graph, bench.device, "sequential"))
+
+
+@check("pointwise ops, norms and moves along axes, bf16, equal the cpu backend")
+def bf16_standard_ops(bench: Bench) -> str:
+    graph = standard_ops("bf16")
     return _equal(bench, graph, plan(graph, bench.device, "sequential"))
 
 
