@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from taskgraph.errors import ConfigError, GraphError, WeightsError
-from taskgraph.models.documents import json_object, shown
+from taskgraph.models.documents import json_object
 from taskgraph.models.families import FAMILIES, ModelFamily
 from taskgraph.models.families import Experts as Experts
 from taskgraph.models.families import Latent as Latent
@@ -17,6 +17,7 @@ from taskgraph.models.keys import ConfigKeys, HeadKeys, Heads, grouped_heads, la
 from taskgraph.models.stretch import RopeScaling as RopeScaling
 from taskgraph.models.stretch import Stretch, rope_body, stretch_of
 from taskgraph.models.stretch import Yarn as Yarn
+from taskgraph.record import shown
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""JSON objects of a checkpoint's folder, and values shown in errors."""
+"""JSON objects of a checkpoint's folder."""
 
 import json
 from collections.abc import Mapping
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from taskgraph.errors import ConfigError, WeightsError
+from taskgraph.record import shown
 
 MOST_BYTES = 1 << 30
 """A larger JSON file is no part of a checkpoint that this package can hold."""
@@ -32,14 +33,6 @@ def json_object(path: Path, error: type[WeightsError] = ConfigError) -> dict[str
 def optional_object(path: Path, error: type[WeightsError] = WeightsError) -> Mapping[str, Any]:
     """The object in a JSON file, empty when there is no such file."""
     return json_object(path, error) if path.is_file() else {}
-
-
-def shown(value: object, most: int = 120) -> str:
-    """A value on one short line, however long or strange it is."""
-    text = str(value) if isinstance(value, BaseException) else repr(value)
-    text = " ".join(text.split())
-    text = "".join(c if c.isprintable() else "?" for c in text)
-    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def words(text: str) -> frozenset[str]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from taskgraph.errors import ConfigError
-from taskgraph.models.documents import shown
+from taskgraph.record import shown
 
 
 @dataclass(frozen=True, slots=True)

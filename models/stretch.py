@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from taskgraph.errors import ConfigError, WeightsError
-from taskgraph.models.documents import shown
 from taskgraph.models.keys import ConfigKeys
+from taskgraph.record import shown
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from taskgraph import cache
-from taskgraph.models.documents import shown
+from taskgraph.record import shown
 
 if TYPE_CHECKING:
     import torch

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from taskgraph.errors import WeightsError
 from taskgraph.models.config import ModelConfig, load_config
-from taskgraph.models.documents import json_object, shown
+from taskgraph.models.documents import json_object
 from taskgraph.models.gguf.config import DIVISORS, read_config, unused
 from taskgraph.models.gguf.config import hf_name as hf_name
 from taskgraph.models.gguf.file import MappedGguf, StoredTensor
@@ -22,6 +22,7 @@ from taskgraph.models.hub import smollm2_path, snapshot_path
 from taskgraph.models.shapes import shape_of
 from taskgraph.models.stretch import rope_scaling_of as rope_scaling_of
 from taskgraph.models.text.tokenizer import Tokenizer
+from taskgraph.record import shown
 
 if TYPE_CHECKING:
     import torch

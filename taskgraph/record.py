@@ -32,14 +32,15 @@ MOST_BYTES = 2 << 30
 """A larger file is none of ours."""
 
 
-def shown(value: object) -> str:
-    """`value` for a message: its repr in one line, cut; its type where it has no repr."""
+def shown(value: object, most: int = 100) -> str:
+    """`value` for a message: its repr in one printable line, cut; what an exception says; its type where it has no
+    repr."""
     try:
-        text = " ".join(repr(value).split())
-        text.encode()
+        text = str(value) if isinstance(value, BaseException) else repr(value)
     except Exception:  # a foreign __repr__ may raise anything
         text = f"a {type(value).__name__}"
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    text = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 class Bad(Exception):  # noqa: N818 - becomes an error of the caller's kind

@@ -15,9 +15,10 @@ import numpy.typing as npt
 
 from taskgraph.errors import WeightsError
 from taskgraph.models.config import ModelConfig
-from taskgraph.models.documents import shown, words
+from taskgraph.models.documents import words
 from taskgraph.models.keys import ConfigKeys, HeadKeys, grouped_heads, layer_count, rotary_base
 from taskgraph.models.stretch import GGUF_KEYS, gguf_stretch, neutral, number_is
+from taskgraph.record import shown
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _HEADS = HeadKeys("embedding_length", "attention.head_count", "attention.head_count_kv", "attention.key_length")

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from taskgraph.errors import WeightsError
-from taskgraph.models.documents import shown
+from taskgraph.record import shown
 
 _SCALARS: dict[int, tuple[str, str]] = {
     0: ("<B", "u1"), 1: ("<b", "i1"), 2: ("<H", "<u2"), 3: ("<h", "<i2"), 4: ("<I", "<u4"), 5: ("<i", "<i4"),

@@ -9,7 +9,8 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as RawTokenizer
 
 from taskgraph.errors import WeightsError
-from taskgraph.models.documents import shown, words
+from taskgraph.models.documents import words
+from taskgraph.record import shown
 
 log = logging.getLogger("taskgraph.models")
 

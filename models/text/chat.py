@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from taskgraph.errors import BackendUnavailable, WeightsError
-from taskgraph.models.documents import shown
+from taskgraph.record import shown
 
 MOST_CHARACTERS = 16 << 20
 """The longest rendered conversation, and the longest string that a template may make by repeating or formatting."""

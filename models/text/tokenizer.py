@@ -11,9 +11,10 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as RawTokenizer
 
 from taskgraph.errors import WeightsError
-from taskgraph.models.documents import optional_object, shown
+from taskgraph.models.documents import optional_object
 from taskgraph.models.gguf.tokenizer import read_vocabulary
 from taskgraph.models.text.chat import ChatTemplate
+from taskgraph.record import shown
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _LONGEST_START = 3  # bytes of a UTF-8 character that is not whole

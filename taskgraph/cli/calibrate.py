@@ -57,7 +57,7 @@ def calibrate(
 
 
 @dataclass(frozen=True, slots=True)
-class Fitted:
+class Findings:
     """What a calibration found. `families` holds (name, formula alone, with correction), errors on held-out shapes."""
 
     calibration: "Calibration"
@@ -65,7 +65,7 @@ class Fitted:
     interference: "tuple[TableError, ...]"
 
 
-def from_report(report: Path, out: Path, version: int, source: str) -> tuple[Fitted, str, Path]:
+def from_report(report: Path, out: Path, version: int, source: str) -> tuple[Findings, str, Path]:
     """Make a device of a gpu-check report and write it, its coefficients beside it: what was found, its name, and the
     file of its coefficients. CalibrationError when it cannot."""
     from taskgraph.cost.calibrate_gpu import calibrated, save
@@ -78,10 +78,10 @@ def from_report(report: Path, out: Path, version: int, source: str) -> tuple[Fit
 
     device, made = calibrated(report, version, source, heard)
     beside = save(device, made, out)
-    return Fitted(made, tuple(seen), tuple(table_errors(made.response.by_resource()))), device.name, beside
+    return Findings(made, tuple(seen), tuple(table_errors(made.response.by_resource()))), device.name, beside
 
 
-def fitted(tables: list[Path], device: str, out: Path, version: int, source: str, licence: str) -> Fitted:
+def fitted(tables: list[Path], device: str, out: Path, version: int, source: str, licence: str) -> Findings:
     """Calibrate `device` from tables and write its coefficient file; CalibrationError or DeviceError when it cannot."""
     from taskgraph.cost.calibrate import calibrate
     from taskgraph.cost.interference import table_errors
@@ -95,4 +95,4 @@ def fitted(tables: list[Path], device: str, out: Path, version: int, source: str
 
     made = calibrate(read(tables), get(device), {"data": source, "licence": licence}, version, heard)
     made.save(out)
-    return Fitted(made, tuple(seen), tuple(table_errors(made.response.by_resource())))
+    return Findings(made, tuple(seen), tuple(table_errors(made.response.by_resource())))

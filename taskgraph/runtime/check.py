@@ -24,7 +24,7 @@ Bytes = npt.NDArray[np.uint8]
 PATTERNS = (0xA5, 0x5A)
 
 
-class Space(Protocol):
+class Extent(Protocol):
     """A stretch of memory, on the host or on a device."""
 
     def get(self) -> Bytes:
@@ -37,13 +37,13 @@ class Space(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class HostSpace:
+class HostExtent:
     """The memory of a contiguous CPU tensor."""
 
     view: Bytes
 
     @classmethod
-    def of(cls, tensor: torch.Tensor) -> "HostSpace":
+    def of(cls, tensor: torch.Tensor) -> "HostExtent":
         """The bytes of `tensor`, in place."""
         return cls(tensor.reshape(-1).view(torch.uint8).numpy())
 
@@ -57,7 +57,7 @@ class HostSpace:
 class Watch:
     """The memory of one executable: `arena` and, by name, the tensors that have memory of their own."""
 
-    def __init__(self, graph: Graph, plan: Plan, arena: Space, own: Mapping[str, Space]) -> None:
+    def __init__(self, graph: Graph, plan: Plan, arena: Extent, own: Mapping[str, Extent]) -> None:
         self._graph, self._arena, self._own = graph, arena, own
         self._slots = {s.tensor: slice(s.offset, s.offset + graph.tensor[s.tensor].nbytes) for s in plan.arena}
         self._slots = {name: span for name, span in self._slots.items() if name not in own}

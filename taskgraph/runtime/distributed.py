@@ -133,12 +133,6 @@ def group(ranks: Sequence[int], *, timeout_s: float = 60.0) -> Group:
     return Group(handle, timeout_s)
 
 
-def disconnect() -> None:
-    """Leave all groups and the other processes."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 # ------------------------------------------------------------------------------------------ plans
 
 

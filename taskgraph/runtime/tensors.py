@@ -8,7 +8,7 @@ from taskgraph.errors import GraphError
 from taskgraph.graph.graph import Graph
 from taskgraph.graph.op import Op, Tensor
 from taskgraph.runtime.buffers import Region, changed_names, check_apart, written_names
-from taskgraph.runtime.check import Space, Watch
+from taskgraph.runtime.check import Extent, Watch
 from taskgraph.runtime.executable import Executable, Options
 from taskgraph.schedule.plan import Plan
 
@@ -115,7 +115,7 @@ class TensorExecutable(Executable, Generic[T]):
         """Its address and its bytes."""
 
     @abstractmethod
-    def _space(self, tensor: T | None) -> Space:
+    def _extent(self, tensor: T | None) -> Extent:
         """The memory of a tensor, or of the arena (None), for `check`."""
 
     @abstractmethod
@@ -123,6 +123,6 @@ class TensorExecutable(Executable, Generic[T]):
         """`each` with every op in the plan's order and what runs it once."""
 
     def _check(self, kinds: Collection[str] | None) -> None:
-        own = {name: self._space(self._tensor(name)) for name in self._outside()}
-        watch = Watch(self._graph, self._plan, self._space(None), own)
+        own = {name: self._extent(self._tensor(name)) for name in self._outside()}
+        watch = Watch(self._graph, self._plan, self._extent(None), own)
         self._one_by_one(lambda op, run: watch.run(op, run, kinds is None or op.kind in kinds))

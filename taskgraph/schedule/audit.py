@@ -13,7 +13,6 @@ from taskgraph.schedule.planner import error_band, replay_times
 from taskgraph.schedule.problem import Costs, legal_sizes, make_problem
 from taskgraph.schedule.sliced import sliced, verify
 from taskgraph.schedule.solve.found import in_sequence
-from taskgraph.schedule.verify import TUNED
 
 TOLERANCE = 1e-6
 """Relative difference of times that is no difference: sums in another order."""
@@ -33,7 +32,7 @@ def audit(plan: Plan, graph: Graph, costs: Costs = op_table) -> None:
             if plan.timeline.kind == "simulated" and not _same(here, there, again.makespan_s):
                 raise PlanError(f"op {said.op!r} {what} at {here} s in the plan; by these prices at {there} s.")
     _audit_bounds(plan, graph, costs)
-    if plan.verdict.kind == "simulated" and not plan.made_by.startswith(TUNED):
+    if not plan.ran:
         problem = make_problem(graph, plan.device, None, costs)
         alone_s = in_sequence(problem).makespan_s
         if not _same(plan.verdict.sequential_s, alone_s, alone_s):
@@ -53,8 +52,7 @@ def _audit_bounds(plan: Plan, graph: Graph, costs: Costs) -> None:
         bounds = replace(lower_bounds(problem), proved_s=plan.bounds.proved_s)
         found.append((bounds, error_band(problem)))
         same = all(_same(getattr(plan.bounds, name), getattr(bounds, name), bounds.best_s) for name in bounds.__slots__)
-        banded = plan.verdict.kind != "simulated" or plan.made_by.startswith(TUNED)
-        if same and (banded or _same(plan.verdict.error_band, found[-1][1], found[-1][1])):
+        if same and (plan.ran or _same(plan.verdict.error_band, found[-1][1], found[-1][1])):
             return
     raise PlanError(
         f"the plan says {plan.bounds} and an error band of {plan.verdict.error_band}; by these prices it has "

@@ -21,6 +21,8 @@ SCHEMA = 3
 KINDS = ("simulated", "measured", "published")
 """Where times come from."""
 CHOICES = ("packed", "sequential")
+TUNED = "autotune: "
+"""How `made_by` begins where the verdict compares runs, and not the plan's own timeline."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +200,11 @@ class Plan:
     def gap(self) -> float:
         """Makespan over the best lower bound; 1.0 is proven optimal, and what a plan without bounds has."""
         return self.makespan_s / self.bounds.best_s if self.bounds.best_s else 1.0
+
+    @property
+    def ran(self) -> bool:
+        """Whether its verdict compares runs of plans; else it compares what the cost model says."""
+        return self.verdict.kind != "simulated" or self.made_by.startswith(TUNED)
 
     def partition(self, lane: int) -> Partition:
         """The partition that lane number `lane` is bound to."""

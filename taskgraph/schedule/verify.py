@@ -18,8 +18,6 @@ from taskgraph.schedule.slices import check_slices
 MAX_GEOMETRIES, MAX_LANES = 4, 1024
 MOST_SECONDS = 1e40
 """Times are below this: what the largest Work takes at the least rate."""
-TUNED = "autotune: "
-"""How `made_by` begins where the verdict compares runs, and not the plan's own timeline."""
 _SLACK = 1e-9
 
 
@@ -103,7 +101,7 @@ def _names_and_period(plan: Plan, graph: Graph) -> None:
 def _verdict_agrees(plan: Plan, graph: Graph) -> None:
     """The chosen time of a simulated verdict is the makespan. What autotune compared are runs: its seal holds those."""
     v = plan.verdict
-    if v.kind != "simulated" or plan.timeline.kind != "simulated" or (plan.made_by.startswith(TUNED) and plan.seal):
+    if v.kind != "simulated" or plan.timeline.kind != "simulated" or (plan.ran and plan.seal):
         return
     chosen_s = v.packed_s if v.choice == "packed" else v.sequential_s
     if not math.isclose(chosen_s, plan.makespan_s, rel_tol=1e-6, abs_tol=1e-15):

@@ -24,14 +24,13 @@ from taskgraph.runtime.backend import BACKENDS
 from taskgraph.runtime.cpu import probe
 from taskgraph.runtime.gpu.virtual import is_virtual
 from taskgraph.schedule.bounds import lower_bounds
-from taskgraph.schedule.plan import Lane, Plan, Step, Verdict
+from taskgraph.schedule.plan import TUNED, Lane, Plan, Step, Verdict
 from taskgraph.schedule.planner import plan, retimed
 from taskgraph.schedule.problem import make_problem
 from taskgraph.schedule.rcpsp.exact import available
 from taskgraph.schedule.sliced import sliced, verify
 from taskgraph.schedule.solve.auto import AUTO_OP_S
-from taskgraph.schedule.verify import TUNED
-from taskgraph.tune.measure import LEAST_ROUNDS, Bench, Budget, Timings
+from taskgraph.tune.measure import LEAST_ROUNDS, Bench, Countdown, Timings
 from taskgraph.units import format_seconds
 
 MOST = 4
@@ -158,7 +157,7 @@ def autotune(graph: Graph, backend: str = "cpu", budget_s: float = 60.0, **optio
     if found is not None:
         return found
     _compile_planner(target)
-    budget = Budget(budget_s)
+    budget = Countdown(budget_s)
     bench = Bench(graph, backend, functions or {}, tensors or {}, seed, run_on)
     profiles = None if backend == "sim" or run_on is not None else (store, platform)
     tuned = _Tuner(graph, target, bench, budget, seed, profiles, progress).run(fresh)
@@ -276,7 +275,7 @@ class _Tuner:
         graph: Graph,
         device: Device,
         bench: Bench,
-        budget: Budget,
+        budget: Countdown,
         seed: int,
         profiles: tuple[ProfileDB, Platform] | None,
         progress: Progress | None,

@@ -28,7 +28,7 @@ LEAST_GAIN = 0.005
 """No gain below this is called one, however quiet the machine."""
 
 
-class Budget:
+class Countdown:
     """Seconds of wall-clock time that are left; `part` is a share of them that ends earlier."""
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -43,9 +43,9 @@ class Budget:
         """Whether something that takes `seconds` ends within the budget."""
         return self.spent_s + seconds <= self.seconds
 
-    def part(self, share: float) -> "Budget":
+    def part(self, share: float) -> "Countdown":
         """A budget of `share` of what is left."""
-        return Budget(max(self.seconds - self.spent_s, 0.0) * share, self.clock)
+        return Countdown(max(self.seconds - self.spent_s, 0.0) * share, self.clock)
 
 
 def noise_floor(*runs: Sequence[float], seed: int = 0) -> float:
@@ -130,7 +130,7 @@ class Bench:
                 self._tensors = fill(self.graph.flat(), self._given, self.seed)
         return self._tensors
 
-    def session(self, sequential: Plan, plans: Sequence[Plan], budget: Budget) -> Timings | None:
+    def session(self, sequential: Plan, plans: Sequence[Plan], budget: Countdown) -> Timings | None:
         """Interleaved repeats of the sequential plan, twice, and of `plans`; None if the budget holds too few."""
         with ExitStack() as stack:
             runs = [stack.enter_context(self.open(each)) for each in (sequential, sequential, *plans)]
@@ -142,7 +142,7 @@ class Bench:
         floor = [max(base, noise_floor(row, seed=self.seed), LEAST_GAIN) for row in others]
         return Timings([*first, *second], others, floor)
 
-    def _repeat(self, runs: Sequence[Executable], budget: Budget) -> tuple[list[list[float]], int]:
+    def _repeat(self, runs: Sequence[Executable], budget: Countdown) -> tuple[list[list[float]], int]:
         seconds: list[list[float]] = [[] for _ in runs]
         begin = budget.clock()
         real = self.kind == "measured"
@@ -157,7 +157,7 @@ class Bench:
             rounds += 1
         return seconds, rounds
 
-    def op_times(self, sequential: Plan, sizes: Iterable[int], budget: Budget) -> list[OpTime]:
+    def op_times(self, sequential: Plan, sizes: Iterable[int], budget: Countdown) -> list[OpTime]:
         """Every op alone on each of `sizes` SMs, over all ops of one key and several replays, as far as time allows."""
         flat = self.graph.flat()
         key = {op.name: shape_key(op, flat.tensor) for op in flat.ops}

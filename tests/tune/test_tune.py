@@ -26,7 +26,7 @@ from taskgraph.tune import autotune as tuning
 from taskgraph.tune import measure
 from taskgraph.tune.autotune import autotune, candidates
 from taskgraph.tune.fill import fill
-from taskgraph.tune.measure import Budget, noise_floor, on_partition
+from taskgraph.tune.measure import Countdown, noise_floor, on_partition
 from tests.cost.test_profiles import profiles_of
 from tests.strategies import devices, graphs
 
@@ -143,7 +143,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., World]]:
         made.append(here)
         monkeypatch.setattr(measure, "compile", here.compile)
         monkeypatch.setattr(tuning, "SEARCH_SHARE", 0.0)  # real seconds; those of the world are made up
-        monkeypatch.setattr(tuning, "Budget", lambda budget_s: Budget(budget_s, lambda: here.now_s))
+        monkeypatch.setattr(tuning, "Countdown", lambda budget_s: Countdown(budget_s, lambda: here.now_s))
         return here
 
     yield make
@@ -246,7 +246,7 @@ def test_a_budget_that_is_none(tmp_path: Path, budget_s: float) -> None:
 @given(st.floats(0.1, 100.0), st.lists(st.floats(0.0, 10.0), max_size=20), st.floats(0.0, 1.0))
 def test_a_part_ends_within_its_budget(seconds: float, steps: list[float], share: float) -> None:
     now = [0.0]
-    budget = Budget(seconds, lambda: now[0])
+    budget = Countdown(seconds, lambda: now[0])
     part = budget.part(share)
     for step in steps:
         if part.allows(step):

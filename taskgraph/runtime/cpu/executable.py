@@ -17,10 +17,10 @@ from taskgraph.errors import BackendUnavailable, ExecutionError, RankLost
 from taskgraph.graph.graph import Graph
 from taskgraph.graph.op import Op, Tensor
 from taskgraph.runtime.buffers import host_tensor
-from taskgraph.runtime.check import HostSpace
+from taskgraph.runtime.check import HostExtent
 from taskgraph.runtime.cpu import choose
 from taskgraph.runtime.cpu.kinds import TORCH_DTYPE, CpuSite, Entry
-from taskgraph.runtime.cpu.lanes import Lane, alone, replay
+from taskgraph.runtime.cpu.lanes import LaneThread, alone, replay
 from taskgraph.runtime.cpu.standard import bind
 from taskgraph.runtime.distributed import check_collectives
 from taskgraph.runtime.executable import Options, from_first
@@ -55,10 +55,10 @@ class CpuExecutable(TensorExecutable[torch.Tensor]):
         cores = sorted(os.sched_getaffinity(0))
         if len(cores) < plan.device.sm_count:
             cores = [cores[i % len(cores)] for i in range(plan.device.sm_count)]
-        self._lanes: list[Lane] = []
+        self._lanes: list[LaneThread] = []
         for i in range(len(plan.lanes)):
             part = plan.partition(i)
-            self._lanes.append(Lane.open(cores[part.first_sm : part.end_sm], i))
+            self._lanes.append(LaneThread.open(cores[part.first_sm : part.end_sm], i))
 
     # -- buffers ---------------------------------------------------------------------------------
 
@@ -121,8 +121,8 @@ class CpuExecutable(TensorExecutable[torch.Tensor]):
     def _place(self, tensor: torch.Tensor) -> tuple[int, int]:
         return tensor.data_ptr(), tensor.nbytes
 
-    def _space(self, tensor: torch.Tensor | None) -> HostSpace:
-        return HostSpace.of(self._arena if tensor is None else tensor)
+    def _extent(self, tensor: torch.Tensor | None) -> HostExtent:
+        return HostExtent.of(self._arena if tensor is None else tensor)
 
     # -- capture ---------------------------------------------------------------------------------
 

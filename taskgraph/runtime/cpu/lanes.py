@@ -18,7 +18,7 @@ from taskgraph.runtime.turns import here
 Entry = Callable[[], Any]
 
 
-class Lane:
+class LaneThread:
     """A persistent thread pinned to a core set, shared by all executables that have a lane there.
 
     One thread a core set and lane number, however many plans are captured: pools of idle threads that outnumber the
@@ -26,7 +26,7 @@ class Lane:
     lanes have begun and which have ended.
     """
 
-    _alive: ClassVar[dict[tuple[tuple[int, ...], int], "Lane"]] = {}
+    _alive: ClassVar[dict[tuple[tuple[int, ...], int], "LaneThread"]] = {}
     _guard: ClassVar[threading.Lock] = threading.Lock()
 
     def __init__(self, key: tuple[tuple[int, ...], int]) -> None:
@@ -48,7 +48,7 @@ class Lane:
         self._ready.wait()  # its pool has begun: no fork comes in between
 
     @classmethod
-    def open(cls, cores: Sequence[int], number: int) -> "Lane":
+    def open(cls, cores: Sequence[int], number: int) -> "LaneThread":
         """Lane `number` on `cores`, started if it is the first there."""
         key = (tuple(cores), number)
         with cls._guard:
@@ -151,7 +151,7 @@ def alone() -> threading.Lock:
     return _Replays.lock
 
 
-def replay(lanes: Sequence[Lane], programs: Sequence[list[Entry]]) -> list[tuple[int, int, BaseException]]:
+def replay(lanes: Sequence[LaneThread], programs: Sequence[list[Entry]]) -> list[tuple[int, int, BaseException]]:
     """Run every lane's program; (lane, number of the entry, error) of those that failed.
 
     An interruption (KeyboardInterrupt) is raised when the ops under way have ended; a second one, at once: then the
@@ -178,7 +178,7 @@ def replay(lanes: Sequence[Lane], programs: Sequence[list[Entry]]) -> list[tuple
     return failed
 
 
-def _end(lanes: Sequence[Lane], programs: Sequence[list[Entry]], turn: int) -> None:
+def _end(lanes: Sequence[LaneThread], programs: Sequence[list[Entry]], turn: int) -> None:
     """Bring an interrupted turn to its end: lanes wait for each other, so all of them must have begun."""
     try:
         for lane, program in zip(lanes, programs, strict=True):
@@ -208,7 +208,7 @@ def _before_fork() -> None:
     global_compiler_lock.acquire()
     _held.append(global_compiler_lock.release)
     if not here.op_depth:
-        locks = (_Replays.lock, Lane._guard)
+        locks = (_Replays.lock, LaneThread._guard)
         _held.extend(lock.release for lock in locks if lock.acquire(timeout=_FORK_WAIT_S))
     kernels.release_threads()
 
@@ -224,7 +224,7 @@ def _in_parent() -> None:
 def _in_child() -> None:
     while _held:
         _held.pop()()
-    Lane.forget_all()
+    LaneThread.forget_all()
     _Replays.lock = threading.Lock()
 
 

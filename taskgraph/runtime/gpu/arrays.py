@@ -125,7 +125,7 @@ class _Typed:
 
 
 @dataclass(frozen=True, slots=True)
-class DeviceSpace:
+class DeviceExtent:
     """A stretch of device memory, as bytes on the host."""
 
     address: int

@@ -20,7 +20,7 @@ from taskgraph.runtime.buffers import host_tensor
 from taskgraph.runtime.distributed import check_collectives
 from taskgraph.runtime.executable import Options, from_first
 from taskgraph.runtime.gpu import captures, driver, torch_ops, virtual
-from taskgraph.runtime.gpu.arrays import DeviceArray, DeviceSpace, device_buffer
+from taskgraph.runtime.gpu.arrays import DeviceArray, DeviceExtent, device_buffer
 from taskgraph.runtime.gpu.collectives import collective
 from taskgraph.runtime.gpu.driver import Gpu, Memory
 from taskgraph.runtime.gpu.kinds import Buffer, CopyLaunch, Launch, Launches, seen
@@ -193,9 +193,9 @@ class CudaExecutable(TensorExecutable[Buffer]):
     def _place(self, tensor: Buffer) -> tuple[int, int]:
         return tensor.address, tensor.nbytes
 
-    def _space(self, tensor: Buffer | None) -> DeviceSpace:
+    def _extent(self, tensor: Buffer | None) -> DeviceExtent:
         found = self._arena if tensor is None else tensor
-        return DeviceSpace(found.address, found.nbytes)
+        return DeviceExtent(found.address, found.nbytes)
 
     # -- capture ---------------------------------------------------------------------------------
 

@@ -203,20 +203,6 @@ def folder_for(chosen: Settings, folder: Path) -> Path:
     return folder
 
 
-def environment(folder: Path, base: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Environment of a process that runs on the virtual driver in `folder`."""
-    kept = dict(os.environ if base is None else base)
-    paths = [str(folder), *filter(None, [kept.get("LD_LIBRARY_PATH")])]
-    return {**kept, "LD_LIBRARY_PATH": os.pathsep.join(paths)}
-
-
-@contextmanager
-def process_environment(device: str | Device, **changes: Any) -> Iterator[dict[str, str]]:
-    """Environment for one child process on a virtual device; its folder lives as long as the block."""
-    with tempfile.TemporaryDirectory(prefix="taskgraph-virtual-") as name:
-        yield environment(folder_for(settings(device, **changes), Path(name)))
-
-
 # ------------------------------------------------------------------------------------------ control channel
 
 _CLOCK = ctypes.CFUNCTYPE(ctypes.c_double, ctypes.c_int, ctypes.c_double)
@@ -298,10 +284,6 @@ class Control:
             yield
         finally:
             self._library.tgv_next_seconds(ctypes.c_double(-1.0))
-
-    def simulated_s(self) -> float:
-        """The simulated time that the host has waited for."""
-        return float(self._library.tgv_simulated_s())
 
     def report(self) -> Report:
         """The report as it stands."""

@@ -27,7 +27,7 @@ from taskgraph.runtime.gpu.kinds import Buffer, CopyLaunch
 from taskgraph.runtime.gpu.sites import LaneSite
 from taskgraph.runtime.gpu.standard import launches
 from taskgraph.tune.gpucheck.fast import Fast
-from taskgraph.tune.gpucheck.rig import Lane
+from taskgraph.tune.gpucheck.rig import PartitionStream
 
 _ROTATED_BYTES = 192 << 20
 """Weights take turns until so many bytes lie between two uses of one: more than any L2 holds."""
@@ -160,7 +160,7 @@ def stream_case(s: Scale, blocks: int) -> Case:
     b, name = GraphBuilder("read"), f"stream_read_{size}_{blocks}_blocks_an_sm"
     data, most = b.input("data", (s.stream_bytes // 4,), "f32"), 1024 * 2 * 256
 
-    def read(gpu: Gpu, lane: Lane, found: Buffer, out: Buffer) -> None:
+    def read(gpu: Gpu, lane: PartitionStream, found: Buffer, out: Buffer) -> None:
         kernel = gpu.kernel("bandwidth_probe", "probes")
         args = (found.address, out.address, np.int64(s.stream_bytes // 16), np.int32(1))
         driver.launch_kernel(lane.stream, kernel, (blocks * lane.sms,), 1024, args)
@@ -275,7 +275,7 @@ class CaseRunner:
         self._memory.append(memory)
         return memory
 
-    def launch(self, lane: Lane, turn: int) -> None:
+    def launch(self, lane: PartitionStream, turn: int) -> None:
         ins, outs = self._places[turn % len(self._places)]
         if self.case.function is not None:
             self.case.function(self._gpu, lane, ins[0], outs[0])
@@ -291,7 +291,7 @@ class CaseRunner:
                     kernel = self._gpu.kernel(made.kernel, made.source)
                     driver.launch_kernel(lane.stream, kernel, made.grid, made.block, made.args)
 
-    def _site(self, lane: Lane) -> LaneSite:
+    def _site(self, lane: PartitionStream) -> LaneSite:
         key = int(lane.stream.handle)
         if key not in self._sites:
             self._sites[key] = LaneSite(lane.sms, self._own, [], self._own(8, pinned=True).address)

@@ -26,7 +26,7 @@ _AHEAD = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Lane:
+class PartitionStream:
     """A stream of a partition that has `sms` SMs."""
 
     stream: Any
@@ -38,7 +38,7 @@ class Runner(Protocol):
 
     name: str
 
-    def launch(self, lane: Lane, turn: int) -> None:
+    def launch(self, lane: PartitionStream, turn: int) -> None:
         """Launch it once; buffers that must not be in the cache change with `turn`."""
         ...
 
@@ -52,7 +52,7 @@ class Loop:
     """A captured graph of `count` launches of one kernel on one lane."""
 
     runner: Runner
-    lane: Lane
+    lane: PartitionStream
     count: int
     exec: Any
     pool: TorchPool
@@ -86,7 +86,7 @@ class Rig:
         self.sample_s, self.repeats = (1e-4, 1) if self._control else (SAMPLE_S, REPEATS)
 
     @contextmanager
-    def lanes(self, *sizes: int) -> Iterator[list[Lane]]:
+    def lanes(self, *sizes: int) -> Iterator[list[PartitionStream]]:
         """A lane in a partition of each size, or, for sizes that are all the whole device, streams that share it."""
         with ExitStack() as stack:
             if all(size == self._sms for size in sizes):
@@ -100,11 +100,11 @@ class Rig:
             streams = [self.gpu.stream(context) for context in contexts]
             for stream in streams:
                 stack.callback(stream.close)
-            yield [Lane(stream, count) for stream, count in zip(streams, counts, strict=True)]
+            yield [PartitionStream(stream, count) for stream, count in zip(streams, counts, strict=True)]
             self.gpu.sync()
 
     @contextmanager
-    def loop(self, runner: Runner, lane: Lane) -> Iterator[Loop]:
+    def loop(self, runner: Runner, lane: PartitionStream) -> Iterator[Loop]:
         """The kernel captured so often that one replay takes about SAMPLE_S."""
         pool = TorchPool()
         with self._dry(), self._takes(runner, lane):
@@ -126,7 +126,7 @@ class Rig:
             self.gpu.sync()
             made.close()
 
-    def _captured(self, runner: Runner, lane: Lane, count: int, pool: TorchPool) -> Loop:
+    def _captured(self, runner: Runner, lane: PartitionStream, count: int, pool: TorchPool) -> Loop:
         capture = captures.Capture(lane.stream)
         try:
             with pool.used():
@@ -144,7 +144,7 @@ class Rig:
     def _dry(self) -> Any:
         return self._control.dry() if self._control else nullcontext()
 
-    def _takes(self, runner: Runner, lane: Lane) -> Any:
+    def _takes(self, runner: Runner, lane: PartitionStream) -> Any:
         return self._control.launches_take(runner.predicted_s(lane.sms)) if self._control else nullcontext()
 
     def _marks(self, count: int) -> list[Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from taskgraph.cost.gpu_report import GemmTime, KernelRate, KernelTime, PairTime, PlanTime
 from taskgraph.tune.gpucheck import cases
 from taskgraph.tune.gpucheck.cases import Case, CaseRunner, runner
-from taskgraph.tune.gpucheck.rig import Lane, Loop, Reading
+from taskgraph.tune.gpucheck.rig import Loop, PartitionStream, Reading
 
 if TYPE_CHECKING:
     from taskgraph.tune.gpucheck.run import Run
@@ -42,7 +42,7 @@ def products(run: "Run") -> str:
     return f"{len(rows)} of {len(shapes)} shapes"
 
 
-def _alone(run: "Run", case: Case, lane: Lane) -> tuple[float, str, str]:
+def _alone(run: "Run", case: Case, lane: PartitionStream) -> tuple[float, str, str]:
     """Seconds of one launch, what ran it, and its rate."""
     with runner(case, run.gpu, run.device, run.fast) as made, run.rig.loop(made, lane) as loop:
         seconds = run.rig.alone_s(loop)
@@ -116,7 +116,7 @@ def _on_size(run: "Run", runners: Sequence[CaseRunner], size: int) -> list[Kerne
     return found
 
 
-def _loop_s(run: "Run", made: CaseRunner, lane: Lane) -> float:
+def _loop_s(run: "Run", made: CaseRunner, lane: PartitionStream) -> float:
     with run.rig.loop(made, lane) as loop:
         return run.rig.alone_s(loop)
 
@@ -157,7 +157,9 @@ def _beside(run: "Run", mode: str, loops: tuple[Loop, Loop], alone: tuple[float,
     return PairTime(*names, mode, *sms, *alone, run.rig.beside_s(a, b), run.rig.beside_s(b, a))
 
 
-def _pairs_on(run: "Run", mode: str, lanes: tuple[Lane, Lane], every: Sequence[Case], chosen: Sequence[Pair]) -> int:
+def _pairs_on(
+    run: "Run", mode: str, lanes: tuple[PartitionStream, PartitionStream], every: Sequence[Case], chosen: Sequence[Pair]
+) -> int:
     """Measure pairs on two lanes, as many as there is time for; how many."""
     count = 0
     with ExitStack() as stack:
@@ -276,7 +278,7 @@ def _powers_on(run: "Run", sizes: tuple[int, int], places: Sequence[int], runner
     return count
 
 
-def _pair_power(run: "Run", pair: Sequence[tuple[CaseRunner, Lane]]) -> Reading:
+def _pair_power(run: "Run", pair: Sequence[tuple[CaseRunner, PartitionStream]]) -> Reading:
     """The pair's watts and clock; those of its kernels alone go to their rows when those have none yet."""
     with ExitStack() as stack:
         loops = [stack.enter_context(run.rig.loop(made, lane)) for made, lane in pair]
