@@ -16,8 +16,9 @@ __device__ __forceinline__ Index place(const Index* table, Index i) {
     int axes = static_cast<int>(__ldg(table));
     Index at = 0;
     for (int axis = 0; axis < axes; axis++) {
-        Index size = __ldg(table + 1 + axis), step = __ldg(table + 1 + MOST_AXES + axis);
+        Index step = __ldg(table + 1 + MOST_AXES + axis);
         if (axis + 1 == axes) return at + i * step;
+        Index size = __ldg(table + 1 + axis);
         Index rest = (i | size) >> 32 ? i / size : static_cast<unsigned>(i) / static_cast<unsigned>(size);
         at += (i - rest * size) * step;
         i = rest;

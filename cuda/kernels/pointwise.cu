@@ -134,8 +134,9 @@ __device__ __forceinline__ Index place(const Index* operand, Index i) {
     int axes = static_cast<int>(__ldg(operand + 1));
     Index at = 0;
     for (int axis = 0; axis < axes; axis++) {
-        Index size = __ldg(operand + 2 + axis), step = __ldg(operand + 2 + MOST_AXES + axis);
+        Index step = __ldg(operand + 2 + MOST_AXES + axis);
         if (axis + 1 == axes) return at + i * step;
+        Index size = __ldg(operand + 2 + axis);
         Index rest = (i | size) >> 32 ? i / size : static_cast<unsigned>(i) / static_cast<unsigned>(size);
         at += (i - rest * size) * step;
         i = rest;

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -223,6 +224,12 @@ def run_check(function: Callable[[checks.Bench], str]) -> Check:
 
 def bench() -> checks.Bench:
     return checks.Bench(driver.Gpu.open(), specs.get("h100_sxm"), "virtual:h100_sxm")
+
+
+def test_a_nan_is_a_difference() -> None:
+    right = torch.ones(4)
+    assert checks._difference(right, right) == 0.0
+    assert checks._difference(torch.tensor([1.0, math.nan, 1.0, 1.0]), right) == math.inf
 
 
 @pytest.mark.parametrize(

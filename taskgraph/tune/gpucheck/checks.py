@@ -1,5 +1,6 @@
 """What gpu-check holds the cuda backend to: checks against the cpu backend, the plan and the driver."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -140,7 +141,9 @@ def _equal(bench: Bench, graph: Graph, made: Plan) -> str:
 
 
 def _difference(got: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((got.float() - wanted.float()).abs().max() / wanted.float().abs().max().clamp(min=1e-6))
+    """Relative to the largest entry; infinite for a NaN, which no comparison of numbers would find."""
+    worst = (got.float() - wanted.float()).abs().max() / wanted.float().abs().max().clamp(min=1e-6)
+    return math.inf if worst.isnan() else float(worst)
 
 
 @check("every op kind, f32, equals the cpu backend")
