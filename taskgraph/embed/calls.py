@@ -63,22 +63,40 @@ class Layout:
     @property
     def dense(self) -> bool:
         """Whether the elements fill their memory, in whatever order."""
-        return self.extent == self.elements and all(step > 0 for n, step in zip(self.size, self.stride, strict=True))
+        count = 1
+        for step, n in sorted((step, n) for n, step in zip(self.size, self.stride, strict=True) if n > 1):
+            if step != count:
+                return False
+            count *= n
+        return True
 
     @property
-    def spec(self) -> tuple[tuple[int, ...], str]:
-        """Shape and dtype of the graph's tensor: the bytes of the memory where it is not plain."""
-        if self.plain:
-            return self.size, _NAMES[self.dtype]
+    def rows(self) -> tuple[int, ...]:
+        """The shape as rows: all axes but the last as one; of integers, all axes as one."""
+        if not self.dtype.is_floating_point and self.dtype != torch.bool:
+            return (self.elements,) if len(self.size) > 1 else self.size
+        return (self.elements // self.size[-1], self.size[-1]) if len(self.size) > 2 else self.size
+
+    def spec(self, shape: tuple[int, ...] | None = None) -> tuple[tuple[int, ...], str]:
+        """Shape and dtype of the graph's tensor: `shape`, which has the elements in the order of their memory, else
+        rows, else one axis; the bytes of the memory where it has gaps or a dtype that we have not."""
+        if self.dtype in _NAMES and self.dense and self.elements:
+            fits = shape is not None and math.prod(shape) == self.elements
+            return shape if fits and shape is not None else self.rows if self.plain else (self.elements,), self.name
         return (max(self.extent, 1) * self.dtype.itemsize,), "u8"
+
+    @property
+    def name(self) -> str:
+        """Our name of the dtype."""
+        return _NAMES[self.dtype]
 
     def on(self, buffer: torch.Tensor) -> torch.Tensor:
         """The tensor that lies so in `buffer`, a contiguous tensor of `spec`."""
         if self.plain:
-            return buffer
+            return buffer if buffer.shape == self.size else buffer.view(self.size)
         if not self.elements:
             return torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=buffer.device)
-        return buffer.view(self.dtype).as_strided(self.size, self.stride)
+        return buffer.view(-1).view(self.dtype).as_strided(self.size, self.stride)
 
     def to_json(self) -> list[Any]:
         """Its part of an op's text."""

@@ -61,7 +61,7 @@ class Captured:
         return self._results(args)
 
     def _bind(self, args: Sequence[Any]) -> None:
-        self._exe.bind({p.tensor: memory_of(args[i], p.layout) for i, p in self._bound})
+        self._exe.bind({p.tensor: memory_of(args[i], p.layout, p.shape) for i, p in self._bound})
         self._pointers = [args[i].data_ptr() for i, _ in self._bound]
         self._versions = [args[i]._version for i in self._constant]
 

@@ -56,11 +56,13 @@ class View:
 
 @dataclass(slots=True)
 class Leaf:
-    """A tensor of the flow: its storage, its layout, and the view that it is (None: all of the storage)."""
+    """A tensor of the flow: its storage, its layout, its first element's place, and the view that it is (None: all of
+    the storage)."""
 
     storage: int
     layout: Layout
     view: View | None = None
+    offset: int = 0
 
 
 @dataclass(slots=True)
@@ -111,6 +113,8 @@ class Flow:
         self.storages: list[Storage] = []
         self.outputs: Any = None
         """As the graph returns it: Uses, and values that are no tensors."""
+        self.wanted: dict[int, tuple[int, ...]] = {}
+        """By storage the shape that an op wants of it in the graph."""
         self.sources: list[int | None] = []
         """The leaf of each placeholder; None for one that is no tensor."""
 
@@ -131,18 +135,6 @@ class Flow:
         self.leaves.append(Leaf(len(self.storages), layout))
         self.storages.append(Storage(name, role, len(self.leaves) - 1))
         return len(self.leaves) - 1
-
-    def users(self) -> dict[int, list[int]]:
-        """By leaf the numbers of the calls that are given it or a view of it, in order, the views by their own number;
-        -1 stands for the outputs."""
-        found: dict[int, list[int]] = {}
-        for i, call in enumerate(self.calls):
-            for use in call.uses():
-                found.setdefault(use.leaf, []).append(i)
-        for use in leaves(self.outputs):
-            if isinstance(use, Use):
-                found.setdefault(use.leaf, []).append(-1)
-        return found
 
 
 # ------------------------------------------------------------------------------------------------ tracing
@@ -172,6 +164,7 @@ class _Tracer:
         """Leaf by the identity of its fake."""
         self._storage: dict[int, int] = {}
         self._alive: list[Any] = []
+        self._alive_of: dict[int, torch.Tensor] = {}
         self._constants: dict[int, torch.Tensor] = {}
         """Values of constant leaves."""
         devices = {s.value.device for s in sources if isinstance(s.value, torch.Tensor)}
@@ -262,6 +255,7 @@ class _Tracer:
 
     def _know(self, fake: torch.Tensor, leaf: int) -> None:
         self._known[id(fake)] = leaf
+        self._alive_of.setdefault(leaf, fake)
         self._alive.append(fake)
 
     def _use(self, value: Any) -> Any:
@@ -310,14 +304,19 @@ class _Tracer:
     def _views(self, target: OpOverload, given: Any, results: list[torch.Tensor], single: bool) -> None:
         args, kwargs = given
         base: Use = args[0]
+        here = self._alive_of[base.leaf]
         for i, fake in enumerate(results):
             if id(fake) in self._known:
+                continue
+            if Layout.of(fake) == Layout.of(here) and fake.storage_offset() == here.storage_offset():
+                self._know(fake, base.leaf)  # the same tensor by another name
                 continue
             self.flow.leaves.append(
                 Leaf(
                     self.flow.leaves[base.leaf].storage,
                     Layout.of(fake),
                     View(base.leaf, target, tuple(args[1:]), kwargs, None if single else i),
+                    int(fake.storage_offset()),
                 )
             )
             self._know(fake, len(self.flow.leaves) - 1)

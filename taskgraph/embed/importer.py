@@ -54,7 +54,7 @@ class Imported:
             )
         from taskgraph.embed.lower import memory_of
 
-        return memory_of(value, wanted)
+        return memory_of(value, wanted, place.shape)
 
     def results(self, made: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor] | None = None) -> Any:
         """What the module returns, of the outputs by name that a call of the executable returned.

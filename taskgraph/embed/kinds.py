@@ -4,17 +4,23 @@
 """
 
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
+import numpy as np
 import torch
 
+from taskgraph.embed import kernels
 from taskgraph.embed.calls import Layout, decoded, leaves, out_variant, target_of
 from taskgraph.errors import BackendUnavailable
 from taskgraph.graph.op import Op, Work
 from taskgraph.ops.kinds import Kind, Output, register
-from taskgraph.ops.signatures import WORD, Attrs, Shapes, Signature
-from taskgraph.runtime.cpu.kinds import TORCH, CpuSite, Entry, Tensors
+from taskgraph.ops.signatures import FLAG, NUMBER, WORD, Attrs, Shapes, Signature
+from taskgraph.runtime.cpu import pointwise
+from taskgraph.runtime.cpu.arguments import ready
+from taskgraph.runtime.cpu.kinds import COMPILED, TORCH, CpuSite, Entry, Tensors, bits
 from taskgraph.runtime.cpu.kinds import register as register_on_cpu
 
 ATEN: Final = "aten"
@@ -113,3 +119,99 @@ def _within(view: torch.Tensor, base: torch.Tensor) -> bool:
 
 
 register_on_cpu(ATEN, bind_aten, TORCH)
+
+
+# -------------------------------------------------------------------------------------- operands as views
+
+
+def operands_of(op: Op, ins: Tensors, outs: Tensors) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """The operands of an op of this room, as views of its inputs, and its output as torch has it."""
+    body = json.loads(str(op.attr("program")))
+    given = [Layout.from_json(text).on(t) for text, t in zip(body["in"], ins, strict=True)]
+    views = [taken(given[text["i"]], text["v"]) for text in body["operands"]]
+    return views, Layout.from_json(body["out"][0]).on(outs[0])
+
+
+def stated_kind(name: str, attrs: Mapping[str, str], bind: Any, by: str) -> None:
+    """Register a kind of this room and how it runs on a CPU."""
+    takes = Signature("*", {"program": WORD, **attrs}, many=True)
+    register(Kind(name, takes, _stated, _stated_work, stated=True))
+    register_on_cpu(name, bind, by)
+
+
+def bind_elementwise(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
+    """The formula, over operands permuted so that the output lies row by row."""
+    views, out = operands_of(op, ins, outs)
+    order = sorted(range(out.dim()), key=lambda axis: out.stride()[axis], reverse=True)
+    turned = [t.expand(out.shape).permute(order) if t.dim() else t for t in views]
+    attrs = (("formula", op.attr("formula")), ("out_dtype", op.attr("out_dtype")))
+    return pointwise.bind_elementwise(replace(op, kind="elementwise", attrs=attrs), turned, [out.permute(order)], site)
+
+
+stated_kind("aten.elementwise", {"formula": WORD, "out_dtype": WORD}, bind_elementwise, COMPILED)
+
+
+# ------------------------------------------------------------------------------------- rotary, attention
+
+_MOST_QUERIES = 16
+"""Rows of queries up to which our kernel attends; torch's is for more."""
+_A_THREAD = 1 << 14
+"""Multiplications that are worth a thread."""
+
+
+def _operand(tensor: torch.Tensor, size: Sequence[int]) -> tuple[int, list[int]]:
+    """Address and strides of a tensor that is repeated to `size`, of four axes."""
+    full = tensor.expand(tuple(size)) if tensor.dim() == len(size) else tensor.expand(*size)
+    return full.data_ptr(), [*full.stride()]
+
+
+def bind_rotary(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
+    """By the kernel, over at most four axes."""
+    views, out = operands_of(op, ins, outs)
+    size = [1] * (4 - out.dim()) + [*out.shape]
+    found = [_operand(t.view(size) if t is out else t.expand(out.shape)[(None,) * (4 - out.dim())], size)
+             for t in (*views, out)]  # fmt: skip
+    at, steps = np.array([a for a, _ in found], np.int64), np.array([s for _, s in found], np.int64)
+    threads = min(site.threads, 1 + out.numel() // _A_THREAD)
+    like = bits(torch.empty(0, dtype=out.dtype))
+    return held(ready(kernels.rotate, like, at, np.array(size, np.int64), steps, threads), (views, out))
+
+
+def held(run: Entry, tensors: object) -> Entry:
+    """`run`, which knows addresses alone, with the tensors that lie there."""
+
+    def entry(kept: object = tensors) -> None:
+        run()
+
+    return entry
+
+
+def bind_attention(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
+    """By our kernel for few queries, else by torch's."""
+    views, out = operands_of(op, ins, outs)
+    q, k, v = views[:3]
+    mask = views[3] if op.attr("masked") else None
+    batch, heads, rows, dim = q.shape
+    groups, keys, wide = k.shape[1], k.shape[2], v.shape[3]
+    scale, causal = op.number("scale"), bool(op.attr("causal"))
+    contiguous = all(t.stride(3) == 1 or t.shape[3] == 1 for t in (q, k, v, out))
+    floats = mask is None or mask.dtype in (torch.bool, torch.float32)
+    if rows > _MOST_QUERIES or not contiguous or not floats or k.shape[0] != batch or len({q.dtype, k.dtype}) > 1:
+        attend = torch.ops.aten.scaled_dot_product_attention.default._op
+        torchs = partial(attend, q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=groups != heads)
+        return partial(_into, out.copy_, torchs)
+    kind = kernels.NO_MASK if mask is None else kernels.TRUTHS if mask.dtype == torch.bool else kernels.ADDED
+    seen = out[:1, :1, :1, :1] if mask is None else mask
+    at_mask, mask_steps = (out.data_ptr(), [0] * 4) if mask is None else _operand(seen, (batch, heads, rows, keys))
+    at = np.array([*(t.data_ptr() for t in (q, k, v, out)), at_mask], np.int64)
+    steps = np.array([*([*t.stride()] for t in (q, k, v, out)), mask_steps], np.int64)
+    threads = min(site.threads, 1 + batch * heads * rows * keys * dim // _A_THREAD, batch * heads * rows)
+    scratch = np.empty(threads * (keys + 2 * max(dim, wide)), np.float32)
+    sizes = np.array([batch, heads, rows, dim, groups, keys, wide], np.int64)
+    like = bits(torch.empty(0, dtype=out.dtype))
+    run = ready(kernels.attend, like, at, sizes, steps, scale, kind, causal, scratch, threads)
+    return held(run, (views, out))
+
+
+stated_kind("aten.rotary", {}, bind_rotary, COMPILED)
+stated_kind("aten.attention", {"scale": NUMBER, "causal": FLAG, "masked": FLAG}, bind_attention, COMPILED)

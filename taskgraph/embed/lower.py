@@ -12,7 +12,7 @@ import torch
 
 import taskgraph as tg
 from taskgraph.embed import work
-from taskgraph.embed.calls import Layout, encoded, leaves, name_of, text_of
+from taskgraph.embed.calls import Layout, encoded, leaves, mapped, name_of, our_dtype, text_of
 from taskgraph.embed.flow import Call, Flow, Unsupported, Use
 from taskgraph.embed.kinds import ATEN
 from taskgraph.errors import GraphError
@@ -27,6 +27,7 @@ class Place:
 
     tensor: str
     layout: Layout
+    shape: tuple[int, ...]
     views: tuple[tuple[Any, ...], ...] = ()
 
     def of(self, buffer: torch.Tensor) -> torch.Tensor:
@@ -87,6 +88,10 @@ class Site:
         """Say that the graph's tensor `value` is the storage of a leaf."""
         self.values[self.flow.leaves[leaf].storage, version] = value
 
+    def wanted(self, leaf: int) -> tuple[int, ...] | None:
+        """The shape that ops want of a leaf's storage, if any does."""
+        return self.flow.wanted.get(self.flow.leaves[leaf].storage)
+
     def free_name(self, stem: str) -> str:
         """A name for an op or a tensor that no other has."""
         name, number = stem, 1
@@ -94,10 +99,6 @@ class Site:
             number += 1
             name = f"{stem}_{number}"
         return name
-
-
-Emit = Callable[[Site], None]
-"""Appends the op of a match to the graph."""
 
 
 def lower(name: str, flow: Flow, matches: Sequence["Match"] = ()) -> Lowered:
@@ -108,7 +109,7 @@ def lower(name: str, flow: Flow, matches: Sequence["Match"] = ()) -> Lowered:
     covered = {i for match in matches for i in match.calls}
     for i in _alive(flow, covered, at):
         if i in at:
-            at[i].emit(site)
+            emit_match(site, at[i])
         elif i not in covered:
             emit_call(site, flow.calls[i])
     outputs = _outputs(site)
@@ -121,12 +122,32 @@ def lower(name: str, flow: Flow, matches: Sequence["Match"] = ()) -> Lowered:
     return Lowered(graph, tensors, sources, outputs, tuple(site.recognised))
 
 
+class NoFit(Exception):  # noqa: N818 - handled by whoever tries a match
+    """The tensors of a match turned out to lie so that its kind does not take them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Match:
-    """Calls of a flow, in order, that one op stands for; nothing else needs what they make but the last one's."""
+    """Calls of a flow, in order, that one op of a kind stands for; nothing else needs what the inner ones make.
+
+    `emit` appends the op, or raises NoFit before it appends anything: then the calls are emitted as they are."""
 
     calls: tuple[int, ...]
-    emit: Emit
+    kind: str
+    emit: Callable[[Site], str]
+    """Returns the name of the op."""
+
+
+def emit_match(site: Site, match: Match) -> None:
+    """Append the op of a match."""
+    calls = [site.flow.calls[i] for i in match.calls]
+    try:
+        op = match.emit(site)
+    except NoFit:
+        for call in calls:
+            emit_call(site, call)
+        return
+    site.recognised.append(Recognised(op, match.kind, tuple(name_of(c.target) for c in calls)))
 
 
 def _alive(flow: Flow, covered: set[int], at: dict[int, "Match"]) -> list[int]:
@@ -156,30 +177,32 @@ def _declare(site: Site) -> tuple[dict[str, torch.Tensor], list[Place | None]]:
         if storage.role == "activation":
             continue
         layout = flow.leaves[storage.whole].layout
-        shape, dtype = layout.spec
+        kept = layout.size if storage.role != "input" and layout.plain else flow.wanted.get(number)
+        shape, dtype = layout.spec(kept)
         name = site.free_name(storage.name)
         make = (
             builder.input if storage.role == "input" else builder.state if storage.role == "state" else builder.weight
         )
         site.values[number, 0] = make(name, shape, dtype)
         if storage.value is not None:
-            tensors[name] = memory_of(storage.value, layout)
+            tensors[name] = memory_of(storage.value, layout, shape)
         elif storage.whole not in given:
             raise Unsupported(f"the constant {name!r} has no value.")
     sources = [None if leaf is None else _place(site, Use(leaf, 0)) for leaf in flow.sources]
     return tensors, sources
 
 
-def memory_of(tensor: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """The memory of a tensor as the graph's tensor of `layout` has it: a view, or a copy where it is not dense."""
+def memory_of(tensor: torch.Tensor, layout: Layout, shape: tuple[int, ...]) -> torch.Tensor:
+    """The memory of a tensor as the graph's tensor of `layout` and `shape` has it: a view, or a copy where it is not
+    dense."""
     here = Layout.of(tensor)
     if here != layout:
         made = torch.empty_strided(layout.size, layout.stride, dtype=tensor.dtype, device=tensor.device)
         tensor = made.copy_(tensor.detach())
     if layout.plain:
-        return tensor.detach()
+        return tensor.detach().view(shape)
     flat = tensor.detach().as_strided((max(layout.extent, 1),), (1,))
-    return flat.view(torch.uint8)
+    return flat.view(shape) if layout.dense and our_dtype(layout.dtype) else flat.view(torch.uint8)
 
 
 def _place(site: Site, use: Use) -> Place:
@@ -188,12 +211,11 @@ def _place(site: Site, use: Use) -> Place:
     while (view := flow.leaves[leaf].view) is not None:
         views.append((view.target, view.args, view.kwargs, view.item))
         leaf = view.base
-    return Place(site.value(use).name, flow.leaves[leaf].layout, tuple(views[::-1]))
+    value = site.value(use)
+    return Place(value.name, flow.leaves[leaf].layout, value.shape, tuple(views[::-1]))
 
 
 def _outputs(site: Site) -> Any:
-    from taskgraph.embed.calls import mapped
-
     made = False
 
     def placed(value: Any) -> Any:
@@ -213,6 +235,46 @@ def _outputs(site: Site) -> Any:
             raise Unsupported("the module computes nothing from its inputs, so that there is nothing to plan.")
         site.builder.output(states[0])
     return outputs
+
+
+# --------------------------------------------------------------------------------------- what patterns emit
+
+
+def named(site: Site, leaf: int, make: Callable[[str], tg.Value], stem: str) -> str:
+    """Append an op by `make` (given a free name) whose result is the storage of `leaf`; NoFit where it refuses."""
+    name = site.free_name(stem)
+    try:
+        value = make(name)
+    except GraphError:
+        raise NoFit from None
+    site.make(leaf, value)
+    return name
+
+
+def viewed(
+    site: Site,
+    kind: str,
+    stem: str,
+    uses: Sequence[Use],
+    leaf: int,
+    attrs: dict[str, str | int | float | bool],
+    work: tg.Work,
+) -> str:
+    """Append an op of a kind of this room: its operands are views of its inputs, which its text says."""
+    flow, values = site.flow, list[tg.Value]()
+    layouts, operands = list[Layout](), list[Any]()
+    for use in uses:
+        value = site.value(use)
+        if value not in values:
+            values.append(value)
+            layouts.append(site.root(use))
+        operands.append({"i": values.index(value), "v": _views(flow, use.leaf)})
+    layout, name = flow.leaves[leaf].layout, site.free_name(stem)
+    body = {"in": [one.to_json() for one in layouts], "out": [layout.to_json()], "operands": operands}
+    spec = tg.spec(f"{name}.out", *layout.spec(site.wanted(leaf)))
+    (made,) = site.builder.op((kind, {**attrs, "program": text_of(body)}), values, [spec], work, name)
+    site.make(leaf, made)
+    return name
 
 
 # --------------------------------------------------------------------------------------- the call itself
@@ -269,7 +331,7 @@ def emit_call(site: Site, call: Call) -> None:
     body["in"] = [layout.to_json() for _, layout, _ in inputs]
     body["out"] = [layout.to_json() for _, layout, _, _ in outs]
     order = [value.written() if state else value for value, _, state in inputs]
-    specs = [tg.spec(name, *layout.spec) for name, layout, _, _ in outs]
+    specs = [tg.spec(name, *layout.spec(site.wanted(leaf))) for name, layout, leaf, _ in outs]
     made = site.builder.op((ATEN, {"program": text_of(body)}), order, specs, work.of_call(flow, call), stem)
     for value, (_, _, leaf, version) in zip(made, outs, strict=True):
         site.make(leaf, value, version)

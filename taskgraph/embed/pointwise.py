@@ -1,0 +1,244 @@
+"""Pointwise calls, and chains of them, as one `elementwise` op whose attribute is a formula.
+
+Where operands are views that do not lie row by row, the op is an `aten.elementwise`: the same formula, whose operands
+are views that are taken once, at capture.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+import torch
+
+import taskgraph as tg
+from taskgraph.embed.calls import our_dtype
+from taskgraph.embed.flow import Use
+from taskgraph.embed.lower import Match, Site, named, viewed
+from taskgraph.embed.match import Matcher
+from taskgraph.errors import GraphError
+from taskgraph.ops.formula import MOST_INPUTS, MOST_STEPS, formula
+from taskgraph.ops.pointwise import broadcast
+
+VIEWED: Final = "aten.elementwise"
+"""The kind of a formula over views; `taskgraph.embed.kinds` registers it."""
+_FLOATS: Final = (torch.float32, torch.bfloat16, torch.float16)
+_MOST_STEPS: Final = MOST_STEPS // 2
+
+Words = tuple[tuple[str, ...], ...]
+"""Steps: an operation and its arguments, which are names of the call's arguments, numbers, or "<" for the last step."""
+
+
+def _one(name: str) -> Callable[[Matcher, int], Words | None]:
+    return lambda m, i: ((name, "self"),)
+
+
+def _two(name: str) -> Callable[[Matcher, int], Words | None]:
+    def rule(m: Matcher, i: int) -> Words | None:
+        alpha = m.arg(i, "alpha")
+        if alpha in (None, 1):
+            return ((name, "self", "other"),)
+        return (("mul", "other", repr(float(alpha))), (name, "self", "<"))
+
+    return rule
+
+
+def _div(m: Matcher, i: int) -> Words | None:
+    return None if m.arg(i, "rounding_mode") is not None else (("div", "self", "other"),)
+
+
+def _rsub(m: Matcher, i: int) -> Words | None:
+    return (("sub", "other", "self"),) if m.arg(i, "alpha") in (None, 1) else None
+
+
+def _pow(m: Matcher, i: int) -> Words | None:
+    exponent = m.arg(i, "exponent")
+    if exponent == 2:
+        return (("mul", "self", "self"),)
+    if exponent == 3:
+        return (("mul", "self", "self"), ("mul", "<", "self"))
+    return None if isinstance(exponent, Use) else (("pow", "self", "exponent"),)
+
+
+def _gelu(m: Matcher, i: int) -> Words | None:
+    return (("gelu_tanh" if m.arg(i, "approximate") == "tanh" else "gelu", "self"),)
+
+
+def _truths(name: str) -> Callable[[Matcher, int], Words | None]:
+    """Of truths alone: on integers these work bit by bit."""
+
+    def rule(m: Matcher, i: int) -> Words | None:
+        uses = m.call(i).uses()
+        if any(m.layout(u).dtype != torch.bool for u in uses):
+            return None
+        return ((name, "self", "other") if len(uses) == 2 else (name, "self"),)
+
+    return rule
+
+
+def _where(m: Matcher, i: int) -> Words | None:
+    return (("where", "condition", "self", "other"),)
+
+
+def _masked(m: Matcher, i: int) -> Words | None:
+    value = m.arg(i, "value")
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return (("where", "mask", "value", "self"),)
+
+
+def _clamp(m: Matcher, i: int) -> Words | None:
+    low, high = m.arg(i, "min"), m.arg(i, "max")
+    steps = [] if low is None else [("maximum", "self", "min")]
+    if high is not None:
+        steps.append(("minimum", "<" if steps else "self", "max"))
+    return tuple(steps)
+
+
+def _to(m: Matcher, i: int) -> Words | None:
+    made = m.layout(m.out(i)).dtype
+    rounds = {torch.bfloat16: "bf16", torch.float16: "f16"}
+    return ((rounds.get(made, "copy"), "self"),)
+
+
+_RULES: Final[Mapping[str, Callable[[Matcher, int], Words | None]]] = {
+    "add": _two("add"), "sub": _two("sub"), "mul": _two("mul"), "div": _div, "rsub": _rsub, "pow": _pow,
+    "maximum": _two("maximum"), "minimum": _two("minimum"), "gelu": _gelu, "where": _where,
+    "masked_fill": _masked, "clamp": _clamp, "clamp_min": _clamp, "to": _to, "_to_copy": _to,
+    **{name: _one(name) for name in (
+        "neg", "abs", "exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "sin", "cos", "tanh", "sigmoid", "erf", "relu",
+        "silu", "floor", "ceil",
+    )},
+    **{name: _two(name) for name in ("eq", "ne", "lt", "le", "gt", "ge")},
+    "logical_and": _truths("and"), "__and__": _truths("and"), "bitwise_and": _truths("and"),
+    "logical_or": _truths("or"), "__or__": _truths("or"), "bitwise_or": _truths("or"),
+    "logical_not": _truths("not"), "bitwise_not": _truths("not"),
+}  # fmt: skip
+"""What each pointwise operator is as steps of a formula; None where it is not."""
+
+
+@dataclass(slots=True)
+class _Chain:
+    """A formula in the making."""
+
+    inputs: list[Use] = field(default_factory=list)
+    steps: list[str] = field(default_factory=list)
+    calls: list[int] = field(default_factory=list)
+
+
+def pointwise(m: Matcher, i: int) -> Match | None:
+    """A pointwise call with those before it that nobody else needs: one formula."""
+    if not _fits(m, i):
+        return None
+    chain = _Chain()
+    if not _append(m, i, i, chain):
+        return None
+    chain.calls.remove(i)
+    text = "; ".join(chain.steps)
+    try:
+        formula(text)
+    except GraphError:  # too many values at once: the root alone
+        chain = _Chain()
+        _append(m, i, i, chain, alone=True)
+        chain.calls.remove(i)
+        text = "; ".join(chain.steps)
+    out = m.out(i)
+    dtype = our_dtype(m.layout(out).dtype)
+    inputs = tuple(chain.inputs)
+
+    def emit(site: Site) -> str:
+        if all(_plain(m, site, u, out) for u in inputs) and m.layout(out).plain:
+            values = [site.value(u) for u in inputs]
+            wanted = m.layout(out).spec(site.wanted(out.leaf))[0]
+            if broadcast([v.shape for v in values]) == wanted:
+                return named(
+                    site, out.leaf, lambda n: tg.ops.elementwise(text, values, out_dtype=dtype, name=n), m.call(i).name
+                )
+        return viewed(
+            site,
+            VIEWED,
+            m.call(i).name,
+            inputs,
+            out.leaf,
+            {"formula": text, "out_dtype": str(dtype)},
+            _work(m, inputs, out, text),
+        )
+
+    return m.match(chain.calls, i, "elementwise", emit)
+
+
+def _work(m: Matcher, inputs: tuple[Use, ...], out: Use, text: str) -> tg.Work:
+    from taskgraph.embed.work import seen_bytes
+
+    moved = sum(seen_bytes(m.layout(u)) for u in inputs) + m.layout(out).nbytes
+    return tg.Work(flops=formula(text).flops * m.layout(out).elements, hbm_bytes=float(moved))
+
+
+def _plain(m: Matcher, site: Site, use: Use, out: Use) -> bool:
+    """Whether the tensor of the graph broadcasts to the output as torch's tensor does."""
+    if not m.same_rows(use):
+        return False
+    size, full = m.layout(use).size, m.layout(out).size
+    shape = site.value(use).shape
+    if size == full:
+        return shape == m.layout(out).spec(site.wanted(out.leaf))[0]
+    return len(size) <= 1 and shape == size
+
+
+def _fits(m: Matcher, i: int) -> bool:
+    call = m.call(i)
+    if call.target.namespace != "aten" or call.target._opname not in _RULES or not call.single or call.changes:
+        return False
+    uses = call.uses()
+    if not uses or len(call.results) != 1 or call.results[0] is None:
+        return False
+    made = m.layout(m.out(i))
+    kinds = [m.layout(u).dtype for u in uses]
+    known = all(kind in _FLOATS or kind == torch.bool for kind in [*kinds, made.dtype])
+    return known and any(kind in _FLOATS for kind in [*kinds, made.dtype]) and made.dense and made.elements > 0
+
+
+def _append(m: Matcher, i: int, root: int, chain: _Chain, alone: bool = False) -> bool:
+    """Append the steps of call i, and before them those of the calls that only it needs."""
+    words = _RULES[m.call(i).target._opname](m, i)
+    if words is None:
+        return False
+    names: dict[str, str] = {}
+    for word in {w for step in words for w in step[1:]}:
+        if word == "<" or word[0] in "-0123456789":
+            continue
+        value = m.arg(i, word)
+        if isinstance(value, Use):
+            names[word] = _operand(m, value, i, root, chain, alone)
+        elif isinstance(value, (bool, int, float)) and math.isfinite(value):
+            names[word] = repr(float(value))
+        else:
+            return False
+    for step in words:
+        given = [f"s{len(chain.steps) - 1}" if w == "<" else names.get(w, w) for w in step[1:]]
+        chain.steps.append(" ".join((step[0], *given)))
+    chain.calls.append(i)
+    return len(chain.inputs) <= MOST_INPUTS and all(isinstance(u, Use) for u in chain.inputs)
+
+
+def _operand(m: Matcher, value: Use, i: int, root: int, chain: _Chain, alone: bool) -> str:
+    made = m.maker(value)
+    if made is not None and not alone and _joins(m, made, i, root, chain):
+        kept = (list(chain.inputs), list(chain.steps), list(chain.calls))
+        if _append(m, made, root, chain):
+            return f"s{len(chain.steps) - 1}"
+        chain.inputs, chain.steps, chain.calls = kept
+    if value not in chain.inputs:
+        chain.inputs.append(value)
+    return f"x{chain.inputs.index(value)}"
+
+
+def _joins(m: Matcher, made: int, taker: int, root: int, chain: _Chain) -> bool:
+    return (
+        _fits(m, made)
+        and m.layout(m.out(made)).size == m.layout(m.out(root)).size
+        and m.only_for(made, [taker])
+        and m.steady(made, root)
+        and len(chain.steps) < _MOST_STEPS
+        and len(chain.inputs) < MOST_INPUTS - 2
+    )
