@@ -9,6 +9,7 @@ import taskgraph as tg
 from taskgraph.embed.calls import Layout, leaves, mapped
 from taskgraph.embed.kinds import ATEN
 from taskgraph.embed.lower import Lowered, Place, memory_of
+from taskgraph.embed.planning import planned
 
 MOST_REBINDS: Final = 64
 """A plan whose weights or states move more often than this is given up."""
@@ -23,7 +24,7 @@ class Captured:
 
     def __init__(self, lowered: Lowered, args: Sequence[Any], scheduler: str) -> None:
         graph = lowered.graph
-        self.plan = tg.plan(graph, "cpu", scheduler)
+        self.plan = planned(graph, scheduler)
         self.lowered, self.why, self.rebinds = lowered, "", 0
         self.recognised = sum(made.kind != ATEN for made in lowered.recognised)
         self._exe: Any = tg.compile(graph, self.plan)

@@ -22,6 +22,7 @@ from taskgraph.runtime.cpu import pointwise
 from taskgraph.runtime.cpu.arguments import ready
 from taskgraph.runtime.cpu.kinds import COMPILED, TORCH, CpuSite, Entry, Tensors, bits
 from taskgraph.runtime.cpu.kinds import register as register_on_cpu
+from taskgraph.runtime.cpu.standard import CPU_KINDS
 
 ATEN: Final = "aten"
 
@@ -64,7 +65,28 @@ def bind_aten(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
     kwargs = {k: decoded(v, tensor) for k, v in body["kwargs"].items()}
     copies = [(made[o], given[i]) for i, o in body["copies"]]
     results = [None if o is None else made[o] for o in body["results"]]
-    return _entry(target, args, kwargs, copies, results)
+    run = _entry(target, args, kwargs, copies, results)
+    small = op.work.flops < _A_TEAM and op.work.hbm_bytes < _A_TEAM
+    if small and site.threads > 1 and target._opname in _PARALLEL:
+        return partial(_alone, run, site.threads)
+    return run
+
+
+_A_TEAM = 4 << 20
+"""Flops or bytes that are worth all threads of a lane: a small product on a team waits for it more than it computes."""
+_PARALLEL: Final = frozenset({
+    "matmul", "bmm", "mm", "addmm", "baddbmm", "linear", "einsum", "conv1d", "conv2d", "convolution", "lstm", "gru",
+    "conv_transpose2d", "scaled_dot_product_attention",
+})  # fmt: skip
+"""Calls that libraries spread over all threads, however small they are."""
+
+
+def _alone(run: Entry, threads: int) -> None:
+    torch.set_num_threads(1)
+    try:
+        run()
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _entry(target: Any, args: list[Any], kwargs: dict[str, Any], copies: list[Any], results: list[Any]) -> Entry:
@@ -129,6 +151,7 @@ def operands_of(op: Op, ins: Tensors, outs: Tensors) -> tuple[list[torch.Tensor]
     body = json.loads(str(op.attr("program")))
     given = [Layout.from_json(text).on(t) for text, t in zip(body["in"], ins, strict=True)]
     views = [taken(given[text["i"]], text["v"]) for text in body["operands"]]
+    views = [t.view(text["as"]) if "as" in text else t for t, text in zip(views, body["operands"], strict=True)]
     return views, Layout.from_json(body["out"][0]).on(outs[0])
 
 
@@ -149,6 +172,19 @@ def bind_elementwise(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entr
 
 
 stated_kind("aten.elementwise", {"formula": WORD, "out_dtype": WORD}, bind_elementwise, COMPILED)
+
+
+def bind_as(inner: str, op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
+    """As an op of the kind `inner` runs, on views of the inputs."""
+    views, out = operands_of(op, ins, outs)
+    attrs = tuple((key, value) for key, value in op.attrs if key not in ("program", "out_shape"))
+    shape = op.attr("out_shape")
+    assert isinstance(shape, tuple)
+    return CPU_KINDS[inner].bind(replace(op, kind=inner, attrs=attrs), views, [out.view(shape)], site)
+
+
+for _kind in ("gemm", "rmsnorm", "layer_norm", "embedding", "argmax"):
+    stated_kind(f"{ATEN}.{_kind}", {}, partial(bind_as, _kind), CPU_KINDS[_kind].by)
 
 
 # ------------------------------------------------------------------------------------- rotary, attention

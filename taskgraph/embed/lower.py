@@ -4,7 +4,8 @@ What a pattern recognises becomes an op of a kind of `taskgraph.ops` or of this 
 op, which runs the call itself.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from taskgraph.embed.calls import Layout, encoded, leaves, mapped, name_of, our_
 from taskgraph.embed.flow import Call, Flow, Unsupported, Use
 from taskgraph.embed.kinds import ATEN
 from taskgraph.errors import GraphError
+from taskgraph.graph.op import Attr
 
 Buffer = tuple[int, int]
 """A storage and how often it was changed."""
@@ -240,6 +242,10 @@ def _outputs(site: Site) -> Any:
 # --------------------------------------------------------------------------------------- what patterns emit
 
 
+Operand = tuple[Use, tuple[int, ...]]
+"""A tensor and the shape that a kind wants of it, row by row."""
+
+
 def named(site: Site, leaf: int, make: Callable[[str], tg.Value], stem: str) -> str:
     """Append an op by `make` (given a free name) whose result is the storage of `leaf`; NoFit where it refuses."""
     name = site.free_name(stem)
@@ -251,16 +257,40 @@ def named(site: Site, leaf: int, make: Callable[[str], tg.Value], stem: str) -> 
     return name
 
 
+def shaped(site: Site, stem: str, operands: Sequence[Operand], leaf: int, make: Callable[..., tg.Value]) -> str:
+    """Append the op that `make` makes of the operands (and `name=`), whose result is the storage of `leaf`.
+
+    Where a tensor of the graph has another shape, or is more than the operand, the op is one of the kind "aten.KIND"
+    instead: the same with views that are taken at capture. NoFit where `make` refuses the operands.
+    """
+    values = [site.value(use) for use, _ in operands]
+    whole = [site.flow.layout(use).elements == math.prod(v.shape) for (use, _), v in zip(operands, values, strict=True)]
+    if all(whole) and all(v.shape == shape for v, (_, shape) in zip(values, operands, strict=True)):
+        return named(site, leaf, lambda name: make(*values, name=name), stem)
+    scratch = tg.GraphBuilder("scratch")
+    stand_ins = [scratch.input(f"x{i}", shape, site.flow.layout(use).name) for i, (use, shape) in enumerate(operands)]
+    try:
+        made = make(*stand_ins, name="op")
+    except GraphError:
+        raise NoFit from None
+    (op,) = scratch._ops
+    attrs = {**dict(op.attrs), "out_shape": made.shape}
+    shapes = [shape for _, shape in operands]
+    return viewed(site, f"{ATEN}.{op.kind}", stem, [use for use, _ in operands], leaf, attrs, op.work, shapes)
+
+
 def viewed(
     site: Site,
     kind: str,
     stem: str,
     uses: Sequence[Use],
     leaf: int,
-    attrs: dict[str, str | int | float | bool],
+    attrs: Mapping[str, Attr],
     work: tg.Work,
+    shapes: Sequence[tuple[int, ...]] = (),
 ) -> str:
-    """Append an op of a kind of this room: its operands are views of its inputs, which its text says."""
+    """Append an op of a kind of this room: its operands are views of its inputs, which its text says, in these shapes
+    if any are given."""
     flow, values = site.flow, list[tg.Value]()
     layouts, operands = list[Layout](), list[Any]()
     for use in uses:
@@ -270,6 +300,8 @@ def viewed(
             layouts.append(site.root(use))
         operands.append({"i": values.index(value), "v": _views(flow, use.leaf)})
     layout, name = flow.leaves[leaf].layout, site.free_name(stem)
+    for operand, shape in zip(operands, shapes, strict=False):
+        operand["as"] = list(shape)
     body = {"in": [one.to_json() for one in layouts], "out": [layout.to_json()], "operands": operands}
     spec = tg.spec(f"{name}.out", *layout.spec(site.wanted(leaf)))
     (made,) = site.builder.op((kind, {**attrs, "program": text_of(body)}), values, [spec], work, name)

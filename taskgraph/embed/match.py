@@ -109,9 +109,10 @@ class Matcher:
             return None
         return Match((*members, root), kind, emit)
 
-    def want(self, use: Use, shape: tuple[int, ...]) -> None:
+    def want(self, use: Use | None, shape: tuple[int, ...]) -> None:
         """Say that the storage of a tensor should have this shape in the graph, if nobody said another before."""
-        self.flow.wanted.setdefault(self.storage(use), shape)
+        if use is not None and self.same_rows(use):
+            self.flow.wanted.setdefault(self.storage(use), shape)
 
     def roots(self) -> Iterator[int]:
         """The free calls, the last first: what ends a pattern is found before its parts."""

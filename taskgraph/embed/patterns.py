@@ -11,7 +11,7 @@ from typing import Any, Final
 import taskgraph as tg
 from taskgraph.embed.attention import attention
 from taskgraph.embed.flow import Flow, Use
-from taskgraph.embed.lower import Match, NoFit, Site, named
+from taskgraph.embed.lower import Match, Site, shaped
 from taskgraph.embed.match import Matcher
 from taskgraph.embed.pointwise import pointwise
 from taskgraph.embed.rotary import rotary
@@ -31,17 +31,6 @@ def recognise(flow: Flow) -> list[Match]:
     return found
 
 
-# ---------------------------------------------------------------------------------------- emission
-
-
-def rows(site: Site, use: Use, shape: tuple[int, ...]) -> tg.Value:
-    """The graph's tensor of a use that is all of its storage; NoFit unless it has that shape there."""
-    value = site.value(use)
-    if value.shape != shape:
-        raise NoFit
-    return value
-
-
 # ---------------------------------------------------------------------------------------- products
 
 
@@ -56,7 +45,7 @@ def product(m: Matcher, i: int) -> Match | None:
         residual, made = sides[1 - found], sides[found]
         inner = m.rows_of(made)
         assert inner is not None
-        if m.layout(residual) != m.layout(made) or m.layout(m.out(i)) != m.layout(made) or not m.same_rows(residual):
+        if m.layout(residual) != m.layout(made) or m.layout(m.out(i)) != m.layout(made) or not m.layout(residual).plain:
             return None
         i = inner
     if not _is_product(m, i):
@@ -66,14 +55,18 @@ def product(m: Matcher, i: int) -> Match | None:
     count = m.layout(x).elements // k
     shape = (count, n)
     for use, wanted in ((x, (count, k)), (residual, shape), (m.out(root), shape)):
-        if use is not None:
-            m.want(use, wanted)
+        m.want(use, wanted)
+
+    more = [(u, s) for u, s in ((bias, (n,)), (residual, shape)) if u is not None]
 
     def emit(site: Site) -> str:
-        given = [rows(site, x, (count, k)), site.value(w)]
-        more = [None if bias is None else site.value(bias), None if residual is None else rows(site, residual, shape)]
-        leaf = m.out(root).leaf
-        return named(site, leaf, lambda n: tg.ops.gemm(*given, *more, transpose_w=transposed, name=n), m.call(i).name)
+        def make(x: tg.Value, w: tg.Value, *rest: tg.Value, name: str) -> tg.Value:
+            given = iter(rest)
+            first = None if bias is None else next(given)
+            return tg.ops.gemm(x, w, first, next(given, None), transpose_w=transposed, name=name)
+
+        operands = [(x, (count, k)), (w, m.layout(w).size), *more]
+        return shaped(site, m.call(i).name, operands, m.out(root).leaf, make)
 
     return m.match([i], root, "gemm", emit)
 
@@ -86,7 +79,7 @@ def _is_product(m: Matcher, i: int | None) -> bool:
         return False
     weights = all(u is None or (m.flow.is_whole(u) and m.flow.storage(u).role == "weight") for u in (w, bias))
     plain = m.layout(w).plain and (bias is None or len(m.layout(bias).size) == 1)
-    return weights and plain and m.same_rows(x) and m.layout(m.out(i)).plain and len(m.layout(w).size) == 2
+    return weights and plain and m.layout(x).plain and m.layout(m.out(i)).plain and len(m.layout(w).size) == 2
 
 
 def _operands(m: Matcher, i: int) -> tuple[Use, Use, Use | None, bool]:
@@ -161,7 +154,9 @@ def _scaled(m: Matcher, use: Any) -> tuple[list[int], Use, float] | None:
 
 
 def _rms_match(m: Matcher, inner: list[int], i: int, x: Any, weight: Use, eps: float) -> Match | None:
-    if not m.same_rows(x) or not m.layout(m.out(i)).plain or m.layout(m.out(i)).dtype != m.layout(x).dtype:
+    if not (isinstance(x, Use) and m.layout(x).plain and m.layout(m.out(i)).plain):
+        return None
+    if m.layout(m.out(i)).dtype != m.layout(x).dtype:
         return None
     width = m.layout(x).size[-1]
     shape = (m.layout(x).elements // width, width)
@@ -171,8 +166,8 @@ def _rms_match(m: Matcher, inner: list[int], i: int, x: Any, weight: Use, eps: f
     m.want(m.out(i), shape)
 
     def emit(site: Site) -> str:
-        given, scale = rows(site, x, shape), site.value(weight)
-        return named(site, m.out(i).leaf, lambda n: tg.ops.rmsnorm(given, scale, eps=eps, name=n), "rmsnorm")
+        make = partial(tg.ops.rmsnorm, eps=eps)
+        return shaped(site, "rmsnorm", [(x, shape), (weight, (width,))], m.out(i).leaf, make)
 
     return m.match(inner, i, "rmsnorm", emit)
 
@@ -182,18 +177,16 @@ def layer_norm(m: Matcher, i: int) -> Match | None:
     if not m.is_op(i, "layer_norm") or len(m.arg(i, "normalized_shape")) != 1:
         return None
     x, weight, bias, eps = (m.arg(i, name) for name in ("input", "weight", "bias", "eps"))
-    if not m.same_rows(x) or not m.layout(m.out(i)).plain:
+    if not m.layout(x).plain or not m.layout(m.out(i)).plain or (weight is None and bias is not None):
         return None
     width = m.layout(x).size[-1]
     shape = (m.layout(x).elements // width, width)
     m.want(x, shape)
     m.want(m.out(i), shape)
+    operands = [(x, shape), *((u, (width,)) for u in (weight, bias) if u is not None)]
 
     def emit(site: Site) -> str:
-        given = rows(site, x, shape)
-        scale, shift = (None if u is None else site.value(u) for u in (weight, bias))
-        made = partial(tg.ops.layer_norm, given, scale, shift, eps=float(eps))
-        return named(site, m.out(i).leaf, lambda n: made(name=n), "layer_norm")
+        return shaped(site, "layer_norm", operands, m.out(i).leaf, partial(tg.ops.layer_norm, eps=float(eps)))
 
     return m.match([], i, "layer_norm", emit)
 
@@ -206,22 +199,22 @@ def embedding(m: Matcher, i: int) -> Match | None:
     if not m.is_op(i, "embedding"):
         return None
     table, tokens = m.arg(i, "weight"), m.arg(i, "indices")
-    if not m.same_rows(tokens) or m.flow.storage(table).role != "weight" or not m.flow.is_whole(table):
+    if not m.layout(tokens).plain or m.flow.storage(table).role != "weight" or not m.flow.is_whole(table):
         return None
     count = m.layout(tokens).elements
     m.want(tokens, (count,))
     m.want(m.out(i), (count, m.layout(table).size[-1]))
 
     def emit(site: Site) -> str:
-        given, weights = rows(site, tokens, (count,)), site.value(table)
-        return named(site, m.out(i).leaf, lambda n: tg.ops.embedding(given, weights, name=n), "embedding")
+        operands = [(tokens, (count,)), (table, m.layout(table).size)]
+        return shaped(site, "embedding", operands, m.out(i).leaf, tg.ops.embedding)
 
     return m.match([], i, "embedding", emit)
 
 
 def argmax(m: Matcher, i: int) -> Match | None:
     """The place of the largest of the last axis: `argmax`."""
-    if not m.is_op(i, "argmax") or not m.same_rows(m.arg(i, "self")):
+    if not m.is_op(i, "argmax") or not m.layout(m.arg(i, "self")).plain:
         return None
     x = m.arg(i, "self")
     size = m.layout(x).size
@@ -232,8 +225,7 @@ def argmax(m: Matcher, i: int) -> Match | None:
     m.want(m.out(i), shape[:1])
 
     def emit(site: Site) -> str:
-        given = rows(site, x, shape)
-        return named(site, m.out(i).leaf, lambda n: tg.ops.argmax(given, name=n), "argmax")
+        return shaped(site, "argmax", [(x, shape)], m.out(i).leaf, tg.ops.argmax)
 
     return m.match([], i, "argmax", emit)
 

@@ -10,6 +10,9 @@ from taskgraph.runtime.cpu import kernels, products
 from taskgraph.runtime.cpu.arguments import ready
 from taskgraph.runtime.cpu.kinds import COMPILED, FIXED, TORCH, CpuSite, Entry, Tensors, bits, need_floats, register
 
+_A_THREAD = 1 << 16
+"""Multiplications that are worth another thread: some microseconds of one core."""
+
 
 def bind_embedding(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
     tokens, table = ins
@@ -34,7 +37,8 @@ def bind_gemm(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
     bias = extra[0] if op.attr("bias") else None
     residual = extra[-1] if op.attr("residual") else None
     weight = w if op.attr("transpose_w") else w.t()
-    product = products.Product(x, weight, bias, residual, outs[0], op.inputs[1] in site.constants, site.threads)
+    threads = min(site.threads, 1 + x.shape[0] * weight.numel() // _A_THREAD)
+    product = products.Product(x, weight, bias, residual, outs[0], op.inputs[1] in site.constants, threads)
     return products.entry(op.name, product, site.ways)
 
 
