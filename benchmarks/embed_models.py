@@ -29,7 +29,9 @@ class Only(nn.Module):
         return made
 
 
-def _transformers(config: str, model: str, options: dict[str, Any], inputs: Callable[[], dict[str, Any]], **call: Any) -> Callable[[], Made]:
+def _transformers(
+    config: str, model: str, options: dict[str, Any], inputs: Callable[[], dict[str, Any]], **call: Any
+) -> Callable[[], Made]:
     def make() -> Made:
         import transformers
 

@@ -20,6 +20,7 @@ from taskgraph.ops.kinds import Kind, Output, register
 from taskgraph.ops.signatures import FLAG, NUMBER, WORD, Attrs, Shapes, Signature
 from taskgraph.runtime.cpu import pointwise
 from taskgraph.runtime.cpu.arguments import ready
+from taskgraph.runtime.cpu.kernels import use_threads
 from taskgraph.runtime.cpu.kinds import COMPILED, TORCH, CpuSite, Entry, Tensors, bits
 from taskgraph.runtime.cpu.kinds import register as register_on_cpu
 from taskgraph.runtime.cpu.standard import CPU_KINDS
@@ -82,11 +83,11 @@ _PARALLEL: Final = frozenset({
 
 
 def _alone(run: Entry, threads: int) -> None:
-    torch.set_num_threads(1)
+    use_threads(1)
     try:
         run()
     finally:
-        torch.set_num_threads(threads)
+        use_threads(threads)
 
 
 def _entry(target: Any, args: list[Any], kwargs: dict[str, Any], copies: list[Any], results: list[Any]) -> Entry:

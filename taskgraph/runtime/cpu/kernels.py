@@ -7,7 +7,9 @@ own parallel layers would bring a second pool that spins against torch's, or one
 Weights are packed once, for the register tile of `taskgraph.runtime.cpu.tile`.
 """
 
+import ctypes
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -66,6 +68,20 @@ def release_threads() -> None:
     cores. So a thread that ran parallel ops and will wait for lanes calls this first, and so does a lane at its end.
     """
     OPENMP.omp_pause_resource_all(1)
+
+
+_TORCH = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+_mkl_threads: Any = getattr(_TORCH, "MKL_Set_Num_Threads_Local", None)
+"""None where torch multiplies by another library, which asks OpenMP."""
+
+
+def use_threads(count: int) -> None:
+    """Make torch's ops of the calling thread run on `count` threads. torch.set_num_threads would change what threads
+    get that are started later, and MKL's products in every thread."""
+    torch.get_num_threads()  # the first time it takes what torch.set_num_threads said last
+    OPENMP.omp_set_num_threads(count)
+    if _mkl_threads is not None:
+        _mkl_threads(count)
 
 
 # -- products -----------------------------------------------------------------------------------------------------

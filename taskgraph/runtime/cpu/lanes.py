@@ -102,7 +102,7 @@ class LaneThread:
         here.cores = cores
         try:
             kernels.bind_threads(cores)
-            torch.set_num_threads(len(cores))
+            kernels.use_threads(len(cores))
         except BaseException as error:  # handed to whoever replays first: a dead lane would hang them
             broken = error
         self._ready.set()
