@@ -68,8 +68,10 @@ _BART: Final = {
     "vocab_size": 512, "d_model": 128, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
     "decoder_attention_heads": 4, "encoder_ffn_dim": 256, "decoder_ffn_dim": 256, "max_position_embeddings": 128,
 }  # fmt: skip
-_WHISPER: Final = {**_BART, "num_mel_bins": 16, "max_source_positions": 32, "max_target_positions": 32, "pad_token_id": 0,
-                   "decoder_start_token_id": 1, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+_WHISPER: Final = {
+    **_BART, "num_mel_bins": 16, "max_source_positions": 32, "max_target_positions": 32, "pad_token_id": 0,
+    "decoder_start_token_id": 1, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
 _MAMBA: Final = {"vocab_size": 512, "hidden_size": 128, "state_size": 8, "num_hidden_layers": 3}
 
 
@@ -104,7 +106,8 @@ TRANSFORMERS: Final[dict[str, Callable[[], Made]]] = {
     "dinov2": _transformers("Dinov2Config", "Dinov2Model", _VISION, _image),
     "swin": _transformers(
         "SwinConfig", "SwinModel",
-        {"image_size": 32, "patch_size": 2, "embed_dim": 32, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}, _image,
+        {"image_size": 32, "patch_size": 2, "embed_dim": 32, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4},
+        _image,
     ),
     "convnext": _transformers(
         "ConvNextConfig", "ConvNextModel", {"hidden_sizes": [16, 32, 64, 128], "depths": [1, 1, 2, 1]}, _image,
