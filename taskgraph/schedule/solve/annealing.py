@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -118,7 +118,7 @@ def anneal(space: Space, layout: Layout, begin: Sequence[State], budget_s: float
     field = _field(space, layout)
 
     def walk(state: State, trials: int, seed: int, hot: float, cold: float) -> State:
-        return _walk(_own(field), state, Heat(trials, seed, hot, cold))
+        return _walk(own(field, _SCRATCH), state, Heat(trials, seed, hot, cold))
 
     trials = int(budget_s / (_OP_S * space.problem.n * ROUNDS))
     return islands(walk, begin, trials, budget_s, seed, Cooling(0.02, 1e-5, 10.0))
@@ -231,7 +231,7 @@ def metropolis(
 # ----------------------------------------------------------------------------------- what it does here
 
 
-class Point(NamedTuple):
+class StatePoint(NamedTuple):
     """A state for the kernels, as in `State`."""
 
     mode: np.ndarray
@@ -241,11 +241,11 @@ class Point(NamedTuple):
     policy: np.ndarray
 
 
-def _point(state: State) -> Point:
+def _point(state: State) -> StatePoint:
     """A copy of the state's arrays."""
     mode, row = np.array([state.mode, state.row], np.int64)
     rows, policy = (np.array(a, np.int64, order="C") for a in (state.rows, state.policy))
-    return Point(mode, row, np.array(state.delay, np.float64), rows, policy)
+    return StatePoint(mode, row, np.array(state.delay, np.float64), rows, policy)
 
 
 class _Field(NamedTuple):
@@ -291,16 +291,20 @@ def _field(space: Space, layout: Layout) -> _Field:
     )
 
 
-def _own(field: _Field) -> _Field:
-    """The field with scratch of its own, for one thread."""
-    n = len(field.rank)
-    mode, partition = np.zeros((2, n), np.int64)
-    return field._replace(
-        modes=np.zeros(len(field.kin), np.int64),
-        wishes=Wishes(np.zeros(n), mode, partition, np.zeros(2), True),
-        bench=bench_of(field.clock, field.lanes),
-        front=front_of(field.clock),
-    )
+_SCRATCH = ("modes", "wishes", "bench", "front")
+
+
+def own(field: F, scratch: Sequence[str]) -> F:
+    """The field, a named tuple, with copies of those of its parts that are scratch, for one thread."""
+    made: Any = field
+    result: F = made._replace(**{name: _copied(getattr(field, name)) for name in scratch})
+    return result
+
+
+def _copied(part: Any) -> Any:
+    if isinstance(part, tuple):
+        return type(part)(*map(_copied, part))
+    return part.copy() if isinstance(part, np.ndarray) else part
 
 
 def _walk(field: _Field, state: State, heat: Heat) -> State:
@@ -329,7 +333,7 @@ def fit(sizes: np.ndarray, mode: np.ndarray, row: np.ndarray, rows: np.ndarray, 
 
 
 @inner
-def _judge(f: _Field, point: Point) -> float:
+def _judge(f: _Field, point: StatePoint) -> float:
     """Seconds of the whole graph under a state: the window's, scaled to all iterations.
 
     Not the time between two iterations in the window: that rewards a schedule that runs one slice far ahead."""
@@ -348,7 +352,7 @@ def _judge(f: _Field, point: Point) -> float:
 
 
 @inner
-def _copy(to: Point, of: Point) -> None:
+def _copy(to: StatePoint, of: StatePoint) -> None:
     mode, row, delay, rows, policy = to.mode, to.row, to.delay, to.rows, to.policy
     mode_of, row_of, delay_of, rows_of, policy_of = of.mode, of.row, of.delay, of.rows, of.policy
     for i in range(len(mode)):
@@ -361,7 +365,7 @@ def _copy(to: Point, of: Point) -> None:
 
 
 @inner
-def _move(f: _Field, point: Point, trial: int) -> bool:
+def _move(f: _Field, point: StatePoint, trial: int) -> bool:
     """Change one decision, or all of its kin, or a policy, or the border between two partitions; ops whose partition
     has become too small go to the largest."""
     mode, row, delay, rows, policy = point.mode, point.row, point.delay, point.rows, point.policy

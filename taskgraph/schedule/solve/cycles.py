@@ -24,6 +24,7 @@ from taskgraph.schedule.solve.annealing import (
     fitted,
     islands,
     metropolis,
+    own,
     realise,
 )
 
@@ -88,7 +89,7 @@ def polish(
     field = _field(space, layout)
 
     def walk(cycle: Cycle, trials: int, seed: int, hot: float, cold: float) -> Cycle:
-        return _walk(_own(field), cycle, Heat(trials, seed, hot, cold))
+        return _walk(own(field, _SCRATCH), cycle, Heat(trials, seed, hot, cold))
 
     trials = int(budget_s / (_OP_S * space.problem.n * ROUNDS))
     return islands(walk, begin, trials, budget_s, seed, Cooling(heat, 2e-4, 20.0))
@@ -102,7 +103,7 @@ def written_out(space: Space, layout: Layout, cycle: Cycle) -> Assignment:
     return Assignment(layout, order, cycle.lane[d], mode[d], NO_HOLDS)
 
 
-class Point(NamedTuple):
+class CyclePoint(NamedTuple):
     """A cycle for the kernels, as in `Cycle`."""
 
     place: np.ndarray
@@ -110,10 +111,10 @@ class Point(NamedTuple):
     mode: np.ndarray
 
 
-def _point(cycle: Cycle) -> Point:
+def _point(cycle: Cycle) -> CyclePoint:
     """A copy of the cycle's arrays."""
     lane, mode = np.array([cycle.lane, cycle.mode], np.int64)
-    return Point(np.array(cycle.place, np.float64), lane, mode)
+    return CyclePoint(np.array(cycle.place, np.float64), lane, mode)
 
 
 class Body(NamedTuple):
@@ -210,24 +211,7 @@ def _edges(space: Space) -> Edges:
     return Edges(pointer, plain(both[:, 1:], np.int64), np.zeros(4 * d + 8, np.int64))
 
 
-def _own(field: _Field) -> _Field:
-    """The field with scratch of its own, for one thread."""
-    n, d = len(field.order), len(field.kin)
-    modes, rows = np.zeros((2, d), np.int64)
-    start, end, key = np.zeros((3, n))
-    op, place, mode = np.zeros((3, n), np.int64)
-    return field._replace(
-        start=start,
-        end=end,
-        modes=modes,
-        rows=rows,
-        begun=np.zeros(d),
-        key=key,
-        order=np.arange(n),
-        edges=field.edges._replace(stack=np.zeros(4 * d + 8, np.int64)),
-        queues=Queues(op, np.zeros_like(field.queues.pointer), place, mode),
-        bench=bench_of(field.clock, field.lanes),
-    )
+_SCRATCH = ("start", "end", "modes", "rows", "begun", "key", "order", "edges", "queues", "bench")
 
 
 def _walk(field: _Field, cycle: Cycle, heat: Heat) -> Cycle:
@@ -295,7 +279,7 @@ def _period(body: Body, end: np.ndarray, begun: np.ndarray) -> float:
 
 
 @inner
-def _judge(f: _Field, point: Point) -> float:
+def _judge(f: _Field, point: CyclePoint) -> float:
     """Fill start and end; seconds of the whole graph: the window's, and a period for every iteration beyond it; inf
     for a deadlock, and for places so far apart that a window does not show what the whole would do."""
     body, place, lane, queues, order, key, modes, rows = (
@@ -359,7 +343,7 @@ def _sort(order: np.ndarray, key: np.ndarray) -> None:
 
 
 @inner
-def _copy(to: Point, of: Point) -> None:
+def _copy(to: CyclePoint, of: CyclePoint) -> None:
     place, lane, mode = to.place, to.lane, to.mode
     place_of, lane_of, mode_of = of.place, of.lane, of.mode
     for d in range(len(place)):
@@ -409,7 +393,7 @@ def _push(edges: Edges, place: np.ndarray, at: int) -> bool:
 
 
 @inner
-def _move(f: _Field, point: Point, trial: int) -> bool:
+def _move(f: _Field, point: CyclePoint, trial: int) -> bool:
     """Change the SMs of a decision or all its kin, or its lane, or its place; False if there is no such place. Now and
     then put all places where the clock saw them."""
     place, mode, kin, sizes, lowest, rows = point.place, point.mode, f.kin, f.sizes, f.lowest, f.lanes.rows
