@@ -118,7 +118,7 @@ def _fit_formula(table: Measurements, spec: Spec) -> Coefficients:
         predicted = _whole_device(family, shapes, spec, kind.of(start * np.exp(x)))
         return np.concatenate([np.log(predicted) - seconds, _PULL * x])
 
-    found = _scipy().optimize.least_squares(
+    found = scipy_parts().optimize.least_squares(
         residuals,
         np.zeros(len(start)),
         bounds=tuple(np.log(np.array([limits[name] for name in kind.names()]).T / start)),
@@ -142,7 +142,7 @@ def fit_tables(
     index, weight = surface.corners(features, terms)
     points = np.broadcast_to(np.arange(len(wanted)), index.shape)
     entries = (weight.ravel(), (points.ravel(), index.ravel()))
-    design = _scipy().sparse.csr_array(entries, shape=(len(wanted), size))
+    design = scipy_parts().sparse.csr_array(entries, shape=(len(wanted), size))
     values, weights = np.zeros(size), np.ones(len(wanted))
     for _ in range(rounds):
         scaled = design * weights[:, None]
@@ -153,7 +153,7 @@ def fit_tables(
     return values
 
 
-def _scipy() -> Any:
+def scipy_parts() -> Any:
     """scipy, which only fitting needs, with the parts that it takes."""
     try:
         import scipy.optimize

@@ -127,6 +127,10 @@ def _as_everywhere(spec: Spec) -> dict[str, tuple[float, float, float]]:
     return {}
 
 
+def _many(shape: Any) -> np.ndarray:
+    return np.full(len(shape[0]), np.inf)
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
     """Kernels whose times one formula tells.
@@ -142,6 +146,10 @@ class Family:
     `terms`: its tables over them; `ridge`: the penalty of their fit. None for a formula without a correction.
     `choices` that the formula tries for a shape, about: so many times as large are its arrays.
     `on_device`: (start, least, largest) of the coefficients whose fit depends on the device, by name.
+    `thread_blocks`: about how many a kernel of a `shape` has, whose fields are (n,) arrays: on fewer than the SMs it
+    leaves the others free; infinite for kernels that fill whatever they are given. `busy`: the share of its SMs that a
+    kernel keeps from others on average, tails and idle waves aside. `by_response`: the SMs that it needs are read off
+    its published response to fewer SMs instead.
     """
 
     name: str
@@ -156,6 +164,9 @@ class Family:
     ridge: float = 0.3
     choices: int = 1
     on_device: Callable[[Spec], Mapping[str, tuple[float, float, float]]] = _as_everywhere
+    thread_blocks: Callable[[Any], np.ndarray] = _many
+    busy: float = 0.98
+    by_response: bool = False
 
     def seconds(self, shapes: np.ndarray, spec: Spec, coefficients: Coefficients, sms: np.ndarray) -> np.ndarray:
         """The formula's seconds (n, m), launch included, of `shapes` (n, fields of `shape`) on `sms` (m,) SMs."""
@@ -168,6 +179,11 @@ class Family:
     def features_of(self, shapes: np.ndarray, spec: Spec) -> Features:
         """The features (n,) of `shapes` (n, fields of `shape`)."""
         return {} if self.features is None else self.features(self.shape._make(shapes.T), spec)
+
+    def occupied(self, shapes: np.ndarray, sms: np.ndarray) -> np.ndarray:
+        """The SMs (n, m) that kernels of `shapes` (n, fields of `shape`) keep from others on `sms` (n, m)."""
+        made: np.ndarray = np.minimum(self.busy * sms, self.thread_blocks(self.shape._make(shapes.T))[:, None])
+        return made
 
     def shapes_of(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
         """The shapes (n, fields of `shape`) in the columns of a table of measurements."""

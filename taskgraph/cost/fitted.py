@@ -3,14 +3,15 @@
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from taskgraph.cost import surface
+from taskgraph.cost.corunning import NONE, CoRunning
 from taskgraph.cost.families import FAMILIES
 from taskgraph.cost.family import Coefficients, Family, Spec, blocks
 from taskgraph.cost.formulas import exp
@@ -25,6 +26,8 @@ UNFITTED_BAND = 0.3
 table 2 has a roofline 13 % to 82 % short on GEMMs."""
 TRANSFER_BAND = 1.5
 """A device that borrows coefficients gets this many times the band of the device that they were fitted on."""
+CO_RUNNING_FROM = "h200_sxm"
+"""Whose pairs of kernels a device borrows that has none: most were measured there."""
 _MOST_LOG = 20.0
 """A correction's part of the log of a time, at most."""
 _INNERMOST = re.compile(r"\[[^\[\]{}]*\]")
@@ -52,11 +55,13 @@ class Response:
 @dataclass(frozen=True, slots=True)
 class Fitted:
     """One family on one device: coefficients by name, the tables of its correction, and the held-out errors
-    (rows, median, mean, p90). `band` is the 90th percentile of the held-out error."""
+    (rows, median, mean, p90). `band` is the 90th percentile of the held-out error. `fitted_on` is the device that it
+    was fitted on, where that is another than the calibration's."""
 
     coefficients: Mapping[str, float]
     tables: tuple[tuple[float, ...], ...]
     held_out: Mapping[str, float]
+    fitted_on: str = ""
 
     @property
     def band(self) -> float:
@@ -66,7 +71,7 @@ class Fitted:
 @dataclass(frozen=True, slots=True)
 class Calibration:
     """The coefficients of one device, with where they come from. `launch_seconds` is the part of every time
-    that is launch."""
+    that is launch; `co_running` what running together does, where pairs of kernels were measured."""
 
     device: str
     version: int
@@ -74,6 +79,7 @@ class Calibration:
     response: Response
     fitted: Mapping[str, Fitted]
     provenance: Mapping[str, str]
+    co_running: CoRunning | None = None
 
     def save(self, path: str | Path) -> None:
         """Write the coefficient file."""
@@ -86,6 +92,8 @@ class Calibration:
             "response": {name: getattr(self.response, name) for name in Response.__slots__},
             "families": {name: _fitted_body(name, fit) for name, fit in self.fitted.items()},
         }
+        if self.co_running is not None:
+            body["co_running"] = asdict(self.co_running)
         text = json.dumps(body, indent=1)
         Path(path).write_text(_INNERMOST.sub(lambda found: " ".join(found[0].split()), text) + "\n")
 
@@ -103,7 +111,8 @@ class Calibration:
         """The calibration in the text of a coefficient file; CalibrationError, with the place in it, if it is none."""
         file = decode(_File, text, CalibrationError, "coefficient file", "Calibrate again.", SCHEMA)
         fitted = {name: _fitted(name, part) for name, part in file.families.items()}
-        return Calibration(file.device, file.version, file.launch_seconds, file.response, fitted, file.provenance)
+        head = file.device, file.version, file.launch_seconds, file.response
+        return Calibration(*head, fitted, file.provenance, file.co_running)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +132,9 @@ class _FamilyFile:
     held_out: Mapping[str, float]
     coefficients: Mapping[str, float]
     correction: tuple[_TableFile, ...]
+    fitted_on: str = ""
+
+    _LATER: ClassVar[frozenset[str]] = frozenset({"fitted_on"})
 
     def _check(self) -> None:
         for name, value in self.coefficients.items():
@@ -143,6 +155,9 @@ class _File:
     provenance: Mapping[str, str]
     response: Response
     families: Mapping[str, _FamilyFile]
+    co_running: CoRunning | None = None
+
+    _LATER: ClassVar[frozenset[str]] = frozenset({"co_running"})
 
     def _check(self) -> None:
         if not self.device or self.version < 1 or not 0 <= self.launch_seconds <= 1:
@@ -158,7 +173,8 @@ def _fitted_body(name: str, fit: Fitted) -> dict[str, Any]:
         {"axes": [[a.feature, a.low, round(a.step, 6), a.count] for a in term], "log": list(values)}
         for term, values in zip(terms, fit.tables, strict=True)
     ]
-    return {"held_out": dict(fit.held_out), "coefficients": dict(fit.coefficients), "correction": tables}
+    body = {"held_out": dict(fit.held_out), "coefficients": dict(fit.coefficients), "correction": tables}
+    return {**body, "fitted_on": fit.fitted_on} if fit.fitted_on else body
 
 
 def _fitted(name: str, part: _FamilyFile) -> Fitted:
@@ -170,7 +186,7 @@ def _fitted(name: str, part: _FamilyFile) -> Fitted:
     sizes = [len(t.log) for t in part.correction] == surface.sizes_of(family.terms)
     if not fits or not sizes or part.coefficients.keys() != {*family.coefficients.names()}:
         raise CalibrationError(f"family {name!r} has other coefficients or axes than this version. Calibrate again.")
-    return Fitted(part.coefficients, tuple(t.log for t in part.correction), part.held_out)
+    return Fitted(part.coefficients, tuple(t.log for t in part.correction), part.held_out, part.fitted_on)
 
 
 @lru_cache(maxsize=16)
@@ -236,12 +252,23 @@ class DeviceModel:
         fitted = self.calibration.fitted.get(family.name)
         if fitted is None:
             return FamilyModel(family, family.coefficients(), np.zeros(0))
-        own = self.calibration.device == self.device.name
-        source, wider = ("calibrated", 1.0) if own else ("transferred from", TRANSFER_BAND)
+        origin = fitted.fitted_on or self.calibration.device
+        source, wider = ("calibrated", 1.0) if origin == self.device.name else ("transferred from", TRANSFER_BAND)
         named = [fitted.coefficients[name] for name in family.coefficients.names()]
         values = np.array([value for table in fitted.tables for value in table], np.float64)
-        made = f"{source} {self.calibration.device} v{self.calibration.version}"
+        made = f"{source} {origin} v{self.calibration.version}"
         return FamilyModel(family, family.coefficients.of(named), values, fitted.band * wider, made)
+
+    @property
+    def together(self) -> CoRunning:
+        """What running together does, by the calibration's own pairs, or by those of CO_RUNNING_FROM with wider
+        errors."""
+        own = self.calibration.co_running
+        if own is not None and self.calibration.device == self.device.name:
+            return own
+        theirs = own or shipped(CO_RUNNING_FROM).co_running or NONE
+        wider = {layout: {**errors, "p90": errors["p90"] * TRANSFER_BAND} for layout, errors in theirs.held_out.items()}
+        return replace(theirs, held_out=wider)
 
     def spec(self, dtype: str = "bf16") -> Spec:
         """The device's numbers as the formulas take them, with the arithmetic rate of `dtype`."""

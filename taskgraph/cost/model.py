@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from taskgraph.cost.families import COLLECTIVE, PLAIN_STREAM, STREAM, kernel_of
+from taskgraph.cost.corunning import NONE, CoRunning
+from taskgraph.cost.families import COLLECTIVE, FAMILIES, PLAIN_STREAM, STREAM, kernel_of
 from taskgraph.cost.family import Kernel, blocks
 from taskgraph.cost.fitted import UNFITTED_BAND, DeviceModel, model_of
 from taskgraph.cost.roofline import roofline
@@ -55,6 +56,10 @@ class OpTable:
     rates (n, m, 4): bytes/s drawn from hbm, h2d, d2h and link while it runs at full speed.
     band (n,): relative error band; sources (n,): where the number comes from.
     sm_min, sm_max (n,): the SM counts that the op's demand allows.
+    own_grid (n,): whether the op can be launched on fewer SMs than its partition has, because it says so (demand.sm);
+    all others take what there is.
+    energy (n,): its work in seconds of the device's peak arithmetic, bytes included; `together` says what the device
+    does with it.
     """
 
     seconds: np.ndarray
@@ -64,6 +69,9 @@ class OpTable:
     sources: tuple[str, ...]
     sm_min: np.ndarray
     sm_max: np.ndarray
+    own_grid: np.ndarray
+    energy: np.ndarray
+    together: CoRunning
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +103,13 @@ def _table(ops: Sequence[Op], tensors: Mapping[str, Tensor], device: Device, siz
     sm_min, sm_max, pinned = _demands(ops, device)
     kernels = _kernels(ops, tensors, sm_max)
     useful = np.minimum(size[None, :], kernels.most[:, None])
+    together = co_running(device)
+    peak = device.rate("bf16")
+    energy = together.energy(kernels.works[:, 0] * _thrift(kernels, peak, device), kernels.works[:, 1], peak)
     if device.calibration and not device.compute_scaling:
-        seconds, use, band, sources = _by_family(kernels, model_of(device), _left_to(kernels, size))
-        use = np.minimum(use, useful)
+        asked = _left_to(kernels, np.append(size, device.sm_count))
+        seconds, use, band, sources = _by_family(kernels, model_of(device), asked)
+        seconds, use = _at_clocks(seconds, energy, together)[:, :-1], np.minimum(use[:, :-1], useful)
     else:
         seconds, use, band, sources = _by_roofline(kernels, device, useful)
     moves = kernels.works[:, 1:]
@@ -112,7 +124,26 @@ def _table(ops: Sequence[Op], tensors: Mapping[str, Tensor], device: Device, siz
         slowest = max(n / rate for n, rate in zip(ops[row].work.vector[1:], rates, strict=True) if n and rate)
         every[row] = np.maximum(every[row], slowest)
     rates = np.minimum(moves[i][:, None, :] / every[:, :, None], whole)
-    return OpTable(every, use, rates, band, tuple(named), sm_min, sm_max)
+    own = np.array([device.kind != "gpu" or op.demand.sm is not None for op in ops], np.bool_)
+    return OpTable(every, use, rates, band, tuple(named), sm_min, sm_max, own, energy[i], together)
+
+
+def co_running(device: Device) -> CoRunning:
+    """What running together does on this device, as far as its calibration or that of its relation knows."""
+    return model_of(device).together if device.calibration and not device.compute_scaling else NONE
+
+
+def _thrift(kernels: _Kernels, peak: float, device: Device) -> np.ndarray:
+    """(kernels,) what a FLOP costs against one in bf16: half, in a type of twice the rate."""
+    return np.array([min(1.0, peak / device.rate(kernel.dtype)) for kernel in kernels.each])
+
+
+def _at_clocks(seconds: np.ndarray, energy: np.ndarray, together: CoRunning) -> np.ndarray:
+    """Seconds (n, m), the last column on all SMs, of which the times were measured: a kernel that draws more there than
+    the device's power allows runs at higher clocks on fewer SMs."""
+    clocks = together.clocks(energy[:, None] / seconds)
+    made: np.ndarray = seconds * clocks[:, -1:] / clocks
+    return made
 
 
 def _kernels(ops: Sequence[Op], tensors: Mapping[str, Tensor], sm_max: np.ndarray) -> _Kernels:
@@ -174,21 +205,30 @@ def _by_family(
     for i, (kernel, most) in enumerate(zip(kernels.each, kernels.most.tolist(), strict=True)):
         groups.setdefault((kernel.family, kernel.dtype, most, kernel is PLAIN_STREAM), []).append(i)
     for (family, dtype, _, _), members in groups.items():
-        part = model.family(family)
+        part, made = model.family(family), FAMILIES[family]
         shapes, rows = _shapes(kernels, members), np.array(members)
         sms, spec = useful[members[0]].astype(np.float64), model.spec(dtype)
-        asked, n = np.concatenate([sms, CO_RESIDENT * sms, _SMALL * sms]), len(sms)
+        asked, n = np.concatenate([sms, CO_RESIDENT * sms, _SMALL * sms]) if made.by_response else sms, len(sms)
         for some in blocks(len(rows), len(asked)):
             times = part.seconds(shapes[some], spec, asked)
             times = np.maximum(times - model.launch_s, 0.05 * times)
-            full, part_of, tenth = times[:, :n], times[:, n : 2 * n], times[:, 2 * n :]
-            share = np.minimum(CO_RESIDENT * part_of / full, 1.0)
-            share = np.where(tenth < _UNSLOWED * full, np.minimum(share, _SMALL * tenth / full), share)
-            seconds[rows[some]], use[rows[some]] = full, share * sms
+            seconds[rows[some]] = times[:, :n]
+            use[rows[some]] = (
+                _needed(times, sms) if made.by_response else made.occupied(shapes[some], useful[rows[some]])
+            )
         band[members] = part.band
         for i in members:
             sources[i] = part.source
     return seconds, use, band, sources
+
+
+def _needed(times: np.ndarray, sms: np.ndarray) -> np.ndarray:
+    """SMs that kernels need, by their seconds on `sms` (m,), on CO_RESIDENT of these, and on _SMALL of these."""
+    full, part_of, tenth = np.split(times, 3, axis=1)
+    share = np.minimum(CO_RESIDENT * part_of / full, 1.0)
+    share = np.where(tenth < _UNSLOWED * full, np.minimum(share, _SMALL * tenth / full), share)
+    made: np.ndarray = share * sms
+    return made
 
 
 def _shapes(kernels: _Kernels, members: Sequence[int]) -> np.ndarray:

@@ -113,13 +113,15 @@ def least_use(plan: Plan) -> dict[str, float]:
 def verdict_sentence(plan: Plan) -> str:
     """The verdict in one sentence, with the kind of its numbers and whether it survives the error band."""
     v = plan.verdict
-    band = f"error band ±{100 * v.error_band:.3g} %"
+    band = f"error band ±{100 * v.band:.3g} %"
     if v.choice != "packed":
         if v.packed_s == v.sequential_s:
             return f"sequential: no packing was found that beats it ({v.kind}, {band})"
         inside = "; a difference inside the band is no win" if v.packed_s < v.sequential_s else ""
-        return f"sequential: packing would take {_times(v.packed_s / v.sequential_s)} ({v.kind}, {band}{inside})"
-    word = "survives" if v.gain - 1 > v.error_band else "does not survive"
+        decides = "; `taskgraph tune` decides by measuring" if inside and v.kind == "simulated" else ""
+        times = _times(v.packed_s / v.sequential_s)
+        return f"sequential: packing would take {times} ({v.kind}, {band}{inside}{decides})"
+    word = "survives" if v.sure_gain > 1 else "does not survive"
     how = f"{_times(v.gain)} faster" if v.gain >= 1 else f"{_times(1 / v.gain)} slower"
     return f"packed: {how} than the sequential graph, {v.kind}, {band}; {word} the band"
 

@@ -14,7 +14,8 @@ _DEPTH = 64
 
 
 class Clock(NamedTuple):
-    """What the clock reads of a problem, as in `Problem`; missing (n,) counts what every op waits for."""
+    """What the clock reads of a problem, as in `Problem`; missing (n,) counts what every op waits for. crowd_knee and
+    crowd_slope are hbm_knee and hbm_slope of `CoRunning`."""
 
     seconds: np.ndarray
     use: np.ndarray
@@ -25,6 +26,8 @@ class Clock(NamedTuple):
     sm_bytes_per_s: float
     launch_s: float
     switch_s: float
+    crowd_knee: float
+    crowd_slope: float
 
 
 class Lanes(NamedTuple):
@@ -155,6 +158,27 @@ def _throttle(b: Bench, resource: int, group: np.ndarray, member: int, capacity:
 
 
 @inner
+def _crowd(clock: Clock, b: Bench, partition: np.ndarray, parts: int) -> None:
+    """Slow the lanes that use SMs by what other partitions draw from the device's memory: see corunning.py."""
+    speed, busy, drawn = b.speed, b.wanted[0], b.wanted[1]
+    knee, slope, capacity = clock.crowd_knee, clock.crowd_slope, clock.capacity[0]
+    total = 0.0
+    for i in range(len(speed)):
+        total += drawn[i] * speed[i]
+    waiting = 1.0 + slope * max(0.0, total / capacity - knee)
+    if waiting > 1.0:
+        for p in range(parts):
+            own = 0.0
+            for i in range(len(speed)):
+                if partition[i] == p:
+                    own += drawn[i] * speed[i]
+            alone = 1.0 + slope * max(0.0, own / capacity - knee)
+            for i in range(len(speed)):
+                if partition[i] == p and busy[i] > 0.0:
+                    speed[i] *= alone / waiting
+
+
+@inner
 def _begin(clock: Clock, b: Bench, lane: int, op: int, mode: int) -> None:
     """Put `op` on a lane: all of it is left."""
     full, use = b.full, clock.use
@@ -185,6 +209,8 @@ def _advance(clock: Clock, lanes: Lanes, b: Bench) -> float:
         for r in range(2):
             sms = float(rows[p, 2])
             _throttle(b, r, partition, p, sms * clock.sm_bytes_per_s if r else sms)
+    if clock.crowd_slope > 0.0 and len(rows) > 1:
+        _crowd(clock, b, partition, len(rows))
     for r in range(4):
         used[r + 1] = _throttle(b, r + 1, partition, everyone, capacity[r])
     step = np.inf

@@ -116,7 +116,8 @@ def evaluate(problem: Problem, chosen: Assignment, record: bool = False) -> Eval
     place = np.empty(n, np.int64)
     place[chosen.order] = np.arange(n)
     queue = plain(chosen.order[np.argsort(lane_in_order, kind="stable")], np.int64)
-    queues = Queues(queue, pointer, place, plain(chosen.mode, np.int64))
+    mode = problem.launched(chosen.mode, layout.rows[layout.lane_partition[chosen.lane], 2])
+    queues = Queues(queue, pointer, place, plain(mode, np.int64))
     start, end, trace = np.zeros(n), np.zeros(n), np.zeros((2 * n + 2 if record else 0, 6))
     clock = clock_of(problem, *_with_holds(problem, chosen.holds))
     ended, events, _ = simulate(clock, lanes, queues, bench_of(clock, lanes), start, end, trace)
@@ -124,6 +125,18 @@ def evaluate(problem: Problem, chosen: Assignment, record: bool = False) -> Eval
         raise PlanError(f"{n - ended} of {n} ops never start: the order of the lanes contradicts the dependencies.")
     trace = trace[:events]
     trace[:, 1:] /= [problem.sm_count, *np.where(problem.capacity > 0.0, problem.capacity, np.inf)]
+    return _settled(problem, layout, start, end, trace)
+
+
+def _settled(problem: Problem, layout: Layout, start: np.ndarray, end: np.ndarray, trace: np.ndarray) -> Evaluation:
+    """The times of a schedule at the clocks that its power leaves: all of it alike, as power is held on average."""
+    makespan = float(end.max())
+    parts = bool(layout.rows[:, 2].max() < problem.sm_count)
+    slower = problem.settled(makespan, parts) / makespan if makespan else 1.0
+    if slower > 1.0:
+        start, end = start * slower, end * slower
+        trace[:, 0] *= slower
+        trace[:, 2:] /= slower
     return Evaluation(start, end, trace)
 
 
@@ -138,7 +151,7 @@ def dispatch(
     one of higher priority that waits for SMs.
     """
     clock, lanes = clock_of(problem), lanes_of(layout)
-    chosen, limits = plain(mode, np.int64), np.array(oversubscribe)
+    chosen, limits = plain(problem.launched(mode, layout.rows[partition, 2]), np.int64), np.array(oversubscribe)
     wishes = Wishes(plain(priority, np.float64), chosen, plain(partition, np.int64), limits, bool(backfill))
     front = front_of(clock)
     if run_dispatch(clock, lanes, wishes, bench_of(clock, lanes), front) == np.inf:
@@ -146,7 +159,7 @@ def dispatch(
     held = np.flatnonzero(front.hold >= 0)
     holds = np.stack([front.hold[held], held], axis=1)
     made = Assignment(layout, front.order, front.lane, chosen, holds)
-    return made, Evaluation(front.start, front.end, np.zeros((0, 6)))
+    return made, _settled(problem, layout, front.start, front.end, np.zeros((0, 6)))
 
 
 def _with_holds(problem: Problem, holds: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -177,6 +190,8 @@ def clock_of(
         float(problem.sm_bytes_per_s),
         float(problem.launch_s),
         float(problem.switch_s),
+        float(problem.together.hbm_knee),
+        float(problem.together.hbm_slope),
     )
 
 

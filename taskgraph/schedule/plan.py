@@ -134,16 +134,30 @@ class Period:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Packed or sequential, and by how much. `error_band` is relative: a gain inside it is no win."""
+    """Packed or sequential, and by how much. `error_band` is the relative error of a time, `gain_band` that of the
+    gain: a gain inside it is no win. None in plans from before it, whose error_band said both."""
 
     choice: str
     packed_s: float
     sequential_s: float
     error_band: float
     kind: str = "simulated"
+    gain_band: float | None = None
+
+    _LATER: ClassVar[frozenset[str]] = frozenset({"gain_band"})
 
     def __post_init__(self) -> None:
         typed(self, PlanError)
+
+    @property
+    def band(self) -> float:
+        """The relative error of the gain."""
+        return self.error_band if self.gain_band is None else self.gain_band
+
+    @property
+    def sure_gain(self) -> float:
+        """The gain at the lower edge of its band."""
+        return self.gain / (1.0 + self.band)
 
     @property
     def gain(self) -> float:

@@ -48,22 +48,34 @@ def plan(
     better of its result and the list's. "exact" (extra `exact`, small graphs) goes on from the search with OR-Tools,
     and puts into the bounds what it proves about all plans. "auto" packs by list scheduling, and for a GPU it goes on
     with the search where the bounds leave room, for at most AUTO_OP_S seconds an op; graphs of very many ops are left
-    to the lists. All but "list" and "exact" fall back to the sequential plan unless packing wins by MIN_GAIN. Other
-    packages may bring more (entry points of the group "taskgraph.schedulers"). `costs` prices the ops. With
+    to the lists. All but "list" and "exact" fall back to the sequential plan unless packing wins by MIN_GAIN, on a GPU
+    also at the lower edge of `Verdict.gain_band`: nothing there is measured, and `autotune` decides by measuring.
+    Other packages may bring more (entry points of the group "taskgraph.schedulers"). `costs` prices the ops. With
     `nano_batches` a search also splits the batch of a graph for a GPU where that pays: `Plan.split` says how, and
     everything that takes the plan with its graph splits the graph alike.
     DemandError if an op asks for more than the device has; PlanError for an unknown scheduler, a budget of 0, or an
     assignment of a scheduler from elsewhere that is none.
     """
+    return _planned(graph, device, scheduler, _budget(budget_s, seed, nano_batches), costs, fall_back=True)
+
+
+def candidate(graph: Graph, device: Device, scheduler: str, budget: Budget, costs: Costs = op_table) -> Plan:
+    """What `scheduler` finds, whether or not its prediction beats the sequential plan: for whoever measures both."""
+    return _planned(graph, device, scheduler, budget, costs, fall_back=False)
+
+
+def _planned(graph: Graph, device: str | Device, scheduler: str, budget: Budget, costs: Costs, fall_back: bool) -> Plan:
     instance("the graph", graph, Graph, GraphError, "Take what GraphBuilder.build returned.")
-    assigned_by, budget = SCHEDULERS[scheduler], _budget(budget_s, seed, nano_batches)
+    assigned_by = SCHEDULERS[scheduler]
     called("costs", costs, PlanError)
     with uncollected():
         problem = _problem(graph, get(device), costs)
     made = assigned_by(problem, budget)
     found = timed(problem, checked(scheduler, problem, made))
     baseline = timed(problem, made.against) if made.against is not None else in_sequence(problem)
-    wins = made.against is None or found.makespan_s * MIN_GAIN < baseline.makespan_s
+    band = gain_band(found)
+    least = max(MIN_GAIN, 1.0 + band) if found.problem.device.kind == "gpu" else MIN_GAIN
+    wins = made.against is None or not fall_back or found.makespan_s * least < baseline.makespan_s
     chosen = found if wins else baseline
     if found.assignment.proved_s > found.makespan_s * (1 + _SLACK):
         raise PlanError(
@@ -75,6 +87,7 @@ def plan(
         packed_s=found.makespan_s,
         sequential_s=baseline.makespan_s,
         error_band=error_band(chosen.problem),
+        gain_band=band,
     )
     with uncollected():
         return _plan_of(graph, chosen, verdict, f"{scheduler}: {chosen.assignment.made_by}")
@@ -102,6 +115,8 @@ def timed(problem: Problem, made: Assignment) -> Found:
     """The assignment by the one clock, with what the clock alone would not keep: lanes of overlapping geometries that
     run in the assignment's order, and collectives one after another."""
     problem = made.problem or problem
+    room = made.layout.rows[made.layout.lane_partition[made.lane], 2]
+    made = replace(made, mode=problem.launched(made.mode, room))
     times = evaluate(problem, made)
     pairs = _geometry_order(made)
     if len(pairs) and (times.start_s[pairs[:, 1]] < times.end_s[pairs[:, 0]]).any():
@@ -116,19 +131,45 @@ def error_band(problem: Problem) -> float:
     return float(np.average(problem.band, weights=weight))
 
 
+def gain_band(found: Found) -> float:
+    """The relative error of the gain over the sequential order.
+
+    Errors of single ops lean the same way in both, so half of their band is left. While ops run side by side the error
+    of the co-running model on pairs that it has not seen comes on top; copies, which are free, aside. On a CPU, whose
+    lanes share nothing that is not counted, the band of the ops.
+    """
+    problem, times = found.problem, found.times
+    ops_band = error_band(problem)
+    if problem.device.kind != "gpu":
+        return ops_band
+    layout = found.assignment.layout
+    shared = bool((layout.rows[:, 3] > 1).any())
+    on_sms = problem.use[:, -1, 0] > 0
+    beside = _beside_s(times.start_s[on_sms], times.end_s[on_sms]) / times.makespan_s if times.makespan_s else 0.0
+    return float(np.hypot(ops_band / 2.0, beside * problem.together.band("shared_sum" if shared else "partition")))
+
+
+def _beside_s(start: np.ndarray, end: np.ndarray) -> float:
+    """Seconds in which two or more spans run."""
+    at = np.concatenate([start, end])
+    change = np.concatenate([np.ones(len(start)), -np.ones(len(end))])
+    order = np.lexsort((change, at))
+    running = np.cumsum(change[order])
+    return float(np.diff(at[order])[running[:-1] > 1.5].sum())
+
+
 # ------------------------------------------------------------------------------------------- replay
 
 
 def replay_times(graph: Graph, plan: Plan, costs: Costs = op_table) -> Timeline:
     """The simulated timeline of `plan` as it stands: its lanes, its order, the evaluator's clock."""
-    graph = sliced(plan, graph)
-    problem, chosen, times = _replayed(graph, plan, costs, record=False)
-    return _timeline(graph.flat(), problem, chosen.order, [s.lane for s in plan.steps], times)
+    found = replayed(graph, plan, costs)
+    return _timeline(found.problem, found.assignment.order, [s.lane for s in plan.steps], found.times)
 
 
 def utilisation(graph: Graph, plan: Plan, costs: Costs = op_table) -> dict[str, list[tuple[float, float]]]:
     """For each resource of the device the steps (time in seconds, used share of its capacity) of a simulated replay."""
-    _, _, times = _replayed(sliced(plan, graph), plan, costs, record=True)
+    times = replayed(graph, plan, costs, record=True).times
     moments = [*times.trace[:, 0].tolist(), times.makespan_s]
     return {
         name: list(zip(moments, [*times.trace[:, 1 + i].tolist(), 0.0], strict=True))
@@ -136,12 +177,16 @@ def utilisation(graph: Graph, plan: Plan, costs: Costs = op_table) -> dict[str, 
     }
 
 
-def _replayed(graph: Graph, plan: Plan, costs: Costs, record: bool) -> tuple[Problem, Assignment, Evaluation]:
+def replayed(graph: Graph, plan: Plan, costs: Costs = op_table, record: bool = False) -> Found:
+    """The plan's schedule as it stands, with the times of a simulated replay; `record` keeps the trace of its use."""
+    graph = sliced(plan, graph)
     flat = graph.flat()
     index = {op.name: i for i, op in enumerate(flat.ops)}
     order = np.array([index[step.op] for step in plan.steps])
     sms = np.array([plan.sms(i) for i in range(len(plan.steps))])
-    problem = make_problem(graph, plan.device, np.unique(sms).tolist(), costs)
+    rooms = [part.sm_count for geometry in plan.geometries for part in geometry.partitions]
+    sizes = np.unique([*sms.tolist(), *rooms, plan.device.sm_count])
+    problem = make_problem(graph, plan.device, sizes.tolist(), costs)
     place = Counter((here.geometry, here.partition) for here in plan.lanes)
     layout = Layout(
         plan.geometries,
@@ -154,11 +199,12 @@ def _replayed(graph: Graph, plan: Plan, costs: Costs, record: bool) -> tuple[Pro
     mode[order] = np.searchsorted(problem.sizes, sms)
     holds = [(order[w], order[i]) for i, step in enumerate(plan.steps) for w in step.waits]
     chosen = Assignment(layout, order, lane, mode, np.array(holds, np.int64).reshape(-1, 2))
-    return problem, chosen, evaluate(problem, chosen, record)
+    return Found(problem, chosen, evaluate(problem, chosen, record))
 
 
-def _timeline(flat: Graph, problem: Problem, order: np.ndarray, lanes: list[int], times: Evaluation) -> Timeline:
-    names = [flat.ops[i].name for i in order.tolist()]
+def _timeline(problem: Problem, order: np.ndarray, lanes: list[int], times: Evaluation) -> Timeline:
+    ops = problem.graph.flat().ops
+    names = [ops[i].name for i in order.tolist()]
     spans = from_columns(Span, len(names), names, lanes, times.start_s[order].tolist(), times.end_s[order].tolist())
     return Timeline("simulated", f"{problem.device.name}, {' + '.join(sorted(set(problem.sources)))}", spans)
 
@@ -172,7 +218,8 @@ def plan_from(problem: Problem, made: Assignment) -> Plan:
     The verdict compares with the sequential order on the problem's SM counts.
     """
     found = timed(problem, checked(made.made_by, problem, made))
-    verdict = Verdict("packed", found.makespan_s, in_sequence(problem).makespan_s, error_band(found.problem))
+    alone_s, bands = in_sequence(problem).makespan_s, (error_band(found.problem), gain_band(found))
+    verdict = Verdict("packed", found.makespan_s, alone_s, bands[0], gain_band=bands[1])
     return _plan_of(problem.graph, found, verdict, made.made_by)
 
 
@@ -199,7 +246,7 @@ def _plan_of(graph: Graph, found: Found, verdict: Verdict, made_by: str) -> Plan
         steps=from_columns(Step, problem.n, [flat.ops[i].name for i in order.tolist()], step_lane, waits, sms),
         arena=slots,
         arena_bytes=arena_bytes,
-        timeline=_timeline(flat, problem, order, step_lane, times),
+        timeline=_timeline(problem, order, step_lane, times),
         bounds=replace(lower_bounds(problem), proved_s=assignment.proved_s),
         verdict=verdict,
         made_by=made_by,

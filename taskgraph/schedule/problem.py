@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from taskgraph.cost.corunning import CoRunning
 from taskgraph.cost.model import OpTable, op_table
 from taskgraph.graph.device import Device
 from taskgraph.graph.graph import Graph
@@ -36,7 +37,9 @@ class Problem:
     sizes (m,) SMs, rising; legal (n, m); seconds (n, m) isolated without launch; use (n, m, 5) what the op takes
     while it runs alone at full speed: SMs, then bytes/s of hbm, h2d, d2h, link; work (n, 4) its bytes on these four.
     Edges in compressed rows (CSR): the predecessors of op i are pred[pred_ptr[i]:pred_ptr[i + 1]]. `capacity` (4,) is
-    bytes/s of the soft resources. SMs are hard: what runs in a partition shares its SMs and no others.
+    bytes/s of the soft resources. SMs are hard: what runs in a partition shares its SMs and no others. own_grid (n,):
+    ops that can be launched on fewer SMs than their partition has; the others run in the mode of the whole partition.
+    energy (n,) in seconds of the device's peak arithmetic, and `together`, what running at once does: see corunning.py.
     """
 
     graph: Graph
@@ -58,6 +61,9 @@ class Problem:
     switch_s: float
     band: np.ndarray
     sources: tuple[str, ...]
+    own_grid: np.ndarray
+    energy: np.ndarray
+    together: CoRunning
 
     @property
     def n(self) -> int:
@@ -70,6 +76,25 @@ class Problem:
     def mode_of(self, sms: int) -> int:
         """The mode of exactly `sms` SMs."""
         return int(np.searchsorted(self.sizes, sms))
+
+    def launched(self, mode: np.ndarray, room: np.ndarray) -> np.ndarray:
+        """The modes (n,) that ops of `mode` (n,) really run in within partitions of `room` (n,) SMs: ops without a grid
+        of their own take all of it."""
+        whole = np.searchsorted(self.sizes, room)
+        known = whole < len(self.sizes)
+        known[known] = self.sizes[whole[known]] == room[known]
+        made: np.ndarray = np.where(self.own_grid | ~known, mode, np.minimum(whole, len(self.sizes) - 1))
+        return made
+
+    def sequential_s(self) -> float:
+        """Seconds of one op after another, on all SMs that the problem knows."""
+        return float(self.seconds[:, -1].sum()) + self.n * self.launch_s
+
+    def settled(self, seconds: float, parts: bool) -> float:
+        """What a plan of `seconds` takes at the clocks that its power leaves; `parts` if no lane has all SMs, so that
+        ops are timed at the full clocks of a part of the device."""
+        measured_s = np.inf if parts else self.sequential_s()
+        return self.together.settled(seconds, float(self.energy.sum()), measured_s)
 
     def best_seconds(self) -> np.ndarray:
         """(n,) the least time of each op over its legal modes, launch included."""
@@ -107,6 +132,9 @@ def make_problem(graph: Graph, device: Device, sizes: Sequence[int] | None = Non
         switch_s=device.switch_seconds,
         band=table.band,
         sources=table.sources,
+        own_grid=table.own_grid,
+        energy=table.energy,
+        together=table.together,
     )
 
 

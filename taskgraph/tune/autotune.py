@@ -25,7 +25,8 @@ from taskgraph.runtime.cpu import probe
 from taskgraph.runtime.gpu.virtual import is_virtual
 from taskgraph.schedule.bounds import lower_bounds
 from taskgraph.schedule.plan import TUNED, Lane, Plan, Step, Verdict
-from taskgraph.schedule.planner import plan, retimed
+from taskgraph.schedule.planner import candidate, plan, retimed
+from taskgraph.schedule.problem import Budget as SearchBudget
 from taskgraph.schedule.problem import make_problem
 from taskgraph.schedule.rcpsp.exact import available
 from taskgraph.schedule.sliced import sliced, verify
@@ -213,7 +214,8 @@ def candidates(graph: Graph, device: Device, budget_s: float, seed: int, costs: 
     search_s = max(min(SEARCH_SHARE * budget_s, AUTO_OP_S * len(graph.ops)), 1e-3)
     small = device.kind == "gpu" and len(graph.flat().ops) <= EXACT_OPS and available()
     names = ("sequential", "list", "auto", "search", *(("exact",) if small else ()))
-    made = [plan(graph, device, name, budget_s=search_s, seed=seed, costs=costs) for name in names]
+    budget = SearchBudget(search_s, seed)
+    made = [candidate(graph, device, name, budget, costs) for name in names]
     made += [apart for shared in made for apart in _isolated(shared, graph, costs)]
     distinct: dict[Course, Plan] = {}
     for each in made:

@@ -101,4 +101,5 @@ COLLECTIVE = Family(
         (Axis("bytes", 9, 1, 21),),
     ),
     ridge=0.1,
+    by_response=True,
 )

@@ -29,6 +29,7 @@ TILES = (
 _TAILS = TILES[:6]
 """The tile shapes that get a table of their waves each in the correction."""
 _HEIGHT, _WIDTH = np.array(TILES, np.float64).T
+_LEAST_TILE = 64.0
 _SPLITS = np.array([1, 2, 3, 4, 6, 8, 12, 16, 24, 32], np.float64)
 """Parts that k is cut into."""
 _LEAST_DEPTH = 192.0
@@ -71,6 +72,9 @@ class GemmCoefficients(Coefficients):
     """How well arithmetic and memory overlap: `sharp` of `both`."""
     wave: float = coefficient(0.5, 0.01, 1.0)
     """How hard the rounds of thread blocks are: see `waves`."""
+    kept_grid: float = coefficient(0.01, 1e-3, 10.0)
+    """How much products keep the grid that their library chose for the whole device: see `_rounds`. What whole-device
+    tables do not tell: fitted to products in partitions where there are some, else as good as 0."""
     heat: float = coefficient(0.03)
     """Share of the arithmetic that long kernels take longer: see `heat_seconds`."""
     tile_256x128: float = coefficient(0.85)
@@ -104,7 +108,8 @@ def gemm_seconds(shape: GemmShape, spec: Spec, c: GemmCoefficients, sms: np.ndar
 
 
 def _best_tiling(shape: GemmShape, spec: Spec, c: GemmCoefficients, sms: np.ndarray) -> np.ndarray:
-    """Seconds (n, m) of the best tile shape and split of k.
+    """Seconds (n, m) of the tile shape and split of k that is best on the whole device, which is what libraries choose
+    whatever SMs a product gets.
 
     A tile costs its multiply-adds at the tile's share of the SM's peak, or the loading of its operands from L2, or the
     latency of its steps along k, whichever is longest, and an epilogue. A split of k adds a reduction.
@@ -121,10 +126,35 @@ def _best_tiling(shape: GemmShape, spec: Spec, c: GemmCoefficients, sms: np.ndar
     reduce_s = np.where(_SPLITS > 1.0, c.split_s + m * n * 4.0 * (_SPLITS + 1.0) / c.reduce_bytes_per_s, 0.0)
     deep, few = k >= _LEAST_DEPTH * _SPLITS, tiles[:, :, None] * _SPLITS <= _MOST_WAVES * spec.sms
     row, tile, split = np.nonzero((_SPLITS == 1.0) | (deep[:, None, :] & few))
-    rounds = waves((tiles[row, tile] * _SPLITS[split])[:, None], sms, c.wave)
+    count = tiles[row, tile] * _SPLITS[split]
     tile_s = depth[row, split] * step[row, tile] + epilogue[tile]
-    seconds = rounds * tile_s[:, None] + c.fill_s + reduce_s[row, split][:, None]
-    made: np.ndarray = np.minimum.reduceat(seconds, np.searchsorted(row, np.arange(len(m))), axis=0)
+    whole_s = waves(count, spec.sms, c.wave) * tile_s + c.fill_s + reduce_s[row, split]
+    order = np.lexsort((whole_s, row))
+    best = order[np.searchsorted(row[order], np.arange(len(m)))]
+    rounds = _rounds(count[best][:, None], sms, spec.sms, c)
+    made: np.ndarray = rounds * tile_s[best][:, None] + c.fill_s + reduce_s[row[best], split[best]][:, None]
+    return made
+
+
+def _rounds(tiles: np.ndarray, sms: np.ndarray, device_sms: float, c: GemmCoefficients) -> np.ndarray:
+    """Rounds (n, m) of `tiles` (n, 1) on `sms` (m,) SMs.
+
+    Thread blocks that take the next tile as they end need `waves`. Those of a grid that was made for the whole device,
+    each with its own part of the tiles, need as many times the device's rounds as the grid fills the SMs: twice on 72
+    to 131 of 132. A share kept_grid / rounds of a product behaves like the latter, by cuBLAS's products on H200 and
+    H100: nearly all of one that has two rounds, little of one that has fourteen.
+    """
+    whole = waves(tiles, device_sms, c.wave)
+    grid = np.ceil(tiles / np.ceil(tiles / device_sms))  # as even as it can be
+    kept = whole * np.ceil(grid / sms)
+    share = np.minimum(c.kept_grid / whole, 1.0)
+    made: np.ndarray = (1.0 - share) * waves(tiles, sms, c.wave) + share * kept
+    return made
+
+
+def gemm_blocks(shape: GemmShape) -> np.ndarray:
+    """Tiles of the least square tile that libraries use: a product with few of them leaves SMs free."""
+    made: np.ndarray = np.ceil(np.asarray(shape.m) / _LEAST_TILE) * np.ceil(np.asarray(shape.n) / _LEAST_TILE)
     return made
 
 
@@ -166,6 +196,7 @@ GEMM = Family(
     columns=(Column("m"), Column("n"), Column("k")),
     read=gemm_read,
     features=gemm_features,
-    choices=2 * len(TILES),
+    choices=len(TILES),
+    thread_blocks=gemm_blocks,
     terms=((Axis("m", 0, 2, 9), Axis("n", 5, 2, 7), Axis("k", 5, 2, 7)), *(_tail(*tile) for tile in _TAILS)),
 )

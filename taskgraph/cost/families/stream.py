@@ -9,6 +9,10 @@ from taskgraph.cost.family import Coefficients, Family, Kernel, Spec, Tensors, c
 from taskgraph.cost.formulas import Numbers, both
 from taskgraph.graph.op import Op
 
+_BLOCK_BYTES = 16384.0
+_BOUND_BY_ARITHMETIC = 20.0
+"""FLOPs a byte above which arithmetic outside tensor cores takes longer than memory, on every GPU of the last ten
+years (an H100 has 67 TFLOP/s and 3.35 TB/s)."""
 LATENT_EFFICIENCY = 660 / 989
 """Share of the tensor cores' rate that latent attention reaches when arithmetic binds it: FlashMLA's 660 TFLOPS of
 the H800's 989 (published, github.com/deepseek-ai/FlashMLA)."""
@@ -61,6 +65,13 @@ def stream_seconds(shape: StreamShape, spec: Spec, c: StreamCoefficients, sms: n
     return made
 
 
+def stream_blocks(shape: StreamShape) -> np.ndarray:
+    """A thread block for every 16 KB that an elementwise kernel moves (256 threads, four loads of 16 bytes each); what
+    arithmetic binds fills the device, as far as anybody knows."""
+    flops, moved = np.asarray(shape.flops), np.asarray(shape.hbm_bytes)
+    return np.where(flops > _BOUND_BY_ARITHMETIC * moved, np.inf, np.maximum(np.ceil(moved / _BLOCK_BYTES), 1.0))
+
+
 PLAIN_STREAM = Kernel("stream", "f32", ())
 """The kernel of an op of which only its declared work is known. One for all of them: a graph may have millions."""
 
@@ -86,6 +97,7 @@ STREAM = Family(
     StreamShape,
     StreamCoefficients,
     stream_seconds,
+    thread_blocks=stream_blocks,
     kinds={
         **dict.fromkeys(("latent_attention", "paged_latent_decode", "paged_latent_prefill"), latent_kernel),
         "matmul": product_kernel,

@@ -171,7 +171,7 @@ def islands(walk: Walk[J], begin: Sequence[J], trials: int, budget_s: float, see
 def realise(space: Space, layout: Layout, state: State) -> tuple[Assignment, Evaluation]:
     """The schedule of `state` on the space's problem."""
     problem, d = space.problem, space.decision
-    mode = fitted(problem.sizes, state.mode, state.row, state.rows)[d]
+    mode = fitted(space, state.mode, state.row, state.rows)[d]
     priority = upward_rank(problem) - state.delay[d]
     limits = (float(_OVERSUBSCRIBE[state.policy[_SM]]), float(_OVERSUBSCRIBE[state.policy[_SOFT]]))
     backfill = bool(state.policy[_BACKFILL])
@@ -231,6 +231,20 @@ def metropolis(
 # ----------------------------------------------------------------------------------- what it does here
 
 
+class Launch(NamedTuple):
+    """How decisions are launched: the SM counts (m,), and which have a grid of their own (d,)."""
+
+    sizes: np.ndarray
+    own_grid: np.ndarray
+
+
+def launch_of(space: Space) -> Launch:
+    """The space for `fit`."""
+    own = np.ones(len(space.kin), np.bool_)
+    own[space.decision[~space.problem.own_grid]] = False
+    return Launch(plain(space.problem.sizes, np.int64), own)
+
+
 class StatePoint(NamedTuple):
     """A state for the kernels, as in `State`."""
 
@@ -249,16 +263,16 @@ def _point(state: State) -> StatePoint:
 
 
 class _Field(NamedTuple):
-    """What moves and judge read: decision (n,) and upward rank (n,) by op; kin, lowest mode (d,) by decision; the SM
-    counts (m,), the seconds of all iterations over those of the window, the least shift of a border, the mean seconds
-    of an op; and what `dispatch` takes. modes (d,) is scratch."""
+    """What moves and judge read: decision (n,) and upward rank (n,) by op; kin, lowest mode (d,) by decision; how
+    they are launched; the seconds of all iterations over those of the window, the least shift of a border, the mean
+    seconds of an op; and what `dispatch` takes. modes (d,) is scratch."""
 
     decision: np.ndarray
     rank: np.ndarray
     kin: np.ndarray
     lowest: np.ndarray
     modes: np.ndarray
-    sizes: np.ndarray
+    launch: Launch
     scale: float
     granularity: int
     op_s: float
@@ -279,7 +293,7 @@ def _field(space: Space, layout: Layout) -> _Field:
         plain(space.kin, np.int64),
         plain(space.lowest_mode(), np.int64),
         np.zeros(d, np.int64),
-        plain(problem.sizes, np.int64),
+        launch_of(space),
         space.total / space.window,
         int(np.diff(problem.sizes).min()) if len(problem.sizes) > 1 else 0,
         float(problem.best_seconds().mean()),
@@ -313,23 +327,26 @@ def _walk(field: _Field, state: State, heat: Heat) -> State:
     return State(best.mode, best.row, best.delay, best.rows, best.policy, seconds)
 
 
-def fitted(sizes: np.ndarray, mode: np.ndarray, row: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Modes that fit the partitions: all SMs of a partition with one lane, at most them in one with several."""
+def fitted(space: Space, mode: np.ndarray, row: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Modes that fit the partitions: all SMs of a partition with one lane or for an op without a grid of its own, at
+    most them for others."""
     made = np.zeros(len(mode), np.int64)
-    fit(plain(sizes, np.int64), plain(mode, np.int64), plain(row, np.int64), plain(rows, np.int64), made)
+    launch = launch_of(space)
+    fit(launch, plain(mode, np.int64), plain(row, np.int64), plain(rows, np.int64), made)
     return made
 
 
 @kernel
-def fit(sizes: np.ndarray, mode: np.ndarray, row: np.ndarray, rows: np.ndarray, made: np.ndarray) -> None:
+def fit(launch: Launch, mode: np.ndarray, row: np.ndarray, rows: np.ndarray, made: np.ndarray) -> None:
     """`fitted` into an array."""
+    sizes, own = launch.sizes, launch.own_grid
     for p in range(len(rows)):
         whole = 0
         while whole < len(sizes) and sizes[whole] < rows[p, 2]:
             whole += 1
         for i in range(len(mode)):
             if row[i] == p:
-                made[i] = whole if rows[p, 3] == 1 or mode[i] > whole else mode[i]
+                made[i] = whole if rows[p, 3] == 1 or not own[i] or mode[i] > whole else mode[i]
 
 
 @inner
@@ -337,7 +354,7 @@ def _judge(f: _Field, point: StatePoint) -> float:
     """Seconds of the whole graph under a state: the window's, scaled to all iterations.
 
     Not the time between two iterations in the window: that rewards a schedule that runs one slice far ahead."""
-    fit(f.sizes, point.mode, point.row, point.rows, f.modes)
+    fit(f.launch, point.mode, point.row, point.rows, f.modes)
     decision, rank, delay, row, modes, policy = f.decision, f.rank, point.delay, point.row, f.modes, point.policy
     wishes = f.wishes
     priority, mode, partition, limits = wishes.priority, wishes.mode, wishes.partition, wishes.oversubscribe
@@ -369,7 +386,7 @@ def _move(f: _Field, point: StatePoint, trial: int) -> bool:
     """Change one decision, or all of its kin, or a policy, or the border between two partitions; ops whose partition
     has become too small go to the largest."""
     mode, row, delay, rows, policy = point.mode, point.row, point.delay, point.rows, point.policy
-    kin, sizes, lowest = f.kin, f.sizes, f.lowest
+    kin, sizes, lowest = f.kin, f.launch.sizes, f.lowest
     at, what = np.random.randint(0, len(kin)), np.random.random()
     alike = np.random.random() < 0.25
     if what < 0.45:

@@ -18,11 +18,13 @@ from taskgraph.schedule.solve.annealing import (
     ROUNDS,
     Cooling,
     Heat,
+    Launch,
     Space,
     State,
     fit,
     fitted,
     islands,
+    launch_of,
     metropolis,
     own,
     realise,
@@ -99,7 +101,7 @@ def written_out(space: Space, layout: Layout, cycle: Cycle) -> Assignment:
     """The cycle's queues for every iteration of the space's problem."""
     d = space.decision
     order = np.argsort(space.iteration + cycle.place[d], kind="stable")
-    mode = fitted(space.problem.sizes, cycle.mode, layout.lane_partition[cycle.lane], layout.rows)
+    mode = fitted(space, cycle.mode, layout.lane_partition[cycle.lane], layout.rows)
     return Assignment(layout, order, cycle.lane[d], mode[d], NO_HOLDS)
 
 
@@ -146,7 +148,7 @@ class _Field(NamedTuple):
     kin: np.ndarray
     tied: np.ndarray
     lowest: np.ndarray
-    sizes: np.ndarray
+    launch: Launch
     start: np.ndarray
     end: np.ndarray
     modes: np.ndarray
@@ -180,7 +182,7 @@ def _field(space: Space, layout: Layout) -> _Field:
         plain(space.kin, np.int64),
         plain(space.tied, np.bool_),
         plain(space.lowest_mode(), np.int64),
-        plain(space.problem.sizes, np.int64),
+        launch_of(space),
         start,
         end,
         modes,
@@ -302,7 +304,7 @@ def _judge(f: _Field, point: CyclePoint) -> float:
         rows[d] = partition[lane[d]]
     if body.total > body.window and last - first > body.window / 2 - 1:
         return np.inf
-    fit(f.sizes, point.mode, rows, f.lanes.rows, modes)
+    fit(f.launch, point.mode, rows, f.lanes.rows, modes)
     for op in range(n):
         key[op] = iteration[op] + place[decision[op]]
     _sort(order, key)
@@ -396,7 +398,7 @@ def _push(edges: Edges, place: np.ndarray, at: int) -> bool:
 def _move(f: _Field, point: CyclePoint, trial: int) -> bool:
     """Change the SMs of a decision or all its kin, or its lane, or its place; False if there is no such place. Now and
     then put all places where the clock saw them."""
-    place, mode, kin, sizes, lowest, rows = point.place, point.mode, f.kin, f.sizes, f.lowest, f.lanes.rows
+    place, mode, kin, sizes, lowest, rows = point.place, point.mode, f.kin, f.launch.sizes, f.lowest, f.lanes.rows
     d = len(kin)
     if trial % (4 * d) == 0:
         _retime(f, place)

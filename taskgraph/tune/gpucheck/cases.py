@@ -5,9 +5,10 @@ else, and everything on a virtual device, runs our own kernels.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 
 import taskgraph.ops as ops
 from taskgraph.cost.model import predict
-from taskgraph.errors import BackendUnavailable
+from taskgraph.errors import BackendUnavailable, CalibrationError
 from taskgraph.graph.device import Device
 from taskgraph.graph.graph import Graph, GraphBuilder
 from taskgraph.graph.op import Op, Work, demand, spec
@@ -76,11 +77,9 @@ def gemm_case(name: str, m: int, n: int, k: int) -> Case:
 
 def gemm_cases(s: Scale) -> Iterator[Case]:
     """The products of a layer, at several numbers of rows."""
-    qkv = (s.heads + 2 * s.kv_heads) * s.dim
-    shapes = {"gateup": (2 * s.inner, s.width), "down": (s.width, s.inner), "qkv": (qkv, s.width)}
     for rows, names in ((s.rows, ("gateup", "qkv", "down")), (s.rows // 4, ("gateup",)), (s.rows // 16, ("gateup",))):
         for name in names:
-            yield gemm_case(f"gemm_{name}_{rows}", rows, *shapes[name])
+            yield gemm_case(f"gemm_{name}_{rows}", rows, *_GEMM_SHAPES[name](s))
     yield gemm_case(f"gemm_o_{s.rows}", s.rows, s.width, s.width)
 
 
@@ -202,6 +201,40 @@ def rate_cases(s: Scale) -> list[Case]:
     decodes = [decode_case(s, n, keys) for n, keys in ((r // 8, r // 2), (r // 2, r // 2), (r // 256 or 1, 4 * r))]
     prefills = [prefill_case(s, n, rows, rows, f"prefill_{n}x{rows}") for n, rows in ((4, r), (4, r // 8))]
     return [*decodes, *prefills, *small]
+
+
+_GEMM_SHAPES: Mapping[str, Callable[[Scale], tuple[int, int]]] = {
+    "gateup": lambda s: (2 * s.inner, s.width),
+    "down": lambda s: (s.width, s.inner),
+    "qkv": lambda s: ((s.heads + 2 * s.kv_heads) * s.dim, s.width),
+    "o": lambda s: (s.width, s.width),
+}
+"""(n, k) of a layer's products by name."""
+_NAMES: tuple[tuple[str, Callable[[Scale, str, Sequence[str]], Case]], ...] = (
+    (r"gemm_(gateup|down|qkv|o)_(\d+)", lambda s, name, g: gemm_case(name, int(g[1]), *_GEMM_SHAPES[g[0]](s))),
+    (r"gemm_(\d+)x(\d+)x(\d+)", lambda s, name, g: gemm_case(name, int(g[0]), int(g[1]), int(g[2]))),
+    (r"decode_(\d+)x(\d+)", lambda s, name, g: decode_case(s, int(g[0]), int(g[1]))),
+    (r"prefill_(\d+)x(\d+)_(\d+)", lambda s, name, g: prefill_case(s, int(g[0]), int(g[1]), int(g[2]), name)),
+    (r"prefill_(\d+)x(\d+)", lambda s, name, g: prefill_case(s, int(g[0]), int(g[1]), int(g[1]), name)),
+    (r"(swiglu|rmsnorm|argmax|add)_(\d+)", lambda s, name, g: elementwise_case(s, g[0], int(g[1]))),
+    (r"(h2d|d2h)_(\d+)MB", lambda s, name, g: copy_case(replace(s, copy_bytes=int(g[1]) << 20), g[0])),
+    (r"stream_read_([\d.]+)GB_(\d+)_blocks_an_sm",
+     lambda s, name, g: stream_case(replace(s, stream_bytes=int(float(g[0]) * (1 << 30))), int(g[1]))),
+    (r"sdpa_\w+_causal_(\d+)x(\d+)",
+     lambda s, name, g: prefill_case(replace(s, kv_heads=s.heads), int(g[0]), int(g[1]), int(g[1]), name)),
+)  # fmt: skip
+
+
+def named_case(name: str, scale: Scale = LARGE) -> Case:
+    """The case that the tables call `name`; CalibrationError for a name that says no kernel."""
+    for pattern, make in _NAMES:
+        found = re.fullmatch(pattern, name)
+        if found:
+            return make(scale, name, found.groups())
+    raise CalibrationError(
+        f"{name!r} names no kernel. Names are like gemm_gateup_2048, gemm_512x4096x4096, decode_64x4096, "
+        "prefill_4x512_1024, swiglu_2048, h2d_64MB and stream_read_0.5GB_2_blocks_an_sm."
+    )
 
 
 # ---------------------------------------------------------------------------------------------- running
