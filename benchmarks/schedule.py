@@ -48,15 +48,16 @@ example:
 
 
 def layered_graph(nodes: int, width: int, seed: int) -> tg.Graph:
-    """A random layered DAG; flops and bytes are log-uniform over two decades."""
-    draw = random.Random(seed)
+    """A random layered DAG; flops and bytes are log-uniform over two decades. Every op can be launched on any number of
+    SMs: what is compared is how well planners use that."""
+    draw, any_grid = random.Random(seed), tg.demand(sm=(1, 1024))
     builder = tg.GraphBuilder(f"layered-{nodes}")
     before = [builder.input("x", (1,), "f32")]
     layer: list[Any] = []
     for i in range(nodes):
         inputs = draw.sample(before, min(len(before), draw.randint(1, 3)))
         work = tg.Work(flops=10 ** draw.uniform(8, 10), hbm_bytes=10 ** draw.uniform(5, 7))
-        layer += builder.op("call", inputs, [tg.spec(f"t{i}", (1,), "f32")], work, f"n{i}")
+        layer += builder.op("call", inputs, [tg.spec(f"t{i}", (1,), "f32")], work, f"n{i}", demand=any_grid)
         if len(layer) == width or i == nodes - 1:
             before, layer = layer, []
     builder.output(*before)

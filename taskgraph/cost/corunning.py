@@ -84,8 +84,8 @@ class CoRunning:
         """What a replay of `seconds` takes at the clocks that its power leaves; never less than `seconds`.
 
         Its power is energy / T over the time T that is looked for, so that T = seconds x (reference / T) ^ exponent,
-        with reference the time at which the budget holds. Where the times of ops are those measured on the whole device,
-        whatever clocks it had then, reference is at most `measured_s`, their sum: no more power than that is no loss.
+        with reference the time at which the budget holds. Where ops are timed as measured on the whole device, whatever
+        clocks it had then, reference is at most `measured_s`, their sum: to draw no more power than that is no loss.
         """
         reference = min(measured_s, energy / self.power_budget)
         if not seconds < reference or not self.power_exponent:

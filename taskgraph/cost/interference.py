@@ -28,9 +28,6 @@ PUBLISHED: Mapping[str, Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]
 """R -> P of decode attention ("hbm") and of collectives ("link") on A100: arXiv 2408.12757, table 3, and the tables in
 the repository efeslab/Nanoflow."""
 
-SHARED_GAIN = 1.24
-"""Published: a GEMM beside SiLU on B200 on plain streams; every green-context split of it loses (0.35x to 0.70x)."""
-
 
 @dataclass(frozen=True, slots=True)
 class TableError:

@@ -77,8 +77,8 @@ def test_all_sms_give_the_formula_times_its_correction(kernel: tuple[Family, np.
 
 PINNED = {
     "gemm": {
-        (2048.0, 8192.0, 1280.0, 2.0): (6.10163718554188e-05, 0.000161690578317987, 0.00152244741928435),
-        (17.0, 4096.0, 14336.0, 2.0): (4.50969700107914e-05, 7.46292325160627e-05, 0.000511345239855245),
+        (2048.0, 8192.0, 1280.0, 2.0): (6.10163718554188e-05, 0.000164639860020126, 0.00151870493020886),
+        (17.0, 4096.0, 14336.0, 2.0): (4.50969700107914e-05, 7.52438622448065e-05, 0.000514313233230688),
     },
     "prefill_attention": {
         (4.0, 700.0, 900.0, 32.0, 8.0, 128.0, 0.0, 2.0): (
@@ -111,8 +111,8 @@ PINNED = {
         (0.0, 1e6, 2e8, 0.0, 0.0, 1.0): (0.00919917647058823, 0.00919917647058823, 0.00919917647058823),
     },
 }  # fmt: skip
-"""Family -> shape -> seconds on 132, 48 and 5 SMs of an H100, as scalar loops over the C library's functions gave them.
-"""
+"""Family -> shape -> seconds on 132, 48 and 5 SMs of an H100, as scalar loops over the C library's functions gave them;
+products in partitions since they keep the grid that was chosen for the device."""
 
 
 @pytest.mark.parametrize("name", PINNED)
@@ -175,18 +175,18 @@ def test_sm_use_follows_the_units() -> None:
     graph = step()
     names = [op.name for op in graph.ops]
     use = dict(zip(names, op_table(graph, H100, (132,)).sm_use[:, 0], strict=True))
-    assert use["gemm"] > 0.9 * 132, "a large product is linear in SMs: beside another it ties with serial"
-    assert 0.4 * 132 < use["decode"] < 0.8 * 132
-    assert 0.4 * 132 < use["add"] < 0.8 * 132
+    assert all(0.95 * 132 < use[name] < 132 for name in ("gemm", "decode", "add")), (
+        "they fill the device: they take turns"
+    )
     assert use["fetch"] == 0.0
 
 
-def test_shared_gain_is_near_the_published_one() -> None:
-    """Two ops of equal length that share all SMs: 2 / (1 + use) against 1.24x for GEMM beside SiLU on B200."""
-    b200 = tg.devices.get("b200_sxm")
-    graph = step(16384, 16384, 4096)
-    use = op_table(graph, b200, (148,)).sm_use[[op.name for op in graph.ops].index("add"), 0] / 148
-    assert 2 / (1 + use) == pytest.approx(interference.SHARED_GAIN, rel=0.05)
+def test_few_blocks_leave_sms_free() -> None:
+    graph = step(64, 512, 512)
+    names = [op.name for op in graph.ops]
+    use = dict(zip(names, op_table(graph, H100, (132, 64)[::-1]).sm_use.tolist(), strict=True))
+    assert use["gemm"] == [8.0, 8.0], "a tile of 64 x 64 for every 64 columns"
+    assert use["add"] == [12.0, 12.0], "three times 64 x 512 x 2 bytes, 16 KB a block"
 
 
 def test_interference_tables_come_out_of_the_model() -> None:
@@ -210,7 +210,7 @@ def test_every_output_says_where_it_comes_from(name: str) -> None:
 
 
 def test_a_borrower_has_a_wider_band() -> None:
-    own, borrowed = (model_of(tg.devices.get(n)).family("gemm").band for n in ("h100_sxm", "h200_sxm"))
+    own, borrowed = (model_of(tg.devices.get(n)).family("gemm").band for n in ("h100_sxm", "b200_sxm"))
     assert borrowed == pytest.approx(own * TRANSFER_BAND)
     assert model_of(tg.devices.make("h100_sxm", hbm_bytes_per_s=4e12)).family("gemm").source.startswith("transferred")
 

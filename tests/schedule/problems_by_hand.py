@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from taskgraph.cost.corunning import NONE
 from taskgraph.cost.model import op_table
 from taskgraph.graph import device as specs
 from taskgraph.graph.graph import Graph, GraphBuilder
@@ -64,6 +65,9 @@ def problem(
         switch_s=switch_s,
         band=np.full(n, 0.1),
         sources=("hand",) * n,
+        own_grid=np.ones(n, bool),
+        energy=np.zeros(n),
+        together=NONE,
     )
 
 

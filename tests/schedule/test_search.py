@@ -14,8 +14,8 @@ from taskgraph.graph.split import Split
 from taskgraph.models import paged
 from taskgraph.models.config import load_config
 from taskgraph.rewrite.nanobatch import apply, splittable
-from taskgraph.schedule.planner import replay_times
-from taskgraph.schedule.problem import make_problem
+from taskgraph.schedule.planner import candidate, replay_times
+from taskgraph.schedule.problem import Budget, make_problem
 from taskgraph.schedule.sliced import sliced
 from taskgraph.schedule.solve import cycles, explore
 from taskgraph.schedule.solve.annealing import search_layouts, starts
@@ -64,8 +64,8 @@ def test_whatever_a_search_finds_is_a_plan(graph: tg.Graph, device: tg.Device, s
 
 def test_slices_are_chosen_where_only_they_overlap() -> None:
     graph = layered(LAYERS)
-    whole = tg.plan(graph, SLOW, "search", budget_s=0.3, nano_batches=False)
-    plan = tg.plan(graph, SLOW, "search", budget_s=0.3)
+    whole = candidate(graph, SLOW, "search", Budget(0.3, nano_batches=False))
+    plan = candidate(graph, SLOW, "search", Budget(0.3))
     assert plan.split.parts and not whole.split.parts
     assert plan.makespan_s < 0.9 * whole.makespan_s
     assert plan.graph == graph.fingerprint != sliced(plan, graph).fingerprint
@@ -74,7 +74,7 @@ def test_slices_are_chosen_where_only_they_overlap() -> None:
 
 def test_a_sliced_plan_computes_what_the_graph_does() -> None:
     graph = layered(3)
-    sliced = tg.plan(graph, SLOW, "search", budget_s=0.3)
+    sliced = candidate(graph, SLOW, "search", Budget(0.3))
     assert sliced.split.parts
     torch.manual_seed(0)
     tensors = {"x": torch.randn(256, 64), "w": torch.randn(64, 64) / 8}
@@ -90,7 +90,7 @@ def test_a_sliced_plan_computes_what_the_graph_does() -> None:
 def test_a_period_is_near_the_least_one() -> None:
     """No period can be shorter than a layer's area, nor than one slice's chain; and the whole is made of it."""
     graph = layered(LAYERS)
-    plan = tg.plan(graph, SLOW, "search", budget_s=1.0)
+    plan = candidate(graph, SLOW, "search", Budget(1.0))
     period = plan.period
     assert period is not None and period.count == LAYERS
     assert plan.makespan_s == pytest.approx(period.prologue_s + (LAYERS - 1) * period.seconds + period.epilogue_s)
@@ -122,12 +122,14 @@ def test_a_cycle_that_no_window_shows_stays_what_it_is() -> None:
     assert far.seconds == np.inf
 
 
-def test_the_steps_that_an_engine_serves_are_sliced() -> None:
-    """Decode rows attend to their pages beside the products of prompts; over pages, slices wait for no more."""
+def test_a_step_whose_kernels_all_fill_the_device_stays_sequential() -> None:
+    """Decode rows attend to their pages beside the products of prompts: sliced, they overlap, and yet both GPUs that
+    were measured ran such plans at 0.97x to 1.04x. What a search finds lies within the band, and so is not taken."""
     graph = paged.step_graph(load_config("llama-3-8b"), paged.Bucket(384, 1280, 3), paged.PageShape(4000, 16, 4096))
-    in_turn = tg.plan(graph, "h100_sxm", "sequential")
-    plan = tg.plan(graph, "h100_sxm", "search", budget_s=2.0, nano_batches=True)
-    assert plan.split.parts and plan.makespan_s < 0.85 * in_turn.makespan_s
+    plan = tg.plan(graph, "h100_sxm", "search", budget_s=2.0)
+    found = candidate(graph, tg.devices.get("h100_sxm"), "search", Budget(2.0))
+    assert plan.verdict.choice == "sequential" and plan.makespan_s == pytest.approx(plan.verdict.sequential_s)
+    assert found.makespan_s == pytest.approx(plan.verdict.packed_s) and found.verdict.sure_gain < 1.0
 
 
 def test_a_repeat_that_only_moves_rows_is_not_emptied() -> None:
