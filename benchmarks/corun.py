@@ -16,14 +16,14 @@ from rich.console import Console
 from rich.table import Table as Grid
 
 import taskgraph as tg
-from benchmarks import print_json
+from benchmarks import one_line, print_json
 from taskgraph.cost.calibrate import Errors, calibrate, predictions
-from taskgraph.cost.corunning_fit import Table, fit_corunning
+from taskgraph.cost.corunning_fit import Table, fit_corunning, fit_kept_grid
 from taskgraph.cost.fitted import Calibration, model_of, shipped
-from taskgraph.cost.gpu_report import GemmTime, PairTime, PlanTime
+from taskgraph.cost.gpu_report import GemmTime, KernelTime, PairTime, PlanTime
 from taskgraph.cost.measurements import products
 from taskgraph.cost.model import co_running
-from taskgraph.errors import CalibrationError, TaskgraphError
+from taskgraph.errors import CalibrationError
 from taskgraph.graph.graph import Graph
 from taskgraph.record import convert
 from taskgraph.schedule.plan import Plan
@@ -40,7 +40,8 @@ plans        predicted gain over the sequential plan of the same graph, less the
 false_packed plans that would be called packed, and measured slower than the sequential one
 gemm         |predicted / measured - 1| of products
 
---fit FILE writes a coefficient file: the co-running model and the products of PATH, other families as they were.
+--fit FILE writes a coefficient file: the co-running model and the products of PATH, also those of its
+kernels_by_sms.csv, other families as they were.
 
 examples:
   python -m benchmarks.corun benchmarks/reports/h200-2026-11-27 --json
@@ -87,15 +88,18 @@ class Measured:
     device: tg.Device
     pairs: list[PairTime]
     gemm: list[GemmTime]
+    kernels: list[KernelTime]
     plans: list[tuple[PlanTime, Path]]
 
     @staticmethod
     def read(folders: Sequence[Path], device: tg.Device) -> "Measured":
         """CalibrationError where a folder has none of the tables."""
-        made = Measured(device, [], [], [])
+        made = Measured(device, [], [], [], [])
         for folder in folders:
             if not any((folder / name).is_file() for name in PARTS):
                 raise CalibrationError(f"{folder}: there is none of {', '.join(PARTS)}. Give a folder of measurements.")
+            if (folder / "kernels_by_sms.csv").is_file():
+                made.kernels.extend(rows_of(KernelTime, folder / "kernels_by_sms.csv"))
             if (folder / "corun.csv").is_file():
                 made.pairs.extend(rows_of(PairTime, folder / "corun.csv"))
             for name in ("gemm.csv", "products.csv"):
@@ -205,10 +209,12 @@ def fitted(found: Measured, version: int) -> Calibration:
     }
     now, model = shipped(device.calibration), fit_corunning(found.pairs, graph_of, device)
     if now.device == device.name and now.fitted["gemm"].held_out["rows"] > len(found.gemm):
-        return replace(now, co_running=model)  # fitted to more products than these
-    made = calibrate([table], replace(device, calibration=""), about, version)
-    theirs = {name: replace(fit, fitted_on=fit.fitted_on or now.device) for name, fit in now.fitted.items()}
-    return replace(made, fitted={**theirs, **made.fitted}, co_running=model)
+        made = now  # fitted to more products than these
+    else:
+        made = calibrate([table], replace(device, calibration=""), about, version)
+        theirs = {name: replace(fit, fitted_on=fit.fitted_on or now.device) for name, fit in now.fitted.items()}
+        made = replace(made, fitted={**theirs, **made.fitted})
+    return fit_kept_grid(found.kernels, graph_of, device, replace(made, co_running=model))
 
 
 def shown(body: dict[str, Any], gains: Sequence[PlanGain], device: tg.Device) -> None:
@@ -232,6 +238,7 @@ def shown(body: dict[str, Any], gains: Sequence[PlanGain], device: tg.Device) ->
     console.print(f"largest error of a gain {body['gain_error_max']:.3f}; {body['false_packed']} falsely packed")
 
 
+@one_line
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.corun", description=__doc__, epilog=EPILOG,
@@ -243,16 +250,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--fit", type=Path, metavar="FILE", help="write a coefficient file fitted to PATH")
     parser.add_argument("--version", type=int, default=1, help="version of the coefficients that --fit writes")
     chosen = parser.parse_args(arguments)
-    try:
-        device = tg.devices.get(chosen.device) if chosen.device else device_of(chosen.path)
-        found = Measured.read(chosen.path, device)
-        if chosen.fit:
-            fitted(found, chosen.version).save(chosen.fit)
-            print(f"coefficients: {chosen.fit}", file=sys.stderr)
-        body, gains = judged(found)
-    except TaskgraphError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    device = tg.devices.get(chosen.device) if chosen.device else device_of(chosen.path)
+    found = Measured.read(chosen.path, device)
+    if chosen.fit:
+        fitted(found, chosen.version).save(chosen.fit)
+        print(f"coefficients: {chosen.fit}", file=sys.stderr)
+    body, gains = judged(found)
     if chosen.json:
         print_json(body)
     else:

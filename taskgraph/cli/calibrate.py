@@ -49,6 +49,11 @@ def calibrate(
         shown = (plain.median, plain.p90, best.median, best.mean, best.p90)
         table.add_row(name, f"{best.rows:,}", *(f"{100 * e:.1f} %" for e in shown))
     screen.print(table)
+    pairs = made.calibration.co_running
+    for layout, errors in (pairs.held_out if pairs else {}).items():
+        what = {"partition": "speed in a partition", "shared_sum": "sum of speeds on shared lanes"}[layout]
+        shown_errors = f"{100 * errors['median']:.1f} % median, {100 * errors['p90']:.1f} % p90"
+        screen.print(f"co-running, {what}: {shown_errors} on held-out pairs ({errors['rows']:.0f})")
     for row in made.interference:
         screen.print(
             f"R -> P, {row.resource}, {row.table} (published): |dP| {row.mean:.3f} mean, {row.largest:.3f} largest"
@@ -70,13 +75,14 @@ def from_report(report: Path, out: Path, version: int, source: str) -> tuple[Fin
     file of its coefficients. CalibrationError when it cannot."""
     from taskgraph.cost.calibrate_gpu import calibrated, save
     from taskgraph.cost.interference import table_errors
+    from taskgraph.tune.gpucheck.cases import named_case
 
     seen: list[tuple[str, Errors, Errors]] = []
 
     def heard(name: str, plain: "Errors", corrected: "Errors") -> None:
         seen.append((name, plain, corrected))
 
-    device, made = calibrated(report, version, source, heard)
+    device, made = calibrated(report, version, source, lambda name: named_case(name).graph, heard)
     beside = save(device, made, out)
     return Findings(made, tuple(seen), tuple(table_errors(made.response.by_resource()))), device.name, beside
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from taskgraph.cache import write_atomically
 from taskgraph.cost.calibrate import LEAST_ROWS, Errors, calibrate
-from taskgraph.cost.fitted import TRANSFER_BAND, Calibration, Fitted, shipped
+from taskgraph.cost.corunning_fit import LEAST_PAIRS, GraphOf, fit_corunning, fit_kept_grid
+from taskgraph.cost.fitted import Calibration, Fitted, shipped
 from taskgraph.cost.gpu_report import GpuReport, read_report
 from taskgraph.cost.measurements import products
 from taskgraph.errors import CalibrationError
@@ -21,11 +22,13 @@ def calibrated(
     path: str | Path,
     version: int = 1,
     source: str = "not stated",
+    graph_of: GraphOf | None = None,
     report: Callable[[str, Errors, Errors], None] = lambda *_: None,
 ) -> tuple[Device, Calibration]:
     """The device of a gpu-check report with its measured rates, and coefficients: of products fitted to the report, of
-    other families those of the device's relation with a wider band. `report` hears the held-out errors as `calibrate`
-    tells them.
+    other families those of the device's relation with a wider band; the co-running model, where it holds enough pairs.
+    `graph_of` knows its kernels by name, for what needs them. `report` hears the held-out errors as `calibrate` tells
+    them.
 
     CalibrationError, with the file's name, for a file that is no report, a device that is unknown, or too few rows."""
     found = read_report(path)
@@ -40,7 +43,16 @@ def calibrated(
     table = products(device.name, shapes, [row.seconds for row in found.gemm])
     about = {"data": source, "kind": found.kind, "gpu": found.capability, "licence": "the user's own measurements"}
     made = calibrate([table], replace(device, calibration=""), about, version, report)
-    return device, replace(made, fitted={**_borrowed(found.device), **made.fitted})
+    made = replace(made, fitted={**_borrowed(found.device), **made.fitted})
+    known = graph_of if found.kind == "measured" else None  # a virtual device has no memory to crowd and no clocks
+    return device, made if known is None else with_kernels(made, found, known, device)
+
+
+def with_kernels(made: Calibration, found: GpuReport, graph_of: GraphOf, device: Device) -> Calibration:
+    """The calibration with what the report's pairs, and its products on fewer SMs, say."""
+    pairs = sum(row.mode == "partition" for row in found.corun)
+    model = fit_corunning(found.corun, graph_of, device) if pairs >= LEAST_PAIRS else made.co_running
+    return fit_kept_grid(found.kernels_by_sms, graph_of, device, replace(made, co_running=model))
 
 
 def save(device: Device, made: Calibration, out: Path) -> Path:
@@ -78,13 +90,8 @@ def _measured(found: GpuReport) -> Device:
 
 
 def _borrowed(device: Device) -> dict[str, Fitted]:
-    """The families of the device's relation, their band wider unless they were fitted on this very device."""
+    """The families of the device's relation, each with the device that it was fitted on."""
     if not device.calibration:
         return {}
     theirs = shipped(device.calibration)
-    if theirs.device == device.name:
-        return dict(theirs.fitted)
-    return {
-        name: replace(fit, held_out={**fit.held_out, "p90": round(fit.band * TRANSFER_BAND, 4)})
-        for name, fit in theirs.fitted.items()
-    }
+    return {name: replace(fit, fitted_on=fit.fitted_on or theirs.device) for name, fit in theirs.fitted.items()}

@@ -1,4 +1,4 @@
-"""A device's co-running model, fitted to pairs of kernels that it ran at once.
+"""A device's co-running model, fitted to pairs of kernels that it ran at once; and how its products take fewer SMs.
 
 Five numbers over hundreds of pairs. Errors are those of pairs that the fit has not seen: all rows of two kernels, on
 whatever SMs, are held out together, a part of the pairs at a time (cross-validation); what is kept uses all rows.
@@ -6,13 +6,14 @@ whatever SMs, are held out together, a part of the pairs at a time (cross-valida
 
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 
 from taskgraph.cost.calibrate import Errors, scipy_parts
 from taskgraph.cost.corunning import CoRunning, Pairs, pair_speeds
-from taskgraph.cost.gpu_report import PairTime
+from taskgraph.cost.fitted import Calibration, DeviceModel, model_with
+from taskgraph.cost.gpu_report import KernelTime, PairTime
 from taskgraph.cost.model import op_table
 from taskgraph.errors import CalibrationError
 from taskgraph.graph.device import Device
@@ -114,3 +115,42 @@ def _fitted(table: Table, which: np.ndarray) -> CoRunning:
 
 def _model(x: np.ndarray) -> CoRunning:
     return CoRunning(*(_START * np.exp(x)).tolist())
+
+
+# -------------------------------------------------------------------------------- products in partitions
+
+_GRIDS = np.geomspace(0.01, 10.0, 61)
+
+
+def fit_kept_grid(rows: Sequence[KernelTime], graph_of: GraphOf, device: Device, made: Calibration) -> Calibration:
+    """The calibration with the `kept_grid` of its products that is nearest to products measured on fewer SMs: by the
+    sum of absolute log errors of their times relative to the whole device's. As it is without such rows."""
+    whole = {row.kernel: row.seconds for row in rows if row.sms == device.sm_count}
+    mine = [row for row in rows if row.kernel in whole and row.sms < device.sm_count and _is_product(row, graph_of)]
+    if not mine:
+        return made
+    asked = {name: sorted({row.sms for row in mine if row.kernel == name}) for name in whole}
+    ratios = np.log([row.seconds / whole[row.kernel] for row in mine])
+
+    def off(kept: float) -> float:
+        model = model_with(_with_grid(made, kept), device)
+        times = {name: _curve(graph_of(name), model, sizes) for name, sizes in asked.items()}
+        return float(np.abs(np.array([times[row.kernel][row.sms] for row in mine]) - ratios).sum())
+
+    return _with_grid(made, float(f"{min(_GRIDS.tolist(), key=off):.3g}"))
+
+
+def _is_product(row: KernelTime, graph_of: GraphOf) -> bool:
+    return graph_of(row.kernel).ops[0].kind == "gemm"
+
+
+def _with_grid(made: Calibration, kept: float) -> Calibration:
+    gemm = made.fitted["gemm"]
+    gemm = replace(gemm, coefficients={**gemm.coefficients, "kept_grid": kept})
+    return replace(made, fitted={**made.fitted, "gemm": gemm})
+
+
+def _curve(graph: Graph, model: DeviceModel, sizes: Sequence[int]) -> dict[int, float]:
+    """Log of the time on each size over that on all SMs."""
+    seconds = op_table(graph, model.device, [*sizes, model.device.sm_count], model).seconds[0]
+    return dict(zip(sizes, np.log(seconds[:-1] / seconds[-1]).tolist(), strict=True))

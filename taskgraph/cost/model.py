@@ -84,9 +84,10 @@ class _Kernels:
     works: np.ndarray
 
 
-def op_table(graph: Graph, device: Device, sizes: Sequence[int]) -> OpTable:
-    """The table of a flat graph's ops on `sizes` SMs; DemandError as in `check_demand`."""
-    return _table(graph.ops, graph.tensor, device, sizes)
+def op_table(graph: Graph, device: Device, sizes: Sequence[int], model: DeviceModel | None = None) -> OpTable:
+    """The table of a flat graph's ops on `sizes` SMs, by the device's model or by another of it; DemandError as in
+    `check_demand`."""
+    return _table(graph.ops, graph.tensor, device, sizes, model)
 
 
 def predict(op: Op, graph: Graph, device: Device, sms: int | None = None) -> Prediction:
@@ -98,17 +99,21 @@ def predict(op: Op, graph: Graph, device: Device, sms: int | None = None) -> Pre
     return Prediction(seconds, device.launch_seconds, use, (hbm, h2d, d2h, link), made.sources[0], band)
 
 
-def _table(ops: Sequence[Op], tensors: Mapping[str, Tensor], device: Device, sizes: Sequence[int]) -> OpTable:
+def _table(
+    ops: Sequence[Op], tensors: Mapping[str, Tensor], device: Device, sizes: Sequence[int],
+    model: DeviceModel | None = None,
+) -> OpTable:  # fmt: skip
     size = np.asarray(sizes, dtype=np.int64)
     sm_min, sm_max, pinned = _demands(ops, device)
     kernels = _kernels(ops, tensors, sm_max)
     useful = np.minimum(size[None, :], kernels.most[:, None])
-    together = co_running(device)
+    fitted = model or fitted_model(device)
+    together = fitted.together if fitted else NONE
     peak = device.rate("bf16")
     energy = together.energy(kernels.works[:, 0] * _thrift(kernels, peak, device), kernels.works[:, 1], peak)
-    if device.calibration and not device.compute_scaling:
+    if fitted:
         asked = _left_to(kernels, np.append(size, device.sm_count))
-        seconds, use, band, sources = _by_family(kernels, model_of(device), asked)
+        seconds, use, band, sources = _by_family(kernels, fitted, asked)
         seconds, use = _at_clocks(seconds, energy, together)[:, :-1], np.minimum(use[:, :-1], useful)
     else:
         seconds, use, band, sources = _by_roofline(kernels, device, useful)
@@ -128,9 +133,15 @@ def _table(ops: Sequence[Op], tensors: Mapping[str, Tensor], device: Device, siz
     return OpTable(every, use, rates, band, tuple(named), sm_min, sm_max, own, energy[i], together)
 
 
+def fitted_model(device: Device) -> DeviceModel | None:
+    """The model of a device with coefficients, its own or its relation's; None where the roofline prices."""
+    return model_of(device) if device.calibration and not device.compute_scaling else None
+
+
 def co_running(device: Device) -> CoRunning:
     """What running together does on this device, as far as its calibration or that of its relation knows."""
-    return model_of(device).together if device.calibration and not device.compute_scaling else NONE
+    model = fitted_model(device)
+    return model.together if model else NONE
 
 
 def _thrift(kernels: _Kernels, peak: float, device: Device) -> np.ndarray:

@@ -386,7 +386,7 @@ def test_the_design_page_is_packed() -> None:
 @pytest.mark.parametrize(("nodes", "width"), [(2 * rules.FROM, 4), (LARGE, 64)])
 def test_large_graphs_keep_the_rules_and_the_search_is_no_worse_than_the_list(nodes: int, width: int) -> None:
     graph = layered_graph(nodes, width, 3)
-    listed, found = plan(graph, "h100_sxm", "list"), candidate(graph, H100, "search", Budget(1.0))
+    listed, found = plan(graph, "h100_sxm", "list"), candidate(graph, specs.get("h100_sxm"), "search", Budget(1.0))
     tg.verify(listed, graph)
     tg.verify(found, graph)
     assert found.made_by.startswith("search: search over rules")
