@@ -27,7 +27,7 @@ from taskgraph.errors import CalibrationError
 from taskgraph.graph.graph import Graph
 from taskgraph.record import convert
 from taskgraph.schedule.plan import Plan
-from taskgraph.schedule.planner import gain_band, replayed
+from taskgraph.schedule.planner import replayed
 from taskgraph.tune.gpucheck.cases import named_case
 
 EPILOG = """\
@@ -164,7 +164,7 @@ def plan_gains(found: Measured) -> Iterator[PlanGain]:
         graph = Graph.from_json((folder / row.graph).read_text())
         plan = replace(Plan.from_json((folder / row.plan).read_text()), device=found.device)
         replay = replayed(graph, plan)
-        times.setdefault((folder, row.graph), []).append((row, replay.makespan_s, gain_band(replay)))
+        times.setdefault((folder, row.graph), []).append((row, replay.makespan_s, replay.gain_band()))
     for rows in times.values():
         alone = next((row for row in rows if row[0].made_by.startswith("sequential")), None)
         if alone is None:

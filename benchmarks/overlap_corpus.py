@@ -232,7 +232,7 @@ def row_of(plan: tg.Plan) -> dict[str, Any]:
         "sequential_s": verdict.sequential_s,
         "packed_s": verdict.packed_s,
         "gain": verdict.gain,
-        "band": verdict.error_band,
+        "band": verdict.band,
         "choice": chosen(plan),
     }
 

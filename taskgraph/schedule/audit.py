@@ -7,9 +7,10 @@ from dataclasses import replace
 from taskgraph.cost.model import op_table
 from taskgraph.errors import PlanError
 from taskgraph.graph.graph import Graph
+from taskgraph.schedule.band import error_band
 from taskgraph.schedule.bounds import lower_bounds
 from taskgraph.schedule.plan import Plan
-from taskgraph.schedule.planner import error_band, replay_times
+from taskgraph.schedule.planner import replay_times
 from taskgraph.schedule.problem import Costs, legal_sizes, make_problem
 from taskgraph.schedule.sliced import sliced, verify
 from taskgraph.schedule.solve.found import in_sequence

@@ -16,6 +16,7 @@ from taskgraph.ops import check_op
 from taskgraph.record import from_columns, instance, integer, number
 from taskgraph.record import function as called
 from taskgraph.schedule.arena import assign
+from taskgraph.schedule.band import error_band
 from taskgraph.schedule.bounds import lower_bounds
 from taskgraph.schedule.evaluate import Assignment, Evaluation, Layout, evaluate
 from taskgraph.schedule.plan import Lane, Period, Plan, Span, Step, Timeline, Verdict, uncollected
@@ -73,7 +74,7 @@ def _planned(graph: Graph, device: str | Device, scheduler: str, budget: Budget,
     made = assigned_by(problem, budget)
     found = timed(problem, checked(scheduler, problem, made))
     baseline = timed(problem, made.against) if made.against is not None else in_sequence(problem)
-    band = gain_band(found)
+    band = found.gain_band()
     least = max(MIN_GAIN, 1.0 + band) if found.problem.device.kind == "gpu" else MIN_GAIN
     wins = made.against is None or not fall_back or found.makespan_s * least < baseline.makespan_s
     chosen = found if wins else baseline
@@ -123,39 +124,6 @@ def timed(problem: Problem, made: Assignment) -> Found:
         made = replace(made, holds=np.concatenate([made.holds, pairs]))
         times = evaluate(problem, made)
     return collectives_ordered(Found(problem, made, times))
-
-
-def error_band(problem: Problem) -> float:
-    """The bands of the ops, weighted by their times: errors of one model lean the same way, so they do not cancel."""
-    weight = problem.best_seconds()
-    return float(np.average(problem.band, weights=weight))
-
-
-def gain_band(found: Found) -> float:
-    """The relative error of the gain over the sequential order.
-
-    Errors of single ops lean the same way in both, so half of their band is left. While ops run side by side the error
-    of the co-running model on pairs that it has not seen comes on top; copies, which are free, aside. On a CPU, whose
-    lanes share nothing that is not counted, the band of the ops.
-    """
-    problem, times = found.problem, found.times
-    ops_band = error_band(problem)
-    if problem.device.kind != "gpu":
-        return ops_band
-    layout = found.assignment.layout
-    shared = bool((layout.rows[:, 3] > 1).any())
-    on_sms = problem.use[:, -1, 0] > 0
-    beside = _beside_s(times.start_s[on_sms], times.end_s[on_sms]) / times.makespan_s if times.makespan_s else 0.0
-    return float(np.hypot(ops_band / 2.0, beside * problem.together.band("shared_sum" if shared else "partition")))
-
-
-def _beside_s(start: np.ndarray, end: np.ndarray) -> float:
-    """Seconds in which two or more spans run."""
-    at = np.concatenate([start, end])
-    change = np.concatenate([np.ones(len(start)), -np.ones(len(end))])
-    order = np.lexsort((change, at))
-    running = np.cumsum(change[order])
-    return float(np.diff(at[order])[running[:-1] > 1.5].sum())
 
 
 # ------------------------------------------------------------------------------------------- replay
@@ -218,7 +186,7 @@ def plan_from(problem: Problem, made: Assignment) -> Plan:
     The verdict compares with the sequential order on the problem's SM counts.
     """
     found = timed(problem, checked(made.made_by, problem, made))
-    alone_s, bands = in_sequence(problem).makespan_s, (error_band(found.problem), gain_band(found))
+    alone_s, bands = in_sequence(problem).makespan_s, (error_band(found.problem), found.gain_band())
     verdict = Verdict("packed", found.makespan_s, alone_s, bands[0], gain_band=bands[1])
     return _plan_of(problem.graph, found, verdict, made.made_by)
 

@@ -7,6 +7,7 @@ from itertools import pairwise
 import numpy as np
 
 from taskgraph.ops import COLLECTIVES
+from taskgraph.schedule.band import gain_band
 from taskgraph.schedule.evaluate import Assignment, Evaluation, Layout, evaluate
 from taskgraph.schedule.problem import Budget, Problem
 
@@ -22,6 +23,10 @@ class Found:
     @property
     def makespan_s(self) -> float:
         return self.times.makespan_s
+
+    def gain_band(self) -> float:
+        """The relative error of its gain over the sequential order."""
+        return gain_band(self.problem, self.assignment, self.times)
 
     def chosen(self) -> Assignment:
         """The assignment, which says of which problem it is."""
@@ -51,6 +56,17 @@ def is_sequential(problem: Problem, made: Assignment) -> bool:
 def shortest(found: Iterable[Found], otherwise: Found) -> Found:
     """The first of the shortest; `otherwise` where nothing was found."""
     return min(found, key=lambda each: each.makespan_s, default=otherwise)
+
+
+def surest(found: Iterable[Found], baseline: Found) -> Found:
+    """On a GPU, where a prediction alone decides: the first of those whose gain is largest at the lower edge of its
+    band, of those that gain at all. Elsewhere the shortest."""
+    tried = list(found)
+    best = shortest(tried, baseline)
+    if best.problem.device.kind != "gpu":
+        return best
+    gains = [each for each in tried if each.makespan_s < baseline.makespan_s]
+    return min(gains, key=lambda each: each.makespan_s * (1.0 + each.gain_band()), default=best)
 
 
 def or_sequential(found: Found, baseline: Found) -> Assignment:
