@@ -14,6 +14,7 @@ from rich.table import Table
 
 import taskgraph as tg
 from benchmarks import one_line, positive, print_json, whole
+from taskgraph.cost.corunning import NONE
 from taskgraph.cost.model import OpTable, op_table
 from taskgraph.graph.split import UNSPLIT, Split
 from taskgraph.models.config import load_config
@@ -170,7 +171,10 @@ def _priced(graph: tg.Graph, device: tg.Device, share: Sequence[np.ndarray], use
         seconds[i] = alone.seconds[i, 0] / performance(kind, share[i]) if kind else 1e-9
         rates[i] = alone.rates[i, 0] * (alone.seconds[i, 0] / seconds[i])[:, None] if kind else 0.0
         use[i] = use[i] if kind else 1e-3
-    return replace(alone, seconds=seconds, rates=rates, sm_use=use, sm_min=np.ones_like(alone.sm_min))
+    # R is the grid that a kernel is launched on, and table 3 all that kernels do to each other
+    grid = np.ones_like(alone.own_grid)
+    table = replace(alone, seconds=seconds, rates=rates, sm_use=use, sm_min=np.ones_like(alone.sm_min))
+    return replace(table, own_grid=grid, energy=np.zeros_like(alone.energy), together=NONE)
 
 
 # ------------------------------------------------------------------------------------------- plans and bound
