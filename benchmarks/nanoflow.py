@@ -20,6 +20,8 @@ from taskgraph.graph.split import UNSPLIT, Split
 from taskgraph.models.config import load_config
 from taskgraph.models.parallel import Decode, Prefill, mixed_step
 from taskgraph.rewrite.nanobatch import apply
+from taskgraph.schedule.planner import candidate
+from taskgraph.schedule.problem import Budget
 
 EPILOG = """\
 One iteration of 2048 tokens, all layers: for the 70B two thirds of them decode at context 1024, as in the paper's table
@@ -33,7 +35,7 @@ nanoflow        NanoFlow's slices and its R of every op (published) as a hand-wr
                 as a limit or products that take what the others leave, of its variants, and of the orders of list
                 schedules
 nanoflow_reordered  the same slices and R, in the order and on the lanes that our search finds best for them
-taskgraph       tg.plan(scheduler="search"): slices, SMs, order and lanes are its own
+taskgraph       what scheduler="search" finds: slices, SMs, order and lanes are its own
 bound           no plan can be better: least SM-seconds over all SM counts and all slicings in multiples of 128 tokens
 
 Every figure is a fraction of the optimal throughput (published for the 70B: 1857 tokens/s/GPU, which means 260 TFLOP/s
@@ -225,7 +227,7 @@ def pipeline_s(case: Case, graph: tg.Graph, device: tg.Device, budget_s: float) 
             by_hand = tg.plan(sliced, device, "list", costs=costs)
             readings.append((by_hand.makespan_s, len(readings), sliced, costs))
     seconds, _, sliced, costs = min(readings)
-    best = tg.plan(sliced, device, "search", budget_s=budget_s, nano_batches=False, costs=costs)
+    best = candidate(sliced, device, "search", Budget(budget_s, nano_batches=False), costs)
     return seconds, min(seconds, best.makespan_s)
 
 
@@ -246,7 +248,7 @@ def run(case: Case, budget_s: float, seed: int, say: Callable[[str], None]) -> d
     times["nanoflow"], times["nanoflow_reordered"] = pipeline_s(case, graph, device, budget_s / 4)
     say(f"taskgraph, {budget_s:g} s")
     begin = time.perf_counter()
-    plan = tg.plan(graph, device, "search", budget_s=budget_s, seed=seed, costs=free_costs)
+    plan = candidate(graph, device, "search", Budget(budget_s, seed), free_costs)
     search_seconds = time.perf_counter() - begin
     tg.verify(plan, graph)
     times["taskgraph"] = plan.makespan_s

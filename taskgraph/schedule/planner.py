@@ -57,15 +57,15 @@ def plan(
     DemandError if an op asks for more than the device has; PlanError for an unknown scheduler, a budget of 0, or an
     assignment of a scheduler from elsewhere that is none.
     """
-    return _planned(graph, device, scheduler, _budget(budget_s, seed, nano_batches), costs, fall_back=True)
+    return _planned(graph, device, scheduler, _budget(budget_s, seed, nano_batches), costs)
 
 
 def candidate(graph: Graph, device: Device, scheduler: str, budget: Budget, costs: Costs = op_table) -> Plan:
-    """What `scheduler` finds, whether or not its prediction beats the sequential plan: for whoever measures both."""
-    return _planned(graph, device, scheduler, budget, costs, fall_back=False)
+    """The shortest that `scheduler` finds, whether or not it beats the sequential plan: for whoever measures both."""
+    return _planned(graph, device, scheduler, replace(budget, sure=False), costs)
 
 
-def _planned(graph: Graph, device: str | Device, scheduler: str, budget: Budget, costs: Costs, fall_back: bool) -> Plan:
+def _planned(graph: Graph, device: str | Device, scheduler: str, budget: Budget, costs: Costs) -> Plan:
     instance("the graph", graph, Graph, GraphError, "Take what GraphBuilder.build returned.")
     assigned_by = SCHEDULERS[scheduler]
     called("costs", costs, PlanError)
@@ -76,7 +76,7 @@ def _planned(graph: Graph, device: str | Device, scheduler: str, budget: Budget,
     baseline = timed(problem, made.against) if made.against is not None else in_sequence(problem)
     band = found.gain_band()
     least = max(MIN_GAIN, 1.0 + band) if found.problem.device.kind == "gpu" else MIN_GAIN
-    wins = made.against is None or not fall_back or found.makespan_s * least < baseline.makespan_s
+    wins = made.against is None or not budget.sure or found.makespan_s * least < baseline.makespan_s
     chosen = found if wins else baseline
     if found.assignment.proved_s > found.makespan_s * (1 + _SLACK):
         raise PlanError(
@@ -100,7 +100,7 @@ def _budget(budget_s: float, seed: int, nano_batches: bool) -> Budget:
     if not seconds > 0:
         raise PlanError(f"budget_s is {seconds}; give the search some seconds, or use scheduler='list'.")
     instance("nano_batches", nano_batches, bool, PlanError)
-    return Budget(seconds, integer("seed", seed, PlanError, 0), nano_batches)
+    return Budget(seconds, integer("seed", seed, PlanError, 0), nano_batches, sure=True)
 
 
 def _problem(graph: Graph, device: Device, costs: Costs) -> Problem:

@@ -21,11 +21,13 @@ _TABLE = 2_000_000
 @dataclass(frozen=True, slots=True)
 class Budget:
     """What a scheduler may spend: about so many `seconds`, and `seed` for all that it draws, so that equal arguments
-    give equal results. With `nano_batches` it may slice the batch of the graph."""
+    give equal results. With `nano_batches` it may slice the batch of the graph. With `sure`, because nothing will be
+    measured, it returns of what it finds the surest gain and not the largest."""
 
     seconds: float = 1.0
     seed: int = 0
     nano_batches: bool = True
+    sure: bool = False
 
 
 @dataclass(frozen=True, slots=True)

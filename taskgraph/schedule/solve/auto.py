@@ -6,7 +6,7 @@ from taskgraph.schedule.bounds import lower_bounds
 from taskgraph.schedule.evaluate import Assignment
 from taskgraph.schedule.problem import Budget, Problem
 from taskgraph.schedule.solve import rules
-from taskgraph.schedule.solve.found import in_sequence, or_sequential, surest
+from taskgraph.schedule.solve.found import best_of, in_sequence, or_sequential
 from taskgraph.schedule.solve.packing import packings
 
 AUTO_OP_S, ENOUGH = 0.02, 1.01
@@ -22,7 +22,7 @@ def auto(problem: Problem, budget: Budget) -> Assignment:
 
         seconds = min(budget.seconds, AUTO_OP_S * len(problem.graph.ops))
         found += search(problem, replace(budget, seconds=seconds), best_s)
-    return or_sequential(surest(found, baseline), baseline)
+    return or_sequential(best_of(found, baseline, budget), baseline)
 
 
 def _room(problem: Problem, best_s: float, nano_batches: bool) -> bool:

@@ -19,7 +19,7 @@ from taskgraph.schedule.problem import Budget, Problem, legal_sizes, make_proble
 from taskgraph.schedule.solve import lists, rules
 from taskgraph.schedule.solve.annealing import Space, State, anneal, realise, search_layouts, starts
 from taskgraph.schedule.solve.cycles import Cycle, cycle_of, plain_cycle, polish, written_out
-from taskgraph.schedule.solve.found import Found, collectives_ordered, in_sequence, or_sequential, surest
+from taskgraph.schedule.solve.found import Found, best_of, collectives_ordered, in_sequence, or_sequential
 from taskgraph.schedule.solve.packing import packings
 
 WINDOW = 8
@@ -54,7 +54,7 @@ def searched(problem: Problem, budget: Budget) -> Assignment:
     """The scheduler "search": the best of the list schedules and of what about `budget.seconds` of search find."""
     wide = problem.on(legal_sizes(problem.n, problem.device))
     baseline = in_sequence(wide)
-    return or_sequential(surest(packed_or_found(wide, budget, baseline), baseline), baseline)
+    return or_sequential(best_of(packed_or_found(wide, budget, baseline), baseline, budget), baseline)
 
 
 def packed_or_found(wide: Problem, budget: Budget, baseline: Found) -> list[Found]:

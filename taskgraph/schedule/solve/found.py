@@ -58,12 +58,12 @@ def shortest(found: Iterable[Found], otherwise: Found) -> Found:
     return min(found, key=lambda each: each.makespan_s, default=otherwise)
 
 
-def surest(found: Iterable[Found], baseline: Found) -> Found:
-    """On a GPU, where a prediction alone decides: the first of those whose gain is largest at the lower edge of its
-    band, of those that gain at all. Elsewhere the shortest."""
+def best_of(found: Iterable[Found], baseline: Found, budget: Budget) -> Found:
+    """The shortest. On a GPU, where a prediction alone decides: the first of those whose gain is largest at the lower
+    edge of its band, of those that gain at all."""
     tried = list(found)
     best = shortest(tried, baseline)
-    if best.problem.device.kind != "gpu":
+    if best.problem.device.kind != "gpu" or not budget.sure:
         return best
     gains = [each for each in tried if each.makespan_s < baseline.makespan_s]
     return min(gains, key=lambda each: each.makespan_s * (1.0 + each.gain_band()), default=best)
