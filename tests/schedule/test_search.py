@@ -129,7 +129,7 @@ def test_a_step_whose_kernels_all_fill_the_device_stays_sequential() -> None:
     plan = tg.plan(graph, "h100_sxm", "search", budget_s=2.0)
     found = candidate(graph, tg.devices.get("h100_sxm"), "search", Budget(2.0))
     assert plan.verdict.choice == "sequential" and plan.makespan_s == pytest.approx(plan.verdict.sequential_s)
-    assert found.makespan_s == pytest.approx(plan.verdict.packed_s) and found.verdict.sure_gain < 1.0
+    assert found.makespan_s <= plan.verdict.packed_s * (1 + 1e-9) and found.verdict.sure_gain < 1.0
 
 
 def test_a_repeat_that_only_moves_rows_is_not_emptied() -> None:
