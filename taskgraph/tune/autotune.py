@@ -26,8 +26,7 @@ from taskgraph.runtime.gpu.virtual import is_virtual
 from taskgraph.schedule.bounds import lower_bounds
 from taskgraph.schedule.plan import TUNED, Lane, Plan, Step, Verdict
 from taskgraph.schedule.planner import candidate, plan, retimed
-from taskgraph.schedule.problem import Budget as SearchBudget
-from taskgraph.schedule.problem import make_problem
+from taskgraph.schedule.problem import Budget, make_problem
 from taskgraph.schedule.rcpsp.exact import available
 from taskgraph.schedule.sliced import sliced, verify
 from taskgraph.schedule.solve.auto import AUTO_OP_S
@@ -214,7 +213,7 @@ def candidates(graph: Graph, device: Device, budget_s: float, seed: int, costs: 
     search_s = max(min(SEARCH_SHARE * budget_s, AUTO_OP_S * len(graph.ops)), 1e-3)
     small = device.kind == "gpu" and len(graph.flat().ops) <= EXACT_OPS and available()
     names = ("sequential", "list", "auto", "search", *(("exact",) if small else ()))
-    budget = SearchBudget(search_s, seed)
+    budget = Budget(search_s, seed)
     made = [candidate(graph, device, name, budget, costs) for name in names]
     made += [apart for shared in made for apart in _isolated(shared, graph, costs)]
     distinct: dict[Course, Plan] = {}
