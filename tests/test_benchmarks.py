@@ -13,7 +13,7 @@ import taskgraph as tg
 from benchmarks import interleaved, nanoflow_table, overhead, schedule, serve, spread, tune
 from benchmarks.peers import Slot, next_rows
 from taskgraph.tune import autotune as runtime_tune
-from taskgraph.tune.measure import Budget
+from taskgraph.tune.measure import Countdown
 
 
 def run(capsys: pytest.CaptureFixture[str], main: Callable[[Sequence[str]], int], *argv: str) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def test_rounds_are_interleaved() -> None:
 def test_tune_prints_its_keys(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Its budget is spent by a clock that counts how often it is read: so long runs the same on every machine."""
     readings = count()
-    monkeypatch.setattr(runtime_tune, "Budget", lambda seconds: Budget(seconds, lambda: next(readings) / 100))
+    monkeypatch.setattr(runtime_tune, "Countdown", lambda seconds: Countdown(seconds, lambda: next(readings) / 100))
     result = run(capsys, tune.main, "--graphs", "chains", "--budget", "3", "--rounds", "3", "--depth", "3")
     row = result["chains"]
     assert row["kind"] == "measured"
