@@ -21,7 +21,7 @@ def bind_layer_norm(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry
     none = bits(x.new_empty(0))
     weight = bits(extra[0]) if op.attr("weight") else none
     bias = bits(extra[-1]) if op.attr("bias") else none
-    rows = [bits(t.reshape(-1, t.shape[-1])) for t in (x, outs[0])]
+    rows = [bits(t.view(-1, t.shape[-1])) for t in (x, outs[0])]
     threads = site.threads_for(rows[0].shape[0])
     return ready(kernels_algebra.layer_norm, rows[0], weight, bias, rows[1], op.number("eps"), threads)
 
