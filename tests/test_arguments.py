@@ -123,7 +123,7 @@ def op_calls(s: Shop) -> dict[str, Call]:
         "matmul": {"a": s.x, "b": s.w, "transpose_b": True, "out_dtype": "f32", "demand": None},
         "reduce": {"operation": "min", "x": s.x, "axes": (0, 1), "keep_axes": False},
         **{f"reduce_{kind}": {"x": s.x, "axes": -1, "keep_axes": True} for kind in ("sum", "mean", "max")},
-        "reshape": {"x": s.x, "shape": (4, -1)}, "permute": {"x": s.q, "axes": (1, 0, 2)},
+        "reshape": {"x": s.x, "shape": (4, -1)}, "permute": {"x": s.q, "axes": (1, 0, 2), "shape": (4, -1)},
         "transpose": {"x": s.x, "a": 0, "b": 1}, "expand": {"x": s.gate, "shape": (8, 3)},
         "concat": {"parts": [s.x, s.y], "axis": 1}, "index_select": {"x": s.x, "index": s.places, "axis": 1},
         "slice_axis": {"x": s.x, "axis": 1, "start": 0, "stop": 4, "step": 2},

@@ -184,7 +184,10 @@ def bind_as(inner: str, op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> E
     return CPU_KINDS[inner].bind(replace(op, kind=inner, attrs=attrs), views, [out.view(shape)], site)
 
 
-for _kind in ("gemm", "rmsnorm", "layer_norm", "embedding", "argmax"):
+for _kind in (
+    "gemm", "rmsnorm", "layer_norm", "embedding", "argmax", "softmax", "matmul", "reduce", "concat", "concat_rows",
+    "index_select", "take_along",
+):  # fmt: skip
     stated_kind(f"{ATEN}.{_kind}", {}, partial(bind_as, _kind), CPU_KINDS[_kind].by)
 
 

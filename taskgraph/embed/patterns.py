@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, Final
 
 import taskgraph as tg
+from taskgraph.embed import standard
 from taskgraph.embed.attention import attention
 from taskgraph.embed.flow import Flow, Use
 from taskgraph.embed.lower import Match, Site, shaped
@@ -231,5 +232,6 @@ def argmax(m: Matcher, i: int) -> Match | None:
 
 
 PATTERNS: Final[tuple[Pattern, ...]] = (
-    attention, rotary, rms_norm, layer_norm, product, embedding, argmax, pointwise,
+    attention, rotary, rms_norm, layer_norm, product, embedding, argmax, standard.softmax, standard.product,
+    standard.reduction, standard.join, standard.pick, standard.transposing_copy, pointwise,
 )  # fmt: skip

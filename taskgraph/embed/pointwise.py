@@ -4,7 +4,6 @@ Where operands are views that do not lie row by row, the op is an `aten.elementw
 are views that are taken once, at capture.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
@@ -26,7 +25,8 @@ _FLOATS: Final = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_STEPS: Final = MOST_STEPS // 2
 
 Words = tuple[tuple[str, ...], ...]
-"""Steps: an operation and its arguments, which are names of the call's arguments, numbers, or "<" for the last step."""
+"""Steps: an operation and its arguments, which are names of the call's arguments, numbers, or "<" for the last step and
+"<<" for the one before."""
 
 
 def _one(name: str) -> Callable[[Matcher, int], Words | None]:
@@ -81,10 +81,15 @@ def _where(m: Matcher, i: int) -> Words | None:
 
 
 def _masked(m: Matcher, i: int) -> Words | None:
-    value = m.arg(i, "value")
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
     return (("where", "mask", "value", "self"),)
+
+
+def _softplus(m: Matcher, i: int) -> Words | None:
+    """log(1 + exp(x)), and x itself where that is the same (torch's threshold)."""
+    if m.arg(i, "beta") != 1:
+        return None
+    threshold = repr(float(m.arg(i, "threshold")))
+    return (("exp", "self"), ("log1p", "<"), ("gt", "self", threshold), ("where", "<", "self", "<<"))
 
 
 def _clamp(m: Matcher, i: int) -> Words | None:
@@ -104,7 +109,7 @@ def _to(m: Matcher, i: int) -> Words | None:
 _RULES: Final[Mapping[str, Callable[[Matcher, int], Words | None]]] = {
     "add": _two("add"), "sub": _two("sub"), "mul": _two("mul"), "div": _div, "rsub": _rsub, "pow": _pow,
     "maximum": _two("maximum"), "minimum": _two("minimum"), "gelu": _gelu, "where": _where,
-    "masked_fill": _masked, "clamp": _clamp, "clamp_min": _clamp, "to": _to, "_to_copy": _to,
+    "masked_fill": _masked, "softplus": _softplus, "clamp": _clamp, "clamp_min": _clamp, "to": _to, "_to_copy": _to,
     **{name: _one(name) for name in (
         "neg", "abs", "exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "sin", "cos", "tanh", "sigmoid", "erf", "relu",
         "silu", "floor", "ceil",
@@ -147,9 +152,9 @@ def pointwise(m: Matcher, i: int) -> Match | None:
     inputs = tuple(chain.inputs)
 
     def emit(site: Site) -> str:
-        if all(_plain(m, site, u, out) for u in inputs) and m.layout(out).plain:
+        wanted = _shape(m, site, inputs, out)
+        if all(_plain(m, site, u, out, wanted) for u in inputs) and m.layout(out).plain:
             values = [site.value(u) for u in inputs]
-            wanted = m.layout(out).spec(site.wanted(out.leaf))[0]
             if broadcast([v.shape for v in values]) == wanted:
                 return named(
                     site, out.leaf, lambda n: tg.ops.elementwise(text, values, out_dtype=dtype, name=n), m.call(i).name
@@ -174,14 +179,23 @@ def _work(m: Matcher, inputs: tuple[Use, ...], out: Use, text: str) -> tg.Work:
     return tg.Work(flops=formula(text).flops * m.layout(out).elements, hbm_bytes=float(moved))
 
 
-def _plain(m: Matcher, site: Site, use: Use, out: Use) -> bool:
-    """Whether the tensor of the graph broadcasts to the output as torch's tensor does."""
+def _shape(m: Matcher, site: Site, inputs: tuple[Use, ...], out: Use) -> tuple[int, ...]:
+    """The output's shape in the graph: what an op wants, else that of an operand of all its elements, else rows."""
+    wanted, size = site.wanted(out.leaf), m.layout(out).size
+    if wanted is None:
+        alike = (site.value(u).shape for u in inputs if m.layout(u).size == size and m.same_rows(u))
+        wanted = next(alike, None)
+    return m.layout(out).spec(wanted)[0]
+
+
+def _plain(m: Matcher, site: Site, use: Use, out: Use, wanted: tuple[int, ...]) -> bool:
+    """Whether the tensor of the graph broadcasts to the output, of shape `wanted`, as torch's tensor does."""
     if not m.same_rows(use):
         return False
     size, full = m.layout(use).size, m.layout(out).size
     shape = site.value(use).shape
     if size == full:
-        return shape == m.layout(out).spec(site.wanted(out.leaf))[0]
+        return shape == wanted
     return len(size) <= 1 and shape == size
 
 
@@ -204,18 +218,18 @@ def _append(m: Matcher, i: int, root: int, chain: _Chain, alone: bool = False) -
     if words is None:
         return False
     names: dict[str, str] = {}
-    for word in {w for step in words for w in step[1:]}:
-        if word == "<" or word[0] in "-0123456789":
+    for word in dict.fromkeys(w for step in words for w in step[1:]):
+        if word[0] in "<-0123456789":
             continue
         value = m.arg(i, word)
         if isinstance(value, Use):
             names[word] = _operand(m, value, i, root, chain, alone)
-        elif isinstance(value, (bool, int, float)) and math.isfinite(value):
+        elif isinstance(value, (bool, int, float)):
             names[word] = repr(float(value))
         else:
             return False
     for step in words:
-        given = [f"s{len(chain.steps) - 1}" if w == "<" else names.get(w, w) for w in step[1:]]
+        given = [f"s{len(chain.steps) - len(w)}" if w[0] == "<" else names.get(w, w) for w in step[1:]]
         chain.steps.append(" ".join((step[0], *given)))
     chain.calls.append(i)
     return len(chain.inputs) <= MOST_INPUTS and all(isinstance(u, Use) for u in chain.inputs)

@@ -38,24 +38,30 @@ def numbers_of(attrs: Attrs, key: str) -> tuple[int, ...]:
 
 def reshape(x: Value, shape: Sequence[int], *, name: str | None = None) -> Value:
     """The elements of x in the same order, copied, in another shape of one axis or more; one size may be -1."""
-    is_value("reshape", "x", x)
-    sizes = [
-        integer("a size of reshape", n, GraphError, -1) for n in sequence("the shape of reshape", shape, GraphError)
-    ]
-    count, known = math.prod(x.shape), math.prod(n for n in sizes if n >= 0)
+    return apply("reshape", [x], {"row": tuple(filled("reshape", x, shape)[1:])}, name=name)
+
+
+def filled(kind: str, x: Value, shape: object) -> list[int]:
+    """The sizes of a shape that x can have, with what -1 stands for; GraphError for another."""
+    is_value(kind, "x", x)
+    wanted = sizes_of(kind, shape)
+    sizes, count, known = [*wanted], math.prod(x.shape), math.prod(n for n in wanted if n >= 0)
     if sizes.count(-1) == 1 and known > 0:
         sizes[sizes.index(-1)] = count // known
     if not sizes or math.prod(sizes) != count or min(sizes) < 1:
-        raise GraphError(f"reshape cannot give {x.tensor.name!r} of shape {list(x.shape)} the shape {list(shape)}.")
-    return apply("reshape", [x], {"row": tuple(sizes[1:])}, name=name)
+        raise GraphError(f"{kind} cannot give {x.tensor.name!r} of shape {list(x.shape)} the shape {wanted}.")
+    return sizes
 
 
 def reshape_shape(ins: Shapes, attrs: Attrs) -> Output:
-    (x,), row = ins, numbers_of(attrs, "row")
-    each = math.prod(row)
-    whole = each > 0 and math.prod(x.shape) % each == 0
-    need(whole, "reshape", ins, f"its elements are no whole number of rows {list(row)}")
-    return (math.prod(x.shape) // each, *row), x.dtype
+    return regrouped("reshape", ins, numbers_of(attrs, "row")), ins[0].dtype
+
+
+def regrouped(kind: str, ins: Shapes, row: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the elements of the input as rows of this shape."""
+    count, each = math.prod(ins[0].shape), math.prod(row)
+    need(each > 0 and count % each == 0, kind, ins, f"its elements are no whole number of rows {list(row)}")
+    return (count // each, *row)
 
 
 register(Kind("reshape", Signature("*", {"row": AXES}), reshape_shape, rows_work, split=(0,)))
@@ -66,10 +72,14 @@ tensors are cut alike, for their elements are in one order."""
 # ------------------------------------------------------------------------------------------ permute
 
 
-def permute(x: Value, axes: Sequence[int], *, name: str | None = None) -> Value:
-    """x with its axes in another order, copied: axis i of the result is axis axes[i] of x."""
+def permute(x: Value, axes: Sequence[int], shape: Sequence[int] | None = None, *, name: str | None = None) -> Value:
+    """x with its axes in another order, copied: axis i of the result is axis axes[i] of x. With `shape` the result is
+    that, reshaped (see `reshape`), by the same copy."""
     places = tuple(place_of("permute", x, axis) for axis in sequence("axes of permute", axes, GraphError))
-    return apply("permute", [x], {"axes": places}, name=name)
+    attrs = Attrs(axes=places)
+    if shape is not None:
+        attrs["row"] = tuple(filled("permute", x, shape)[1:])
+    return apply("permute", [x], attrs, name=name)
 
 
 def transpose(x: Value, a: int = -2, b: int = -1, *, name: str | None = None) -> Value:
@@ -83,6 +93,8 @@ def transpose(x: Value, a: int = -2, b: int = -1, *, name: str | None = None) ->
 def permute_shape(ins: Shapes, attrs: Attrs) -> Output:
     (x,), axes = ins, numbers_of(attrs, "axes")
     need(sorted(axes) == [*range(len(x.shape))], "permute", ins, f"axes {axes} are not all of them, each once")
+    if "row" in attrs:
+        return regrouped("permute", ins, numbers_of(attrs, "row")), x.dtype
     return tuple(x.shape[axis] for axis in axes), x.dtype
 
 
@@ -91,7 +103,7 @@ def permute_split(ins: Shapes, attrs: Attrs) -> Axes:
     return (numbers_of(attrs, "axes")[0],)
 
 
-register(Kind("permute", Signature("+", {"axes": AXES}), permute_shape, rows_work, permute_split))
+register(Kind("permute", Signature("+", {"axes": AXES}, {"row": AXES}), permute_shape, rows_work, permute_split))
 
 
 # ------------------------------------------------------------------------------------------- expand

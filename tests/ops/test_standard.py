@@ -269,6 +269,7 @@ class Bench:
         value, x = self.given(shape)
         order = self.draw(st.permutations(range(len(shape))))
         self.keep(ops.permute(value, order), x.permute(order))
+        self.keep(ops.permute(value, order, (shape[0], -1)), x.permute(order).reshape(shape[0], -1))
         self.keep(ops.transpose(value, axis, 0), x.transpose(axis, 0))
         self.keep(ops.reshape(value, (shape[-1], -1)), x.reshape(shape[-1], -1))
         start = self.draw(st.integers(0, shape[axis] - 1))
@@ -383,6 +384,8 @@ def batched(draw: st.DrawFn) -> Graph:
             ),
             lambda: ops.reshape(ops.reshape(x, (rows // 2, 2 * wide)), (rows, wide)),
             lambda: ops.permute(ops.permute(x, (1, 0)), (1, 0)),
+            lambda: ops.permute(ops.reshape(x, (rows, 2, 3)), (0, 2, 1), (rows, wide)),
+            lambda: ops.permute(ops.permute(ops.reshape(x, (rows, 2, 3)), (1, 0, 2), (2, -1)), (0, 1), (rows, wide)),
             lambda: ops.slice_axis(ops.concat([x, y], 1), 1, 3, 3 + wide),
             lambda: ops.index_select(table, index),
             lambda: ops.index_select(ops.concat([x, x], 1), ops.slice_rows(index, 0, 4), 1),

@@ -16,7 +16,8 @@ def bind_reshape(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
 
 
 def bind_permute(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
-    return partial(outs[0].copy_, ins[0].permute(numbers_of(Attrs(op.attrs), "axes")))
+    turned = ins[0].permute(numbers_of(Attrs(op.attrs), "axes"))
+    return partial(outs[0].view(turned.shape).copy_, turned)
 
 
 def bind_expand(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:

@@ -66,9 +66,9 @@ def reshape_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site
 
 
 def permute_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSite) -> Launches:
-    steps = _steps(ins[0])
-    order = [steps[axis] for axis in numbers_of(Attrs(op.attrs), "axes")]
-    return [_moved(op, ins[0], order, outs[0], dense_strides(outs[0].shape), site)]
+    axes, steps = numbers_of(Attrs(op.attrs), "axes"), _steps(ins[0])
+    turned = Buffer(outs[0].address, tuple(ins[0].shape[axis] for axis in axes), outs[0].dtype)
+    return [_moved(op, ins[0], [steps[axis] for axis in axes], turned, dense_strides(turned.shape), site)]
 
 
 def expand_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSite) -> Launches:

@@ -1,0 +1,69 @@
+"""What from_torch recognises of calls over whole axes: the kind, and torch's result."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+import taskgraph as tg
+from tests.embed.test_importer import Fn, run, same
+
+Case = tuple[tuple[str, ...], Callable[..., Any], tuple[torch.Tensor, ...]]
+
+
+def r(*size: int) -> torch.Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(sum(size)))
+
+
+CASES: dict[str, Case] = {
+    "softmax": (("softmax",), lambda x: x.softmax(-1), (r(2, 3, 5),)),
+    "log softmax, inner axis": (("softmax",), lambda x: F.log_softmax(x, 1), (r(2, 3, 5),)),
+    "softmax of other dtype": (("aten",), lambda x: x.softmax(-1, dtype=torch.float64), (r(3, 5),)),
+    "bmm": (("matmul",), torch.bmm, (r(2, 3, 5), r(2, 5, 4))),
+    "matmul of a transpose": (("matmul",), lambda a, b: a @ b.transpose(-1, -2), (r(2, 3, 5, 4), r(3, 6, 4))),
+    "square transpose": (("elementwise", "matmul"), lambda a, b: a @ (b + 1).mT, (r(4, 4), r(4, 4))),
+    "matmul of rows": (("aten.matmul",), lambda a, b: a[1:] @ b[:3], (r(4, 3), r(4, 4))),
+    "matmul of columns": (("aten",), lambda a, b: a[:, 1:] @ b, (r(4, 4), r(3, 4))),
+    "sum": (("reduce", "elementwise"), lambda x: x.sum(-1, keepdim=True) * 2, (r(2, 3, 5),)),
+    "sum of all": (("reduce",), lambda x: x.sum(), (r(2, 3, 5),)),
+    "mean of inner axes": (("reduce",), lambda x: x.mean((1, 2)), (r(2, 3, 5, 4),)),
+    "mean of axes apart": (("aten",), lambda x: x.mean((0, 2)), (r(2, 3, 5),)),
+    "largest": (("reduce",), lambda x: x.amax(0), (r(2, 3, 5),)),
+    "sum of integers": (("aten",), lambda x: x.sum(0), (torch.arange(12).view(3, 4),)),
+    "joined columns": (("concat",), lambda x, y: torch.cat([x, y, x], -1), (r(2, 3, 5), r(2, 3, 2))),
+    "joined rows": (("aten.concat_rows",), lambda x, y: torch.cat([x, y[1:]]), (r(2, 3, 5), r(4, 3, 5))),
+    "joined integers": (("concat_rows",), lambda x, y: torch.cat([x, y]), (torch.arange(5), torch.arange(3))),
+    "joined between": (("concat",), lambda x, y: torch.cat([x, y], 1), (r(2, 3, 5), r(2, 1, 5))),
+    "picked": (("index_select",), lambda x, i: x.index_select(1, i), (r(2, 6, 5), torch.tensor([3, 0, 5]))),
+    "gathered": (("take_along",), lambda x, i: x.gather(1, i), (r(2, 6), torch.tensor([[3, 0, 5], [1, 1, 1]]))),
+    "gathered in part": (("aten",), lambda x, i: x.gather(1, i), (r(2, 6), torch.tensor([[3, 0, 5]]))),
+    "copied transpose": (("permute",), lambda x: x.transpose(1, 2).contiguous(), (r(2, 6, 3, 5),)),
+    "reshaped transpose": (
+        ("permute", "gemm"), lambda x, w: F.linear(x.transpose(1, 2).reshape(12, 15), w), (r(2, 3, 6, 5), r(4, 15)),
+    ),
+    "copied slice": (("aten",), lambda x: x[:, 1:].contiguous(), (r(3, 5),)),
+    "attention by hand": (
+        ("matmul", "elementwise", "softmax", "matmul", "permute"),
+        lambda q, k, v: ((q @ k.mT * 0.5).softmax(-1) @ v).transpose(1, 2).contiguous(),
+        (r(2, 3, 5, 4), r(2, 3, 6, 4), r(2, 3, 6, 4)),
+    ),
+    "softplus": (("elementwise",), lambda x: F.softplus(30 * x) + 1, (r(3, 5),)),
+    "masked": (
+        ("elementwise", "softmax"), lambda x, m: x.masked_fill(m, -torch.inf).softmax(-1), (r(3, 5), r(3, 5) > 1),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_recognised_gives_torchs_result(name: str) -> None:
+    kinds, function, given = CASES[name]
+    weights = [torch.nn.Parameter(t) for t in given[1:]] if "gemm" in kinds else []
+    module = Fn(lambda x: function(x, *weights)) if weights else Fn(function)
+    if weights:
+        module.register_parameter("w", weights[0])
+    arguments = given[:1] if weights else given
+    same(run(module, *arguments), module(*arguments))
+    graph = tg.from_torch(module, arguments).graph
+    assert tuple(op.kind for op in graph.ops) == kinds
