@@ -27,8 +27,8 @@ from taskgraph.runtime.gpu import virtual
 from taskgraph.runtime.gpu.executable import CudaExecutable
 from taskgraph.schedule.evaluate import NO_HOLDS, Assignment, Layout
 from taskgraph.schedule.plan import Plan
-from taskgraph.schedule.planner import plan_from, replay_times
-from taskgraph.schedule.problem import make_problem
+from taskgraph.schedule.planner import candidate, plan_from, replay_times
+from taskgraph.schedule.problem import Budget, make_problem
 
 DEVICE = "virtual:h100_sxm"
 SIDE = 32
@@ -117,7 +117,7 @@ def random_plan(rng: np.random.Generator, graph: Graph, device: Device) -> Plan:
     """A legal plan: in three of four cases one without sense (random partitions, sometimes of two geometries, random
     lanes, SM counts and order), else what the search finds."""
     if rng.integers(4) == 0:
-        return tg.plan(graph, device, "search", budget_s=0.01, seed=int(rng.integers(1000)))
+        return candidate(graph, device, "search", Budget(0.01, int(rng.integers(1000))))
     geometries = tuple(_random_geometry(rng, device) for _ in range(int(rng.integers(1, 3))))
     lanes = tuple(tuple(int(n) for n in rng.integers(1, 3, len(g.partitions))) for g in geometries)
     layout = Layout(geometries, lanes)

@@ -17,7 +17,8 @@ import taskgraph as tg
 from benchmarks import count, machine, one_line, positive, print_json, seconds_of, whole
 from taskgraph.graph.device import Device
 from taskgraph.schedule.evaluate import NO_HOLDS, Assignment, Layout, evaluate
-from taskgraph.schedule.problem import Problem, make_problem
+from taskgraph.schedule.planner import candidate
+from taskgraph.schedule.problem import Budget, Problem, make_problem
 from taskgraph.schedule.solve.lists import layouts, pack
 from taskgraph.schedule.solve.rules import FROM
 
@@ -203,7 +204,7 @@ def searched(graph: tg.Graph, device: Device, budget_s: float) -> dict[str, Any]
     """What a search of so many seconds makes of the list's plan, and what it takes."""
     listed = tg.plan(graph, device, "list")
     found: list[tg.Plan] = []
-    seconds = seconds_of(lambda: found.append(tg.plan(graph, device, "search", budget_s=budget_s)))
+    seconds = seconds_of(lambda: found.append(candidate(graph, device, "search", Budget(budget_s))))
     ratio = found[0].makespan_s / listed.makespan_s
     return {"search_seconds": seconds, "search_over_list": ratio, "search_gap": found[0].gap, "list_gap": listed.gap}
 
