@@ -59,7 +59,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[ProfileDB, tg.Tu
     database = ProfileDB(tmp_path_factory.mktemp("profiles") / "p.sqlite3")
     other = ProfileDB(tmp_path_factory.mktemp("other") / "p.sqlite3")
     tg.autotune(products(1), "cpu", 1.0, database=other)  # loads and compiles what runs; its op times are not shared
-    return database, tg.autotune(products(), "cpu", 5.0, database=database)
+    return database, tg.autotune(products(), "cpu", 20.0, database=database)
 
 
 def test_what_this_machine_measured_is_remembered(
