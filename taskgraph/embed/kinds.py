@@ -19,8 +19,8 @@ from taskgraph.graph.op import Op, Work
 from taskgraph.ops.kinds import Kind, Output, register
 from taskgraph.ops.signatures import FLAG, NUMBER, WORD, Attrs, Shapes, Signature
 from taskgraph.runtime.cpu import pointwise
+from taskgraph.runtime.cpu.algebra import alone_if_small
 from taskgraph.runtime.cpu.arguments import ready
-from taskgraph.runtime.cpu.kernels import use_threads
 from taskgraph.runtime.cpu.kinds import COMPILED, TORCH, CpuSite, Entry, Tensors, bits
 from taskgraph.runtime.cpu.kinds import register as register_on_cpu
 from taskgraph.runtime.cpu.standard import CPU_KINDS
@@ -67,27 +67,14 @@ def bind_aten(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
     copies = [(made[o], given[i]) for i, o in body["copies"]]
     results = [None if o is None else made[o] for o in body["results"]]
     run = _entry(target, args, kwargs, copies, results)
-    small = op.work.flops < _A_TEAM and op.work.hbm_bytes < _A_TEAM
-    if small and site.threads > 1 and target._opname in _PARALLEL:
-        return partial(_alone, run, site.threads)
-    return run
+    return alone_if_small(op, site, run) if target._opname in _PARALLEL else run
 
 
-_A_TEAM = 4 << 20
-"""Flops or bytes that are worth all threads of a lane: a small product on a team waits for it more than it computes."""
 _PARALLEL: Final = frozenset({
     "matmul", "bmm", "mm", "addmm", "baddbmm", "linear", "einsum", "conv1d", "conv2d", "convolution", "lstm", "gru",
     "conv_transpose2d", "scaled_dot_product_attention",
 })  # fmt: skip
 """Calls that libraries spread over all threads, however small they are."""
-
-
-def _alone(run: Entry, threads: int) -> None:
-    use_threads(1)
-    try:
-        run()
-    finally:
-        use_threads(threads)
 
 
 def _entry(target: Any, args: list[Any], kwargs: dict[str, Any], copies: list[Any], results: list[Any]) -> Entry:

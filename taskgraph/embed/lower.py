@@ -260,11 +260,13 @@ def named(site: Site, leaf: int, make: Callable[[str], tg.Value], stem: str) -> 
 def shaped(site: Site, stem: str, operands: Sequence[Operand], leaf: int, make: Callable[..., tg.Value]) -> str:
     """Append the op that `make` makes of the operands (and `name=`), whose result is the storage of `leaf`.
 
-    Where a tensor of the graph has another shape, or is more than the operand, the op is one of the kind "aten.KIND"
-    instead: the same with views that are taken at capture. NoFit where `make` refuses the operands.
+    Where a tensor of the graph has another shape, or is more than the operand, or an operand does not lie row by row,
+    the op is one of the kind "aten.KIND" instead: the same with views that are taken at capture. NoFit where `make`
+    refuses the operands.
     """
     values = [site.value(use) for use, _ in operands]
-    whole = [site.flow.layout(use).elements == math.prod(v.shape) for (use, _), v in zip(operands, values, strict=True)]
+    layouts = [site.flow.layout(use) for use, _ in operands]
+    whole = [lies.plain and lies.elements == math.prod(v.shape) for lies, v in zip(layouts, values, strict=True)]
     if all(whole) and all(v.shape == shape for v, (_, shape) in zip(values, operands, strict=True)):
         return named(site, leaf, lambda name: make(*values, name=name), stem)
     scratch = tg.GraphBuilder("scratch")

@@ -85,26 +85,25 @@ def reduction(m: Matcher, i: int) -> Match | None:
 
 
 def join(m: Matcher, i: int) -> Match | None:
-    """torch.cat of tensors that lie row by row: `concat`."""
+    """torch.cat: `concat`, of all that lies row by row as two axes."""
     if not m.is_op(i, "cat"):
         return None
     parts: list[Use] = m.arg(i, "tensors")
     size = m.layout(m.out(i)).size
     axis = m.arg(i, "dim") % len(size)
-    plain = all(len(m.layout(u).size) == len(size) and _plain(m, u, m.out(i)) for u in parts)
-    if not plain or len(parts) > 64:
+    alike = all(len(m.layout(u).size) == len(size) and m.layout(u).elements for u in parts)
+    if not alike or len({m.layout(u).dtype for u in (*parts, m.out(i))}) > 1 or not m.layout(m.out(i)).plain:
         return None
-    if axis == 0:
-        last = size[-1] if len(size) > 1 else 1
-        shapes = [(m.layout(u).elements // last, last) if len(size) > 1 else m.layout(u).size for u in parts]
-        made: tuple[int, ...] = (m.layout(m.out(i)).elements // last, last) if len(size) > 1 else size
-    else:
-        outer = math.prod(size[:axis])
-        shapes = [(outer, m.layout(u).elements // outer) for u in parts]
-        made = (outer, m.layout(m.out(i)).elements // outer)
+    outer, last = math.prod(size[:axis]), size[-1]
+    shapes = [m.layout(u).size for u in parts]
+    made = size
+    if all(m.layout(u).plain for u in parts) and len(size) > 1:
+        shapes = [(n // last, last) if axis == 0 else (outer, n // outer) for n in map(math.prod, shapes)]
+        made = (math.prod(size) // last, last) if axis == 0 else (outer, math.prod(size) // outer)
+        axis = min(axis, 1)
 
     def make(*values: tg.Value, name: str) -> tg.Value:
-        return tg.ops.concat(values, 0 if axis == 0 else 1, name=name)
+        return tg.ops.concat(values, axis, name=name)
 
     return _single(m, i, "concat", [*zip(parts, shapes, strict=True)], made, make)
 

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 import taskgraph as tg
+from tests.conftest import Call
 from tests.embed.test_importer import Fn, run, same
+from tests.runtime.gpu.test_cuda import run_plan
 
 Case = tuple[tuple[str, ...], Callable[..., Any], tuple[torch.Tensor, ...]]
 
@@ -36,6 +38,10 @@ CASES: dict[str, Case] = {
     "joined rows": (("aten.concat_rows",), lambda x, y: torch.cat([x, y[1:]]), (r(2, 3, 5), r(4, 3, 5))),
     "joined integers": (("concat_rows",), lambda x, y: torch.cat([x, y]), (torch.arange(5), torch.arange(3))),
     "joined between": (("concat",), lambda x, y: torch.cat([x, y], 1), (r(2, 3, 5), r(2, 1, 5))),
+    "joined views": (
+        ("aten.concat",), lambda x, y: torch.cat([x.transpose(1, 2)[:, 1:], y], -1), (r(2, 3, 5), r(2, 4, 2)),
+    ),
+    "joined transposes": (("aten.concat_rows",), lambda x, y: torch.cat([x.t(), y.t()]), (r(4, 4), r(4, 4))),
     "picked": (("index_select",), lambda x, i: x.index_select(1, i), (r(2, 6, 5), torch.tensor([3, 0, 5]))),
     "gathered": (("take_along",), lambda x, i: x.gather(1, i), (r(2, 6), torch.tensor([[3, 0, 5], [1, 1, 1]]))),
     "gathered in part": (("aten",), lambda x, i: x.gather(1, i), (r(2, 6), torch.tensor([[3, 0, 5]]))),
@@ -58,12 +64,31 @@ CASES: dict[str, Case] = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_recognised_gives_torchs_result(name: str) -> None:
-    kinds, function, given = CASES[name]
-    weights = [torch.nn.Parameter(t) for t in given[1:]] if "gemm" in kinds else []
-    module = Fn(lambda x: function(x, *weights)) if weights else Fn(function)
-    if weights:
-        module.register_parameter("w", weights[0])
-    arguments = given[:1] if weights else given
+    module, arguments = module_of(name)
     same(run(module, *arguments), module(*arguments))
     graph = tg.from_torch(module, arguments).graph
-    assert tuple(op.kind for op in graph.ops) == kinds
+    assert tuple(op.kind for op in graph.ops) == CASES[name][0]
+
+
+def module_of(name: str) -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
+    """The case as a module, whose parameters are what a gemm multiplies by, and its arguments."""
+    kinds, function, given = CASES[name]
+    weights = [torch.nn.Parameter(t) for t in given[1:]] if "gemm" in kinds else []
+    if not weights:
+        return Fn(function), given
+    module = Fn(lambda x: function(x, *weights))
+    module.register_parameter("w", weights[0])
+    return module, given[:1]
+
+
+OURS = [name for name, case in CASES.items() if not any(kind.startswith("aten") for kind in case[0])]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_what_is_recognised_runs_on_the_virtual_gpu(on_virtual: Call, name: str) -> None:
+    module, arguments = module_of(name)
+    imported = tg.from_torch(module, arguments)
+    given = imported.feed(*arguments)
+    plan = tg.plan(imported.graph, "h100_sxm", "sequential")
+    made = on_virtual(run_plan, imported.graph, plan, {**imported.tensors, **given})
+    same(imported.results(made, given), module(*arguments))

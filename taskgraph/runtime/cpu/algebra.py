@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -12,6 +12,7 @@ from taskgraph.ops.algebra import reduced_axes
 from taskgraph.ops.signatures import Attrs
 from taskgraph.runtime.cpu import kernels_algebra
 from taskgraph.runtime.cpu.arguments import ready
+from taskgraph.runtime.cpu.kernels import use_threads
 from taskgraph.runtime.cpu.kinds import CHANGING, COMPILED, TORCH, CpuSite, Entry, Tensors, bits, need_floats, register
 
 
@@ -38,13 +39,32 @@ def bind_matmul(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
     _known(op, a)
     right = b.transpose(-1, -2) if op.attr("transpose_b") else b
     if a.dtype == out.dtype:
-        return partial(torch.matmul, a, right, out=out)
+        return alone_if_small(op, site, partial(torch.matmul, a, right, out=out))
     wide = torch.promote_types(a.dtype, torch.float32)
 
     def run() -> None:
         out.copy_(torch.matmul(a.to(wide), right.to(wide)))
 
     return run
+
+
+_A_TEAM: Final = 4 << 20
+"""Flops or bytes that are worth all threads of a lane: a small product on a team waits for it more than it computes."""
+
+
+def alone_if_small(op: Op, site: CpuSite, run: Entry) -> Entry:
+    """`run`, a call that libraries spread over all threads however small it is, on one thread if it is small."""
+    if site.threads == 1 or max(op.work.flops, op.work.hbm_bytes) >= _A_TEAM:
+        return run
+    return partial(_alone, run, site.threads)
+
+
+def _alone(run: Entry, threads: int) -> None:
+    use_threads(1)
+    try:
+        run()
+    finally:
+        use_threads(threads)
 
 
 def bind_reduce(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
