@@ -10,6 +10,7 @@ from taskgraph.embed.flow import Use
 from taskgraph.embed.lower import Match, Site, viewed
 from taskgraph.embed.match import Matcher
 from taskgraph.embed.work import seen_bytes
+from taskgraph.graph.op import Attr
 
 ATTENTION: Final = "aten.attention"
 """The kind; `taskgraph.embed.kinds` registers it."""
@@ -34,13 +35,14 @@ def attention(m: Matcher, i: int) -> Match | None:
             inner, k, v = [*k_inner, *v_inner], k_base, v_base
     uses = (q, k, v) if mask is None else (q, k, v, mask)
     scale = m.arg(i, "scale")
-    attrs: dict[str, str | int | float | bool] = {
+    batch, heads, rows, dim = m.layout(q).size
+    keys, wide = m.layout(k).size[2], m.layout(v).size[3]
+    attrs: dict[str, Attr] = {
+        "sizes": (batch, heads, rows, dim, m.layout(k).size[1], keys, wide),
         "scale": float(scale) if scale is not None else 1.0 / math.sqrt(m.layout(q).size[-1]),
         "causal": bool(m.arg(i, "is_causal")),
         "masked": mask is not None,
     }
-    batch, heads, rows, dim = m.layout(q).size
-    keys, wide = m.layout(k).size[2], m.layout(v).size[3]
     moved = sum(seen_bytes(m.layout(u)) for u in uses) + layout.nbytes
     work = tg.Work(flops=2.0 * batch * heads * rows * keys * (dim + wide), hbm_bytes=float(moved))
 

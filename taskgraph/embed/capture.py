@@ -28,7 +28,7 @@ class Captured:
         self.lowered, self.why, self.rebinds = lowered, "", 0
         self.recognised = sum(made.kind != ATEN for made in lowered.recognised)
         self._exe: Any = tg.compile(graph, self.plan)
-        self._launch: Callable[[], Any] = self._exe.launch
+        self.launch: Callable[[], Any] = self._exe.launch
         used = {t.name: t.role for t in graph.tensors}
         places = [(i, p) for i, p in enumerate(lowered.sources) if p is not None and p.tensor in used]
         self._bound = [(i, p) for i, p in places if used[p.tensor] != "input"]
@@ -58,7 +58,7 @@ class Captured:
             return None
         for i, buffer in self._copies:
             buffer.copy_(args[i])
-        self._launch()
+        self.launch()
         return self._results(args)
 
     def _bind(self, args: Sequence[Any]) -> None:

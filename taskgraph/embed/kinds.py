@@ -12,10 +12,14 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from taskgraph.cost.families import PLAIN_STREAM, priced
+from taskgraph.cost.families.attention import DecodeShape, PrefillShape
+from taskgraph.cost.families.gemm import GemmShape
+from taskgraph.cost.family import Kernel
 from taskgraph.embed import kernels
 from taskgraph.embed.calls import Layout, decoded, leaves, out_variant, target_of
 from taskgraph.errors import BackendUnavailable
-from taskgraph.graph.op import Op, Work
+from taskgraph.graph.op import ITEMSIZE, Op, Work
 from taskgraph.ops.kinds import Kind, Output, register
 from taskgraph.ops.signatures import FLAG, NUMBER, WORD, Attrs, Shapes, Signature
 from taskgraph.runtime.cpu import pointwise
@@ -240,5 +244,39 @@ def bind_attention(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
     return held(run, (views, out))
 
 
+def attention_kernel(op: Op, ins: Shapes, outs: Shapes) -> Kernel:
+    """Decode for one query a sequence, else prefill."""
+    sizes = op.attr("sizes")
+    assert isinstance(sizes, tuple)
+    batch, heads, rows, dim, groups, keys, _ = sizes
+    kind, size = outs[0].dtype, ITEMSIZE[outs[0].dtype]
+    if rows == 1:
+        return Kernel("decode_attention", kind, DecodeShape(batch, keys, heads, groups, dim, 0.0, size))
+    return Kernel("prefill_attention", kind, PrefillShape(batch, rows, max(keys, rows), heads, groups, dim, 0.0, size))
+
+
+def gemm_kernel(op: Op, ins: Shapes, outs: Shapes) -> Kernel:
+    """The product that it is."""
+    (m, k), (_, n) = json.loads(str(op.attr("program")))["operands"][0]["as"], _pair(op.attr("out_shape"))
+    return Kernel("gemm", outs[0].dtype, GemmShape(m, n, k, ITEMSIZE[outs[0].dtype]))
+
+
+def _pair(value: object) -> tuple[int, int]:
+    assert isinstance(value, tuple)
+    first, second = value
+    return first, second
+
+
+def call_kernel(op: Op, ins: Shapes, outs: Shapes) -> Kernel:
+    """A stream of the declared work, at the rate of its own dtype."""
+    kind = outs[0].dtype if outs and outs[0].dtype in ("bf16", "f16") else "f32"
+    return PLAIN_STREAM if kind == "f32" else Kernel("stream", kind, (*op.work.vector, 0.0))
+
+
+for _name, _rule in (("attention", attention_kernel), ("gemm", gemm_kernel)):
+    priced(f"{ATEN}.{_name}", _rule)
+priced(ATEN, call_kernel)
 stated_kind("aten.rotary", {}, bind_rotary, COMPILED)
-stated_kind("aten.attention", {"scale": NUMBER, "causal": FLAG, "masked": FLAG}, bind_attention, COMPILED)
+stated_kind(
+    "aten.attention", {"scale": NUMBER, "causal": FLAG, "masked": FLAG, "sizes": WORD}, bind_attention, COMPILED
+)

@@ -22,6 +22,7 @@ __all__ = [
     "PREFILL",
     "STREAM",
     "kernel_of",
+    "priced",
     "register",
 ]
 
@@ -44,6 +45,14 @@ def register(family: Family) -> Family:
     FAMILIES[family.name] = family
     _RULES.update(family.kinds)
     return family
+
+
+def priced(kind: str, rule: KernelRule) -> None:
+    """Say which kernels the ops of a kind are for the cost model: those of families that there are.
+
+    CalibrationError where a family has the kind already."""
+    if _RULES.setdefault(kind, rule) is not rule:
+        raise CalibrationError(f"op kind {kind!r} is priced already; give yours another name.")
 
 
 for _family in (GEMM, PREFILL, DECODE, MOE, COLLECTIVE, STREAM):

@@ -1,0 +1,162 @@
+"""Torch modules through taskgraph: how many ops are recognised, whether results are eager torch's, and the time of a
+call against eager torch and torch.compile's default."""
+
+import argparse
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import nn
+
+import taskgraph as tg
+from benchmarks import count, interleaved, machine, measured_main, one_line, seconds_of
+from benchmarks.embed_models import BY_COMPILE, MODELS
+from taskgraph.embed import FallbackWarning
+from taskgraph.embed.explain import recognised_share, shares
+
+DEVICE = "h100_sxm"
+EPILOG = """\
+Modules have small random weights, so that calls are mostly overhead, as decoding one sequence is. Ours is
+torch.compile(module, backend="taskgraph"), its trial calls done. Rounds are interleaved; figures are quotients of
+medians, measured on this machine. The predicted time is that of the plan on h100_sxm (simulated).
+
+example:
+  python -m benchmarks.embed --models llama bert vit --no-inductor --json
+"""
+
+
+def difference(got: Any, want: Any) -> float:
+    """The largest difference of an element, by the largest element that is wanted."""
+    most = float(want.abs().max())
+    return float((got - want).abs().max()) / (most or 1.0)
+
+
+def measure_one(name: str, rounds: int, inductor: bool) -> dict[str, Any]:
+    """The figures of one module."""
+    torch._dynamo.reset()
+    module, inputs = MODELS[name]()
+    row: dict[str, Any] = {"ops": 0, "recognised_share": 0.0, "import_s": None, f"{DEVICE}_us": None, "calls": None}
+    with torch.no_grad():
+        want = module(**inputs)
+        worst = 0.0
+        if name not in BY_COMPILE:
+            begin = time.perf_counter()
+            imported = tg.from_torch(module, inputs)
+            row["import_s"] = time.perf_counter() - begin
+            plan = tg.plan(imported.graph, DEVICE)
+            row |= {
+                "ops": len(imported.graph.ops),
+                "calls": sum(len(made.calls) for made in imported.recognised),
+                "recognised": sum(s.count for s in shares(imported, DEVICE) if s.recognised),
+                "recognised_share": recognised_share(imported, DEVICE),
+                f"{DEVICE}_us": 1e6 * plan.makespan_s,
+            }
+            with tg.compile(imported.graph, tg.plan(imported.graph, "cpu")) as exe:
+                exe.bind(imported.tensors)
+                worst = difference(imported.call(exe, **inputs), want)
+        fast = torch.compile(module, backend=tg.embed.backend, options={"quiet": True})
+        runs: dict[str, Callable[[], Any]] = {"ours": lambda: fast(**inputs), "eager": lambda: module(**inputs)}
+        for _ in range(12):  # the trial, and more
+            worst = max(worst, difference(fast(**inputs), want))
+        if inductor:
+            runs["inductor"] = _inductor(module, inputs)
+        took = {key: statistics.median(t) for key, t in interleaved(runs, rounds=rounds, warmup=3, lead=2).items()}
+        report = tg.embed.report(fast)
+        row["ops"] = row["ops"] or sum(p.ops for p in report.pieces)
+        row["way"] = "/".join(sorted({p.way for p in report.pieces}))
+    return row | {
+        "max_rel_diff": worst,
+        "over_eager": took["eager"] / took["ours"],
+        "over_inductor": took["inductor"] / took["ours"] if "inductor" in took else None,
+        "eager_us": 1e6 * took["eager"],
+        "ours_us": 1e6 * took["ours"],
+    }
+
+
+def _inductor(module: nn.Module, inputs: dict[str, torch.Tensor]) -> Callable[[], Any]:
+    made = torch.compile(module)
+    made(**inputs)
+    return lambda: made(**inputs)
+
+
+def overhead_us(rounds: int) -> dict[str, float]:
+    """Median microseconds of a call of a small compiled module, of its eager call, and of a replay of its plan."""
+    torch._dynamo.reset()
+    module, x = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)), torch.randn(1, 64)
+    from taskgraph.embed.dynamo import ALL
+
+    with torch.no_grad():
+        fast = torch.compile(module, backend=tg.embed.backend, options={"verdict": "plan"})
+        fast(x)
+        fast(x)
+        own = {p.data_ptr() for p in module.parameters()}
+        (made,) = [c for c in ALL if not c.addresses.isdisjoint(own)]
+        (variant,) = made.variants.values()
+        assert variant.captured is not None
+        launch = variant.captured.launch
+        runs = {"call": lambda: fast(x), "replay": launch, "eager": lambda: module(x)}
+        took = {}
+        for key, run in runs.items():  # each on its own: a replay ends the caller's team of threads
+            took[key] = 1e6 * statistics.median(seconds_of(run) for _ in range(max(10 * rounds, 500)))
+    return {**took, "over_replay": took["call"] - took["replay"]}
+
+
+def measure(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
+    """All figures."""
+    models = {}
+    torch.set_num_threads(args.threads)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", FallbackWarning)
+        for name in args.models:
+            say(name)
+            models[name] = measure_one(name, args.rounds, args.inductor)
+        return {"models": models, "overhead_us": overhead_us(args.rounds), "machine": machine()}
+
+
+def table_of(result: dict[str, Any]) -> Table:
+    """A row a module."""
+    table = Table(title="torch modules (measured, but for the simulated column)", caption=result["machine"])
+    columns = ("calls", "ops", "recognised", "of the time", f"{DEVICE}, simulated", "import", "eager", "ours")
+    for name in ("module", *columns, "over eager", "over inductor", "difference"):
+        table.add_column(name, justify="left" if name == "module" else "right")
+    for name, row in result["models"].items():
+        simulated, inductor = row[f"{DEVICE}_us"], row["over_inductor"]
+        table.add_row(
+            name,
+            str(row["calls"] or ""),
+            str(row["ops"]),
+            str(row.get("recognised", "")),
+            f"{row['recognised_share']:.0%}",
+            "" if simulated is None else f"{simulated:.0f} us",
+            "" if row["import_s"] is None else f"{row['import_s']:.1f} s",
+            f"{row['eager_us']:.0f} us",
+            f"{row['ours_us']:.0f} us",
+            f"{row['over_eager']:.2f}",
+            "" if inductor is None else f"{inductor:.2f}",
+            f"{row['max_rel_diff']:.0e}",
+        )
+    return table
+
+
+@one_line
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        "benchmarks.embed", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", choices=[*MODELS], default=[*MODELS], help="default: all")
+    parser.add_argument("--rounds", type=count, default=21, help="interleaved rounds (default 21)")
+    parser.add_argument(
+        "--no-inductor", dest="inductor", action="store_false", help="leave torch.compile's default out"
+    )
+    return measured_main(parser, argv, measure, table_of, 150)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
