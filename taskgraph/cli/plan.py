@@ -8,7 +8,7 @@ import typer
 
 import taskgraph as tg
 from taskgraph.cli.console import check_outputs, planning, screen
-from taskgraph.cli.steps import StepSize, advice, graph_of
+from taskgraph.cli.steps import StepSize, advice, graph_of, named
 
 EPILOG = """
 taskgraph plan llama-3-70b --ranks 8 --batch 256 --context 1024
@@ -18,6 +18,10 @@ taskgraph plan llama-3-8b --device a100_sxm --tokens 512 --context 512 --batch 4
 taskgraph plan smollm2 --device cpu --batch 1 --context 256 --out decode.json
 
 taskgraph run smollm2 --plan decode.json
+
+taskgraph plan hf:/models/gemma-2-9b --device h100_sxm --batch 16
+
+taskgraph plan --torch mypackage.models:encoder --device l40s
 
 With --ranks the plan is that of one rank of a tensor-parallel group: its share of heads, features, vocabulary and
 cache, and the collectives between them. What it keeps is compared with one device's memory.
@@ -30,7 +34,13 @@ def register(app: typer.Typer) -> None:
 
 
 def plan(
-    model: Annotated[str, typer.Argument(help="a known size such as llama-3-70b, a config.json, or its folder")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="a known size such as llama-3-70b, a config.json, its folder, or hf:FOLDER for any of transformers'"
+        ),
+    ] = "",
+    torch: Annotated[str, typer.Option(help="package.module:function, which returns (module, example inputs)")] = "",
     device: Annotated[str, typer.Option(help="see `taskgraph devices`")] = "h100_sxm",
     batch: Annotated[int, typer.Option(min=1, help="sequences in the step")] = 256,
     context: Annotated[int, typer.Option(min=1, help="tokens that each sequence has in its cache")] = 1024,
@@ -56,6 +66,7 @@ def plan(
         from taskgraph.runtime.dtypes import pick
 
         dtype = pick("auto").dtype if device == "cpu" else "bf16"
+    model = named(model, torch)
     size = StepSize(batch, context, tokens, dtype, ranks, expert_parallel)
     begin = time.perf_counter()
     with planning():
@@ -64,9 +75,11 @@ def plan(
         tg.verify(made, graph, memory=False)
     seconds = time.perf_counter() - begin
     screen.print(tg.explain(made), markup=False)
-    rate = batch * tokens / made.makespan_s
+    rate = 1 / made.makespan_s if torch else batch * tokens / made.makespan_s
     on = f"one {made.device.name}" if ranks == 1 else f"{ranks} x {made.device.name}"
-    screen.print(f"{rate:,.0f} tokens/s (simulated, {on}); planned and verified in {seconds:.2f} s")
+    screen.print(
+        f"{rate:,.0f} {'calls' if torch else 'tokens'}/s (simulated, {on}); planned and verified in {seconds:.2f} s"
+    )
     held, room = resident_bytes(made, graph), made.device.memory_bytes
     each = "the step" if ranks == 1 else f"each of {ranks} ranks"
     if held > room:

@@ -10,6 +10,7 @@ from rich.table import Table
 
 import taskgraph as tg
 from taskgraph.cli.console import check_outputs, say, screen, stages
+from taskgraph.cli.steps import named
 from taskgraph.errors import BackendUnavailable
 from taskgraph.units import format_quantity, format_seconds
 
@@ -26,7 +27,12 @@ def register(app: typer.Typer) -> None:
 
 
 def run(
-    model: Annotated[str, typer.Argument(help="smollm2, a .gguf or .safetensors file, a folder, or a hub id org/name")],
+    model: Annotated[
+        str, typer.Argument(help="smollm2, a .gguf or .safetensors file, a folder, or a hub id org/name")
+    ] = "",
+    torch: Annotated[
+        str, typer.Option(help="package.module:function, which returns (module, example inputs): time that instead")
+    ] = "",
     prompt: Annotated[str, typer.Option(help="the user's message")] = "Explain in two sentences why the sky is blue.",
     backend: Annotated[str, typer.Option(help="cpu or cuda (this machine)")] = "cpu",
     device: Annotated[str, typer.Option(help="with cuda: virtual:h100_sxm runs on the virtual driver (slow)")] = "",
@@ -46,6 +52,12 @@ def run(
     from taskgraph.observe.explain import remark
     from taskgraph.runtime.dtypes import pick
 
+    model = named(model, torch)
+    if torch:
+        from taskgraph.cli.run_torch import run_torch
+
+        run_torch(torch)
+        return
     if backend not in ("cpu", "cuda"):
         raise BackendUnavailable(f"run works on the cpu and cuda backends; {backend!r} cannot generate text.")
     where = "this machine"

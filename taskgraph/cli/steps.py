@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from taskgraph.models.config import ModelConfig
 
 DTYPES = ("bf16", "f16", "f32")
+_FOREIGN = ("hf:", "torch:")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +38,36 @@ class StepSize:
 
 
 def graph_of(model: str, size: StepSize) -> "tg.Graph":
-    """The graph in a file that `Graph.to_json` wrote, or one step of a model: what one rank does of it."""
+    """The graph in a file that `Graph.to_json` wrote, of a factory ("torch:package.module:function") or of one step of
+    a model: what one rank does of it; of "hf:FOLDER" as transformers writes it."""
     from taskgraph.models.llama import step_graph
 
+    if model.startswith(_FOREIGN):
+        return _foreign(model, size)
     if is_graph(model):
         return tg.Graph.from_json(Path(model).read_text())
     share = config_of(model).share(size.ranks, 0 if size.whole_experts else None)
     return step_graph(share, batch=size.batch, tokens=size.tokens, cache=size.context, dtype=size.dtype)
+
+
+def _foreign(model: str, size: StepSize) -> "tg.Graph":
+    """The graph of torch's own code; PlanError for ranks, which it has none of."""
+    from taskgraph.embed import sources
+
+    if size.ranks > 1:
+        raise tg.PlanError("a module of torch is planned for one device; leave --ranks out.")
+    kind, _, source = model.partition(":")
+    if kind == "torch":
+        return sources.imported_by(source).graph
+    sizes = {"batch": size.batch, "context": size.context, "tokens": size.tokens, "dtype": size.dtype}
+    return sources.hugging_face(source, **sizes).graph  # type: ignore[arg-type]
+
+
+def named(model: str, factory: str) -> str:
+    """What `graph_of` takes, of the argument MODEL and the option --torch; PlanError unless there is one of them."""
+    if bool(model) == bool(factory):
+        raise tg.PlanError("give a model or --torch package.module:function, one of them.")
+    return model or f"torch:{factory}"
 
 
 def is_graph(model: str) -> bool:
@@ -54,7 +78,7 @@ def is_graph(model: str) -> bool:
 
 def advice(model: str, size: StepSize, least: int) -> str:
     """ " --ranks N would share it out.", with the fewest ranks from `least` on that can share the model; or nothing."""
-    config = None if is_graph(model) else config_of(model)
+    config = None if is_graph(model) or model.startswith(_FOREIGN) else config_of(model)
     if config is None:
         return ""
     for ranks in range(max(least, size.ranks + 1), 65):

@@ -9,6 +9,7 @@ from rich.table import Table
 
 import taskgraph as tg
 from taskgraph.cli.console import planning, screen
+from taskgraph.cli.steps import StepSize, graph_of, named
 from taskgraph.units import format_seconds
 
 RESOURCES: Mapping[str, tuple[str, ...]] = {
@@ -76,10 +77,7 @@ def what_if(
     scheduler: str,
 ) -> tuple[Outcome, Outcome]:
     """The outcome on `device` and on its scaled twin."""
-    from taskgraph.models.config import load_config
-    from taskgraph.models.llama import step_graph
-
-    graph = step_graph(load_config(model), batch=batch, tokens=tokens, cache=context)
+    graph = graph_of(model, StepSize(batch, context, tokens))
     before, after = (
         Outcome(target, made, batch * tokens / made.makespan_s)
         for target in (device, scaled(device, factors))
@@ -94,7 +92,10 @@ def register(app: typer.Typer) -> None:
 
 
 def whatif(
-    model: Annotated[str, typer.Argument(help="a known size such as llama-3-70b, a config.json, or its folder")],
+    model: Annotated[
+        str, typer.Argument(help="a known size such as llama-3-70b, a config.json, its folder, or hf:FOLDER")
+    ] = "",
+    torch: Annotated[str, typer.Option(help="package.module:function, which returns (module, example inputs)")] = "",
     device: Annotated[str, typer.Option(help="the device to start from")] = "h100_sxm",
     sm: Annotated[str, typer.Option(help="SMs (and their arithmetic), as x0.5")] = "x1",
     flops: Annotated[str, typer.Option(help="arithmetic of every SM")] = "x1",
@@ -107,12 +108,14 @@ def whatif(
     scheduler: Annotated[str, typer.Option(help="as for `plan`")] = "auto",
 ) -> None:
     """How the best plan of a step and its bounds move on a device with more or less of something (simulated)."""
+    model = named(model, torch)
     given = {"sm": sm, "flops": flops, "hbm": hbm, "link": link, "pcie": pcie}
     factors = {name: factor for name, text in given.items() if (factor := parse_factor(text)) != 1.0}
     sizes = {"batch": batch, "context": context, "tokens": tokens}
     with planning():
         pair = what_if(model, tg.devices.get(device), factors, **sizes, scheduler=scheduler)
-    table = Table(title=f"{model}, {batch} x {tokens} tokens, context {context} (simulated)", title_justify="left")
+    size = "" if torch else f", {batch} x {tokens} tokens, context {context}"
+    table = Table(title=f"{model}{size} (simulated)", title_justify="left")
     for column in ("", *(outcome.device.name for outcome in pair), "change"):
         table.add_column(column, overflow="fold")
 
@@ -121,7 +124,8 @@ def whatif(
         table.add_row(what, show(before), show(after), f"x{after / before:.3f}" if before else "")
 
     row("step", lambda o: o.plan.makespan_s, format_seconds)
-    row("tokens/s", lambda o: o.tokens_per_s, "{:,.0f}".format)
+    if not torch:
+        row("tokens/s", lambda o: o.tokens_per_s, "{:,.0f}".format)
     row("sequential step", lambda o: o.plan.verdict.sequential_s, format_seconds)
     row("lower bound", lambda o: o.plan.bounds.best_s, format_seconds)
     table.add_row("binding bound", *(o.plan.bounds.binding for o in pair), "")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from taskgraph.embed.dynamo import FallbackWarning, Options, backend
     from taskgraph.embed.importer import Imported, from_torch
+    from taskgraph.embed.named_attention import register_attention
     from taskgraph.embed.report import Report, report
 
 _WHERE = {
@@ -19,10 +20,11 @@ _WHERE = {
     "Report": "report",
     "backend": "dynamo",
     "from_torch": "importer",
+    "register_attention": "named_attention",
     "report": "report",
 }
 
-__all__ = ["FallbackWarning", "Imported", "Options", "Report", "backend", "from_torch", "report"]
+__all__ = ["FallbackWarning", "Imported", "Options", "Report", "backend", "from_torch", "register_attention", "report"]
 
 
 def __getattr__(name: str) -> Any:

@@ -20,7 +20,8 @@ _FLOATS: Final = (torch.float32, torch.bfloat16, torch.float16)
 def attention(m: Matcher, i: int) -> Match | None:
     """scaled_dot_product_attention, with the repetition of keys and values that groups of heads share:
     `aten.attention`."""
-    if not m.is_op(i, "scaled_dot_product_attention"):
+    ours = m.call(i).target.namespace == "taskgraph" and m.call(i).target._opname == "attention"
+    if not ours and not m.is_op(i, "scaled_dot_product_attention"):
         return None
     q, k, v, mask = (m.arg(i, name) for name in ("query", "key", "value", "attn_mask"))
     out = m.out(i)
