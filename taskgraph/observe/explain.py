@@ -21,7 +21,7 @@ from taskgraph.schedule.plan import Plan, Span
 from taskgraph.schedule.verify import check_readable
 from taskgraph.units import format_quantity, format_seconds
 
-BOUNDS = ("chain", *RESOURCES, "proved")
+BOUNDS = ("chain", *RESOURCES, "power", "proved")
 MEANING = {
     "chain": "longest dependency chain",
     "sm": "SM time of all ops",
@@ -29,6 +29,7 @@ MEANING = {
     "h2d": "host-to-device copies",
     "d2h": "device-to-host copies",
     "link": "GPU-to-GPU link traffic",
+    "power": "the best of these at the clocks that power leaves",
     "proved": "what the exact scheduler proves",
 }
 """What each lower bound is made of, in the order of BOUNDS."""
@@ -257,8 +258,9 @@ def _use_table(plan: Plan) -> Table:
 
 
 def bounds_of(plan: Plan) -> tuple[str, ...]:
-    """The bounds that the plan has: "proved" only after the exact scheduler."""
-    return BOUNDS if plan.bounds.proved_s else BOUNDS[:-1]
+    """The bounds that the plan has: "proved" only after the exact scheduler, "power" only where it slows."""
+    found = asdict(plan.bounds)
+    return tuple(name for name in BOUNDS if name not in ("power", "proved") or found[f"{name}_s"])
 
 
 def _bounds_table(plan: Plan) -> Table:

@@ -1,5 +1,7 @@
 """Lower bounds on the makespan of any plan of a problem: its longest chain and the area of each resource."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from taskgraph.jit import kernel, plain
@@ -11,12 +13,14 @@ def lower_bounds(problem: Problem) -> Bounds:
     """The chain of best isolated times, and work over capacity for the SMs and every soft resource, in seconds.
 
     An op at part of its full speed takes the same part of its SMs, so seconds x SMs of its thriftiest mode is the
-    least area that it can have on the SMs.
+    least area that it can have on the SMs. What draws more power for so long than the device holds takes longer.
     """
     total = problem.work.sum(axis=0)
     area = [float(w / c) if w else 0.0 for w, c in zip(total, problem.capacity, strict=True)]
     chain = float(longest_path(problem.best_seconds(), problem.pred_ptr, problem.pred).max())
-    return Bounds(chain, float(sm_seconds(problem).sum() / problem.sm_count), *area)
+    made = Bounds(chain, float(sm_seconds(problem).sum() / problem.sm_count), *area)
+    least_s = problem.settled(made.best_s, parts=False)
+    return replace(made, power_s=least_s) if least_s > made.best_s else made
 
 
 def sm_seconds(problem: Problem) -> np.ndarray:

@@ -87,7 +87,9 @@ class Timeline:
 class Bounds:
     """Lower bounds on the makespan of any plan, in seconds, by what binds.
 
-    `proved_s` is what the exact scheduler proves about all plans of the graph together; 0 where it did not run."""
+    `proved_s` is what the exact scheduler proves about all plans of the graph together; 0 where it did not run.
+    `power_s` is what the best of the others takes at the clocks that the device's power leaves it; 0 where it leaves it
+    full clocks."""
 
     chain_s: float
     sm_s: float
@@ -96,8 +98,9 @@ class Bounds:
     d2h_s: float
     link_s: float
     proved_s: float = 0.0
+    power_s: float = 0.0
 
-    _LATER: ClassVar[frozenset[str]] = frozenset({"proved_s"})
+    _LATER: ClassVar[frozenset[str]] = frozenset({"proved_s", "power_s"})
 
     def __post_init__(self) -> None:
         typed(self, PlanError)
@@ -105,11 +108,11 @@ class Bounds:
     @property
     def best_s(self) -> float:
         soft_s = max(self.hbm_s, self.h2d_s, self.d2h_s, self.link_s)
-        return max(self.chain_s, self.sm_s, soft_s, self.proved_s)
+        return max(self.chain_s, self.sm_s, soft_s, self.proved_s, self.power_s)
 
     @property
     def binding(self) -> str:
-        """The name of the largest bound: chain, sm, hbm, h2d, d2h, link or proved."""
+        """The name of the largest bound: chain, sm, hbm, h2d, d2h, link, proved or power."""
         return max(asdict(self).items(), key=lambda item: item[1])[0].removesuffix("_s")
 
 

@@ -74,6 +74,24 @@ def test_kernels_of_full_partitions_are_slowed_by_power_and_copies_by_nothing() 
     assert free == 1.0
 
 
+def test_power_bounds_every_plan_of_a_step_that_draws_too_much() -> None:
+    """Large products alone: no order, slices or partitions take less than their SM time at the clocks that are left."""
+    b = tg.GraphBuilder("products")
+    for i in range(3):
+        x, w = b.input(f"x{i}", (4096, 4096), "bf16"), b.weight(f"w{i}", (4096, 14336), "bf16")
+        b.output(tg.ops.gemm(x, w, name=f"product{i}"))
+    graph = b.build()
+    plans = [tg.plan(graph, "h200_sxm", scheduler) for scheduler in ("sequential", "list", "search")]
+    for plan in plans:
+        assert plan.bounds.binding == "power"
+        assert plan.bounds.sm_s < plan.bounds.power_s <= plan.makespan_s
+        assert "clocks that power leaves" in tg.explain(plan)
+        tg.verify(plan, graph)
+        tg.audit(plan, graph)
+    quiet = tg.plan(graph, replace(H200, name="quiet", calibration=""), "sequential")
+    assert quiet.bounds.power_s == 0.0 and "power" not in tg.explain(quiet)
+
+
 # ------------------------------------------------------------------------------------------- measured
 
 
