@@ -51,7 +51,7 @@ __device__ void softmax(Block block, const T* x, T* out, int length, int inner, 
 
 enum Reduction { SUM, MEAN, MAX, MIN };
 
-// One block an output: the entries at its place and `length` steps over the reduced axes. The table has, of the kept
+// The entries of an output are at its place and `length` steps over the reduced axes. The table has, of the kept
 // axes and then of the reduced ones, how many there are, their sizes and their strides, last axis first.
 constexpr int REDUCED_AXES = 6, TABLE = 1 + 2 * REDUCED_AXES;
 
@@ -67,25 +67,51 @@ __device__ __forceinline__ Index placed(const Index* table, Index i) {
     return at;
 }
 
-template <class T>
-__device__ void reduce(Block block, const T* x, T* out, const Index* table, Index length, int operation) {
-    Index start = placed(table, block.x);
-    bool sums = operation == SUM || operation == MEAN;
-    float sign = operation == MIN ? -1.0f : 1.0f, made = sums ? 0.0f : -infinity(), odd = 0.0f;
-    for (Index i = threadIdx.x; i < length; i += THREADS) {
-        float value = widen(x[start + placed(table + TABLE, i)]);
+// What one thread has seen of entries that are reduced.
+struct Reduced {
+    float made, odd = 0.0f;
+    bool sums;
+    float sign;
+
+    __device__ explicit Reduced(int operation)
+        : made(operation == SUM || operation == MEAN ? 0.0f : -infinity()),
+          sums(operation == SUM || operation == MEAN),
+          sign(operation == MIN ? -1.0f : 1.0f) {}
+
+    __device__ void take(float value) {
         if (value != value) odd = 1.0f;
         made = sums ? made + value : fmaxf(made, sign * value);
     }
-    if (sums) {
-        made = over_block<Sum>(made);
-        if (operation == MEAN) made /= static_cast<float>(length);
-    } else {
-        made = over_block<Max>(made);
-        odd = over_block<Max>(odd);
-        made = odd > 0.0f ? __uint_as_float(0x7fc00000u) : sign * made;
+
+    __device__ float over_all() {  // the result of the block's threads; not yet a mean
+        if (sums) return over_block<Sum>(made);
+        float whole = over_block<Max>(made);
+        return over_block<Max>(odd) > 0.0f ? __uint_as_float(0x7fc00000u) : sign * whole;
     }
-    if (threadIdx.x == 0) out[block.x] = narrow<T>(made);
+};
+
+// One block a part of an output; of one part it writes the output, of several what the part is, for `reduce_parts`.
+template <class T>
+__device__ void reduce(Block block, const T* x, T* out, float* part, const Index* table, Index length, int parts,
+                       int operation) {
+    Index output = block.x / parts, number = block.x % parts, start = placed(table, output);
+    Index from = length * number / parts, end = length * (number + 1) / parts;
+    Reduced mine(operation);
+    for (Index i = from + threadIdx.x; i < end; i += THREADS) mine.take(widen(x[start + placed(table + TABLE, i)]));
+    float made = mine.over_all();
+    if (threadIdx.x != 0) return;
+    if (parts > 1)
+        part[block.x] = made;
+    else
+        out[output] = narrow<T>(operation == MEAN ? made / static_cast<float>(length) : made);
+}
+
+template <class T>
+__device__ void reduce_parts(Block block, const float* part, T* out, Index length, int parts, int operation) {
+    Reduced mine(operation);
+    for (int i = threadIdx.x; i < parts; i += THREADS) mine.take(part[static_cast<Index>(block.x) * parts + i]);
+    float made = mine.over_all();
+    if (threadIdx.x == 0) out[block.x] = narrow<T>(operation == MEAN ? made / static_cast<float>(length) : made);
 }
 
 // A tile of one product of the batch: out (m, n) = a (m, k) times b (k, n), or (n, k) where `transposed`. The table has
@@ -135,11 +161,16 @@ __device__ void matmul(Block block, const T* a, const T* b, Out* out, const Inde
         each_block(nx, ny, nz, [&](Block block) { softmax(block, x, out, length, inner, logarithm); });             \
     }                                                                                                               \
     EXPORT(softmax_##NAME)                                                                                          \
-    extern "C" __global__ void reduce_##NAME(const T* x, T* out, const long long* table, long long length,          \
-                                             int operation, int nx, int ny, int nz) {                               \
-        each_block(nx, ny, nz, [&](Block block) { reduce(block, x, out, table, length, operation); });              \
+    extern "C" __global__ void reduce_##NAME(const T* x, T* out, float* part, const long long* table,               \
+                                             long long length, int parts, int operation, int nx, int ny, int nz) {  \
+        each_block(nx, ny, nz, [&](Block block) { reduce(block, x, out, part, table, length, parts, operation); }); \
     }                                                                                                               \
-    EXPORT(reduce_##NAME)
+    EXPORT(reduce_##NAME)                                                                                           \
+    extern "C" __global__ void reduce_parts_##NAME(const float* part, T* out, long long length, int parts,          \
+                                                   int operation, int nx, int ny, int nz) {                         \
+        each_block(nx, ny, nz, [&](Block block) { reduce_parts(block, part, out, length, parts, operation); });     \
+    }                                                                                                               \
+    EXPORT(reduce_parts_##NAME)
 ALGEBRA(float, f32)
 ALGEBRA(bf16, bf16)
 

@@ -326,6 +326,21 @@ def test_random_ops_equal_torch_on_the_virtual_gpu(on_virtual: Call, dtype: str,
     check_bench(bench, on_virtual(run_plan, graph, tg.plan(graph, "h100_sxm", "sequential"), bench.values))
 
 
+@pytest.mark.parametrize("operation", ["sum", "mean", "max", "min"])
+def test_long_reductions_are_cut_into_parts(on_virtual: Call, operation: str) -> None:
+    """Few outputs of many entries, of which the second has a NaN."""
+    b = GraphBuilder("long")
+    b.output(ops.reduce(operation, b.input("x", (3, 50, 400), "f32"), (1, 2)))
+    b.output(ops.reduce(operation, b.input("y", (30000,), "f32"), 0, keep_axes=True))
+    graph, values = b.build(), {"x": numbers((3, 50, 400), "f32", 1), "y": numbers((30000,), "f32", 2)}
+    values["x"][1, 20, 7] = math.nan
+    run = {"sum": torch.sum, "mean": torch.mean, "max": torch.amax, "min": torch.amin}[operation]
+    got = on_virtual(run_plan, graph, tg.plan(graph, "h100_sxm", "sequential"), values)
+    for name, wanted in zip(graph.outputs, (run(values["x"], (1, 2)), run(values["y"], (0,), True)), strict=True):
+        torch.testing.assert_close(got[name], wanted, rtol=1e-4, atol=1e-3, equal_nan=True)
+        assert got[name].isnan().equal(wanted.isnan())
+
+
 def test_many_axes_are_collapsed_or_go_through_torch() -> None:
     """Eight axes, of which every second is repeated, are more than kernels have room for."""
     shape = (2,) * 14

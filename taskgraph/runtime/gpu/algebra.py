@@ -23,6 +23,8 @@ from taskgraph.runtime.gpu.kinds import (
 from taskgraph.runtime.program import MOST_AXES, axes_of
 
 _TILE, _BLOCK = 32, 256
+_SM_BLOCKS, _PART = 16, 1024
+"""Few long reductions are cut into parts: so many blocks for each SM, and no part of fewer entries."""
 
 
 def layer_norm_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSite) -> Launches:
@@ -56,10 +58,15 @@ def reduce_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site:
         rest = [0] * (MOST_AXES - len(sizes))
         table += [len(sizes), *sizes[::-1], *rest, *steps[::-1], *rest]
     length = math.prod(x.shape[i] for i in over)
-    operation = np.int32(REDUCTIONS.index(str(attrs["operation"])))
-    args = (x.address, outs[0].address, site.constant(np.array(table, np.int64)), np.int64(length), operation)
     count = math.prod(x.shape) // length
-    return [blocks(f"reduce_{float_type(op, x, outs[0])}", (count,), THREADS, args, site)]
+    parts = max(1, min(-(-site.sm_count * _SM_BLOCKS // count), length // _PART))
+    ends = (np.int64(length), np.int32(parts), np.int32(REDUCTIONS.index(str(attrs["operation"]))))
+    kept, found_table = site.scratch(4 * count * parts) if parts > 1 else 0, site.constant(np.array(table, np.int64))
+    kind, out = float_type(op, x, outs[0]), outs[0].address
+    first = blocks(f"reduce_{kind}", (count * parts,), THREADS, (x.address, out, kept, found_table, *ends), site)
+    if parts == 1:
+        return [first]
+    return [first, blocks(f"reduce_parts_{kind}", (count,), THREADS, (kept, out, *ends), site)]
 
 
 def matmul_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSite) -> Launches:

@@ -583,6 +583,21 @@ def test_products_by_torch_are_those_of_the_op(dtypes: tuple[str, str], extras: 
     torch.testing.assert_close(out.double(), wanted, rtol=2e-2, atol=3e-2)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("dtype", "out_dtype"), [("f32", "f32"), ("bf16", "bf16"), ("bf16", "f32")])
+def test_batched_products_by_torch_are_those_of_the_op(dtype: str, out_dtype: str, transposed: bool) -> None:
+    b = tg.GraphBuilder("product")
+    x, y = b.input("x", (3, 2, 6, 8), dtype), b.input("y", (2, 5, 8) if transposed else (2, 8, 5), dtype)
+    b.output(tg.ops.matmul(x, y, transpose_b=transposed, out_dtype=out_dtype, name="product"))
+    graph = b.build()
+    given = fill(graph, {}, seed=4)
+    out = torch.empty(3, 2, 6, 5, dtype=TORCH_DTYPE[out_dtype])
+    torch_ops.TORCH_OPS["matmul"](graph.ops[0], [given["x"], given["y"]], out)
+    right = given["y"].double()
+    wanted = given["x"].double() @ (right.transpose(-1, -2) if transposed else right)
+    torch.testing.assert_close(out.double(), wanted, rtol=2e-2, atol=3e-2)
+
+
 def test_torch_ops_say_when_torch_has_no_cuda(on_virtual: Call) -> None:
     on_virtual(torch_without_cuda)
 
