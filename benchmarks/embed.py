@@ -152,6 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--models", nargs="+", choices=[*MODELS], default=[*MODELS], help="default: all")
     parser.add_argument("--rounds", type=count, default=21, help="interleaved rounds (default 21)")
+    parser.add_argument("--threads", type=count, default=1, help="threads of eager torch and Inductor (default 1)")
     parser.add_argument(
         "--no-inductor", dest="inductor", action="store_false", help="leave torch.compile's default out"
     )

@@ -32,11 +32,14 @@ class Layout:
     size: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
+    lazy: bool = False
+    """Whether torch conjugates or negates the elements only when it reads them."""
 
     @staticmethod
     def of(tensor: torch.Tensor) -> "Layout":
         """The layout of a tensor; its offset is not part of it."""
-        return Layout(tuple(map(int, tensor.shape)), tuple(map(int, tensor.stride())), tensor.dtype)
+        lazy = tensor.is_conj() or tensor.is_neg()
+        return Layout(tuple(map(int, tensor.shape)), tuple(map(int, tensor.stride())), tensor.dtype, lazy)
 
     @property
     def elements(self) -> int:
@@ -58,7 +61,7 @@ class Layout:
         """Whether the elements lie row by row and we have a name for their dtype."""
         steps = [math.prod(self.size[i + 1 :]) for i in range(len(self.size))]
         rows = all(n == 1 or a == b for n, a, b in zip(self.size, self.stride, steps, strict=True))
-        return self.dtype in _NAMES and rows and self.elements > 0
+        return self.dtype in _NAMES and rows and self.elements > 0 and not self.lazy
 
     @property
     def dense(self) -> bool:

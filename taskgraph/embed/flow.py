@@ -151,7 +151,7 @@ def flow_of(graph: fx.GraphModule, sources: Sequence[Source]) -> Flow:
 def faked(mode: FakeTensorMode, value: torch.Tensor) -> torch.Tensor:
     """A fake of the tensor over memory of its own, from its first byte on; row by row if it is not dense."""
     layout = Layout.of(value)
-    stride = layout.stride if layout.dense else torch.empty(layout.size, device="meta").stride()
+    stride = layout.stride if layout.dense and not layout.lazy else torch.empty(layout.size, device="meta").stride()
     with mode:
         return torch.empty_strided(layout.size, stride, dtype=value.dtype, device=value.device)
 

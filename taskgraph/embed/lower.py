@@ -197,6 +197,8 @@ def _declare(site: Site) -> tuple[dict[str, torch.Tensor], list[Place | None]]:
 def memory_of(tensor: torch.Tensor, layout: Layout, shape: tuple[int, ...]) -> torch.Tensor:
     """The memory of a tensor as the graph's tensor of `layout` and `shape` has it: a view, or a copy where it is not
     dense."""
+    if not layout.elements:
+        return torch.zeros(shape, dtype=torch.uint8, device=tensor.device)
     here = Layout.of(tensor)
     if here != layout:
         made = torch.empty_strided(layout.size, layout.stride, dtype=tensor.dtype, device=tensor.device)

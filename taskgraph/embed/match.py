@@ -105,6 +105,8 @@ class Matcher:
         group = {*members, root}
         if any(i in self.taken or self.call(i).changes for i in group):
             return None
+        if any(self.layout(use).lazy for i in group for use in self.call(i).uses()):
+            return None
         if not all(self.only_for(i, group) and self.steady(i, root) for i in members):
             return None
         return Match((*members, root), kind, emit)

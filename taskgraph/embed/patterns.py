@@ -41,7 +41,7 @@ def product(m: Matcher, i: int) -> Match | None:
     if m.is_op(i, "add") and m.arg(i, "alpha") in (1, None):
         sides = [m.arg(i, "self"), m.arg(i, "other")]
         found = next((s for s in (1, 0) if isinstance(sides[s], Use) and _is_product(m, m.rows_of(sides[s]))), None)
-        if found is None or not isinstance(sides[1 - found], Use):
+        if found is None or not isinstance(sides[1 - found], Use) or m.storage(sides[0]) == m.storage(sides[1]):
             return None
         residual, made = sides[1 - found], sides[found]
         inner = m.rows_of(made)
@@ -142,6 +142,9 @@ def _scaled(m: Matcher, use: Any) -> tuple[list[int], Use, float] | None:
             del calls[before:]
             continue
         last = len(m.layout(m.out(square)).size) - 1
+        if m.arg(mean, "keepdim") is not True or m.arg(mean, "dtype") is not None:
+            del calls[before:]
+            continue
         if m.arg(square, "exponent") != 2 or m.arg(square, "self") != x or m.arg(mean, "dim") not in ([-1], [last]):
             del calls[before:]
             continue

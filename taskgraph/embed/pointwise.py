@@ -22,6 +22,8 @@ from taskgraph.ops.pointwise import broadcast
 VIEWED: Final = "aten.elementwise"
 """The kind of a formula over views; `taskgraph.embed.kinds` registers it."""
 _FLOATS: Final = (torch.float32, torch.bfloat16, torch.float16)
+_ROUNDS: Final = {torch.bfloat16: "bf16", torch.float16: "f16"}
+"""The step that rounds as torch does after each call."""
 _MOST_STEPS: Final = MOST_STEPS // 2
 
 Words = tuple[tuple[str, ...], ...]
@@ -102,8 +104,7 @@ def _clamp(m: Matcher, i: int) -> Words | None:
 
 def _to(m: Matcher, i: int) -> Words | None:
     made = m.layout(m.out(i)).dtype
-    rounds = {torch.bfloat16: "bf16", torch.float16: "f16"}
-    return ((rounds.get(made, "copy"), "self"),)
+    return ((_ROUNDS.get(made, "copy"), "self"),)
 
 
 _RULES: Final[Mapping[str, Callable[[Matcher, int], Words | None]]] = {
@@ -231,6 +232,9 @@ def _append(m: Matcher, i: int, root: int, chain: _Chain, alone: bool = False) -
     for step in words:
         given = [f"s{len(chain.steps) - len(w)}" if w[0] == "<" else names.get(w, w) for w in step[1:]]
         chain.steps.append(" ".join((step[0], *given)))
+    rounds = _ROUNDS.get(m.layout(m.out(i)).dtype)
+    if rounds is not None and i != root and words[-1][0] != rounds:
+        chain.steps.append(f"{rounds} s{len(chain.steps) - 1}")
     chain.calls.append(i)
     return len(chain.inputs) <= MOST_INPUTS and all(isinstance(u, Use) for u in chain.inputs)
 
