@@ -177,7 +177,7 @@ def bind_as(inner: str, op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> E
 
 for _kind in (
     "gemm", "rmsnorm", "layer_norm", "embedding", "argmax", "softmax", "matmul", "reduce", "concat", "concat_rows",
-    "index_select", "take_along",
+    "index_select", "take_along", "expand",
 ):  # fmt: skip
     stated_kind(f"{ATEN}.{_kind}", {}, partial(bind_as, _kind), CPU_KINDS[_kind].by)
 

@@ -236,5 +236,6 @@ def argmax(m: Matcher, i: int) -> Match | None:
 
 PATTERNS: Final[tuple[Pattern, ...]] = (
     attention, rotary, rms_norm, layer_norm, product, embedding, argmax, standard.softmax, standard.product,
-    standard.reduction, standard.join, standard.pick, standard.transposing_copy, pointwise,
+    standard.reduction, standard.join, standard.pick, standard.look_up, standard.repetition,
+    standard.transposing_copy, pointwise,
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Patterns of single calls over whole axes: softmax, batched products, reductions, joins, picks, transposing copies."""
+"""Patterns of single calls over whole axes: softmax, batched products, reductions, joins, picks and copies."""
 
 import math
 from functools import partial
@@ -85,18 +85,19 @@ def reduction(m: Matcher, i: int) -> Match | None:
 
 
 def join(m: Matcher, i: int) -> Match | None:
-    """torch.cat: `concat`, of all that lies row by row as two axes."""
-    if not m.is_op(i, "cat"):
+    """torch.cat and torch.stack: `concat`, of all that lies row by row as two axes."""
+    if not m.is_op(i, "cat", "stack"):
         return None
     parts: list[Use] = m.arg(i, "tensors")
     size = m.layout(m.out(i)).size
     axis = m.arg(i, "dim") % len(size)
-    alike = all(len(m.layout(u).size) == len(size) and m.layout(u).elements for u in parts)
+    shapes = [m.layout(u).size for u in parts]
+    if m.is_op(i, "stack"):
+        shapes = [(*shape[:axis], 1, *shape[axis:]) for shape in shapes]
+    alike = all(len(shape) == len(size) and math.prod(shape) for shape in shapes)
     if not alike or len({m.layout(u).dtype for u in (*parts, m.out(i))}) > 1 or not m.layout(m.out(i)).plain:
         return None
-    outer, last = math.prod(size[:axis]), size[-1]
-    shapes = [m.layout(u).size for u in parts]
-    made = size
+    outer, last, made = math.prod(size[:axis]), size[-1], size
     if all(m.layout(u).plain for u in parts) and len(size) > 1:
         shapes = [(n // last, last) if axis == 0 else (outer, n // outer) for n in map(math.prod, shapes)]
         made = (math.prod(size) // last, last) if axis == 0 else (outer, math.prod(size) // outer)
@@ -131,6 +132,37 @@ def pick(m: Matcher, i: int) -> Match | None:
     return _single(m, i, m.call(i).target._opname, [(x, size), (index, places)], made, make)
 
 
+def look_up(m: Matcher, i: int) -> Match | None:
+    """Rows at one index that is known, and has nothing below 0: `index_select`."""
+    if not m.is_op(i, "index"):
+        return None
+    x, given = m.arg(i, "self"), m.arg(i, "indices")
+    if len(given) != 1 or not isinstance(given[0], Use) or not _plain(m, x, m.out(i)) or not m.layout(x).size:
+        return None
+    index: Use = given[0]
+    value = m.flow.storage(index).value if m.flow.is_whole(index) else None
+    whole = value is not None and value.dtype in (torch.int64, torch.int32) and value.device.type == "cpu"
+    if value is None or not whole or not m.layout(index).plain or int(value.min()) < 0:
+        return None
+    rows, *rest = m.layout(x).size
+    width, count = math.prod(rest), value.numel()
+    shape, made = ((rows, width), (count, width)) if rest else ((rows,), (count,))
+    return _single(m, i, "look_up", [(x, shape), (index, (count,))], made, tg.ops.index_select)
+
+
+def repetition(m: Matcher, i: int) -> Match | None:
+    """Every entry along an axis several times in a row: `expand`."""
+    if not m.is_op(i, "repeat_interleave") or not isinstance(m.arg(i, "repeats"), int):
+        return None
+    x, axis, times = m.arg(i, "self"), m.arg(i, "dim"), m.arg(i, "repeats")
+    size = m.layout(x).size
+    if axis is None or not size or not _plain(m, x, m.out(i)):
+        return None
+    outer, _, inner = _parts(size, axis % len(size) + 1, axis % len(size) + 1)
+    made = (outer, times, inner)
+    return _single(m, i, "repetition", [(x, (outer, 1, inner))], made, partial(tg.ops.expand, shape=made))
+
+
 def transposing_copy(m: Matcher, i: int) -> Match | None:
     """A copy, row by row, of all of a tensor with its axes in another order: `permute`."""
     if not m.is_op(i, "clone", "contiguous", "reshape", "_unsafe_view"):
@@ -142,10 +174,7 @@ def transposing_copy(m: Matcher, i: int) -> Match | None:
         return None
     if leaf.layout.elements != root.elements or leaf.layout.dtype != out.dtype:
         return None
-    kept = [axis for axis, n in enumerate(leaf.layout.size) if n > 1]
-    order = sorted(kept, key=lambda axis: leaf.layout.stride[axis], reverse=True)
-    shape = tuple(leaf.layout.size[axis] for axis in order)
-    axes = [order.index(axis) for axis in kept]
+    shape, axes = _turned(leaf.layout.size, leaf.layout.stride)
     m.flow.wanted.setdefault(m.storage(x), shape)
 
     def emit(site: Site) -> str:
@@ -157,6 +186,23 @@ def transposing_copy(m: Matcher, i: int) -> Match | None:
         return named(site, leaf, lambda name: tg.ops.permute(value, axes, wanted, name=name), m.call(i).name)
 
     return m.match([], i, "permute", emit)
+
+
+def _turned(size: tuple[int, ...], stride: tuple[int, ...]) -> tuple[tuple[int, ...], list[int]]:
+    """The shape as it lies in memory of a dense tensor of these strides, and for each of its axes, in order, where
+    it is there; axes that follow each other in both are one."""
+    kept = [axis for axis, n in enumerate(size) if n > 1]
+    order = sorted(kept, key=lambda axis: stride[axis], reverse=True)
+    place = [order.index(axis) for axis in kept]
+    groups: list[list[int]] = []
+    for at in place:
+        if groups and groups[-1][-1] + 1 == at:
+            groups[-1].append(at)
+        else:
+            groups.append([at])
+    lying = sorted(groups)
+    shape = tuple(math.prod(size[order[at]] for at in group) for group in lying)
+    return shape, [lying.index(group) for group in groups]
 
 
 # ------------------------------------------------------------------------------------------- shared

@@ -45,6 +45,13 @@ CASES: dict[str, Case] = {
     "picked": (("index_select",), lambda x, i: x.index_select(1, i), (r(2, 6, 5), torch.tensor([3, 0, 5]))),
     "gathered": (("take_along",), lambda x, i: x.gather(1, i), (r(2, 6), torch.tensor([[3, 0, 5], [1, 1, 1]]))),
     "gathered in part": (("aten",), lambda x, i: x.gather(1, i), (r(2, 6), torch.tensor([[3, 0, 5]]))),
+    "stacked": (("concat",), lambda x, y: torch.stack([x, y], 1), (r(3, 5), r(3, 5))),
+    "stacked rows": (("concat_rows",), lambda x, y: torch.stack([x, y]), (r(3, 5), r(3, 5))),
+    "stacked views": (("aten.concat",), lambda x, y: torch.stack([x[:, 1], y.t()[0]], -1), (r(3, 5), r(3, 5))),
+    "rows at known places": (("index_select",), lambda x, i: x[i], (r(4, 3, 2), torch.tensor([2, 0, 1]))),
+    "rows at known places, one negative": (("aten",), lambda x, i: x[i], (r(4, 3), torch.tensor([2, -1]))),
+    "rows at places that are given": (("aten",), lambda x, i: x[i], (r(4, 3), torch.tensor([2, 0]))),
+    "repeated": (("expand",), lambda x: x.repeat_interleave(3, 1), (r(2, 4, 5),)),
     "copied transpose": (("permute",), lambda x: x.transpose(1, 2).contiguous(), (r(2, 6, 3, 5),)),
     "reshaped transpose": (
         ("permute", "gemm"), lambda x, w: F.linear(x.transpose(1, 2).reshape(12, 15), w), (r(2, 3, 6, 5), r(4, 15)),
@@ -71,13 +78,12 @@ def test_what_is_recognised_gives_torchs_result(name: str) -> None:
 
 
 def module_of(name: str) -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
-    """The case as a module, whose parameters are what a gemm multiplies by, and its arguments."""
+    """The case as a module, which has what a gemm multiplies by and places that are known, and its arguments."""
     kinds, function, given = CASES[name]
-    weights = [torch.nn.Parameter(t) for t in given[1:]] if "gemm" in kinds else []
-    if not weights:
+    if "gemm" not in kinds and "known" not in name:
         return Fn(function), given
-    module = Fn(lambda x: function(x, *weights))
-    module.register_parameter("w", weights[0])
+    module = Fn(lambda x: function(x, given[1]))
+    module.register_buffer("held", given[1])
     return module, given[:1]
 
 
