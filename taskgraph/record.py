@@ -33,8 +33,7 @@ MOST_BYTES = 2 << 30
 
 
 def shown(value: object, most: int = 100) -> str:
-    """`value` for a message: its repr in one printable line, cut; what an exception says; its type where it has no
-    repr."""
+    """`value` for a message, cut to one printable line: its repr, what an exception says, else its type."""
     try:
         text = str(value) if isinstance(value, BaseException) else repr(value)
     except Exception:  # a foreign __repr__ may raise anything
