@@ -22,9 +22,9 @@ class Captured:
     moved or changed binds them again. Results are copies, as callers keep them.
     """
 
-    def __init__(self, lowered: Lowered, args: Sequence[Any], scheduler: str) -> None:
+    def __init__(self, lowered: Lowered, args: Sequence[Any], scheduler: str, *, alone: bool = False) -> None:
         graph = lowered.graph
-        self.plan = planned(graph, scheduler)
+        self.plan = planned(graph, scheduler, alone=alone)
         self.lowered, self.why, self.rebinds = lowered, "", 0
         self.recognised = sum(made.kind != ATEN for made in lowered.recognised)
         self._exe: Any = tg.compile(graph, self.plan)
@@ -42,6 +42,11 @@ class Captured:
         self._versions: list[int] = []
         self._bind(args)
         self._results = self._readers()
+
+    @property
+    def cores(self) -> int:
+        """Cores that its plan is for."""
+        return self.plan.device.sm_count
 
     def run(self, args: Sequence[Any]) -> Any:
         """One call; None, and `why`, where it must be run otherwise."""

@@ -10,12 +10,13 @@ MOST_ALONE_S: Final = 100e-6
 at every op costs about as much, and far more beside other processes (24 ms, measured)."""
 
 
-def planned(graph: "tg.Graph", scheduler: str = "sequential") -> "tg.Plan":
-    """The plan of `graph` on all cores, or on one where its ops are small (predicted). PlanError as `tg.plan`."""
+def planned(graph: "tg.Graph", scheduler: str = "sequential", *, alone: bool = False) -> "tg.Plan":
+    """The plan of `graph` on all cores, or on one where its ops are small (predicted) or it shall be `alone`. PlanError
+    as `tg.plan`."""
     device = tg.devices.get("cpu")
     if device.sm_count > 1:
         table = op_table(graph.flat(), device, [1])
-        if float(table.seconds.max()) < MOST_ALONE_S:
+        if alone or float(table.seconds.max()) < MOST_ALONE_S:
             device = one_core(device)
     return tg.plan(graph, device, scheduler)
 

@@ -208,3 +208,18 @@ def test_no_warning_without_reason() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", FallbackWarning)
         compiled(Mlp())(torch.randn(2, 16))
+
+
+def test_every_way_of_a_trial_gives_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    from taskgraph.embed import dynamo, planning
+
+    monkeypatch.setattr(planning, "MOST_ALONE_S", 0.0)  # so that the first plan has all cores
+    module = Mlp()
+    fast = torch.compile(module, backend=backend, options={"quiet": True})
+    cores = tg.devices.get("cpu").sm_count
+    for i in range(4 * dynamo.TRIAL_CALLS):
+        x = torch.randn(3, 16)
+        close(fast(x), module(x))
+        variants = [v for c in dynamo.ALL for v in c.variants.values() if v.calls == i + 1]
+        assert variants[0].decided == (i + 1 >= (2 + (cores > 1)) * dynamo.TRIAL_CALLS)
+        assert variants[0].rival is None or not variants[0].decided
