@@ -11,6 +11,7 @@ import numpy as np
 
 from taskgraph.cost.corunning import NONE, CoRunning
 from taskgraph.cost.families import COLLECTIVE, FAMILIES, PLAIN_STREAM, STREAM, kernel_of
+from taskgraph.cost.families.stream import StreamCoefficients
 from taskgraph.cost.family import Kernel, blocks
 from taskgraph.cost.fitted import UNFITTED_BAND, DeviceModel, model_of
 from taskgraph.cost.roofline import roofline
@@ -88,6 +89,18 @@ def op_table(graph: Graph, device: Device, sizes: Sequence[int], model: DeviceMo
     """The table of a flat graph's ops on `sizes` SMs, by the device's model or by another of it; DemandError as in
     `check_demand`."""
     return _table(graph.ops, graph.tensor, device, sizes, model)
+
+
+def reached(device: Device) -> np.ndarray:
+    """Bytes/s (4,) of hbm, h2d, d2h and link that all ops together reach: what is published, but of the copy paths what
+    one pinned copy does. There is one engine a direction, so two copies at once are no faster than one after another.
+    """
+    made = np.array([device.hbm_bytes_per_s, device.h2d_bytes_per_s, device.d2h_bytes_per_s, device.link_bytes_per_s])
+    if device.calibration and not device.compute_scaling:
+        copies = model_of(device).family(STREAM.name).coefficients
+        assert isinstance(copies, StreamCoefficients)
+        made[1:3] *= copies.pcie_efficiency
+    return made
 
 
 def predict(op: Op, graph: Graph, device: Device, sms: int | None = None) -> Prediction:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from taskgraph.cost.corunning import CoRunning
-from taskgraph.cost.model import OpTable, op_table
+from taskgraph.cost.model import OpTable, op_table, reached
 from taskgraph.graph.device import Device
 from taskgraph.graph.graph import Graph
 
@@ -113,7 +113,6 @@ def make_problem(graph: Graph, device: Device, sizes: Sequence[int] | None = Non
     table = costs(flat, device, sizes)
     pred_ptr, pred = compressed(flat.predecessors())
     succ_ptr, succ = _transposed(pred_ptr, pred)
-    capacity = (device.hbm_bytes_per_s, device.h2d_bytes_per_s, device.d2h_bytes_per_s, device.link_bytes_per_s)
     return Problem(
         graph=graph,
         device=device,
@@ -127,7 +126,7 @@ def make_problem(graph: Graph, device: Device, sizes: Sequence[int] | None = Non
         pred=pred,
         succ_ptr=succ_ptr,
         succ=succ,
-        capacity=np.array(capacity),
+        capacity=reached(device),
         sm_count=device.sm_count,
         sm_bytes_per_s=device.sm_hbm_bytes_per_s,
         launch_s=device.launch_seconds,
