@@ -11,6 +11,9 @@ from taskgraph.schedule.band import gain_band
 from taskgraph.schedule.evaluate import Assignment, Evaluation, Layout, evaluate
 from taskgraph.schedule.problem import Budget, Problem
 
+_CLEARLY = 1.02
+"""By so much a predicted time must be shorter to count for more than that the gain is surer."""
+
 
 @dataclass(frozen=True, slots=True)
 class Found:
@@ -59,14 +62,17 @@ def shortest(found: Iterable[Found], otherwise: Found) -> Found:
 
 
 def best_of(found: Iterable[Found], baseline: Found, budget: Budget) -> Found:
-    """The shortest. On a GPU, where a prediction alone decides: the first of those whose gain is largest at the lower
-    edge of its band, of those that gain at all."""
+    """The shortest. On a GPU, where a prediction alone decides, that with the largest gain at the lower edge of its
+    band, unless another that gains there too is shorter by _CLEARLY."""
     tried = list(found)
     best = shortest(tried, baseline)
     if best.problem.device.kind != "gpu" or not budget.sure:
         return best
-    gains = [each for each in tried if each.makespan_s < baseline.makespan_s]
-    return min(gains, key=lambda each: each.makespan_s * (1.0 + each.gain_band()), default=best)
+    at_edge = [(each.makespan_s * (1.0 + each.gain_band()), each) for each in tried]
+    gains = [pair for pair in at_edge if pair[1].makespan_s < baseline.makespan_s]
+    surest = min(gains, key=lambda pair: pair[0], default=(0.0, best))[1]
+    fastest = shortest((each for seconds, each in at_edge if seconds < baseline.makespan_s), surest)
+    return fastest if fastest.makespan_s * _CLEARLY < surest.makespan_s else surest
 
 
 def or_sequential(found: Found, baseline: Found) -> Assignment:
