@@ -352,7 +352,7 @@ CORPUS: dict[str, tuple[Callable[[], Graph], str, str, str]] = {
     "decode": (lambda: llama(256, 1), "h100_sxm", "auto", "ca075c80e05f6e59"),
     "decode, list": (lambda: llama(8, 1), "a100_sxm", "list", "92bef4c2a17620e0"),
     "prefill": (lambda: llama(1, 512), "h100_sxm", "auto", "e619725cf2810044"),
-    "design page": (design_page, "h100_sxm", "auto", "f5638d6acb6de032"),
+    "design page": (design_page, "h100_sxm", "auto", "ee948861e58e0570"),
     "design page, b200": (design_page, "b200_sxm", "list", "e396ff30f5457f9e"),
     "four works": (lambda: shaped(1e12, 1e9, 1e7), "h200_sxm", "list", "131f944bdc7c7829"),
 }

@@ -78,13 +78,18 @@ class State:
 
     def layout(self, origin: Layout) -> Layout:
         """`origin` with the partition sizes of this state."""
-        return Layout(
-            tuple(
-                Geometry(tuple(Partition(int(r[1]), int(r[2])) for r in self.rows if r[0] == g))
-                for g in range(len(origin.geometries))
-            ),
-            origin.lanes_each,
-        )
+        return bordered(origin, self.rows)
+
+
+def bordered(origin: Layout, rows: np.ndarray) -> Layout:
+    """`origin` with the partition sizes of `rows` (p, 4)."""
+    return Layout(
+        tuple(
+            Geometry(tuple(Partition(int(r[1]), int(r[2])) for r in rows if r[0] == g))
+            for g in range(len(origin.geometries))
+        ),
+        origin.lanes_each,
+    )
 
 
 def starts(space: Space, layout: Layout) -> list[State]:
@@ -92,13 +97,16 @@ def starts(space: Space, layout: Layout) -> list[State]:
     of fewest SMs) to that of the least area (1, the one of most SMs)."""
     problem, lowest = space.problem, space.lowest_mode()
     zeros, row = np.zeros(len(lowest)), np.zeros(len(lowest), np.int64)
-    found = []
+    found, own = list[State](), launch_of(space).own_grid
     for thrift in (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0):
         product = np.where(problem.legal, problem.seconds * problem.use[:, :, 0] ** thrift, np.inf)
         good = product <= product.min(axis=1, keepdims=True) * (1 + 1e-9)
         wanted = np.argmax(good, axis=1) if thrift == 0 else good.shape[1] - 1 - np.argmax(good[:, ::-1], axis=1)
         mode = lowest.copy()
         np.maximum.at(mode, space.decision, wanted)
+        mode = np.where(own, mode, len(problem.sizes) - 1)
+        if any((mode == each.mode).all() for each in found):
+            continue
         found += [State(mode, row, zeros, layout.rows, np.array([1, sm, 4])) for sm in range(len(_OVERSUBSCRIBE))]
     return found
 
@@ -109,7 +117,10 @@ def search_layouts(device: Device) -> list[Layout]:
     the whole device."""
     halves = [g for g in device.splits() if len(g.partitions) == 2]
     turns = [Layout.isolated(Geometry.of(device.sm_count), halves[-1])] if halves else []
-    return [Layout.shared(device.sm_count, 6), *turns] if device.kind == "gpu" else turns
+    if device.kind != "gpu":
+        return turns
+    split = [Layout((halves[-1],), ((3, 3),)), Layout((Geometry.of(device.sm_count), halves[-1]), ((2,), (2, 2)))]
+    return [Layout.shared(device.sm_count, 6), *(split if halves else [])]
 
 
 def anneal(space: Space, layout: Layout, begin: Sequence[State], budget_s: float, seed: int) -> State:
@@ -120,8 +131,19 @@ def anneal(space: Space, layout: Layout, begin: Sequence[State], budget_s: float
     def walk(state: State, trials: int, seed: int, hot: float, cold: float) -> State:
         return _walk(own(field, _SCRATCH), state, Heat(trials, seed, hot, cold))
 
-    trials = int(budget_s / (_OP_S * space.problem.n * ROUNDS))
+    trials = trials_in(space, budget_s / ROUNDS)
     return islands(walk, begin, trials, budget_s, seed, Cooling(0.02, 1e-5, 10.0))
+
+
+def trials_in(space: Space, budget_s: float) -> int:
+    """How many trials a budget stands for."""
+    return int(budget_s / (_OP_S * space.problem.n))
+
+
+def judged(space: Space, layout: Layout, states: Sequence[State]) -> list[State]:
+    """The states with their seconds, the shortest first."""
+    field = _field(space, layout)
+    return sorted((_walk(field, each, JUDGE) for each in states), key=lambda each: each.seconds)
 
 
 class _Judged(Protocol):
@@ -147,7 +169,7 @@ class Cooling:
 def islands(walk: Walk[J], begin: Sequence[J], trials: int, budget_s: float, seed: int, cooling: Cooling) -> J:
     """The best of ISLANDS runs side by side, from the best of `begin`: ROUNDS of `trials` each. The leader is copied to
     one island after each round, and to all in the second half; the clock only guards."""
-    pool = [walk(each, 1, 0, 1e-3, 1e-4) for each in begin]  # compiles and judges, before the clock starts
+    pool = [walk(each, *JUDGE) for each in begin]  # compiles and judges, before the clock starts
     deadline = time.monotonic() + 2 * budget_s + 0.5
     best = sorted(pool, key=lambda each: each.seconds)[:ISLANDS]
     best = [best[i % len(best)] for i in range(ISLANDS)]
@@ -190,6 +212,8 @@ class Heat(NamedTuple):
     cold: float
 
 
+JUDGE = Heat(1, 0, 1e-3, 1e-4)
+"""A run that only judges."""
 P = TypeVar("P")
 F = TypeVar("F")
 
@@ -295,7 +319,7 @@ def _field(space: Space, layout: Layout) -> _Field:
         np.zeros(d, np.int64),
         launch_of(space),
         space.total / space.window,
-        int(np.diff(problem.sizes).min()) if len(problem.sizes) > 1 else 0,
+        problem.device.sm_granularity,
         float(problem.best_seconds().mean()),
         clock,
         lanes,
@@ -389,6 +413,8 @@ def _move(f: _Field, point: StatePoint, trial: int) -> bool:
     kin, sizes, lowest = f.kin, f.launch.sizes, f.lowest
     at, what = np.random.randint(0, len(kin)), np.random.random()
     alike = np.random.random() < 0.25
+    if what < 0.45 and not f.launch.own_grid[at]:  # it takes all SMs of its partition, whatever its mode says
+        what = 0.45 + 0.55 * np.random.random()
     if what < 0.45:
         step = np.random.randint(1, 4 if np.random.random() < 0.8 else len(sizes) + 1)
         step = step if np.random.random() < 0.5 else -step
@@ -406,13 +432,7 @@ def _move(f: _Field, point: StatePoint, trial: int) -> bool:
             if i == at or (alike and kin[i] == kin[at]):
                 row[i] = target
     elif what < 0.98 and len(rows) > 1:
-        p = np.random.randint(0, len(rows) - 1)
-        shift_sms = f.granularity if np.random.random() < 0.5 else -f.granularity
-        neighbours = rows[p, 0] == rows[p + 1, 0]
-        if neighbours and _legal(rows[p, 2] + shift_sms, sizes) and _legal(rows[p + 1, 2] - shift_sms, sizes):
-            rows[p, 2] += shift_sms
-            rows[p + 1, 1] += shift_sms
-            rows[p + 1, 2] -= shift_sms
+        shift_border(rows, sizes, f.granularity)
     elif np.random.random() < 0.3:
         policy[_BACKFILL] = 1 - policy[_BACKFILL]
     else:
@@ -425,6 +445,18 @@ def _move(f: _Field, point: StatePoint, trial: int) -> bool:
         if sizes[lowest[i]] > rows[row[i], 2]:
             row[i] = largest
     return True
+
+
+@inner
+def shift_border(rows: np.ndarray, sizes: np.ndarray, granularity: int) -> None:
+    """Move the border between two neighbours of one geometry by a step, where both may have the size then."""
+    p = np.random.randint(0, len(rows) - 1)
+    shift_sms = granularity if np.random.random() < 0.5 else -granularity
+    neighbours = rows[p, 0] == rows[p + 1, 0]
+    if neighbours and _legal(rows[p, 2] + shift_sms, sizes) and _legal(rows[p + 1, 2] - shift_sms, sizes):
+        rows[p, 2] += shift_sms
+        rows[p + 1, 1] += shift_sms
+        rows[p + 1, 2] -= shift_sms
 
 
 @inner

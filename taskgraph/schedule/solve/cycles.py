@@ -15,12 +15,14 @@ from taskgraph.jit import inner, kernel, plain
 from taskgraph.schedule.clock import Bench, Clock, Lanes, Queues, bench_of, simulate
 from taskgraph.schedule.evaluate import NO_HOLDS, Assignment, Evaluation, Layout, clock_of, lanes_of
 from taskgraph.schedule.solve.annealing import (
+    JUDGE,
     ROUNDS,
     Cooling,
     Heat,
     Launch,
     Space,
     State,
+    bordered,
     fit,
     fitted,
     islands,
@@ -28,6 +30,7 @@ from taskgraph.schedule.solve.annealing import (
     metropolis,
     own,
     realise,
+    shift_border,
 )
 
 _STEP = 1e-7
@@ -38,11 +41,13 @@ _OP_S = 5e-7
 
 @dataclass(frozen=True, slots=True)
 class Cycle:
-    """place (d,) in periods, lane (d,) and mode (d,) by decision, and the seconds of the whole graph."""
+    """place (d,) in periods, lane (d,) and mode (d,) by decision, rows (p, 4) as in `Layout.rows`, and the seconds of
+    the whole graph."""
 
     place: np.ndarray
     lane: np.ndarray
     mode: np.ndarray
+    rows: np.ndarray
     seconds: float = np.inf
 
 
@@ -58,7 +63,7 @@ def cycle_of(space: Space, layout: Layout, state: State) -> Cycle:
     lane, order = np.zeros(len(middle), np.int64), np.argsort(begin, kind="stable")
     spans = Spans(plain(begin, np.float64), plain(length, np.float64), plain(state.row, np.int64), order)
     _colour(spans, plain(layout.lane_partition, np.int64), 4 if space.window > 1 else 0, lane)
-    return Cycle(begin, _on_one_lane(space, layout, lane), state.mode)
+    return Cycle(begin, on_one_lane(space, layout, lane), state.mode, state.rows)
 
 
 def plain_cycle(space: Space, layout: Layout, state: State) -> Cycle:
@@ -67,10 +72,10 @@ def plain_cycle(space: Space, layout: Layout, state: State) -> Cycle:
     once = np.flatnonzero((space.iteration == 0) | ~space.inside)
     place[space.decision[once]] = np.arange(len(once)) / len(once)
     lane = np.searchsorted(layout.lane_partition, state.row)
-    return Cycle(place, _on_one_lane(space, layout, lane), state.mode)
+    return Cycle(place, on_one_lane(space, layout, lane), state.mode, state.rows)
 
 
-def _on_one_lane(space: Space, layout: Layout, lane: np.ndarray) -> np.ndarray:
+def on_one_lane(space: Space, layout: Layout, lane: np.ndarray) -> np.ndarray:
     """`lane` with all tied decisions on the last lane of the largest partition: there they run one after another."""
     rooms = layout.rows[layout.lane_partition, 2]
     last = len(rooms) - 1 - int(np.argmax(rooms[::-1]))
@@ -93,16 +98,27 @@ def polish(
     def walk(cycle: Cycle, trials: int, seed: int, hot: float, cold: float) -> Cycle:
         return _walk(own(field, _SCRATCH), cycle, Heat(trials, seed, hot, cold))
 
-    trials = int(budget_s / (_OP_S * space.problem.n * ROUNDS))
+    trials = trials_in(space, budget_s / ROUNDS)
     return islands(walk, begin, trials, budget_s, seed, Cooling(heat, 2e-4, 20.0))
+
+
+def trials_in(space: Space, budget_s: float) -> int:
+    """How many trials a budget stands for."""
+    return int(budget_s / (_OP_S * space.problem.n))
+
+
+def judged(space: Space, layout: Layout, cycles: Sequence[Cycle]) -> list[Cycle]:
+    """The cycles with their seconds, the shortest first."""
+    field = _field(space, layout)
+    return sorted((_walk(field, each, JUDGE) for each in cycles), key=lambda each: each.seconds)
 
 
 def written_out(space: Space, layout: Layout, cycle: Cycle) -> Assignment:
     """The cycle's queues for every iteration of the space's problem."""
     d = space.decision
     order = np.argsort(space.iteration + cycle.place[d], kind="stable")
-    mode = fitted(space, cycle.mode, layout.lane_partition[cycle.lane], layout.rows)
-    return Assignment(layout, order, cycle.lane[d], mode[d], NO_HOLDS)
+    mode = fitted(space, cycle.mode, layout.lane_partition[cycle.lane], cycle.rows)
+    return Assignment(bordered(layout, cycle.rows), order, cycle.lane[d], mode[d], NO_HOLDS)
 
 
 class CyclePoint(NamedTuple):
@@ -111,12 +127,13 @@ class CyclePoint(NamedTuple):
     place: np.ndarray
     lane: np.ndarray
     mode: np.ndarray
+    rows: np.ndarray
 
 
 def _point(cycle: Cycle) -> CyclePoint:
     """A copy of the cycle's arrays."""
     lane, mode = np.array([cycle.lane, cycle.mode], np.int64)
-    return CyclePoint(np.array(cycle.place, np.float64), lane, mode)
+    return CyclePoint(np.array(cycle.place, np.float64), lane, mode, np.array(cycle.rows, np.int64, order="C"))
 
 
 class Body(NamedTuple):
@@ -149,6 +166,7 @@ class _Field(NamedTuple):
     tied: np.ndarray
     lowest: np.ndarray
     launch: Launch
+    granularity: int
     start: np.ndarray
     end: np.ndarray
     modes: np.ndarray
@@ -183,6 +201,7 @@ def _field(space: Space, layout: Layout) -> _Field:
         plain(space.tied, np.bool_),
         plain(space.lowest_mode(), np.int64),
         launch_of(space),
+        space.problem.device.sm_granularity,
         start,
         end,
         modes,
@@ -218,11 +237,10 @@ _SCRATCH = ("start", "end", "modes", "rows", "begun", "key", "order", "edges", "
 
 def _walk(field: _Field, cycle: Cycle, heat: Heat) -> Cycle:
     point, old, best = _point(cycle), _point(cycle), _point(cycle)
-    for at in range(len(point.place)):
-        _push(field.edges, point.place, at)
+    _push_all(field.edges, point.place)
     field.order[:] = np.argsort(field.body.iteration + point.place[field.body.decision], kind="stable")
     seconds = _polish(field, point, old, best, heat._replace(seed=heat.seed % 2**32))
-    return Cycle(best.place, best.lane, best.mode, seconds)
+    return Cycle(best.place, best.lane, best.mode, best.rows, seconds)
 
 
 class Spans(NamedTuple):
@@ -304,7 +322,8 @@ def _judge(f: _Field, point: CyclePoint) -> float:
         rows[d] = partition[lane[d]]
     if body.total > body.window and last - first > body.window / 2 - 1:
         return np.inf
-    fit(f.launch, point.mode, rows, f.lanes.rows, modes)
+    lanes = Lanes(partition, point.rows, f.lanes.conflicts, f.lanes.turns)
+    fit(f.launch, point.mode, rows, point.rows, modes)
     for op in range(n):
         key[op] = iteration[op] + place[decision[op]]
     _sort(order, key)
@@ -322,7 +341,7 @@ def _judge(f: _Field, point: CyclePoint) -> float:
         queue[head[lane[d]]] = op
         head[lane[d]] += 1
         rank[op], mode[op] = x, modes[d]
-    ended, _, total_s = simulate(f.clock, f.lanes, queues, f.bench, f.start, f.end, f.trace)
+    ended, _, total_s = simulate(f.clock, lanes, queues, f.bench, f.start, f.end, f.trace)
     if ended < n:
         return np.inf
     if body.total > body.window:
@@ -346,10 +365,13 @@ def _sort(order: np.ndarray, key: np.ndarray) -> None:
 
 @inner
 def _copy(to: CyclePoint, of: CyclePoint) -> None:
-    place, lane, mode = to.place, to.lane, to.mode
-    place_of, lane_of, mode_of = of.place, of.lane, of.mode
+    place, lane, mode, rows = to.place, to.lane, to.mode, to.rows
+    place_of, lane_of, mode_of, rows_of = of.place, of.lane, of.mode, of.rows
     for d in range(len(place)):
         place[d], lane[d], mode[d] = place_of[d], lane_of[d], mode_of[d]
+    for p in range(len(rows)):
+        for k in range(4):
+            rows[p, k] = rows_of[p, k]
 
 
 @inner
@@ -394,18 +416,25 @@ def _push(edges: Edges, place: np.ndarray, at: int) -> bool:
     return True
 
 
+@kernel
+def _push_all(edges: Edges, place: np.ndarray) -> None:
+    """Restore the order of all edges."""
+    for at in range(len(place)):
+        _push(edges, place, at)
+
+
 @inner
 def _move(f: _Field, point: CyclePoint, trial: int) -> bool:
     """Change the SMs of a decision or all its kin, or its lane, or its place; False if there is no such place. Now and
     then put all places where the clock saw them."""
-    place, mode, kin, sizes, lowest, rows = point.place, point.mode, f.kin, f.launch.sizes, f.lowest, f.lanes.rows
-    d = len(kin)
+    place, mode, kin, sizes, lowest, rows = point.place, point.mode, f.kin, f.launch.sizes, f.lowest, point.rows
+    partition, d = f.lanes.partition, len(kin)
     if trial % (4 * d) == 0:
         _retime(f, place)
         return True
-    what = np.random.random()
     at = np.random.randint(0, d)
-    if what < 0.35:
+    what = np.random.random()
+    if what < 0.35 and f.launch.own_grid[at]:
         step = np.random.randint(1, 4 if np.random.random() < 0.9 else len(sizes) + 1)
         step = step if np.random.random() < 0.5 else -step
         alike = np.random.random() < 0.3
@@ -413,10 +442,20 @@ def _move(f: _Field, point: CyclePoint, trial: int) -> bool:
             if i == at or (alike and kin[i] == kin[at]):
                 mode[i] = min(max(mode[i] + step, lowest[i]), len(sizes) - 1)
         return True
-    if what < 0.5:
-        to = np.random.randint(0, len(f.lanes.partition))
-        if rows[f.lanes.partition[to], 2] >= sizes[lowest[at]] and not f.tied[at]:
-            point.lane[at] = to
+    what = np.random.random()
+    if what < 0.05 and len(rows) > 1:
+        shift_border(rows, sizes, f.granularity)
+        fits = True
+        for i in range(d):
+            fits = fits and rows[partition[point.lane[i]], 2] >= sizes[lowest[i]]
+        return fits
+    if what < 0.3:
+        to = np.random.randint(0, len(partition))
+        alike = np.random.random() < 0.2
+        for i in range(d):
+            fits = rows[partition[to], 2] >= sizes[lowest[i]] and not f.tied[i]
+            if fits and (i == at or (alike and kin[i] == kin[at])):
+                point.lane[i] = to
         return True
     if what < 0.85:
         place[at] += np.random.normal(0.0, 1.0) * (4.0 / max(d, 8)) * (1.0 if np.random.random() < 0.7 else 4.0)

@@ -1,10 +1,11 @@
 """explore(): layouts and nano-batches tried side by side; the better half gets the next share of the budget."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from taskgraph.rewrite.nanobatch import apply, splittable
 from taskgraph.schedule.bounds import lower_bounds, sm_seconds
 from taskgraph.schedule.evaluate import Assignment, Layout, evaluate
 from taskgraph.schedule.problem import Budget, Problem, legal_sizes, make_problem
-from taskgraph.schedule.solve import lists, rules
+from taskgraph.schedule.solve import annealing, cycles, lists, rules, seeds
 from taskgraph.schedule.solve.annealing import Space, State, anneal, realise, search_layouts, starts
 from taskgraph.schedule.solve.cycles import Cycle, cycle_of, plain_cycle, polish, written_out
 from taskgraph.schedule.solve.found import Found, best_of, collectives_ordered, in_sequence, or_sequential
@@ -29,6 +30,10 @@ _FIRST, _RESLICE, _LAST, _DISPATCHED = 0.4, 0.3, 0.3, 0.3
 """Shares of the budget: of the rounds together, of single ops' slices, of the last arm; of each of these for
 dispatched schedules."""
 _RESLICED_FROM_S = 5.0
+_KEPT, _SEEDED, _LEAST_SEEDS = 5, 0.2, 8
+"""How many arms are searched, by the best of their seeds, and what these may take: a share of the budget, and a number
+of seeds that every arm has."""
+T = TypeVar("T")
 _TRIES, _WORTH, _WARM = 24, 1e-3, 2e-3
 """Other slices for single ops: how many are tried at most, what share of the whole area is worth it, and the heat."""
 
@@ -46,8 +51,16 @@ class _Arm:
 
     def judged(self) -> float:
         """The seconds of its best schedule; slices, which cost memory and launches, must win by SPLIT_GAIN."""
-        seconds = min((s.seconds for s in (self.state, self.cycle) if s is not None), default=np.inf)
+        tied = self.space.tied.any()  # which `dispatch` does not see
+        found = (self.cycle,) if tied else (self.state, self.cycle)
+        seconds = min((s.seconds for s in found if s is not None), default=np.inf)
+        seconds *= self._slower(seconds * self.space.window / self.space.total) if np.isfinite(seconds) else 1.0
         return seconds * SPLIT_GAIN if self.split.parts else seconds
+
+    def _slower(self, window_s: float) -> float:
+        """How many times as long a window of these seconds takes at the clocks that its power leaves."""
+        problem, rows = self.space.problem, self.layout.rows
+        return problem.settled(window_s, bool(rows[:, 2].max() < problem.sm_count)) / window_s
 
 
 def searched(problem: Problem, budget: Budget) -> Assignment:
@@ -64,36 +77,40 @@ def packed_or_found(wide: Problem, budget: Budget, baseline: Found) -> list[Foun
 
 
 def search(problem: Problem, budget: Budget, limit_s: float) -> list[Found]:
-    """What `explore` finds; of a large graph without a repeat the schedule of the best rule. At most one."""
+    """What `explore` finds; of a large graph without a repeat the schedule of the best rule."""
     if problem.graph.repeat is None and problem.n >= rules.FROM and problem.device.kind == "gpu":
         rule, made, times = rules.best_rule(problem, budget.seconds, budget.seed)
         label = f"search over rules, {rule.label()}, seed {budget.seed}"
-        found: Found | None = Found(problem, replace(made, made_by=label), times)
+        found = [Found(problem, replace(made, made_by=label), times)]
     else:
         found = explore(problem, budget, limit_s)
-    return [] if found is None else [collectives_ordered(found)]
+    return [*map(collectives_ordered, found)]
 
 
-def explore(problem: Problem, budget: Budget, limit_s: float) -> Found | None:
-    """The best schedule found in about the budget; None where no arm can be better than `limit_s` by its bounds.
+def explore(problem: Problem, budget: Budget, limit_s: float) -> list[Found]:
+    """The best schedule found in about the budget, and the best without slices as far as that came; none where no arm
+    can be better than `limit_s` by its bounds.
 
     Arms are the layouts of `search_layouts`, and on the first of them the slicings of the batch. All arms run for a
     while, the better half goes on, until one is left: successive halving (Karnin, Koren and Somekh 2013).
     """
     arms, seconds, seed = list(_arms(problem, limit_s, budget.nano_batches)), budget.seconds, budget.seed
     if not arms:
-        return None
+        return []
     if len(arms) == 1:
-        return _realised(problem, _advanced(arms[0], seconds, seed), seed)
-    rounds = (len(arms) - 1).bit_length()
+        return [_realised(problem, _advanced(arms[0], seconds, seed), seed)]
+    if problem.device.kind == "gpu":
+        arms = _promising(_seeded(arm, _SEEDED * seconds / len(arms)) for arm in arms)
+    rounds, second = (len(arms) - 1).bit_length(), list[_Arm]()
     for number in range(rounds):
         share = _FIRST * seconds / rounds / len(arms)
         arms = sorted((_advanced(arm, share, seed + number) for arm in arms), key=_Arm.judged)
-        arms = arms[: (len(arms) + 1) // 2]
+        second, arms = [arm for arm in arms[1:] if not arm.split.parts][:1], arms[: (len(arms) + 1) // 2]
     best = arms[0]
     if best.split.parts and seconds >= _RESLICED_FROM_S:
         best = _resliced(problem, best, _RESLICE * seconds, seed + rounds)
-    return _realised(problem, _advanced(best, _LAST * seconds, seed + rounds), seed)
+    best = _advanced(best, _LAST * seconds, seed + rounds)
+    return [_realised(problem, arm, seed) for arm in (best, *second)]
 
 
 def _resliced(problem: Problem, best: _Arm, budget_s: float, seed: int) -> _Arm:
@@ -114,15 +131,9 @@ def _resliced(problem: Problem, best: _Arm, budget_s: float, seed: int) -> _Arm:
         with suppress(GraphError):  # an op takes no cut within one of its units
             arm = _with_slices(problem, best, name, made)
             assert arm.cycle is not None
-            cycle = polish(arm.space, _layout(arm), [arm.cycle], budget_s / len(options), seed + number, _WARM)
+            cycle = polish(arm.space, arm.layout, [arm.cycle], budget_s / len(options), seed + number, _WARM)
             best = replace(arm, cycle=cycle) if cycle.seconds < best.judged() / SPLIT_GAIN else best
     return best
-
-
-def _layout(arm: _Arm) -> Layout:
-    """The arm's layout with the borders that its state has moved."""
-    assert arm.state is not None
-    return replace(arm.layout, geometries=arm.state.layout(arm.layout).geometries)
 
 
 def _with_slices(problem: Problem, arm: _Arm, name: str, made: Split) -> _Arm:
@@ -138,7 +149,7 @@ def _with_slices(problem: Problem, arm: _Arm, name: str, made: Split) -> _Arm:
         arm.state, mode=np.maximum(arm.state.mode[old], lowest), row=arm.state.row[old], delay=arm.state.delay[old]
     )
     mode, nudge = np.maximum(arm.cycle.mode[old], lowest), np.arange(len(old)) * 1e-6
-    cycle = Cycle(arm.cycle.place[old] + nudge, arm.cycle.lane[old], mode)
+    cycle = Cycle(arm.cycle.place[old] + nudge, arm.cycle.lane[old], mode, arm.cycle.rows)
     return _Arm(split, sliced, arm.layout, space, state, cycle)
 
 
@@ -205,7 +216,7 @@ def _arms(problem: Problem, limit_s: float, nano_batches: bool) -> Iterator[_Arm
         measured = measured or (at == 0 and not _guessed(space))
         if _bound(space) >= limit_s or (measured and _guessed(space)):
             continue
-        for layout in layouts if at == 0 else layouts[:1]:
+        for layout in layouts if not at or len(made.parts[0][1]) == 2 else layouts[:1]:
             if int(space.problem.sizes[space.lowest_mode()].max()) <= layout.rows[:, 2].max():
                 yield _Arm(made, sliced, layout, space)
 
@@ -227,11 +238,40 @@ def _advanced(arm: _Arm, budget_s: float, seed: int) -> _Arm:
     space, layout = arm.space, arm.layout
     begin = starts(space, layout) if arm.state is None else [arm.state]
     state = anneal(space, layout, begin, _DISPATCHED * budget_s, seed)
-    cycles = [cycle_of(space, layout, state), plain_cycle(space, layout, state)]
+    begun = [cycle_of(space, layout, state), plain_cycle(space, layout, state)]
     if arm.cycle is not None:
-        cycles.append(arm.cycle)
-    cycle = polish(space, _layout(replace(arm, state=state)), cycles, (1 - _DISPATCHED) * budget_s, seed)
+        begun.append(arm.cycle)
+    cycle = polish(space, layout, begun, (1 - _DISPATCHED) * budget_s, seed)
     return replace(arm, state=state, cycle=cycle)
+
+
+def _promising(arms: Iterable[_Arm]) -> list[_Arm]:
+    """The _KEPT best by their seeds; partitions only where they begin better than the whole device does."""
+    least: dict[Split, float] = {}
+    kept = []
+    for arm in arms:
+        seconds = least.setdefault(arm.split, arm.judged())
+        if len(arm.layout.rows) == 1 or arm.judged() < seconds:
+            kept.append(arm)
+    return sorted(kept, key=_Arm.judged)[:_KEPT]
+
+
+def _seeded(arm: _Arm, budget_s: float) -> _Arm:
+    """The arm with the best state and the best cycle of those that a search may begin from, as many as about
+    `budget_s` allows."""
+    space, layout = arm.space, arm.layout
+    traits, like = seeds.traits_of(space, [op.name for op in arm.graph.ops]), starts(space, layout)
+    placed = seeds.states(space, layout, traits, like[1]) if len(layout.rows) > 1 else []
+    state = annealing.judged(space, layout, [*like, *_few(placed, annealing.trials_in(space, budget_s))])[0]
+    begun = [cycle_of(space, layout, state), plain_cycle(space, layout, state)]
+    tried = _few(seeds.cycles(space, layout, traits, like[0]), cycles.trials_in(space, budget_s))
+    return replace(arm, state=state, cycle=cycles.judged(space, layout, [*begun, *tried])[0])
+
+
+def _few(made: list[T], most: int) -> list[T]:
+    """At most so many (and _LEAST_SEEDS), from all over the list."""
+    count = min(len(made), max(most, _LEAST_SEEDS))
+    return [made[i] for i in np.linspace(0, len(made) - 1, count).astype(int)] if made else made
 
 
 def _realised(problem: Problem, arm: _Arm, seed: int) -> Found:
@@ -240,15 +280,30 @@ def _realised(problem: Problem, arm: _Arm, seed: int) -> Found:
     whole = _space(arm.graph, problem, None)
     best, times = realise(whole, arm.layout, arm.state)
     if np.isfinite(arm.cycle.seconds):
-        fixed = written_out(whole, best.layout, arm.cycle)
+        fixed = written_out(whole, arm.layout, arm.cycle)
         # A deadlock that spans more iterations than the window has is possible, if only just: then the other one it is.
         with suppress(PlanError):
             fixed_times = evaluate(whole.problem, fixed)
-            if fixed_times.makespan_s < times.makespan_s:
+            if fixed_times.makespan_s < times.makespan_s or whole.tied.any():
                 by_start = np.lexsort((np.arange(whole.problem.n), fixed_times.end_s, fixed_times.start_s))
                 best, times = replace(fixed, order=by_start), fixed_times
+    if (trimmed := _trimmed(best)) is not best:
+        best, times = trimmed, evaluate(whole.problem, trimmed)
     label = f"search on {lists.label(best.layout)}{_sliced(arm.split)}, seed {seed}"
     return Found(whole.problem, replace(best, made_by=label, split=arm.split), times)
+
+
+def _trimmed(made: Assignment) -> Assignment:
+    """The assignment without lanes that run nothing, and geometries that no lane is left of."""
+    layout = made.layout
+    used = np.bincount(made.lane, minlength=len(layout.lane_partition)) > 0
+    if used.all():
+        return made
+    count = np.bincount(layout.lane_partition[used], minlength=len(layout.rows)).tolist()
+    each = {g: tuple(count[p] for p in np.flatnonzero(layout.rows[:, 0] == g)) for g in range(len(layout.geometries))}
+    kept = [g for g, lanes in each.items() if any(lanes)]
+    left = Layout(tuple(layout.geometries[g] for g in kept), tuple(each[g] for g in kept))
+    return replace(made, layout=left, lane=(np.cumsum(used) - 1)[made.lane])
 
 
 def _sliced(split: Split) -> str:
