@@ -28,6 +28,8 @@ _NOTHING: Final = frozenset({
     "sym_constrain_range_for_size",
 })  # fmt: skip
 """Operators that compute nothing."""
+_SAME: Final = frozenset({"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"})
+"""Operators that give back their first argument where they draw nothing; under inference_mode they are calls too."""
 
 
 class Unsupported(GraphError):  # noqa: N818 - the name says what it means
@@ -270,6 +272,8 @@ class _Tracer:
     def _call(self, name: str, target: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         target, args = _plain_view(target, args)
         refuse_random(name, target, args, kwargs)
+        if target.namespace == "aten" and target._opname in _SAME:
+            return args[0]
         given = (mapped(args, self._use), mapped(kwargs, self._use))
         try:
             with self.mode:

@@ -100,6 +100,17 @@ def test_results_are_those_of_eager_torch(name: str) -> None:
     same(run(Fn(function), *args), want)
 
 
+def test_dropout_that_drops_nothing_is_no_op() -> None:
+    module, x = (
+        nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.AlphaDropout(0.5), nn.ReLU()).eval(),
+        torch.randn(2, 4),
+    )
+    with torch.inference_mode():
+        graph = tg.from_torch(module, (x,)).graph
+        assert [op.kind for op in graph.ops] == ["gemm", "elementwise"]
+        same(run(module, x), module(x))
+
+
 def test_inputs_of_any_strides() -> None:
     wide = torch.randn(4, 6)
     module = Fn(lambda x: x.reshape(-1) * 2)
