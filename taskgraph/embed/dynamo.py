@@ -170,9 +170,11 @@ class Compiled:
             return Variant(None, reason, decided=True)
         try:
             captured = self._captured(args)
-        except TaskgraphError as error:
-            _warn(str(error).rstrip("."), self._options)
-            return Variant(None, str(error), decided=True)
+        except Exception as error:  # whatever a graph of somebody's meets here, the graph itself still runs
+            known = isinstance(error, TaskgraphError)
+            reason = str(error) if known else f"it cannot be imported ({type(error).__name__}: {shown(str(error))})"
+            _warn(reason.rstrip("."), self._options)
+            return Variant(None, reason, decided=True)
         return Variant(captured, decided=self._options.verdict == "plan")
 
     def _captured(self, args: tuple[Any, ...]) -> Captured:

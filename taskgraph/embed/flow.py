@@ -24,10 +24,9 @@ from taskgraph.errors import GraphError
 MOST_CONSTANT_BYTES: Final = 64 << 20
 """Larger constants are computed by the graph."""
 _NOTHING: Final = frozenset({
-    "_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range", "_print",
-    "sym_constrain_range_for_size",
+    "_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size",
 })  # fmt: skip
-"""Operators that compute nothing."""
+"""Operators that say something of shapes and types, which are fixed here."""
 _SAME: Final = frozenset({"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"})
 """Operators that give back their first argument where they draw nothing; under inference_mode they are calls too."""
 

@@ -161,7 +161,8 @@ def _alive(flow: Flow, covered: set[int], at: dict[int, "Match"]) -> list[int]:
         makes = {flow.leaves[leaf].storage for leaf in call.results if leaf is not None}
         changes = {s for s, _ in call.changes}
         lives = bool(makes & needed) or any(flow.storages[s].role == "state" or s in needed for s in changes)
-        if lives or i in covered:
+        acts = not call.results and not changes  # it asserts, prints or sends something
+        if lives or acts or i in covered:
             keep.append(i)
             needed |= {flow.leaves[u.leaf].storage for u in call.uses()}
     return keep[::-1]

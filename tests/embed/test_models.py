@@ -139,3 +139,21 @@ def test_a_decode_step_is_priced_by_the_families_of_kernels() -> None:
     families = {kernel_of(op, imported.graph.tensor).family for op in imported.graph.ops}
     assert {"gemm", "decode_attention", "stream"} <= families
     assert {t.name for t in imported.graph.with_role("state")} >= {"cache_0_keys", "cache_1_values"}
+
+
+@pytest.mark.slow
+def test_a_decode_step_of_transformers_is_predicted_as_the_hand_written_one(tmp_path: Any) -> None:
+    from dataclasses import replace
+
+    from taskgraph.embed.sources import hugging_face
+    from taskgraph.models.config import load_config
+    from taskgraph.models.llama import step_graph
+
+    LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=4, num_attention_heads=32, num_key_value_heads=8,
+        vocab_size=128256, max_position_embeddings=8192, tie_word_embeddings=False, architectures=["LlamaForCausalLM"],
+    ).save_pretrained(tmp_path)  # fmt: skip
+    imported = hugging_face(str(tmp_path), batch=16, context=1024, tokens=1)
+    by_hand = step_graph(replace(load_config("llama-3-8b"), layers=4), batch=16, tokens=1, cache=1024)
+    times = [tg.plan(graph, "h100_sxm").makespan_s for graph in (imported.graph, by_hand)]
+    assert times[0] == pytest.approx(times[1], rel=0.05)

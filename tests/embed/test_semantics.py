@@ -204,6 +204,46 @@ def test_imported(name: str) -> None:
     same([[*other.state_dict().values()]], [[*eager.state_dict().values()]])
 
 
+SEEN: list[float] = []
+
+
+@torch.library.custom_op("taskgraph_tests::tell", mutates_args=())
+def tell(x: torch.Tensor) -> None:
+    SEEN.append(float(x.sum()))
+
+
+@tell.register_fake
+def tell_fake(x: torch.Tensor) -> None:
+    return None
+
+
+def told(s: Any, x: torch.Tensor) -> torch.Tensor:
+    torch.ops.taskgraph_tests.tell(x + 1)
+    return x * 2
+
+
+def test_what_returns_nothing_is_still_called() -> None:
+    x = torch.ones(3)
+    imported = tg.from_torch(Fn(told), (x,))
+    with tg.compile(imported.graph, tg.plan(imported.graph, "cpu")) as exe:
+        SEEN.clear()
+        assert torch.equal(imported.call(exe, x), x * 2)
+    assert SEEN == [6.0]
+
+
+def test_an_assertion_of_torch_is_kept() -> None:
+    def checked(s: Any, x: torch.Tensor) -> torch.Tensor:
+        torch._assert_async((x > 0).all())
+        return x * 2
+
+    x = torch.ones(3)
+    imported = tg.from_torch(Fn(checked), (x,))
+    with tg.compile(imported.graph, tg.plan(imported.graph, "cpu")) as exe:
+        assert torch.equal(imported.call(exe, x), x * 2)
+        with pytest.raises(tg.ExecutionError):
+            imported.call(exe, -x)
+
+
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled(name: str) -> None:
     eager, other, inputs = pair(name)

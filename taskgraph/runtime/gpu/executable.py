@@ -76,6 +76,7 @@ class CudaExecutable(TensorExecutable[Buffer]):
         self._torch = not self._gpu.capability.virtual and torch_ops.available()
         self._memory: list[Memory] = []
         self._exec: Any = None
+        self._definition: captures.Capture | None = None
         self.origin: Any = None
         self._streams: list[Any] = []
         self._partitions: list[driver.Partitioned] = []
@@ -233,10 +234,28 @@ class CudaExecutable(TensorExecutable[Buffer]):
             self._begin()
             self._capture()
 
+    def graph_handle(self) -> int:
+        """The plan as a CUgraph, for a graph of the caller's that takes it as a child (cuGraphAddChildGraphNode).
+
+        It is ours: valid until `close`, or until the replay after a `bind` that moved a buffer. What its kernels were
+        given and cannot use is told by the next launch of this executable. Errors as of `capture`."""
+        with self._turns.next():
+            self._begin()
+            self._capture()
+            if self._definition is None:
+                self._definition, _ = self._captured(self._launches(), None)
+            return int(self._definition.handle)
+
+    def _forget_definition(self) -> None:
+        if self._definition is not None:
+            self._definition.close()
+            self._definition = None
+
     def _capture(self) -> None:
         self._gpu.use()
         if not self._stale:
             return
+        self._forget_definition()
         bound = self._launches()
         capture, owners = self._captured(bound, None)
         try:
@@ -436,6 +455,7 @@ class CudaExecutable(TensorExecutable[Buffer]):
 
     def _free(self) -> None:
         self._gpu.use()
+        self._forget_definition()
         if self._exec is not None:
             self._exec.close()
         for stream in reversed([self.origin, *self._streams]):
@@ -451,6 +471,6 @@ class CudaExecutable(TensorExecutable[Buffer]):
 
     def _drop(self) -> None:
         self._stale = True
-        self._exec = self.origin = None
+        self._exec = self.origin = self._definition = None
         self._streams, self._partitions, self._memory = [], [], []
         self._given, self._kept, self._sites = {}, {}, {}

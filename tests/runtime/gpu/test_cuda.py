@@ -59,6 +59,28 @@ def test_random_plans_are_captured_equal(on_virtual: Call, block: int) -> None:
     assert max(r.time_error for r in results) < 0.01
 
 
+def test_the_graph_of_a_plan_is_what_was_captured(on_virtual: Call) -> None:
+    nodes, captured, again = on_virtual(handles)
+    assert nodes == captured > 0
+    assert again, "the same until a buffer moves"
+
+
+def handles() -> tuple[int, int, bool]:
+    """The virtual driver has no child graphs: only that the graph is there and whole."""
+    from cuda.bindings import driver as cu
+
+    b = tg.GraphBuilder("two")
+    x = b.input("x", (4, 64), "f32")
+    b.output(tg.ops.add(tg.ops.add(x, x), x))
+    graph = b.build()
+    with tg.compile(graph, tg.plan(graph, "h100_sxm"), "cuda", device="virtual:h100_sxm") as exe:
+        assert isinstance(exe, CudaExecutable)
+        handle = exe.graph_handle()
+        _, _, count = cu.cuGraphGetNodes(cu.CUgraph(handle))
+        assert exe.report is not None
+        return int(count), exe.report.nodes, exe.graph_handle() == handle
+
+
 def check_plans(seeds: range) -> list[capture.PlanResult]:
     return [capture.check_plan(seed) for seed in seeds]
 
