@@ -6,7 +6,6 @@ inputs, `s0`, `s1`, ... results of earlier steps, anything else is a number. The
     "mul x0 x1; add s0 0.5; gelu s1"        gelu(x0 * x1 + 0.5)
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -243,8 +242,3 @@ def _moved(step: Step, names: Mapping[str, str], base: int) -> Step:
         return names[argument] if argument[0] == "x" else f"s{base + int(argument[1:])}"
 
     return Step(step.name, tuple(map(renamed, step.arguments)))
-
-
-def is_finite(made: Formula) -> bool:
-    """Whether all its numbers are finite."""
-    return all(math.isfinite(a) for step in made.steps for a in step.arguments if isinstance(a, float))

@@ -1,4 +1,4 @@
-"""Pointwise ops, norms, products, reductions and moves along axes: random ones against torch, whole, sliced and fused,
+"""Pointwise ops, norms, products, reductions and moves along axes: random ones against torch, whole and sliced,
 on the cpu backend and on the virtual GPU."""
 
 import math
@@ -68,9 +68,9 @@ def on_cpu(graph: Graph, values: Tensors) -> Tensors:
 def every_operation(dtype: str) -> tuple[Graph, Tensors]:
     """A graph of each operation on the same operands: edges beside each other, and random numbers."""
     edges = torch.tensor(EDGES)
-    x = torch.cat([edges.repeat_interleave(len(edges)), torch.randn(3000) * torch.logspace(-3, 2, 3000)])
-    y = torch.cat([edges.repeat(len(edges)), torch.randn(3000)])
-    z = torch.randn(len(x)).round()
+    x = torch.cat([edges.repeat_interleave(len(edges)), numbers((3000,), "f32", 1) * torch.logspace(-3, 2, 3000)])
+    y = torch.cat([edges.repeat(len(edges)), numbers((3000,), "f32", 2)])
+    z = numbers((len(x),), "f32", 3).round()
     b = GraphBuilder("operations")
     inputs = [b.input(name, (len(x),), dtype) for name in "xyz"]
     for name, operation in OPERATIONS.items():
@@ -91,7 +91,7 @@ def check_operations(graph: Graph, values: Tensors, got: Tensors, dtype: str) ->
         wanted = wanted.to(made.dtype).float()
         limit = {"rtol": 2e-6, "atol": 1e-37} if dtype == "f32" else {"rtol": 1e-2, "atol": 1e-37}
         if name in ("gelu", "gelu_tanh"):  # both are differences: small against x
-            limit["atol"] = 1e-6
+            limit["atol"] = 3e-6
             finite = values["x"].isfinite()  # of an infinity torch's gelu is what its processor makes of it
             made, wanted = made[finite], wanted[finite]
         if name in ("silu", "exp", "sigmoid", "pow"):
@@ -486,106 +486,3 @@ def test_what_mixes_the_batch_is_not_sliced(make: Callable[[Value, Value], Value
     b.output(value)
     graph = b.build()
     assert graph.ops[-1].name not in rewrite.splittable(graph)
-
-
-# --------------------------------------------------------------------------------------------- fused
-
-
-@st.composite
-def pointwise(draw: st.DrawFn) -> Graph:
-    """Pointwise ops in floats and bool, some of them taken twice, broadcast, viewed or put out, with others between."""
-    b = GraphBuilder("pointwise")
-    dtype, shape = draw(st.sampled_from(["f32", "bf16", "f16"])), draw(st.sampled_from([(6,), (4, 6)]))
-    pool = [b.input(f"x{i}", shape, dtype) for i in range(2)]
-    narrow, state = b.weight("n", (6,), dtype), b.state("s", shape, dtype)
-    pool.append(ops.cast(b.input("f", shape, "f32"), dtype))
-
-    def step(x: Value, y: Value) -> Value:
-        made = [
-            lambda: ops.add(x, y), lambda: ops.mul(x, y), lambda: ops.sub(x, narrow), lambda: ops.gelu(x),
-            lambda: ops.where(ops.elementwise("gt x0 x1", [x, y]), x, 0.25), lambda: ops.tanh(ops.neg(x)),
-            lambda: ops.elementwise("mul x0 x1; silu s0; add s1 x0", [x, y]), lambda: ops.softmax(x),
-            lambda: ops.cast(ops.mul(ops.cast(x, "f32"), 1.1), dtype), lambda: ops.maximum(x, state),
-            lambda: ops.where(ops.elementwise("copy x0", [x], out_dtype="bool"), y, x),
-        ]  # fmt: skip
-        return draw(st.sampled_from(made))()
-
-    for _ in range(draw(st.integers(1, 9))):
-        pool.append(step(draw(st.sampled_from(pool[-3:])), draw(st.sampled_from(pool))))
-    b.output(pool[-1], *draw(st.lists(st.sampled_from(pool[3:]), max_size=1)))
-    if draw(st.booleans()):
-        b.output(ops.add(pool[-1].rows(0, 2), pool[-2].rows(1, 3)))
-    return b.build()
-
-
-@settings(max_examples=100)
-@given(st.data())
-def test_fused_chains_give_the_same_bits(data: st.DataObject) -> None:
-    graph = data.draw(pointwise())
-    fused = rewrite.fuse_pointwise(graph)
-    assert fused.outputs == graph.outputs and len(fused.ops) <= len(graph.ops)
-    assert rewrite.fuse_pointwise(fused) is fused, "nothing is left to join"
-    assert sum(op.work.hbm_bytes for op in fused.ops) <= sum(op.work.hbm_bytes for op in graph.ops)
-    values = {t.name: numbers(t.shape, t.dtype, i) for i, t in enumerate(graph.with_role("input", "weight", "state"))}
-    wanted, got = on_cpu(graph, values), on_cpu(fused, values)
-    for name, tensor in wanted.items():
-        assert torch.equal(got[name], tensor) and got[name].dtype == tensor.dtype, name
-    split = data.draw(splits(fused))
-    check_slices(fused, split, rewrite.apply(fused, split))
-
-
-def test_fused_chains_give_the_same_bits_on_the_virtual_gpu(on_virtual: Call) -> None:
-    graph = chain("bf16")
-    fused = rewrite.fuse_pointwise(graph)
-    given = graph.flat().with_role("input", "weight", "state")
-    values = {t.name: numbers(t.shape, t.dtype, i) for i, t in enumerate(given)}
-    one, other = (on_virtual(run_plan, g, tg.plan(g, "h100_sxm", "sequential"), values) for g in (graph, fused))
-    assert all(torch.equal(one[name], other[name]) for name in graph.outputs)
-
-
-def chain(dtype: str) -> Graph:
-    """A gated activation between two products, as torch writes it, in a repeat."""
-    b = GraphBuilder("chain")
-    x, w = b.input("x", (5, 8), dtype), b.weight("w", (8, 8), dtype)
-    with b.repeat(2) as loop:
-        h = loop.carry(x)
-        up = ops.gemm(h, w, name="up")
-        gate = ops.sigmoid(ops.mul(ops.gemm(h, w, name="gate"), 1.5), name="act")
-        mixed = ops.add(ops.mul(gate, up, name="gated"), h, name="mixed")
-        out = loop.next(h, ops.mul(mixed, b.weight("scale", (8,), dtype), name="scaled"))
-    b.output(ops.relu(ops.neg(out, name="minus"), name="last"))
-    return b.build()
-
-
-def test_a_chain_between_products_is_one_op() -> None:
-    fused = rewrite.fuse_pointwise(chain("bf16"))
-    assert [op.name for op in fused.ops] == ["layer/up", "layer/gate", "layer/scaled", "last"]
-    scaled = fused.ops[2]
-    text = str(scaled.attr("formula"))
-    assert text.count("bf16 ") == 4, "of the product, the sigmoid, the gate and the sum"
-    assert {*scaled.inputs} == {"layer/scale", "layer/x_in", "layer/up.out", "layer/gate.out"}
-    assert fused.repeat is not None and (fused.repeat.first, fused.repeat.last) == (0, 3)
-
-
-def test_what_others_need_stays_an_op() -> None:
-    b = GraphBuilder("kept")
-    x, state = b.input("x", (4, 6), "f32"), b.state("s", (4, 6), "f32")
-    twice = ops.relu(x, name="twice")
-    awaited = ops.neg(x, name="awaited")
-    read = ops.mul(state, 2.0, name="read")
-
-    def change(state: torch.Tensor, out: torch.Tensor) -> None:
-        out.copy_(state.add_(1.0))
-
-    changed = b.call(change, [state.written()], [tg.spec("c", (4, 6), "f32")], work=tg.Work(flops=1.0), name="change",
-                     after=["awaited"])  # fmt: skip
-    first = ops.mul(twice, 3.0, name="first")
-    b.output(
-        twice,
-        ops.add(first, twice, name="second"),
-        ops.add(read, changed, name="third"),
-        ops.exp(awaited, name="fourth"),
-    )
-    graph = b.build()
-    fused = rewrite.fuse_pointwise(graph)
-    assert {op.name for op in fused.ops} == {op.name for op in graph.ops} - {"first"}
