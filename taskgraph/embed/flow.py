@@ -16,7 +16,12 @@ from typing import Any, Final
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 
 from taskgraph.embed.calls import Layout, OpOverload, leaves, mapped, written_arguments
 from taskgraph.errors import GraphError
@@ -217,6 +222,10 @@ class _Tracer:
             value = getattr(value, part)
         if not isinstance(value, torch.Tensor):
             return value
+        if isinstance(value, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(value):
+            raise Unsupported(
+                f"{path!r} is a tensor of a transform of functions (torch.vmap, torch.func), without value"
+            )
         fake = faked(self.mode, value)
         leaf = self._enter(path.replace(".", "_"), fake, "constant")
         self.flow.storages[-1].value = self._constants[leaf] = value.detach()

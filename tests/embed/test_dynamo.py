@@ -160,6 +160,17 @@ def test_random_numbers_are_torchs() -> None:
         close(y, noisy(torch.zeros(4)))
 
 
+def test_transforms_of_functions_give_eager_results() -> None:
+    def mapped(x: torch.Tensor) -> torch.Tensor:
+        rows = torch.vmap(lambda i: torch.arange(4) <= i)(torch.arange(3))
+        return torch.where(rows, x, torch.zeros(()))
+
+    fast = compiled(mapped, quiet=True)
+    for _ in range(2):
+        x = torch.randn(3, 4)
+        close(fast(x), mapped(x))
+
+
 def test_the_slower_way_is_given_up_by_measurement() -> None:
     fast = torch.compile(torch.nn.Tanh(), backend=backend)
     x = torch.randn(2)
