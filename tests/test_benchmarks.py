@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import taskgraph as tg
-from benchmarks import interleaved, nanoflow_table, overhead, schedule, serve, spread, tune
+from benchmarks import embed, interleaved, nanoflow_table, overhead, schedule, serve, spread, tune
 from benchmarks.peers import Slot, next_rows
 from taskgraph.tune import autotune as runtime_tune
 from taskgraph.tune.measure import Countdown
@@ -213,3 +213,15 @@ def test_serving_prints_its_keys(capsys: pytest.CaptureFixture[str]) -> None:
     assert result["transformers_tok_s"] is result["llama_cpp_tok_s"] is None
     assert (result["planned_while_serving"], result["tokens"]) == (0, sum(o for _, o in result["lengths"]))
     assert result["engine_us_per_step_256"] > 0
+
+
+def test_embed_prints_every_module_and_their_differences(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.set_num_threads", lambda _: None)  # others go on in this process
+    result = run(capsys, embed.main, "--models", "in_place", "pruned", "--rounds", "3", "--no-inductor")
+    keys = {"ops", "recognised_share", "max_rel_diff", "over_eager", "over_inductor", "import_s"}
+    assert all(keys <= row.keys() and row["max_rel_diff"] <= 1e-3 for row in result["models"].values())
+    assert result["models"].keys() == {"in_place", "pruned"}
+    assert result["models"]["in_place"]["ops"] > 0
+    assert {"call", "replay", "over_replay"} <= result["overhead_us"].keys()
