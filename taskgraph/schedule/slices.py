@@ -165,12 +165,15 @@ class _Checker:
         return rows // factor
 
     def _as_split(self, op: Op, borders: tuple[int, ...]) -> None:
-        """The slices are those that the plan's split says."""
+        """The slices are as many as the plan's split says; fewer only where an op has a part of the batch that the
+        sizes are of, and some sizes lie beyond it."""
+        batch = self.batch[self.number[op.name]]
         named = next((sizes for names, sizes in self.split.parts if op.name in names), None)
         most = max((len(sizes) for names, sizes in self.split.parts if not names), default=1)
         if named is None and len(borders) - 1 > most:
             raise PlanError(f"op {op.name!r} has {len(borders) - 1} slices; the plan's split says {most} at most.")
-        if named is not None and len(named) != len(borders) - 1:
+        part = batch is not None and named is not None and batch.units < sum(named)
+        if named is not None and (len(borders) - 1 > len(named) or (len(borders) - 1 < len(named) and not part)):
             raise PlanError(f"op {op.name!r} has {len(borders) - 1} slices; the plan's split says {len(named)}.")
         if named is not None and sum(named) == borders[-1] > 1 and (0, *accumulate(named)) != borders:
             raise PlanError(f"the slices of op {op.name!r} meet at {borders}; the plan's split says {named}.")

@@ -336,6 +336,17 @@ def test_slices_are_those_that_the_split_says(split: Split, text: str) -> None:
     assert text in str(caught.value)
 
 
+def test_an_op_of_a_part_of_the_batch_has_the_slices_that_reach_it() -> None:
+    """43 tokens, of which the first few decode: sizes that lie beyond those are no slices of their attention."""
+    units = rewrite.splittable(PAGED)["layer/decode_attention"].units
+    split = Split(((("layer/decode_attention",), (1, units, 42 - units)), ((), (1, 42))))
+    made = rewrite.apply(PAGED, split)
+    assert sum(op.name.startswith("layer/decode_attention#") for op in made.ops) == 2
+    check_slices(PAGED, split, made)
+    with pytest.raises(PlanError, match=r"decode_attention' has 2 slices; the plan's split says 1"):
+        check_slices(PAGED, Split(((("layer/decode_attention",), (43,)), ((), (1, 42)))), made)
+
+
 @pytest.mark.parametrize(("name", "rows"), [("decode_attention#1", (2, 2)), ("rope#1", (40, 43)), ("rope#1", (43, 43))])
 def test_slices_over_pages_that_need_not_wait_for_what_they_read_are_refused(name: str, rows: tuple[int, int]) -> None:
     made = rewrite.split_batch(PAGED, (2, 41))
