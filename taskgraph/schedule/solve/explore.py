@@ -49,11 +49,16 @@ class _Arm:
     state: State | None = None
     cycle: Cycle | None = None
 
-    def judged(self) -> float:
-        """The seconds of its best schedule; slices, which cost memory and launches, must win by SPLIT_GAIN."""
+    @property
+    def seconds(self) -> float:
+        """Those of its best schedule, as the search counts them: at full clocks."""
         tied = self.space.tied.any()  # which `dispatch` does not see
         found = (self.cycle,) if tied else (self.state, self.cycle)
-        seconds = min((s.seconds for s in found if s is not None), default=np.inf)
+        return min((s.seconds for s in found if s is not None), default=np.inf)
+
+    def judged(self) -> float:
+        """The seconds of its best schedule; slices, which cost memory and launches, must win by SPLIT_GAIN."""
+        seconds = self.seconds
         seconds *= self._slower(seconds * self.space.window / self.space.total) if np.isfinite(seconds) else 1.0
         return seconds * SPLIT_GAIN if self.split.parts else seconds
 
@@ -132,7 +137,7 @@ def _resliced(problem: Problem, best: _Arm, budget_s: float, seed: int) -> _Arm:
             arm = _with_slices(problem, best, name, made)
             assert arm.cycle is not None
             cycle = polish(arm.space, arm.layout, [arm.cycle], budget_s / len(options), seed + number, _WARM)
-            best = replace(arm, cycle=cycle) if cycle.seconds < best.judged() / SPLIT_GAIN else best
+            best = replace(arm, cycle=cycle) if cycle.seconds < best.seconds else best
     return best
 
 

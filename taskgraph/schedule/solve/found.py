@@ -11,7 +11,7 @@ from taskgraph.schedule.band import gain_band
 from taskgraph.schedule.evaluate import Assignment, Evaluation, Layout, evaluate
 from taskgraph.schedule.problem import Budget, Problem
 
-_CLEARLY = 1.02
+_CLEARLY = 1.01
 """By so much a predicted time must be shorter to count for more than that the gain is surer."""
 
 
