@@ -4,7 +4,7 @@ Operands are addresses, sizes and strides in elements, so that one compilation s
 array of their dtype (bf16 as its bits). Sums are float32. The last axis of every operand has stride 1.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import carray
@@ -48,10 +48,18 @@ def rotate(like: Any, at: Any, sizes: Any, steps: Any, threads: Any) -> None:
         fork(_rotate, (like, at, sizes, steps), threads)
 
 
+class Scores(NamedTuple):
+    """How queries and keys become scores: times `scale`, with a `mask` of NO_MASK, TRUTHS or ADDED; `causal`: query i sees
+    keys 0 to i."""
+
+    scale: float
+    mask: int
+    causal: bool
+
+
 @kernel
-def _attend(
-    like: Any, at: Any, sizes: Any, steps: Any, scale: Any, mask: Any, causal: Any, scratch: Any, part: Any, parts: Any
-) -> None:
+def _attend(like: Any, at: Any, sizes: Any, steps: Any, how: Any, scratch: Any, part: Any, parts: Any) -> None:
+    scale, mask, causal = how.scale, how.mask, how.causal
     heads, rows, dim, kv_heads, keys, wide = sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6]
     group = heads // kv_heads
     tasks = sizes[0] * heads * rows
@@ -100,14 +108,12 @@ def _attend(
 
 
 @kernel
-def attend(
-    like: Any, at: Any, sizes: Any, steps: Any, scale: Any, mask: Any, causal: Any, scratch: Any, threads: Any
-) -> None:
+def attend(like: Any, at: Any, sizes: Any, steps: Any, how: Any, scratch: Any, threads: Any) -> None:
     """out = softmax(q k^T scale + mask) v: at (5,) int64 addresses of q (b, h, t, d), k (b, g, s, d), v (b, g, s, e),
     out (b, h, t, e) and the mask (b, h, t, s); sizes (7,) int64 are b, h, t, d, g, s, e; steps (5, 4) the strides.
-    Queries of h heads share g heads of keys. A query that sees nothing gives zeros, as torch's does. `causal`: query i
-    sees keys 0 to i. scratch (threads * (s + 2 max(d, e)),) float32."""
+    Queries of h heads share g heads of keys. A query that sees nothing gives zeros, as torch's does. `how` are
+    Scores; scratch (threads * (s + 2 max(d, e)),) float32."""
     if threads == 1:
-        _attend(like, at, sizes, steps, scale, mask, causal, scratch, 0, 1)
+        _attend(like, at, sizes, steps, how, scratch, 0, 1)
     else:
-        fork(_attend, (like, at, sizes, steps, scale, mask, causal, scratch), threads)
+        fork(_attend, (like, at, sizes, steps, how, scratch), threads)

@@ -240,7 +240,7 @@ def bind_attention(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
     scratch = np.empty(threads * (keys + 2 * max(dim, wide)), np.float32)
     sizes = np.array([batch, heads, rows, dim, groups, keys, wide], np.int64)
     like = bits(torch.empty(0, dtype=out.dtype))
-    run = ready(kernels.attend, like, at, sizes, steps, scale, kind, causal, scratch, threads)
+    run = ready(kernels.attend, like, at, sizes, steps, kernels.Scores(scale, kind, causal), scratch, threads)
     return held(run, (views, out))
 
 
