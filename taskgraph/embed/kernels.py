@@ -49,8 +49,8 @@ def rotate(like: Any, at: Any, sizes: Any, steps: Any, threads: Any) -> None:
 
 
 class Scores(NamedTuple):
-    """How queries and keys become scores: times `scale`, with a `mask` of NO_MASK, TRUTHS or ADDED; `causal`: query i sees
-    keys 0 to i."""
+    """How queries and keys become scores: times `scale`, with a `mask` of NO_MASK, TRUTHS or ADDED; `causal`: query i
+    sees keys 0 to i."""
 
     scale: float
     mask: int
