@@ -1,0 +1,215 @@
+"""The task graph of a pattern, and an executable factorisation that is replayed for new values."""
+
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import numpy as np
+import scipy.sparse as sp
+
+import taskgraph as tg
+
+from .errors import MatrixError, NotPositiveDefiniteError
+from .kernels import factor_branch, factor_front, solve_factored
+from .symbolic import Symbolic, analyse, checked
+
+Array = np.ndarray
+
+
+class Piece(NamedTuple):
+    """What one op eliminates: the fronts begin..end-1 in postorder; `children` are what its first front waits for."""
+
+    begin: int
+    end: int
+    children: tuple[int, ...]
+
+
+def pieces(symbolic: Symbolic, grain_flops: float) -> list[Piece]:
+    """Subtrees of up to `grain_flops` whole, and above them chains of up to as much; children before parents.
+
+    A larger front is an op of its own.
+    """
+    total, size = symbolic.flops.copy(), np.ones(len(symbolic.flops), np.int64)
+    children: list[list[int]] = [[] for _ in size]
+    for s, above in enumerate(symbolic.parent.tolist()):
+        if above >= 0:
+            total[above] += total[s]
+            size[above] += size[s]
+            children[above].append(s)
+    small = total <= grain_flops
+    above_small = np.where(symbolic.parent >= 0, small[symbolic.parent], False)
+    found: list[Piece] = []
+    held = 0.0
+    for s in np.flatnonzero(~small | ~above_small).tolist():
+        mine = float(total[s] if small[s] else symbolic.flops[s])
+        if found and children[s] == [found[-1].end - 1] and held + mine <= grain_flops:
+            found[-1] = found[-1]._replace(end=s + 1)
+            held += mine
+            continue
+        held = mine
+        found.append(Piece(s - int(size[s]) + 1, s + 1, ()) if small[s] else Piece(s, s + 1, tuple(children[s])))
+    return found
+
+
+def branch_guide(symbolic: Symbolic, piece: Piece) -> Array:
+    """What `factor_branch` reads; see `branch_kernel`."""
+    here = slice(piece.begin, piece.end)
+    columns, below = symbolic.columns[here], symbolic.below[here]
+    popped = np.bincount(symbolic.parent[piece.begin : piece.end - 1] - piece.begin, minlength=len(columns))
+    popped[0] += len(piece.children)
+    outside = symbolic.below[list(piece.children)]
+    stack = (outside * outside).tolist()
+    most = depth = sum(stack)
+    for square, count in zip((below * below).tolist(), popped.tolist(), strict=True):
+        most = max(most, depth + square)
+        for _child in range(count):
+            depth -= stack.pop()
+        stack.append(square)
+        depth += square
+    a, z = symbolic.value_at[piece.begin], symbolic.value_at[piece.end]
+    counts = np.diff(symbolic.value_at[piece.begin : piece.end + 1])
+    parts = [
+        np.array([len(columns), most, z - a, len(outside)]),
+        np.stack([columns, below, counts, popped], 1).ravel(),
+        outside,
+        symbolic.source[a:z],
+        symbolic.target[a:z],
+        *(symbolic.relative[symbolic.row_at[c] : symbolic.row_at[c + 1]] for c in piece.children),
+        symbolic.relative[symbolic.row_at[piece.begin] : symbolic.row_at[piece.end]],
+    ]
+    return np.concatenate(parts).astype(np.int32)
+
+
+def front_guide(symbolic: Symbolic, piece: Piece) -> Array:
+    """What `factor_front` reads."""
+    front = piece.begin
+    a, z = symbolic.value_at[front], symbolic.value_at[front + 1]
+    head = np.array([symbolic.columns[front], symbolic.below[front], len(piece.children), z - a])
+    rows = [symbolic.relative[symbolic.row_at[c] : symbolic.row_at[c + 1]] for c in piece.children]
+    return np.concatenate([head, symbolic.source[a:z], symbolic.target[a:z], *rows]).astype(np.int32)
+
+
+class Declared(NamedTuple):
+    """A graph, the values of its weights, and where each of its outputs lies in the factor."""
+
+    graph: tg.Graph
+    weights: dict[str, Array]
+    panels: dict[str, slice]
+
+
+def declare(symbolic: Symbolic, values: int, grain_flops: float) -> Declared:
+    """One op a piece, one edge a child; `values` is how many entries the matrix has. What the pattern says is a weight.
+
+    Branches of small fronts run on one core, which their Demand says; large fronts on all cores of their lane.
+    """
+    b = tg.GraphBuilder("cholesky")
+    given = b.input("values", (values,), "f64")
+    weights: dict[str, Array] = {}
+    panels: dict[str, slice] = {}
+    updates: dict[int, tg.Value] = {}
+    outputs: list[tg.Value] = []
+    below = symbolic.below
+    for piece in pieces(symbolic, grain_flops):
+        root, dense = piece.end - 1, bool(symbolic.flops[piece.begin] > grain_flops)
+        guide = front_guide(symbolic, piece) if dense else branch_guide(symbolic, piece)
+        place = slice(int(symbolic.panel_at[piece.begin]), int(symbolic.panel_at[piece.end]))
+        m, size = int(below[root]), place.stop - place.start
+        outs = [tg.spec(f"panel.{root}", (size,), "f64")]
+        if m:
+            outs.append(tg.spec(f"update.{root}", (m, m), "f64"))
+        moved = 8.0 * (2 * size + m * m + sum(int(below[c]) ** 2 for c in piece.children))
+        weight = b.weight(f"guide.{root}", guide.shape, "i32")
+        result = b.call(
+            factor_front if dense else factor_branch,
+            [given, weight, *(updates.pop(c) for c in piece.children)],
+            outs,
+            work=tg.Work(flops=float(symbolic.flops[piece.begin : piece.end].sum()), hbm_bytes=moved),
+            demand=None if dense else tg.demand(sm=(1, 1)),
+            name=f"{'front' if dense else 'branch'}.{root}",
+        )
+        if m:
+            panel, updates[root] = result
+        else:
+            panel = result
+        outputs.append(panel)
+        weights[f"guide.{root}"], panels[f"panel.{root}"] = guide, place
+    b.output(*outputs)
+    return Declared(b.build(), weights, panels)
+
+
+def default_grain(symbolic: Symbolic) -> float:
+    """Flops of an op: a fortieth of all, so that lanes can be even; not less than the cost of an op is worth."""
+    return float(np.clip(symbolic.flops.sum() / 40, 3e5, 2e7))
+
+
+class Factor:
+    """A Cholesky factorisation of one pattern, captured on the cpu backend. Close it, or use it in a `with`.
+
+    `order` is that of elimination (see `ordering`). Subtrees of up to `grain_flops` are one op (see `default_grain`).
+    `scheduler` is what `tg.plan` takes. MatrixError for a matrix that is not symmetric; NotPositiveDefiniteError from
+    `refactor`.
+    """
+
+    def __init__(
+        self, matrix: sp.sparray, order: Array, *, grain_flops: float | None = None, scheduler: str = "auto"
+    ) -> None:
+        found = checked(matrix)
+        self.pattern = found
+        self.symbolic = analyse(found, order)
+        grain = default_grain(self.symbolic) if grain_flops is None else grain_flops
+        self.graph, weights, panels = declare(self.symbolic, found.nnz, grain)
+        self.plan = tg.plan(self.graph, "cpu", scheduler=scheduler)
+        self.factor = np.empty(int(self.symbolic.panel_at[-1]))
+        self.values = np.empty(found.nnz)
+        self._factored = False
+        self.executable = tg.compile(self.graph, self.plan, backend="cpu")
+        outputs = {name: self.factor[place] for name, place in panels.items()}
+        self.executable.bind({"values": self.values, **weights, **outputs})
+
+    def refactor(self, matrix: sp.sparray) -> None:
+        """Replay for the values of `matrix`, which has the pattern of the first and is symmetric."""
+        found = checked(matrix)
+        same = np.array_equal(found.indptr, self.pattern.indptr) and np.array_equal(found.indices, self.pattern.indices)
+        if not same:
+            raise MatrixError("the matrix has another pattern; make a Factor of it.")
+        if not np.isfinite(found.data).all():
+            raise MatrixError("the matrix has entries that are not finite.")
+        if abs(found - found.T).max() > 1e-12 * abs(found).max():
+            raise MatrixError("the matrix is not symmetric in its values; give (A + A.T) / 2.")
+        self.values[:] = found.data
+        self.replay()
+
+    def replay(self) -> None:
+        """Factorise what `values` holds: the entries in the order of the canonical CSC matrix."""
+        self._factored = False
+        try:
+            self.executable.launch()
+        except tg.ExecutionError as error:
+            if isinstance(error.__cause__, NotPositiveDefiniteError):
+                raise NotPositiveDefiniteError(f"op {error.op!r}: {error.__cause__}") from error
+            raise
+        self._factored = True
+
+    def solve(self, rhs: Array) -> Array:
+        """x of A x = rhs, f64[n]."""
+        if not self._factored:
+            raise MatrixError("there is no factor yet; call refactor(matrix) first.")
+        rhs = np.asarray(rhs, np.float64)
+        if rhs.shape != self.symbolic.order.shape:
+            raise MatrixError(
+                f"the right-hand side has shape {rhs.shape}; the matrix takes {self.symbolic.order.shape}."
+            )
+        inner, s = rhs[self.symbolic.order], self.symbolic
+        solve_factored(s.first, s.row_at, s.rows, s.panel_at, self.factor, inner)
+        result = np.empty_like(inner)
+        result[s.order] = inner
+        return result
+
+    def close(self) -> None:
+        """Stop the lanes."""
+        self.executable.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()

@@ -1,0 +1,109 @@
+"""Sparse Cholesky as a task graph: the factor solves what SuperLU solves, by any order and grain."""
+
+import json
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.sparse.linalg import splu
+
+from benchmarks import cholesky as benchmark
+from examples.cholesky import Factor, MatrixError, NotPositiveDefiniteError, analyse, grid_dissection, minimum_degree
+from examples.cholesky.factor import pieces
+from examples.cholesky.problems import poisson
+
+
+def random_spd(n: int, seed: int) -> sp.csc_array:
+    """A symmetric, diagonally dominant matrix with a random pattern."""
+    part = sp.random_array((n, n), density=3.0 / n, rng=np.random.default_rng(seed))
+    both = sp.csc_array(part + part.T)
+    return sp.csc_array(both + sp.diags_array(both.sum(axis=0) + 1.0))
+
+
+CASES: dict[str, Callable[[], tuple[sp.csc_array, np.ndarray]]] = {
+    "grid": lambda: (poisson((20, 20)), grid_dissection((20, 20))),
+    "brick": lambda: (poisson((7, 8, 6), (1.0, 50.0, 1.0)), grid_dissection((7, 8, 6))),
+    "natural": lambda: (poisson((12, 9)), np.arange(108)),
+    "random": lambda: (random_spd(300, 1), minimum_degree(random_spd(300, 1))),
+    "forest": lambda: (sp.csc_array(sp.block_diag([poisson((5, 5))] * 3)), np.random.default_rng(0).permutation(75)),
+    "one": lambda: (sp.csc_array(np.array([[4.0]])), np.arange(1)),
+}
+
+
+@pytest.mark.parametrize("grain", [0.0, 2e3, 1e12])
+@pytest.mark.parametrize("case", CASES)
+def test_factor_solves_as_superlu_does_and_is_replayed_for_new_values(case: str, grain: float) -> None:
+    matrix, order = CASES[case]()
+    rhs = np.random.default_rng(2).standard_normal(matrix.shape[0])
+    with Factor(matrix, order, grain_flops=grain, scheduler="list") as factor:
+        for scale in (1.0, 3.0):
+            scaled = sp.csc_array(scale * matrix + (scale - 1.0) * sp.diags_array(matrix.diagonal()))
+            factor.refactor(scaled)
+            x = factor.solve(rhs)
+            assert np.linalg.norm(scaled @ x - rhs) <= 1e-10 * np.linalg.norm(rhs)
+            np.testing.assert_allclose(x, splu(scaled).solve(rhs), rtol=1e-8, atol=1e-10 * abs(x).max())
+
+
+def test_symbolic_counts_are_those_of_the_dense_factor() -> None:
+    matrix = poisson((9, 9))
+    found = analyse(matrix, grid_dissection((9, 9)))
+    dense = np.linalg.cholesky(matrix.toarray()[np.ix_(found.order, found.order)])
+    held = sum(c * (c + 1) // 2 + c * m for c, m in zip(found.columns, found.below, strict=True))
+    filled = np.count_nonzero(abs(dense) > 1e-14)
+    assert filled <= held <= 2 * filled
+    for s, (a, z) in enumerate(zip(found.first, found.first[1:], strict=False)):
+        rows = found.rows[found.row_at[s] : found.row_at[s + 1]]
+        outside = np.setdiff1d(np.arange(z, 81), rows)
+        assert abs(dense[np.ix_(outside, np.arange(a, z))]).max(initial=0.0) < 1e-14
+
+
+def test_what_is_no_spd_matrix_is_refused() -> None:
+    matrix = poisson((6, 6))
+    order = grid_dissection((6, 6))
+    with Factor(matrix, order, grain_flops=100.0) as factor:
+        with pytest.raises(MatrixError, match="refactor"):
+            factor.solve(np.ones(36))
+        for shift in (-100.0, -2.0):
+            with pytest.raises(NotPositiveDefiniteError, match="positive definite"):
+                factor.refactor(sp.csc_array(matrix + shift * sp.eye_array(36)))
+        factor.refactor(matrix)
+        with pytest.raises(MatrixError, match="shape"):
+            factor.solve(np.ones(35))
+        with pytest.raises(MatrixError, match="pattern"):
+            factor.refactor(poisson((4, 9)))
+        skewed = matrix.copy()
+        skewed.data[1] *= 2
+        with pytest.raises(MatrixError, match="symmetric"):
+            factor.refactor(skewed)
+        skewed.data[1] = np.nan
+        with pytest.raises(MatrixError, match="finite"):
+            factor.refactor(skewed)
+    with pytest.raises(MatrixError, match="symmetric"):
+        analyse(sp.csc_array(np.triu(matrix.toarray())), order)
+    with pytest.raises(MatrixError, match="permutation"):
+        analyse(matrix, np.zeros(36, int))
+    with pytest.raises(MatrixError, match="square"):
+        analyse(matrix[:5], order)
+
+
+@given(st.integers(2, 9), st.integers(2, 9), st.floats(0.0, 1e4))
+def test_every_front_is_in_one_op_and_every_child_is_within_or_before(rows: int, columns: int, grain: float) -> None:
+    symbolic = analyse(poisson((rows, columns)), grid_dissection((rows, columns)))
+    found = pieces(symbolic, grain)
+    op_of = {s: k for k, piece in enumerate(found) for s in range(piece.begin, piece.end)}
+    assert sorted(op_of) == list(range(len(symbolic.flops)))
+    assert sum(piece.end - piece.begin for piece in found) == len(op_of)
+    for s, above in enumerate(symbolic.parent):
+        if above >= 0 and op_of[s] != op_of[above]:
+            piece = found[op_of[above]]
+            assert op_of[s] < op_of[above] and above == piece.begin and s in piece.children
+
+
+def test_benchmark_prints_its_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark.main(["--unknowns", "300", "--rounds", "1", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])["problems"]
+    assert set(result) == {f"{kind}-300" for kind in benchmark.PROBLEMS}
+    assert all(row["residual"] <= 1e-10 and row["tree_bound"] >= 1.0 for row in result.values())
