@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         ExecutionError,
         GraphError,
         KeyFileError,
+        NetworkError,
         PlanError,
         ProfileError,
         RankLost,
@@ -68,8 +69,8 @@ _HOME = {
     "taskgraph.embed.importer": "from_torch",
     "taskgraph.errors": (
         "BackendUnavailable CalibrationError CaptureMismatch ConfigError CudaError DemandError "
-        "DeviceError ExecutionError GraphError KeyFileError PlanError ProfileError RankLost RequestError "
-        "TaskgraphError WeightsError"
+        "DeviceError ExecutionError GraphError KeyFileError NetworkError PlanError ProfileError RankLost "
+        "RequestError TaskgraphError WeightsError"
     ),
     "taskgraph.graph.device": "Device Geometry Partition",
     "taskgraph.graph.functions": "Splittable",

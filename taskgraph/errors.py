@@ -32,6 +32,10 @@ class ProfileError(TaskgraphError, RuntimeError):
     """A profile database that is damaged, foreign or not writable, or a row that is no measurement."""
 
 
+class NetworkError(TaskgraphError, ValueError):
+    """A network that is not connected, a routing that is not made for it, more ranks than hosts, a deadlock."""
+
+
 class WeightsError(TaskgraphError, ValueError):
     """A checkpoint that is missing, truncated or does not fit the model."""
 

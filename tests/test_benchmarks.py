@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import taskgraph as tg
-from benchmarks import embed, interleaved, nanoflow_table, overhead, schedule, serve, spread, tune
+from benchmarks import embed, interleaved, nanoflow_table, network, overhead, schedule, serve, spread, tune
 from benchmarks.peers import Slot, next_rows
 from taskgraph.tune import autotune as runtime_tune
 from taskgraph.tune.measure import Countdown
@@ -92,6 +92,14 @@ def test_the_peer_respects_dependencies_and_lanes() -> None:
     for lane in (0, 1):
         spans = sorted((begin[name], end) for name, (where, end) in placed.items() if where == lane)
         assert all(before[1] <= after[0] for before, after in pairwise(spans))
+
+
+def test_network_stays_within_its_bounds(capsys: pytest.CaptureFixture[str]) -> None:
+    result = run(capsys, network.main, "--shape", "4", "4", "--cycles", "300")
+    assert result["packets_per_s"] > 0
+    for routing, row in result["throughput"].items():
+        for pattern, found in row.items():
+            assert 0 < found <= 1.1 * result["bound"][routing][pattern], (routing, pattern)
 
 
 def test_rounds_are_interleaved() -> None:

@@ -1,0 +1,349 @@
+"""The compiled part of the simulator: what every router does in a cycle. `simulate` says what it stands for."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from taskgraph.jit import inner, kernel
+
+STUCK = 2000
+"""Cycles beyond those of a hop in which packets wait and none moves that are taken for a deadlock."""
+
+
+class Net(NamedTuple):
+    """Coordinates (nodes, n), sizes (n,), the head of each link, the links into each node (nodes, 2n; -1: none)."""
+
+    at: np.ndarray
+    shape: np.ndarray
+    heads: np.ndarray
+    into: np.ndarray
+    wrap: bool
+
+
+class Rules(NamedTuple):
+    """Routing and routers. `base`: classes of a way by dimension order; `rate`: packets a cycle of each slot;
+    `log_idle`: the logarithm of 1 - rate."""
+
+    weighted: bool
+    detour: bool
+    adaptive: bool
+    base: int
+    channels: int
+    room: int
+    hop_cycles: int
+    choice: int
+    rate: float
+    log_idle: float
+
+
+class State(NamedTuple):
+    """Queues by link and channel (packets, first, length, credits), slots of sources, packets by number (`left`: hops
+    with sign by dimension), free numbers, credits to give back, births of the latest delivered by pair, counts."""
+
+    queue: np.ndarray
+    first: np.ndarray
+    length: np.ndarray
+    credits: np.ndarray
+    slots: np.ndarray
+    births: np.ndarray
+    source: np.ndarray
+    target: np.ndarray
+    final: np.ndarray
+    born: np.ndarray
+    ready: np.ndarray
+    left: np.ndarray
+    alive: np.ndarray
+    free: np.ndarray
+    freed: np.ndarray
+    latest: np.ndarray
+    inside: np.ndarray
+    counts: np.ndarray
+    bins: np.ndarray
+    random: np.ndarray
+
+
+class Counts(NamedTuple):
+    """The places of `State.counts`."""
+
+    created: int
+    delivered: int
+    measured: int
+    waited: int
+    doubled: int
+    unordered: int
+    hops: int
+    stalled: int
+    stuck: int
+    used: int
+
+
+CREATED, DELIVERED, MEASURED, WAITED, DOUBLED, UNORDERED, HOPS, STALLED, STUCK_AT, USED = range(10)
+
+
+@inner
+def _draw(state: State) -> float:
+    """Uniform in [0, 1): xorshift64*, Vigna 2016."""
+    x = state.random[0]
+    x ^= x >> np.uint64(12)
+    x ^= x << np.uint64(25)
+    x ^= x >> np.uint64(27)
+    state.random[0] = x
+    return float((x * np.uint64(2685821657736338717)) >> np.uint64(11)) * 1.1102230246251565e-16
+
+
+@inner
+def _gap(state: State, rules: Rules) -> int:
+    """Cycles to the next packet of a slot: geometric."""
+    if rules.rate >= 1.0:
+        return 1
+    if rules.rate <= 0.0:
+        return 1 << 60
+    return 1 + int(min(math.log(1.0 - _draw(state)) / rules.log_idle, 1e15))
+
+
+@inner
+def _aim(net: Net, rules: Rules, state: State, packet: int, node: int, to: int) -> None:
+    """Set the hops from `node` to `to`, with the direction of each dimension."""
+    state.target[packet] = to
+    for d in range(net.shape.size):
+        size = net.shape[d]
+        up = net.at[to, d] - net.at[node, d]
+        if net.wrap and up != 0:
+            up %= size
+            if rules.weighted:
+                if _draw(state) * size < up:
+                    up -= size
+            elif 2 * up == size:
+                down = (net.at[node].sum() & 1) == 1 if rules.choice == 2 else _draw(state) < 0.5
+                if down:
+                    up -= size
+            elif 2 * up > size:
+                up -= size
+        state.left[packet, d] = up
+
+
+@inner
+def _deliver(state: State, packet: int, now: int, warm_up: int) -> None:
+    counts = state.counts
+    counts[DELIVERED] += 1
+    if state.alive[packet] != 1:
+        counts[DOUBLED] += 1
+    state.alive[packet] = 0
+    source, target, born = state.source[packet], state.final[packet], state.born[packet]
+    if state.latest[source, target] > born:
+        counts[UNORDERED] += 1
+    state.latest[source, target] = max(born, state.latest[source, target])
+    if now >= warm_up:
+        counts[MEASURED] += 1
+        counts[WAITED] += now - born
+        state.bins[min(now - born, state.bins.size - 1)] += 1
+    counts[USED] -= 1
+    state.free[counts[USED]] = packet
+
+
+@inner
+def _arrived(net: Net, rules: Rules, state: State, packet: int, node: int) -> bool:
+    """Whether the packet is where it leaves the network; at the place of its detour it is sent on."""
+    if node != state.target[packet]:
+        return False
+    if state.final[packet] != node:
+        _aim(net, rules, state, packet, node, state.final[packet])
+        return False
+    return True
+
+
+@inner
+def _create(
+    net: Net, rules: Rules, targets: np.ndarray, state: State, node: int, slot: int, now: int, warm_up: int
+) -> None:
+    """Fill the slot with the next packet that is due; those to the node itself are delivered at once."""
+    if state.births[node, slot] < 0:
+        state.births[node, slot] = _gap(state, rules) - 1
+    while state.slots[node, slot] < 0 and state.births[node, slot] <= now:
+        counts = state.counts
+        packet = state.free[counts[USED]]
+        counts[USED] += 1
+        counts[CREATED] += 1
+        m = targets.shape[1]
+        final = targets[node, 0] if m == 1 else targets[node, int(_draw(state) * m)]
+        state.source[packet], state.final[packet], state.alive[packet] = node, final, 1
+        state.born[packet] = state.births[node, slot]
+        state.births[node, slot] += _gap(state, rules)
+        to = final
+        if rules.detour:
+            to = int(_draw(state) * targets.shape[0])
+        _aim(net, rules, state, packet, node, to)
+        if _arrived(net, rules, state, packet, node):
+            _deliver(state, packet, now, warm_up)
+        else:
+            state.slots[node, slot] = packet
+            state.inside[node] += 1
+
+
+@inner
+def _crosses(net: Net, state: State, packet: int, node: int, d: int) -> bool:
+    there = net.at[node, d] + state.left[packet, d]
+    return bool(there < 0 or there >= net.shape[d])
+
+
+@inner
+def _best(rules: Rules, state: State, packet: int, link: int, low: int, high: int) -> int:
+    """The queue at the end of `link` of a channel from `low` below `high`, by the rule; -1 if that has no credit."""
+    base = link * rules.channels
+    if rules.choice == 2:
+        queue = base + low + (state.source[packet] * 31 + state.final[packet]) % (high - low)
+        return queue if state.credits[queue] > 0 else -1
+    if rules.choice == 1:
+        start, best = int(_draw(state) * (high - low)), -1
+        for j in range(high - low):
+            queue = base + low + (start + j) % (high - low)
+            if state.credits[queue] > 0:
+                return queue
+        return -1
+    best, most = -1, 0
+    for queue in range(base + low, base + high):
+        if state.credits[queue] > most:
+            best, most = queue, state.credits[queue]
+    return best
+
+
+@inner
+def _ordered(net: Net, rules: Rules, state: State, packet: int, node: int, taken: int) -> int:
+    """The queue for the next hop by dimension order; -1 for none now."""
+    d = 0
+    while state.left[packet, d] == 0:
+        d += 1
+    side = 2 * d + (1 if state.left[packet, d] < 0 else 0)
+    if (taken >> side) & 1:
+        return -1
+    kind = 0
+    if net.wrap and not _crosses(net, state, packet, node, d):
+        kind = 1
+    total = rules.base
+    if rules.adaptive:
+        return _best(rules, state, packet, node * 2 * net.shape.size + side, kind, kind + 1)
+    if rules.detour:
+        total *= 2
+        if state.target[packet] == state.final[packet]:
+            kind += rules.base
+    low, high = kind * rules.channels // total, (kind + 1) * rules.channels // total
+    return _best(rules, state, packet, node * 2 * net.shape.size + side, low, high)
+
+
+@inner
+def _freely(net: Net, rules: Rules, state: State, packet: int, node: int, taken: int, turn: int) -> int:
+    """The queue for the next hop in any dimension: of the free links the one with most credits; -1 for none now."""
+    n = net.shape.size
+    best, most = -1, 0
+    for j in range(n):
+        d = (turn + j) % n
+        hops = state.left[packet, d]
+        side = 2 * d + (1 if hops < 0 else 0)
+        if hops == 0 or (taken >> side) & 1:
+            continue
+        link = node * 2 * n + side
+        total = 0
+        for queue in range(link * rules.channels + rules.base, (link + 1) * rules.channels):
+            total += state.credits[queue]
+        if total > most:
+            found = _best(rules, state, packet, link, rules.base, rules.channels)
+            if found >= 0:
+                best, most = found, total
+    return best
+
+
+@inner
+def _pop(rules: Rules, state: State, queue: int) -> None:
+    state.first[queue] += 1
+    if state.first[queue] == rules.room:
+        state.first[queue] = 0
+    state.length[queue] -= 1
+
+
+@inner
+def _serve(net: Net, rules: Rules, state: State, node: int, now: int, warm_up: int, waiting: int) -> int:
+    """One cycle of one node; how many packets left an input of it. `waiting`: how many left before in it."""
+    n, channels = net.shape.size, rules.channels
+    ports = 0
+    while ports < 2 * n and net.into[node, ports] >= 0:
+        ports += 1
+    inputs = ports * channels + state.slots.shape[1]
+    taken, moved = 0, 0
+    start = (now * 7 + node) % inputs
+    for j in range(inputs):
+        i = start + j
+        if i >= inputs:
+            i -= inputs
+        from_queue = -1
+        if i < ports * channels:
+            from_queue = net.into[node, i // channels] * channels + i % channels
+            packet = -1
+            while state.length[from_queue] > 0:
+                packet = state.queue[from_queue, state.first[from_queue]]
+                if state.ready[packet] > now or not _arrived(net, rules, state, packet, node):
+                    break
+                _pop(rules, state, from_queue)
+                state.freed[waiting + moved] = from_queue
+                moved += 1
+                state.inside[node] -= 1
+                _deliver(state, packet, now, warm_up)
+            if state.length[from_queue] == 0 or state.ready[packet] > now:
+                continue
+        else:
+            packet = state.slots[node, i - ports * channels]
+            if packet < 0:
+                continue
+        to_queue = -1
+        if rules.adaptive:
+            to_queue = _freely(net, rules, state, packet, node, taken, now + j)
+        if to_queue < 0:
+            to_queue = _ordered(net, rules, state, packet, node, taken)
+        if to_queue < 0:
+            continue
+        link = to_queue // channels
+        side = link - node * 2 * n
+        taken |= 1 << side
+        if from_queue >= 0:
+            _pop(rules, state, from_queue)
+        else:
+            state.slots[node, i - ports * channels] = -1
+        state.freed[waiting + moved] = from_queue
+        moved += 1
+        state.counts[HOPS] += 1
+        state.inside[node] -= 1
+        state.credits[to_queue] -= 1
+        state.left[packet, side // 2] += -1 if side % 2 == 0 else 1
+        state.ready[packet] = now + rules.hop_cycles
+        state.queue[to_queue, (state.first[to_queue] + state.length[to_queue]) % rules.room] = packet
+        state.length[to_queue] += 1
+        head = net.heads[link]
+        state.inside[head] += 1
+    return moved
+
+
+@kernel
+def run(net: Net, rules: Rules, targets: np.ndarray, state: State, warm_up: int, end: int) -> None:
+    """Run cycles 0 to `end`; what is created, delivered and measured is added up in `state.counts`."""
+    nodes = net.at.shape[0]
+    idle = 0
+    for now in range(end):
+        moved = 0
+        for node in range(nodes):
+            for slot in range(state.slots.shape[1]):
+                if state.slots[node, slot] < 0:
+                    _create(net, rules, targets, state, node, slot, now, warm_up)
+        for node in range(nodes):
+            if state.inside[node] > 0:
+                moved += _serve(net, rules, state, node, now, warm_up, moved)
+        for j in range(moved):
+            if state.freed[j] >= 0:
+                state.credits[state.freed[j]] += 1
+        if moved > 0 or state.counts[USED] == 0:
+            idle = 0
+        else:
+            idle += 1
+            state.counts[STALLED] = max(state.counts[STALLED], idle)
+            if idle > STUCK + rules.hop_cycles:
+                state.counts[STUCK_AT] = now
+                return

@@ -1,0 +1,186 @@
+"""A simulator of links in cycles: packets of one flit, virtual channels with credits, one order of events.
+
+A cycle is the time that a link takes for a packet. In each, nodes are served in order of their numbers, and in a node
+its inputs in a circle that starts one further every cycle: each sends its first packet if a link that it may take is
+still free in this cycle and has a credit. What is sent is seen downstream, and credits upstream, in a later cycle, so
+the order of nodes changes nothing but who draws which random number. Links are the only limit: a node takes any number
+of packets out of the network in a cycle, and an input that has several virtual channels may send one from each."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from taskgraph.errors import NetworkError
+from taskgraph.network.bounds import capacity
+from taskgraph.network.router import Counts, Net, Rules, State, run
+from taskgraph.network.routing import Routing, routing_for
+from taskgraph.network.topology import Topology
+from taskgraph.network.traffic import Traffic
+from taskgraph.record import instance, integer, number, one_of
+
+CHOICES = ("credits", "random", "pair")
+BINS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Routers:
+    """What every node's router has: virtual channels a link, packets of room in each, cycles of a hop, packets that
+    its host may offer at once (0: four a link), and how a channel of a class is chosen: the one with most "credits",
+    one at "random", or by the "pair" of source and target. With "pair" and one offered at once, packets of a pair
+    stay in order under dimension order. Channels are shared out evenly to the classes that a routing needs; what is
+    over after two classes for the way out of an adaptive routing is its free class."""
+
+    channels: int = 8
+    room: int = 8
+    hop_cycles: int = 1
+    offers: int = 0
+    choice: str = "credits"
+
+    def __post_init__(self) -> None:
+        integer("channels", self.channels, NetworkError, 1, 64)
+        integer("room", self.room, NetworkError, 1, 1024)
+        integer("hop_cycles", self.hop_cycles, NetworkError, 1, 10_000)
+        integer("offers", self.offers, NetworkError, 0, 64)
+        one_of("choice", self.choice, CHOICES, NetworkError)
+        if self.choice == "pair" and self.offers != 1:
+            raise NetworkError(f"channels by pair keep packets in order; offers is {self.offers}, use 1.")
+
+
+DEFAULT = Routers()
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a simulation saw; rates and latencies are of the cycles after the warm-up. Kind: simulated.
+
+    `offered` and `accepted`: packets per node and cycle created (that a source has not yet offered included) and
+    delivered. `latency_cycles`: mean from creation to delivery; `latency_p99_cycles`. `created`, `delivered`,
+    `inside` (found in queues at the end), `doubled`, `unordered` (delivered after a later one of its pair), `hops`: of
+    the whole run. `stalled_cycles`: most in a row in which packets waited and none moved."""
+
+    offered: float
+    accepted: float
+    latency_cycles: float
+    latency_p99_cycles: float
+    created: int
+    delivered: int
+    inside: int
+    doubled: int
+    unordered: int
+    hops: int
+    stalled_cycles: int
+
+
+def simulate(
+    topology: Topology,
+    routing: str,
+    pattern: Traffic,
+    load: float,
+    cycles: int = 4000,
+    warm_up: int = 1000,
+    routers: Routers = DEFAULT,
+    seed: int = 0,
+) -> Outcome:
+    """Every node sends `load` packets a cycle in the mean, at most one a link, at random times, for `warm_up` and then
+    `cycles` cycles.
+
+    NetworkError where the routing is not made for the topology, the traffic is another network's, there are too few
+    virtual channels for the routing to be free of deadlock, or (a bug of this module) packets waited and none moved."""
+    instance("topology", topology, Topology, NetworkError)
+    instance("pattern", pattern, Traffic, NetworkError, "Make one by traffic(topology, name).")
+    instance("routers", routers, Routers, NetworkError)
+    integer("cycles", cycles, NetworkError, 1, 2**40)
+    integer("warm_up", warm_up, NetworkError, 0, 2**40)
+    integer("seed", seed, NetworkError, 0)
+    way = routing_for(topology, routing)
+    offers = routers.offers or 8 * len(topology.shape)
+    number("load", load, NetworkError, 0, min(offers, 2 * len(topology.shape)))
+    if pattern.targets.shape[0] != topology.nodes:
+        raise NetworkError(
+            f"the traffic is one of {pattern.targets.shape[0]} nodes; {topology.name!r} has {topology.nodes}."
+        )
+    needed = way.classes(topology)
+    if routers.channels < needed:
+        raise NetworkError(
+            f"routing {routing!r} needs {needed} virtual channels on {topology.name!r} to be free of deadlock; routers "
+            f"have {routers.channels}. Give them more channels."
+        )
+    net, rules = _net(topology), _rules(topology, way, routers, load / offers)
+    state = _state(topology, routers, offers, seed)
+    run(net, rules, np.ascontiguousarray(pattern.targets), state, warm_up, warm_up + cycles)
+    return _outcome(topology, state, load, cycles)
+
+
+def saturation(
+    topology: Topology,
+    routing: str,
+    pattern: Traffic,
+    routers: Routers = DEFAULT,
+    cycles: int = 4000,
+    seed: int = 0,
+) -> float:
+    """The throughput at saturation as a fraction of `capacity`: the highest load, by halving to 1 %, at which at least
+    97 % of what is offered is delivered. Simulated."""
+    full = capacity(topology)
+    low, high = 0.0, float(min(routers.offers or 64, 2 * len(topology.shape), 5.0 * full))
+    while high - low > 0.01 * max(full, high):
+        middle = 0.5 * (low + high)
+        seen = simulate(topology, routing, pattern, middle, cycles, cycles // 2, routers, seed)
+        low, high = (middle, high) if seen.accepted >= 0.97 * seen.offered else (low, middle)
+    return low / full
+
+
+def _net(topology: Topology) -> Net:
+    heads = topology.heads()
+    links = np.arange(heads.size)
+    into = np.full((topology.nodes, 2 * len(topology.shape)), -1, np.int64)
+    used = np.zeros(topology.nodes, np.int64)
+    for link in links[heads >= 0]:
+        head = heads[link]
+        into[head, used[head]] = link
+        used[head] += 1
+    return Net(topology.coordinates(), np.array(topology.shape, np.int64), heads, into, topology.wrap)
+
+
+def _rules(topology: Topology, way: Routing, routers: Routers, rate: float) -> Rules:
+    base = 2 if topology.wrap else 1
+    log_idle = math.log1p(-rate) if rate < 1 else -math.inf
+    return Rules(
+        way.weighted, way.detour, way.adaptive, base, routers.channels, routers.room, routers.hop_cycles,
+        CHOICES.index(routers.choice), rate, log_idle,
+    )  # fmt: skip
+
+
+def _state(topology: Topology, routers: Routers, offers: int, seed: int) -> State:
+    nodes, n = topology.nodes, len(topology.shape)
+    queues = nodes * 2 * n * routers.channels
+    packets = queues * routers.room + nodes * offers + 1
+    whole = np.random.default_rng(seed).integers(1, 2**63, 1, dtype=np.uint64)
+
+    def zeros(*shape: int) -> np.ndarray:
+        return np.zeros(shape, np.int64)
+
+    return State(
+        queue=zeros(queues, routers.room), first=zeros(queues), length=zeros(queues),
+        credits=zeros(queues) + routers.room, slots=zeros(nodes, offers) - 1, births=zeros(nodes, offers) - 1,
+        source=zeros(packets), target=zeros(packets), final=zeros(packets), born=zeros(packets), ready=zeros(packets),
+        left=zeros(packets, n), alive=zeros(packets), free=np.arange(packets, dtype=np.int64),
+        freed=zeros(packets), latest=zeros(nodes, nodes) - 1, inside=zeros(nodes), counts=zeros(len(Counts._fields)),
+        bins=zeros(BINS), random=whole,
+    )  # fmt: skip
+
+
+def _outcome(topology: Topology, state: State, load: float, cycles: int) -> Outcome:
+    counts = Counts(*state.counts.tolist())
+    if counts.stuck:
+        raise NetworkError(
+            f"{topology.name!r} is in deadlock after {counts.delivered} packets: none moved in {counts.stalled} cycles."
+        )
+    inside = int(state.length.sum()) + int((state.slots >= 0).sum())
+    below = np.cumsum(state.bins)
+    p99 = float(np.searchsorted(below, 0.99 * below[-1])) if counts.measured else 0.0
+    return Outcome(
+        load, counts.measured / (topology.nodes * cycles), counts.waited / max(1, counts.measured), p99,
+        counts.created, counts.delivered, inside, counts.doubled, counts.unordered, counts.hops, counts.stalled,
+    )  # fmt: skip

@@ -1,0 +1,189 @@
+"""Networks: every packet arrives once, throughput stays below what links can carry, bad networks are refused."""
+
+import math
+import re
+from collections import deque
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from taskgraph.errors import NetworkError
+from taskgraph.network import (
+    PATTERNS,
+    ROUTINGS,
+    Routers,
+    Topology,
+    capacity,
+    mesh,
+    ring,
+    simulate,
+    throughput_bound,
+    torus,
+    traffic,
+)
+from taskgraph.network.bounds import link_loads
+from taskgraph.network.traffic import permutation
+
+FEW = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+shapes = st.lists(st.integers(2, 5), min_size=1, max_size=3).map(tuple)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[Topology, str]:
+    wrap = draw(st.booleans())
+    made = (torus if wrap else mesh)(*draw(shapes))
+    return made, draw(st.sampled_from([name for name, each in ROUTINGS.items() if wrap or not each.weighted]))
+
+
+def distances(topology: Topology, source: int) -> dict[int, int]:
+    """By breadth first search over the links, which shares nothing with coordinates."""
+    heads, degree = topology.heads(), 2 * len(topology.shape)
+    far, waiting = {source: 0}, deque([source])
+    while waiting:
+        node = waiting.popleft()
+        for head in heads[node * degree : (node + 1) * degree].tolist():
+            if head >= 0 and head not in far:
+                far[head] = far[node] + 1
+                waiting.append(head)
+    return far
+
+
+@FEW
+@given(cases(), st.integers(0, 2**32), st.floats(0, 2), st.integers(0, 3), st.integers(1, 4), st.data())
+def test_no_packet_is_lost_or_doubled(
+    case: tuple[Topology, str], seed: int, load: float, spare: int, room: int, data: st.DataObject
+) -> None:
+    topology, routing = case
+    order = np.random.default_rng(seed).permutation(topology.nodes)
+    pattern = data.draw(st.sampled_from([traffic(topology, "uniform"), permutation(topology, order)]))
+    choice = data.draw(st.sampled_from(["credits", "random"]))
+    routers = Routers(ROUTINGS[routing].classes(topology) + spare, room, data.draw(st.integers(1, 3)), choice=choice)
+    seen = simulate(topology, routing, pattern, min(load, 2.0 * len(topology.shape)), 400, 0, routers, seed)
+    assert seen.doubled == 0
+    assert seen.created == seen.delivered + seen.inside
+    assert seen.stalled_cycles <= 2 * routers.hop_cycles
+    assert seen == simulate(topology, routing, pattern, seen.offered, 400, 0, routers, seed)
+
+
+@pytest.mark.parametrize("routing", sorted(ROUTINGS))
+def test_no_deadlock_where_room_is_least(routing: str) -> None:
+    topology = torus(4, 4)
+    routers = Routers(ROUTINGS[routing].classes(topology), room=1)
+    seen = simulate(topology, routing, traffic(topology, "uniform"), 4.0, 30_000, 0, routers)
+    assert seen.stalled_cycles <= 2
+    assert seen.delivered > 30_000
+
+
+@settings(FEW, max_examples=8)
+@given(shapes, st.sampled_from(sorted(ROUTINGS)), st.sampled_from(["uniform", "tornado", "nearest-neighbour"]))
+def test_no_more_is_delivered_than_the_bound(shape: tuple[int, ...], routing: str, pattern: str) -> None:
+    topology = torus(*shape)
+    sent = traffic(topology, pattern)  # the same from every node, so that none can have more than its share
+    bound = throughput_bound(topology, routing, sent)
+    load = min(1.3 * bound, 2.0 * len(shape))
+    seen = simulate(topology, routing, sent, load, 1500, 500)
+    assert seen.accepted <= bound + 6 * math.sqrt(load / (1500 * topology.nodes))
+    half = simulate(topology, routing, sent, 0.5 * load / 1.3, 1500, 500)
+    assert abs(half.accepted - half.offered) <= 6 * math.sqrt(half.offered / (1500 * topology.nodes)) + 1e-3
+
+
+@FEW
+@given(shapes, st.booleans(), st.integers(0, 2**32))
+def test_shortest_ways_have_the_hops_of_the_graph(shape: tuple[int, ...], wrap: bool, seed: int) -> None:
+    topology = (torus if wrap else mesh)(*shape)
+    pattern = permutation(topology, np.random.default_rng(seed).permutation(topology.nodes))
+    far = sum(distances(topology, i)[int(to)] for i, to in enumerate(pattern.targets[:, 0]))
+    loads = link_loads(topology, ROUTINGS["dimension-order"], pattern.pairs())
+    assert loads.sum() == pytest.approx(far)
+    assert loads[topology.heads() < 0].sum() == 0
+
+
+@FEW
+@given(shapes, st.booleans(), st.integers(0, 2**32), st.integers(2, 6))
+def test_dimension_order_by_pair_keeps_packets_in_order(
+    shape: tuple[int, ...], wrap: bool, seed: int, channels: int
+) -> None:
+    topology = (torus if wrap else mesh)(*shape)
+    routers = Routers(channels, offers=1, choice="pair")
+    seen = simulate(topology, "dimension-order", traffic(topology, "uniform"), 0.9, 500, 0, routers, seed)
+    assert seen.unordered == 0 and seen.delivered > 0
+
+
+def test_packets_of_adaptive_ways_do_overtake() -> None:
+    topology = torus(4, 4)
+    assert simulate(topology, "goal", traffic(topology, "transpose"), 0.5, 500, 0).unordered > 0
+
+
+@pytest.mark.parametrize(
+    ("routing", "pattern", "expected"),
+    [
+        ("dimension-order", "uniform", 1.0),
+        ("dimension-order", "tornado", 1 / 3),
+        ("dimension-order", "nearest-neighbour", 4.0),
+        ("valiant", "uniform", 0.5),
+        ("valiant", "tornado", 0.5),
+        ("minimal-adaptive", "tornado", 1 / 3),
+        ("goal", "tornado", 1 / (3 * 5 / 8)),
+        ("minimal-adaptive", "bit-complement", 0.5),
+    ],
+)
+def test_bounds_of_the_8_ary_2_cube_are_those_by_hand(routing: str, pattern: str, expected: float) -> None:
+    topology = torus(8, 8)
+    assert capacity(topology) == pytest.approx(1.0)
+    assert throughput_bound(topology, routing, traffic(topology, pattern)) == pytest.approx(expected)
+
+
+def test_routings_rank_on_tornado_as_theory_says() -> None:
+    topology = torus(8, 8)
+    accepted = {
+        name: simulate(topology, name, traffic(topology, "tornado"), 0.45, 1500, 1000).accepted for name in ROUTINGS
+    }
+    assert accepted["goal"] == pytest.approx(0.45, rel=0.03)
+    for name in ("dimension-order", "minimal-adaptive"):
+        assert accepted[name] <= 1.02 / 3
+
+
+def test_latency_without_load_is_the_hops() -> None:
+    topology, routers = ring(8), Routers(hop_cycles=5)
+    pattern = permutation(topology, (np.arange(8) + 3) % 8)
+    seen = simulate(topology, "dimension-order", pattern, 0.001, 20_000, 0, routers)
+    assert seen.latency_cycles == pytest.approx(15, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (lambda: torus(), "give a size for each dimension"),
+        (lambda: torus(8, 1), "at least 2|from 2"),
+        (lambda: torus(100, 100), "use at most 4096"),
+        (lambda: torus(4, bytes_per_s=0), "bytes_per_s"),
+        (lambda: torus(4, latency_s=math.nan), "latency_s"),
+        (lambda: mesh(4, 4).place(17), "17 ranks .* use a larger network"),
+        (lambda: simulate(mesh(4, 4), "goal", traffic(mesh(4, 4), "uniform"), 0.1), "Use a torus"),
+        (lambda: simulate(ring(4), "best", traffic(ring(4), "uniform"), 0.1), "use one of dimension-order"),
+        (lambda: simulate(ring(4), "goal", traffic(ring(5), "uniform"), 0.1), "one of 5 nodes"),
+        (lambda: simulate(ring(4), "goal", traffic(ring(4), "uniform"), 3.0), "load"),
+        (
+            lambda: simulate(ring(4), "valiant", traffic(ring(4), "uniform"), 0.1, routers=Routers(3)),
+            "needs 4 virtual channels",
+        ),
+        (lambda: Routers(choice="pair"), "use 1"),
+        (lambda: Routers(room=0), "room"),
+        (lambda: traffic(ring(4), "transpose"), "two or more dimensions"),
+        (lambda: traffic(mesh(4), "nearest-neighbour"), "use a torus"),
+        (lambda: traffic(ring(4), "worst"), "use one of uniform"),
+        (lambda: permutation(ring(3), np.array([0, 0, 1])), "once"),
+    ],
+)
+def test_what_is_wrong_is_refused_with_a_way_out(wrong: object, says: str) -> None:
+    with pytest.raises(NetworkError) as caught:
+        wrong()  # type: ignore[operator]
+    assert re.search(says, str(caught.value)), caught.value
+
+
+@pytest.mark.parametrize("pattern", sorted(PATTERNS))
+def test_every_pattern_sends_as_much_to_each_node(pattern: str) -> None:
+    pairs = traffic(torus(4, 4), pattern).pairs()
+    assert pairs.sum(0) == pytest.approx(1.0) and pairs.sum(1) == pytest.approx(1.0)
