@@ -59,7 +59,8 @@ def branch_guide(symbolic: Symbolic, piece: Piece) -> Array:
     outside = symbolic.below[list(piece.children)]
     stack = (outside * outside).tolist()
     most = depth = sum(stack)
-    for square, count in zip((below * below).tolist(), popped.tolist(), strict=True):
+    inner = (below * below)[:-1]  # the last update goes to the op's output
+    for square, count in zip(inner.tolist(), popped[:-1].tolist(), strict=True):
         most = max(most, depth + square)
         for _child in range(count):
             depth -= stack.pop()
@@ -68,7 +69,7 @@ def branch_guide(symbolic: Symbolic, piece: Piece) -> Array:
     a, z = symbolic.value_at[piece.begin], symbolic.value_at[piece.end]
     counts = np.diff(symbolic.value_at[piece.begin : piece.end + 1])
     parts = [
-        np.array([len(columns), most, z - a, len(outside)]),
+        np.array([len(columns), max(most, 1), z - a, len(outside)]),
         np.stack([columns, below, counts, popped], 1).ravel(),
         outside,
         symbolic.source[a:z],
@@ -99,7 +100,8 @@ class Declared(NamedTuple):
 def declare(symbolic: Symbolic, values: int, grain_flops: float) -> Declared:
     """One op a piece, one edge a child; `values` is how many entries the matrix has. What the pattern says is a weight.
 
-    Branches of small fronts run on one core, which their Demand says; large fronts on all cores of their lane.
+    Branches of small fronts run on one core, which their Demand says, with their stack in the arena; large fronts run
+    on all cores of their lane.
     """
     b = tg.GraphBuilder("cholesky")
     given = b.input("values", (values,), "f64")
@@ -113,7 +115,8 @@ def declare(symbolic: Symbolic, values: int, grain_flops: float) -> Declared:
         guide = front_guide(symbolic, piece) if dense else branch_guide(symbolic, piece)
         place = slice(int(symbolic.panel_at[piece.begin]), int(symbolic.panel_at[piece.end]))
         m, size = int(below[root]), place.stop - place.start
-        outs = [tg.spec(f"panel.{root}", (size,), "f64")]
+        stack = [] if dense else [tg.spec(f"stack.{root}", (int(guide[1]),), "f64")]
+        outs = [*stack, tg.spec(f"panel.{root}", (size,), "f64")]
         if m:
             outs.append(tg.spec(f"update.{root}", (m, m), "f64"))
         moved = 8.0 * (2 * size + m * m + sum(int(below[c]) ** 2 for c in piece.children))
@@ -126,11 +129,10 @@ def declare(symbolic: Symbolic, values: int, grain_flops: float) -> Declared:
             demand=None if dense else tg.demand(sm=(1, 1)),
             name=f"{'front' if dense else 'branch'}.{root}",
         )
+        made = list(result) if isinstance(result, tuple) else [result]
+        outputs.append(made[len(stack)])
         if m:
-            panel, updates[root] = result
-        else:
-            panel = result
-        outputs.append(panel)
+            updates[root] = made[-1]
         weights[f"guide.{root}"], panels[f"panel.{root}"] = guide, place
     b.output(*outputs)
     return Declared(b.build(), weights, panels)
@@ -145,19 +147,28 @@ class Factor:
     """A Cholesky factorisation of one pattern, captured on the cpu backend. Close it, or use it in a `with`.
 
     `order` is that of elimination (see `ordering`). Subtrees of up to `grain_flops` are one op (see `default_grain`).
-    `scheduler` is what `tg.plan` takes. MatrixError for a matrix that is not symmetric; NotPositiveDefiniteError from
-    `refactor`.
+    `scheduler` is what `tg.plan` takes, or "autotune", which measures plans for up to `tune_s` seconds. MatrixError for
+    a matrix that is not symmetric; NotPositiveDefiniteError from `refactor`.
     """
 
     def __init__(
-        self, matrix: sp.sparray, order: Array, *, grain_flops: float | None = None, scheduler: str = "auto"
+        self,
+        matrix: sp.sparray,
+        order: Array,
+        *,
+        grain_flops: float | None = None,
+        scheduler: str = "auto",
+        tune_s: float = 20.0,
     ) -> None:
         found = checked(matrix)
         self.pattern = found
         self.symbolic = analyse(found, order)
         grain = default_grain(self.symbolic) if grain_flops is None else grain_flops
         self.graph, weights, panels = declare(self.symbolic, found.nnz, grain)
-        self.plan = tg.plan(self.graph, "cpu", scheduler=scheduler)
+        if scheduler == "autotune":
+            self.plan = tg.autotune(self.graph, "cpu", tune_s, tensors={"values": found.data, **weights}).plan
+        else:
+            self.plan = tg.plan(self.graph, "cpu", scheduler=scheduler)
         self.factor = np.empty(int(self.symbolic.panel_at[-1]))
         self.values = np.empty(found.nnz)
         self._factored = False

@@ -73,6 +73,8 @@ def branch_kernel(values: Array, guide: Array, stack: Array, panels: Array, out:
     sources, targets, relative = guide[at : at + count], guide[at + count : at + 2 * count], guide[at + 2 * count :]
     sizes, at_row = np.empty(fronts + held, np.int64), np.empty(fronts + held, np.int64)
     panels[:] = 0.0
+    if held == 0:
+        stack[0] = 0.0
     top, value, place, row, column = 0, 0, 0, 0, 0
     for k in range(held):
         sizes[k], at_row[k] = guide[4 + 4 * fronts + k], row
@@ -124,15 +126,15 @@ NOTHING = np.empty(0)
 
 
 def factor_branch(values: Any, guide: Any, *tensors: Any) -> None:
-    """A custom op of (values, guide, *updates of children, panels, update if it has one): see `branch_kernel`."""
-    index = guide.numpy()
-    fronts, depth, _, children = (int(x) for x in index[:4])
-    stack, top = np.empty(depth), 0
+    """A custom op of (values, guide, *updates of children, stack, panels, update if there is one): `branch_kernel`."""
+    index, top = guide.numpy(), 0
+    fronts, children = int(index[0]), int(index[3])
+    stack, panels = (tensor.numpy() for tensor in tensors[children : children + 2])
     for child in tensors[:children]:
         stack[top : top + child.numel()] = child.numpy().reshape(-1)
         top += child.numel()
-    out = tensors[children + 1].numpy().reshape(-1) if len(tensors) > children + 1 else NOTHING
-    bad = branch_kernel(values.numpy(), index, stack, tensors[children].numpy(), out)
+    out = tensors[children + 2].numpy().reshape(-1) if len(tensors) > children + 2 else NOTHING
+    bad = branch_kernel(values.numpy(), index, stack, panels, out)
     if bad >= 0:
         refuse(bad, int(index[4 : 4 + 4 * fronts : 4].sum()))
 

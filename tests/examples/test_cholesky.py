@@ -60,6 +60,14 @@ def test_symbolic_counts_are_those_of_the_dense_factor() -> None:
         assert abs(dense[np.ix_(outside, np.arange(a, z))]).max(initial=0.0) < 1e-14
 
 
+@pytest.mark.parametrize("grain", [500.0, 1e12])
+def test_the_ops_pass_the_checks_of_custom_ops(grain: float) -> None:
+    matrix = poisson((8, 8))
+    with Factor(matrix, grid_dissection((8, 8)), grain_flops=grain, scheduler="list") as factor:
+        factor.refactor(matrix)
+        factor.executable.check()
+
+
 def test_what_is_no_spd_matrix_is_refused() -> None:
     matrix = poisson((6, 6))
     order = grid_dissection((6, 6))
