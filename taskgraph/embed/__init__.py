@@ -8,7 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from taskgraph.embed.dynamo import FallbackWarning, Options, backend
+    from taskgraph.embed.dynamo import FallbackWarning, Options
+    from taskgraph.embed.entry import backend
     from taskgraph.embed.importer import Imported, from_torch
     from taskgraph.embed.named_attention import register_attention
     from taskgraph.embed.report import Report, report
@@ -18,7 +19,7 @@ _WHERE = {
     "Imported": "importer",
     "Options": "dynamo",
     "Report": "report",
-    "backend": "dynamo",
+    "backend": "entry",
     "from_torch": "importer",
     "register_attention": "named_attention",
     "report": "report",
