@@ -58,12 +58,20 @@ def generate(folder: Path, backend: str, tokens: int) -> dict[str, Any]:
     )
     sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
     made = llm.generate([TokensPrompt(prompt_token_ids=p) for p in prompts], sampling, use_tqdm=False)
-    found: dict[str, Any] = {"tokens": [list(one.outputs[0].token_ids) for one in made], "report": "", "layers": {}}
+    found: dict[str, Any] = {"tokens": [list(one.outputs[0].token_ids) for one in made], "report": [], "layers": {}}
     if backend:
         from taskgraph.embed import report, vllm
 
-        found |= {"report": str(report()), "layers": dict(vllm.calls_of_layers())}
+        found |= {"report": [told(piece) for piece in report().pieces], "layers": dict(vllm.calls_of_layers())}
     return found
+
+
+def told(piece: Any) -> str:
+    """A bucket for people."""
+    how = f"plan of {piece.ops} ops" if piece.way == "plan" else f"eager torch ({piece.reason})"
+    if piece.way == "plan" and piece.eager_s:
+        how += f", {1e6 * piece.plan_s:.0f} us against {1e6 * piece.eager_s:.0f} us eager (measured)"
+    return f"up to {piece.shape} tokens: {piece.calls} calls, {how}"
 
 
 def run(way: str, folder: Path, tokens: int) -> dict[str, Any]:
@@ -100,16 +108,17 @@ def main() -> int:
         folder = Path(name)
         make_model(folder)
         made = {way: run(way, folder, given.tokens) for way in WAYS}
-    told = made["eager"]["tokens"]
-    count, right = sum(map(len, told)), True
-    print(f"vLLM without taskgraph: {count} tokens of {len(told)} prompts")
+    wanted = made["eager"]["tokens"]
+    count, right = sum(map(len, wanted)), True
+    print(f"vLLM without taskgraph: {count} tokens of {len(wanted)} prompts")
     for way in ("plans", "measured"):
-        equal = sum(a == b for x, y in zip(told, made[way]["tokens"], strict=True) for a, b in zip(x, y, strict=True))
+        equal = sum(a == b for x, y in zip(wanted, made[way]["tokens"], strict=True) for a, b in zip(x, y, strict=True))
         layers = made[way]["layers"]
+        print(f"with taskgraph, {way}: {equal} of {count} tokens equal")
         print(
-            f"with taskgraph, {way}: {equal} of {count} tokens equal; {len(layers)} of {LAYERS} layers ran through us"
+            f"{len(layers)} of {LAYERS} layers ran in plans: {', '.join(f'{k} {n} times' for k, n in layers.items())}"
         )
-        print("".join(f"  {layer}: {calls} calls\n" for layer, calls in layers.items()) + made[way]["report"])
+        print("\n".join(made[way]["report"]))
         right &= equal == count and len(layers) == LAYERS
     return 0 if right else 1
 
