@@ -3,7 +3,7 @@
 from taskgraph.network.bounds import capacity, throughput_bound
 from taskgraph.network.routing import ROUTINGS, Routing
 from taskgraph.network.simulate import Outcome, Routers, saturation, simulate
-from taskgraph.network.topology import Topology, mesh, ring, torus
+from taskgraph.network.topology import Topology, fat_tree, from_links, mesh, ring, switch, torus
 from taskgraph.network.traffic import PATTERNS, Traffic, traffic
 
 __all__ = [
@@ -15,10 +15,13 @@ __all__ = [
     "Topology",
     "Traffic",
     "capacity",
+    "fat_tree",
+    "from_links",
     "mesh",
     "ring",
     "saturation",
     "simulate",
+    "switch",
     "throughput_bound",
     "torus",
     "traffic",

@@ -12,7 +12,7 @@ import numpy as np
 
 from taskgraph.errors import NetworkError
 from taskgraph.jit import njit
-from taskgraph.network.routing import Routing, routing_for
+from taskgraph.network.routing import Routing, next_ports, routing_for
 from taskgraph.network.topology import Topology
 from taskgraph.network.traffic import Traffic, traffic
 from taskgraph.record import instance
@@ -34,12 +34,14 @@ def throughput_bound(topology: Topology, routing: str, pattern: Traffic) -> floa
 def capacity(topology: Topology) -> float:
     """Packets per node and cycle at which links are full under uniform traffic by the shortest ways: 8/k in a k-ary
     torus of even k. Throughputs are published as fractions of it."""
-    return throughput_bound(topology, "dimension-order", traffic(topology, "uniform"))
+    return throughput_bound(topology, "shortest" if topology.links else "dimension-order", traffic(topology, "uniform"))
 
 
 def link_loads(topology: Topology, routing: Routing, pairs: np.ndarray) -> np.ndarray:
-    """(2n * nodes,) expected packets on each link when every node sends one packet, for a routing that is not adaptive;
+    """(links,) expected packets on each link when every node sends one packet, for a routing that is not adaptive;
     `pairs` is (nodes, nodes), shares by source and target."""
+    if routing.graphs:
+        return _table_loads(topology, pairs)
     args: Any = (topology.coordinates(), np.array(topology.shape), topology.heads(), topology.wrap)
     if not routing.detour:
         loads: np.ndarray = _loads(pairs, *args)
@@ -49,6 +51,18 @@ def link_loads(topology: Topology, routing: Routing, pairs: np.ndarray) -> np.nd
     second = np.repeat(pairs.sum(0, keepdims=True) / nodes, nodes, axis=0)
     both: np.ndarray = _loads(first, *args) + _loads(second, *args)
     return both
+
+
+def _table_loads(topology: Topology, pairs: np.ndarray) -> np.ndarray:
+    ports, heads = next_ports(topology), topology.heads().reshape(topology.nodes, -1)
+    loads = np.zeros(heads.shape)
+    for source, target in np.argwhere(pairs > 0):
+        node = int(source)
+        while node != target:
+            port = ports[node, target]
+            loads[node, port] += pairs[source, target]
+            node = int(heads[node, port])
+    return loads.reshape(-1)
 
 
 def _mean_load(topology: Topology, routing: Routing, pairs: np.ndarray) -> float:

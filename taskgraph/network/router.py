@@ -12,12 +12,14 @@ STUCK = 2000
 
 
 class Net(NamedTuple):
-    """Coordinates (nodes, n), sizes (n,), the head of each link, the links into each node (nodes, 2n; -1: none)."""
+    """Coordinates (nodes, n), sizes (n,), the head of each link, the links into each node (nodes, most; -1: none),
+    and for a graph the port to each target (nodes, nodes); (0, 0) for a grid."""
 
     at: np.ndarray
     shape: np.ndarray
     heads: np.ndarray
     into: np.ndarray
+    ports: np.ndarray
     wrap: bool
 
 
@@ -106,6 +108,8 @@ def _gap(state: State, rules: Rules) -> int:
 def _aim(net: Net, rules: Rules, state: State, packet: int, node: int, to: int) -> None:
     """Set the hops from `node` to `to`, with the direction of each dimension."""
     state.target[packet] = to
+    if net.ports.size > 0:
+        state.left[packet, 0] = 0
     for d in range(net.shape.size):
         size = net.shape[d]
         up = net.at[to, d] - net.at[node, d]
@@ -211,6 +215,14 @@ def _best(rules: Rules, state: State, packet: int, link: int, low: int, high: in
 @inner
 def _ordered(net: Net, rules: Rules, state: State, packet: int, node: int, taken: int) -> int:
     """The queue for the next hop by dimension order; -1 for none now."""
+    if net.ports.size > 0:
+        port, hop = net.ports[node, state.target[packet]], 0
+        if (taken >> port) & 1:
+            return -1
+        if rules.base > 1:
+            hop = state.left[packet, 0]
+        low, high = hop * rules.channels // rules.base, (hop + 1) * rules.channels // rules.base
+        return _best(rules, state, packet, node * (net.heads.size // net.into.shape[0]) + port, low, high)
     d = 0
     while state.left[packet, d] == 0:
         d += 1
@@ -264,9 +276,9 @@ def _pop(rules: Rules, state: State, queue: int) -> None:
 @inner
 def _serve(net: Net, rules: Rules, state: State, node: int, now: int, warm_up: int, waiting: int) -> int:
     """One cycle of one node; how many packets left an input of it. `waiting`: how many left before in it."""
-    n, channels = net.shape.size, rules.channels
+    most, channels = net.heads.size // net.into.shape[0], rules.channels
     ports = 0
-    while ports < 2 * n and net.into[node, ports] >= 0:
+    while ports < net.into.shape[1] and net.into[node, ports] >= 0:
         ports += 1
     inputs = ports * channels + state.slots.shape[1]
     taken, moved = 0, 0
@@ -302,7 +314,7 @@ def _serve(net: Net, rules: Rules, state: State, node: int, now: int, warm_up: i
         if to_queue < 0:
             continue
         link = to_queue // channels
-        side = link - node * 2 * n
+        side = link - node * most
         taken |= 1 << side
         if from_queue >= 0:
             _pop(rules, state, from_queue)
@@ -313,7 +325,10 @@ def _serve(net: Net, rules: Rules, state: State, node: int, now: int, warm_up: i
         state.counts[HOPS] += 1
         state.inside[node] -= 1
         state.credits[to_queue] -= 1
-        state.left[packet, side // 2] += -1 if side % 2 == 0 else 1
+        if net.ports.size > 0:
+            state.left[packet, 0] += 1
+        else:
+            state.left[packet, side // 2] += -1 if side % 2 == 0 else 1
         state.ready[packet] = now + rules.hop_cycles
         state.queue[to_queue, (state.first[to_queue] + state.length[to_queue]) % rules.room] = packet
         state.length[to_queue] += 1
@@ -330,6 +345,8 @@ def run(net: Net, rules: Rules, targets: np.ndarray, state: State, warm_up: int,
     for now in range(end):
         moved = 0
         for node in range(nodes):
+            if targets[node, 0] < 0:
+                continue
             for slot in range(state.slots.shape[1]):
                 if state.slots[node, slot] < 0:
                     _create(net, rules, targets, state, node, slot, now, warm_up)

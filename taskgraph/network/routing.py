@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+import networkx as nx
+import numpy as np
+
 from taskgraph.errors import NetworkError
 from taskgraph.network.topology import Topology
 from taskgraph.record import one_of
@@ -14,7 +17,8 @@ class Routing:
     `weighted`: the direction in each dimension of size k is drawn at random, the short way (D hops) with probability
     (k - D) / k, so that both directions carry equal load; otherwise the short way, ties at random. `detour`: first to
     a node drawn at random, then on. `adaptive`: each hop in any dimension that still has hops, where most credits are;
-    otherwise dimension after dimension.
+    otherwise dimension after dimension. `graphs`: by a shortest way of any graph, of several the one that the target's
+    number picks, so that targets spread over them; it is for graphs only.
 
     A packet's directions are fixed where it starts. That is what keeps every routing here free of deadlock: see
     `classes`."""
@@ -23,6 +27,7 @@ class Routing:
     weighted: bool = False
     detour: bool = False
     adaptive: bool = False
+    graphs: bool = False
     source: str = ""
 
     def classes(self, topology: Topology) -> int:
@@ -32,7 +37,12 @@ class Routing:
         (Dally and Seitz 1987), in a mesh there is one class; a detour doubles them, a half for each part. An adaptive
         routing has these as a way out by dimension order and one class besides for all other hops (Duato 1993). It may
         come back from there: a way out in dimension d is only taken when all before d are done, and on from there
-        positions in d only advance, so that channels of the way out still never wait for each other in a circle."""
+        positions in d only advance, so that channels of the way out still never wait for each other in a circle.
+
+        In a graph one class does where no circle of links follow each other on ways of the table (as in trees);
+        otherwise there is a class for each hop of the longest way (Gunther 1981)."""
+        if self.graphs:
+            return hop_classes(topology)
         return (2 if topology.wrap else 1) * (2 if self.detour else 1) + (1 if self.adaptive else 0)
 
 
@@ -43,6 +53,7 @@ ROUTINGS = {
         Routing("valiant", detour=True, source="Valiant and Brebner 1981"),
         Routing("minimal-adaptive", adaptive=True, source="Duato 1993"),
         Routing("goal", weighted=True, adaptive=True, source="Singh, Dally, Gupta, Towles, ISCA 2003"),
+        Routing("shortest", graphs=True, source="Gunther 1981"),
     )
 }
 """By name. Dimension order is the only one whose packets can be kept in order."""
@@ -51,9 +62,43 @@ ROUTINGS = {
 def routing_for(topology: Topology, name: str) -> Routing:
     """The routing of that name; NetworkError where there is none, or it is not made for the topology."""
     routing = ROUTINGS[one_of("routing", name, ROUTINGS, NetworkError)]
+    if not routing.graphs:
+        topology.grid(f"routing {name!r}")
+    elif not topology.links:
+        raise NetworkError(f"routing {name!r} is made for graphs; {topology.name!r} is a grid. Use dimension-order.")
     if routing.weighted and not topology.wrap:
         raise NetworkError(
             f"routing {name!r} chooses which way round a dimension; {topology.name!r} has one way. Use a torus, or "
             "minimal-adaptive."
         )
     return routing
+
+
+def next_ports(topology: Topology) -> np.ndarray:
+    """(nodes, nodes) int64: which of its links a node of a graph sends by to each target; -1 where none leads."""
+    far, heads = topology.distances(), topology.heads().reshape(topology.nodes, -1)
+    ports = np.full(far.shape, -1, np.int64)
+    for node, there in enumerate(heads):
+        used = np.flatnonzero(there >= 0)
+        for target in np.flatnonzero(far[node] > 0):
+            closer = used[far[there[used], target] == far[node, target] - 1]
+            ports[node, target] = closer[target % len(closer)]
+    return ports
+
+
+def hop_classes(topology: Topology) -> int:
+    """1 where the links of the table of a graph cannot wait for each other in a circle, else the hops of its longest
+    way between hosts."""
+    ports, heads = next_ports(topology), topology.heads().reshape(topology.nodes, -1)
+    follows: nx.DiGraph[tuple[int, int]] = nx.DiGraph()
+    longest = 0
+    for source in range(topology.hosts):
+        for target in range(topology.hosts):
+            node, before, hops = source, (-1, -1), 0
+            while node != target:
+                link = (node, int(ports[node, target]))
+                if hops:
+                    follows.add_edge(before, link)
+                node, before, hops = int(heads[link]), link, hops + 1
+            longest = max(longest, hops)
+    return 1 if nx.is_directed_acyclic_graph(follows) else longest

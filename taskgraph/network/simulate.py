@@ -14,7 +14,7 @@ import numpy as np
 from taskgraph.errors import NetworkError
 from taskgraph.network.bounds import capacity
 from taskgraph.network.router import Counts, Net, Rules, State, run
-from taskgraph.network.routing import Routing, routing_for
+from taskgraph.network.routing import Routing, next_ports, routing_for
 from taskgraph.network.topology import Topology
 from taskgraph.network.traffic import Traffic
 from taskgraph.record import instance, integer, number, one_of
@@ -54,7 +54,7 @@ DEFAULT = Routers()
 class Outcome:
     """What a simulation saw; rates and latencies are of the cycles after the warm-up. Kind: simulated.
 
-    `offered` and `accepted`: packets per node and cycle created (that a source has not yet offered included) and
+    `offered` and `accepted`: packets per host and cycle created (that a source has not yet offered included) and
     delivered. `latency_cycles`: mean from creation to delivery; `latency_p99_cycles`. `created`, `delivered`,
     `inside` (found in queues at the end), `doubled`, `unordered` (delivered after a later one of its pair), `hops`: of
     the whole run. `stalled_cycles`: most in a row in which packets waited and none moved."""
@@ -82,8 +82,8 @@ def simulate(
     routers: Routers = DEFAULT,
     seed: int = 0,
 ) -> Outcome:
-    """Every node sends `load` packets a cycle in the mean, at most one a link, at random times, for `warm_up` and then
-    `cycles` cycles.
+    """Every host sends `load` packets a cycle in the mean, at most one a link (in a graph one), at random times, for
+    `warm_up` and then `cycles` cycles.
 
     NetworkError where the routing is not made for the topology, the traffic is another network's, there are too few
     virtual channels for the routing to be free of deadlock, or (a bug of this module) packets waited and none moved."""
@@ -94,8 +94,9 @@ def simulate(
     integer("warm_up", warm_up, NetworkError, 0, 2**40)
     integer("seed", seed, NetworkError, 0)
     way = routing_for(topology, routing)
-    offers = routers.offers or 8 * len(topology.shape)
-    number("load", load, NetworkError, 0, min(offers, 2 * len(topology.shape)))
+    links = 2 * len(topology.shape) or 1
+    offers = routers.offers or 4 * links
+    number("load", load, NetworkError, 0, min(offers, links))
     if pattern.targets.shape[0] != topology.nodes:
         raise NetworkError(
             f"the traffic is one of {pattern.targets.shape[0]} nodes; {topology.name!r} has {topology.nodes}."
@@ -123,7 +124,7 @@ def saturation(
     """The throughput at saturation as a fraction of `capacity`: the highest load, by halving to 1 %, at which at least
     97 % of what is offered is delivered. Simulated."""
     full = capacity(topology)
-    low, high = 0.0, float(min(routers.offers or 64, 2 * len(topology.shape), 5.0 * full))
+    low, high = 0.0, float(min(routers.offers or 64, 2 * len(topology.shape) or 1, 5.0 * full))
     while high - low > 0.01 * max(full, high):
         middle = 0.5 * (low + high)
         seen = simulate(topology, routing, pattern, middle, cycles, cycles // 2, routers, seed)
@@ -133,18 +134,19 @@ def saturation(
 
 def _net(topology: Topology) -> Net:
     heads = topology.heads()
-    links = np.arange(heads.size)
-    into = np.full((topology.nodes, 2 * len(topology.shape)), -1, np.int64)
-    used = np.zeros(topology.nodes, np.int64)
-    for link in links[heads >= 0]:
+    nodes = topology.nodes
+    into = np.full((nodes, int(np.bincount(heads[heads >= 0]).max())), -1, np.int64)
+    used = [0] * nodes
+    for link in np.flatnonzero(heads >= 0):
         head = heads[link]
         into[head, used[head]] = link
         used[head] += 1
-    return Net(topology.coordinates(), np.array(topology.shape, np.int64), heads, into, topology.wrap)
+    ports = next_ports(topology) if topology.links else np.zeros((0, 0), np.int64)
+    return Net(topology.coordinates(), np.array(topology.shape, np.int64), heads, into, ports, topology.wrap)
 
 
 def _rules(topology: Topology, way: Routing, routers: Routers, rate: float) -> Rules:
-    base = 2 if topology.wrap else 1
+    base = way.classes(topology) if way.graphs else 2 if topology.wrap else 1
     log_idle = math.log1p(-rate) if rate < 1 else -math.inf
     return Rules(
         way.weighted, way.detour, way.adaptive, base, routers.channels, routers.room, routers.hop_cycles,
@@ -153,8 +155,8 @@ def _rules(topology: Topology, way: Routing, routers: Routers, rate: float) -> R
 
 
 def _state(topology: Topology, routers: Routers, offers: int, seed: int) -> State:
-    nodes, n = topology.nodes, len(topology.shape)
-    queues = nodes * 2 * n * routers.channels
+    nodes, n = topology.nodes, max(1, len(topology.shape))
+    queues = topology.heads().size * routers.channels
     packets = queues * routers.room + nodes * offers + 1
     whole = np.random.default_rng(seed).integers(1, 2**63, 1, dtype=np.uint64)
 
@@ -181,6 +183,6 @@ def _outcome(topology: Topology, state: State, load: float, cycles: int) -> Outc
     below = np.cumsum(state.bins)
     p99 = float(np.searchsorted(below, 0.99 * below[-1])) if counts.measured else 0.0
     return Outcome(
-        load, counts.measured / (topology.nodes * cycles), counts.waited / max(1, counts.measured), p99,
+        load, counts.measured / (topology.hosts * cycles), counts.waited / max(1, counts.measured), p99,
         counts.created, counts.delivered, inside, counts.doubled, counts.unordered, counts.hops, counts.stalled,
     )  # fmt: skip

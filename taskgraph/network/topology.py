@@ -1,6 +1,7 @@
-"""Topologies as values: nodes in a grid of one or more dimensions, joined to their neighbours by links of one rate."""
+"""Topologies as values: grids of one or more dimensions, and graphs given by their links; all links are alike."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,8 @@ from taskgraph.errors import NetworkError
 from taskgraph.record import integer, number, sequence, text
 
 MOST_NODES = 4096
+MOST_GRAPH = 512
+MOST_PORTS = 62
 RATE = 50e9
 """Bytes per second and direction of a link whose rate nobody gave."""
 LATENCY_S = 500e-9
@@ -20,16 +23,26 @@ class Topology:
 
     A node has 2n outgoing links: link 2n*node + 2d leads up in dimension d, the next one down. Each moves
     `bytes_per_s` and takes `latency_s`. In a mesh those that would leave the grid are absent. NetworkError where a size
-    is below 2, there are more than 4096 nodes, or a rate is not above 0."""
+    is below 2, there are more than 4096 nodes, or a rate is not above 0.
+
+    A graph instead has shape (), `links` as (from, to) and `hosts`: nodes 0 to hosts - 1 are hosts, the others
+    switches; a node has at most 62 links out. NetworkError where a host cannot reach another."""
 
     name: str
     shape: tuple[int, ...]
     wrap: bool
     bytes_per_s: float = RATE
     latency_s: float = LATENCY_S
+    links: tuple[tuple[int, int], ...] = ()
+    hosts: int = 0
 
     def __post_init__(self) -> None:
         text("the topology's name", self.name, NetworkError)
+        number(f"bytes_per_s of {self.name!r}", self.bytes_per_s, NetworkError, 0, above=True)
+        number(f"latency_s of {self.name!r}", self.latency_s, NetworkError, 0)
+        if self.links:
+            self._check_graph()
+            return
         sizes = sequence(f"the shape of {self.name!r}", self.shape, NetworkError)
         if not sizes:
             raise NetworkError(f"the shape of {self.name!r} is empty; give a size for each dimension, such as (8, 8).")
@@ -38,23 +51,80 @@ class Topology:
         object.__setattr__(self, "shape", tuple(sizes))
         if not isinstance(self.wrap, bool):
             raise NetworkError(f"wrap of {self.name!r} is {self.wrap!r}; use True for a torus, False for a mesh.")
-        number(f"bytes_per_s of {self.name!r}", self.bytes_per_s, NetworkError, 0, above=True)
-        number(f"latency_s of {self.name!r}", self.latency_s, NetworkError, 0)
         if self.nodes > MOST_NODES:
             raise NetworkError(f"{self.name!r} has {self.nodes} nodes; use at most {MOST_NODES}.")
+        if self.hosts not in (0, self.nodes):
+            raise NetworkError(f"{self.name!r} has {self.nodes} nodes, all hosts, not {self.hosts}; leave hosts out.")
+        object.__setattr__(self, "hosts", self.nodes)
+
+    def _check_graph(self) -> None:
+        if self.shape or self.wrap:
+            raise NetworkError(f"{self.name!r} has links and a shape; a graph has the shape ().")
+        made = []
+        for link in sequence(f"the links of {self.name!r}", self.links, NetworkError):
+            if len(sequence(f"a link of {self.name!r}", link, NetworkError)) != 2 or link[0] == link[1]:
+                raise NetworkError(f"{self.name!r} has the link {link!r}; a link is a pair of two nodes.")
+            made.append(
+                tuple(integer(f"a node of {self.name!r}", each, NetworkError, 0, MOST_GRAPH - 1) for each in link)
+            )
+        object.__setattr__(self, "links", tuple(made))
+        if len(set(made)) < len(made):
+            raise NetworkError(f"{self.name!r} has a link twice; give each pair once.")
+        integer(f"hosts of {self.name!r}", self.hosts, NetworkError, 2, self.nodes)
+        most = int(np.bincount([tail for tail, _ in made]).max())
+        if most > MOST_PORTS:
+            raise NetworkError(
+                f"a node of {self.name!r} has {most} links out; use at most {MOST_PORTS}, or two levels."
+            )
+        far = self.distances()
+        apart = np.argwhere(far[: self.hosts, : self.hosts] < 0)
+        if len(apart):
+            raise NetworkError(
+                f"{self.name!r} is not connected: host {apart[0][0]} cannot reach host {apart[0][1]}. Add links."
+            )
 
     @property
     def nodes(self) -> int:
-        """How many nodes there are; each is a host."""
-        return math.prod(self.shape)
+        """How many nodes there are."""
+        return max(map(max, self.links)) + 1 if self.links else math.prod(self.shape)
+
+    def distances(self) -> np.ndarray:
+        """(nodes, nodes) int64: hops from each node to each; -1 where there is no way."""
+        heads = self.heads().reshape(self.nodes, -1)
+        far = np.full((self.nodes, self.nodes), -1, np.int64)
+        for source in range(self.nodes):
+            front, hops = np.array([source]), 0
+            while front.size:
+                far[source, front] = hops
+                there = np.unique(heads[front])
+                front, hops = there[(there >= 0) & (far[source, there] < 0)], hops + 1
+        return far
+
+    def grid(self, what: str) -> None:
+        """NetworkError if this is a graph; `what` says who needs a grid."""
+        if self.links:
+            raise NetworkError(
+                f"{what} is made for tori and meshes; {self.name!r} is a graph. Use a grid, or shortest."
+            )
 
     def coordinates(self) -> np.ndarray:
-        """(nodes, n) int64: where each node is."""
+        """(nodes, n) int64: where each node is; n = 0 in a graph."""
+        if self.links:
+            return np.zeros((self.nodes, 0), np.int64)
         grid: np.ndarray = np.stack(np.unravel_index(np.arange(self.nodes), self.shape), axis=1).astype(np.int64)
         return grid
 
     def heads(self) -> np.ndarray:
-        """(2n * nodes,) int64: the node that each link leads to; -1 for one that a mesh does not have."""
+        """(links,) int64: the node that each link leads to; -1 for one that is absent. In a graph all
+        nodes have as many places for links as the one with most, filled in the order of `links`."""
+        if self.links:
+            tails = np.array(self.links)[:, 0]
+            places = np.full((self.nodes, int(np.bincount(tails).max())), -1, np.int64)
+            used = [0] * self.nodes
+            for tail, head in self.links:
+                places[tail, used[tail]] = head
+                used[tail] += 1
+            return places.reshape(-1)
         at, n = self.coordinates(), len(self.shape)
         heads = np.empty((self.nodes, 2 * n), np.int64)
         for d, size in enumerate(self.shape):
@@ -70,8 +140,8 @@ class Topology:
     def place(self, ranks: int) -> range:
         """The hosts of `ranks` ranks, in order; NetworkError where there are more ranks than hosts."""
         integer("ranks", ranks, NetworkError, 1)
-        if ranks > self.nodes:
-            raise NetworkError(f"{ranks} ranks on {self.name!r}, which has {self.nodes} hosts; use a larger network.")
+        if ranks > self.hosts:
+            raise NetworkError(f"{ranks} ranks on {self.name!r}, which has {self.hosts} hosts; use a larger network.")
         return range(ranks)
 
 
@@ -88,3 +158,31 @@ def ring(nodes: int, bytes_per_s: float = RATE, latency_s: float = LATENCY_S) ->
 def mesh(*shape: int, bytes_per_s: float = RATE, latency_s: float = LATENCY_S) -> Topology:
     """A mesh: a torus without the links that close each dimension."""
     return Topology(f"mesh:{'x'.join(map(str, shape))}", shape, False, bytes_per_s, latency_s)
+
+
+def from_links(
+    name: str, hosts: int, links: Iterable[tuple[int, int]], bytes_per_s: float = RATE, latency_s: float = LATENCY_S
+) -> Topology:
+    """A graph of at most 512 nodes; each pair of `links` is joined both ways. Nodes 0 to hosts - 1 are hosts."""
+    both = [end for a, b in links for end in ((a, b), (b, a))]
+    if not both:
+        raise NetworkError(f"{name!r} has no links; give pairs of nodes, such as [(0, 1)].")
+    return Topology(name, (), False, bytes_per_s, latency_s, tuple(both), hosts)
+
+
+def switch(hosts: int, bytes_per_s: float = RATE, latency_s: float = LATENCY_S) -> Topology:
+    """2 to 62 hosts fully connected through one switch, as by NVLink; two hops from any to any."""
+    integer("hosts", hosts, NetworkError, 2, MOST_PORTS)
+    return from_links(f"switch:{hosts}", hosts, [(i, hosts) for i in range(hosts)], bytes_per_s, latency_s)
+
+
+def fat_tree(
+    leaves: int, hosts_a_leaf: int, spines: int, bytes_per_s: float = RATE, latency_s: float = LATENCY_S
+) -> Topology:
+    """Two levels: each of `leaves` switches has its hosts, and a link to each of `spines` switches."""
+    for name, value, low in (("leaves", leaves, 2), ("hosts_a_leaf", hosts_a_leaf, 1), ("spines", spines, 1)):
+        integer(name, value, NetworkError, low, MOST_PORTS)
+    hosts = leaves * hosts_a_leaf
+    down = [(i, hosts + i // hosts_a_leaf) for i in range(hosts)]
+    up = [(hosts + leaf, hosts + leaves + spine) for leaf in range(leaves) for spine in range(spines)]
+    return from_links(f"fat-tree:{leaves}x{hosts_a_leaf}+{spines}", hosts, down + up, bytes_per_s, latency_s)

@@ -12,7 +12,7 @@ from taskgraph.record import one_of
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Traffic:
-    """`targets`: (nodes, m) int64, the nodes that each node sends to, all as often."""
+    """`targets`: (nodes, m) int64, the nodes that each node sends to, all as often; -1: it sends nothing."""
 
     name: str
     targets: np.ndarray
@@ -21,12 +21,15 @@ class Traffic:
         """(nodes, nodes) float64: the share of each source's packets that goes to each target."""
         nodes, m = self.targets.shape
         shares = np.zeros((nodes, nodes))
-        np.add.at(shares, (np.repeat(np.arange(nodes), m), self.targets.reshape(-1)), 1.0 / m)
+        source, column = np.nonzero(self.targets >= 0)
+        np.add.at(shares, (source, self.targets[source, column]), 1.0 / m)
         return shares
 
 
 def _uniform(topology: Topology) -> np.ndarray:
-    return np.tile(np.arange(topology.nodes), (topology.nodes, 1))
+    made = np.tile(np.arange(topology.hosts), (topology.nodes, 1))
+    made[topology.hosts :] = -1  # switches
+    return made
 
 
 def _neighbour(topology: Topology) -> np.ndarray:
@@ -62,19 +65,22 @@ PATTERNS: dict[str, Callable[[Topology], np.ndarray]] = {
     "transpose": _transpose,
     "tornado": _moved(lambda at, size: (at + np.append(np.zeros(len(size) - 1, int), (size[-1] - 1) // 2)) % size),
 }
-"""uniform: any node, itself among them; nearest-neighbour: one of the 2n; bit-complement: from x to k - 1 - x in each
+"""uniform: any host, itself among them; nearest-neighbour: one of the 2n; bit-complement: from x to k - 1 - x in each
 dimension; transpose: coordinates turned round by one dimension; tornado: (k - 1) // 2 up in the last dimension."""
 
 
 def traffic(topology: Topology, pattern: str) -> Traffic:
     """The pattern of that name on the topology; NetworkError where there is none or it is not made for the topology."""
     make = PATTERNS[one_of("pattern", pattern, PATTERNS, NetworkError)]
+    if pattern != "uniform":
+        topology.grid(f"{pattern} traffic")
     return Traffic(pattern, np.ascontiguousarray(make(topology), dtype=np.int64))
 
 
 def permutation(topology: Topology, order: np.ndarray, name: str = "permutation") -> Traffic:
-    """Node i sends to order[i] only; NetworkError where `order` is not a permutation of the nodes."""
+    """Host i sends to order[i] only; NetworkError where `order` is not a permutation of the hosts."""
     made = np.asarray(order)
-    if made.shape != (topology.nodes,) or not np.array_equal(np.sort(made), np.arange(topology.nodes)):
-        raise NetworkError(f"order must hold each of the {topology.nodes} nodes of {topology.name!r} once.")
-    return Traffic(name, np.ascontiguousarray(made.reshape(-1, 1), dtype=np.int64))
+    if made.shape != (topology.hosts,) or not np.array_equal(np.sort(made), np.arange(topology.hosts)):
+        raise NetworkError(f"order must hold each of the {topology.hosts} hosts of {topology.name!r} once.")
+    idle = np.full(topology.nodes - topology.hosts, -1)
+    return Traffic(name, np.append(made, idle).astype(np.int64).reshape(-1, 1))

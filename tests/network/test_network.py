@@ -16,9 +16,12 @@ from taskgraph.network import (
     Routers,
     Topology,
     capacity,
+    fat_tree,
+    from_links,
     mesh,
     ring,
     simulate,
+    switch,
     throughput_bound,
     torus,
     traffic,
@@ -27,6 +30,7 @@ from taskgraph.network.bounds import link_loads
 from taskgraph.network.traffic import permutation
 
 FEW = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+OF_GRIDS = sorted(name for name, each in ROUTINGS.items() if not each.graphs)
 shapes = st.lists(st.integers(2, 5), min_size=1, max_size=3).map(tuple)
 
 
@@ -34,7 +38,9 @@ shapes = st.lists(st.integers(2, 5), min_size=1, max_size=3).map(tuple)
 def cases(draw: st.DrawFn) -> tuple[Topology, str]:
     wrap = draw(st.booleans())
     made = (torus if wrap else mesh)(*draw(shapes))
-    return made, draw(st.sampled_from([name for name, each in ROUTINGS.items() if wrap or not each.weighted]))
+    return made, draw(
+        st.sampled_from([name for name, each in ROUTINGS.items() if not each.graphs and (wrap or not each.weighted)])
+    )
 
 
 def distances(topology: Topology, source: int) -> dict[int, int]:
@@ -67,7 +73,7 @@ def test_no_packet_is_lost_or_doubled(
     assert seen == simulate(topology, routing, pattern, seen.offered, 400, 0, routers, seed)
 
 
-@pytest.mark.parametrize("routing", sorted(ROUTINGS))
+@pytest.mark.parametrize("routing", OF_GRIDS)
 def test_no_deadlock_where_room_is_least(routing: str) -> None:
     topology = torus(4, 4)
     routers = Routers(ROUTINGS[routing].classes(topology), room=1)
@@ -77,7 +83,7 @@ def test_no_deadlock_where_room_is_least(routing: str) -> None:
 
 
 @settings(FEW, max_examples=8)
-@given(shapes, st.sampled_from(sorted(ROUTINGS)), st.sampled_from(["uniform", "tornado", "nearest-neighbour"]))
+@given(shapes, st.sampled_from(OF_GRIDS), st.sampled_from(["uniform", "tornado", "nearest-neighbour"]))
 def test_no_more_is_delivered_than_the_bound(shape: tuple[int, ...], routing: str, pattern: str) -> None:
     topology = torus(*shape)
     sent = traffic(topology, pattern)  # the same from every node, so that none can have more than its share
@@ -138,7 +144,7 @@ def test_bounds_of_the_8_ary_2_cube_are_those_by_hand(routing: str, pattern: str
 def test_routings_rank_on_tornado_as_theory_says() -> None:
     topology = torus(8, 8)
     accepted = {
-        name: simulate(topology, name, traffic(topology, "tornado"), 0.45, 1500, 1000).accepted for name in ROUTINGS
+        name: simulate(topology, name, traffic(topology, "tornado"), 0.45, 1500, 1000).accepted for name in OF_GRIDS
     }
     assert accepted["goal"] == pytest.approx(0.45, rel=0.03)
     for name in ("dimension-order", "minimal-adaptive"):
@@ -170,6 +176,16 @@ def test_latency_without_load_is_the_hops() -> None:
             "needs 4 virtual channels",
         ),
         (lambda: Routers(choice="pair"), "use 1"),
+        (lambda: from_links("two", 4, [(0, 1), (2, 3)]), "not connected: host 0 cannot reach host 2"),
+        (lambda: from_links("none", 4, []), "give pairs"),
+        (lambda: from_links("self", 2, [(0, 0), (0, 1)]), "pair of two nodes"),
+        (lambda: from_links("twice", 2, [(0, 1), (1, 0)]), "give each pair once"),
+        (lambda: Topology("few", (4, 4), True, hosts=3), "leave hosts out"),
+        (lambda: switch(63), "at most 62|to 62"),
+        (lambda: switch(4).place(5), "has 4 hosts"),
+        (lambda: simulate(switch(4), "goal", traffic(switch(4), "uniform"), 0.1), "made for tori"),
+        (lambda: simulate(ring(4), "shortest", traffic(ring(4), "uniform"), 0.1), "Use dimension-order"),
+        (lambda: traffic(switch(4), "tornado"), "made for tori"),
         (lambda: Routers(room=0), "room"),
         (lambda: traffic(ring(4), "transpose"), "two or more dimensions"),
         (lambda: traffic(mesh(4), "nearest-neighbour"), "use a torus"),
@@ -181,6 +197,40 @@ def test_what_is_wrong_is_refused_with_a_way_out(wrong: object, says: str) -> No
     with pytest.raises(NetworkError) as caught:
         wrong()  # type: ignore[operator]
     assert re.search(says, str(caught.value)), caught.value
+
+
+@st.composite
+def graphs(draw: st.DrawFn) -> Topology:
+    """Connected: a random tree with some links more; some of its nodes are switches."""
+    nodes = draw(st.integers(2, 9))
+    tree = {(draw(st.integers(0, i - 1)), i) for i in range(1, nodes)}
+    more = draw(st.sets(st.tuples(st.integers(0, nodes - 1), st.integers(0, nodes - 1)), max_size=6))
+    links = tree | {(min(pair), max(pair)) for pair in more if pair[0] != pair[1]}
+    return from_links("drawn", draw(st.integers(2, nodes)), sorted(links))
+
+
+@FEW
+@given(graphs(), st.integers(0, 2**32), st.integers(1, 2))
+def test_any_connected_graph_delivers_in_order_and_without_deadlock(topology: Topology, seed: int, room: int) -> None:
+    routers = Routers(ROUTINGS["shortest"].classes(topology), room, offers=1, choice="pair")
+    pattern = traffic(topology, "uniform")
+    seen = simulate(topology, "shortest", pattern, 1.0, 800, 0, routers, seed)
+    assert seen.doubled == seen.unordered == 0 and seen.stalled_cycles <= 2
+    assert seen.created == seen.delivered + seen.inside
+    bound = throughput_bound(topology, "shortest", pattern)
+    assert seen.accepted <= bound + 6 * math.sqrt(bound / (800 * topology.hosts)) + 0.05
+
+
+def test_trees_need_one_class_and_a_ring_of_links_one_a_hop() -> None:
+    shortest = ROUTINGS["shortest"]
+    assert shortest.classes(switch(8)) == shortest.classes(fat_tree(4, 4, 2)) == 1
+    assert shortest.classes(from_links("ring", 6, [(i, (i + 1) % 6) for i in range(6)])) == 3
+
+
+def test_spines_limit_a_fat_tree() -> None:
+    full, half = (capacity(fat_tree(4, 4, spines)) for spines in (4, 2))
+    assert full == pytest.approx(16 / 15)  # a sixteenth goes to itself
+    assert half == pytest.approx(2 / 3)  # a quarter of the traffic stays below its leaf: 4 * 3/4 packets on 2 links
 
 
 @pytest.mark.parametrize("pattern", sorted(PATTERNS))
