@@ -10,7 +10,7 @@ INSTALL := $(PIP) install -c constraints.txt $(if $(TORCH_INDEX),--extra-index-u
 TO_RUN := $(VENV)/.installed-to-run
 TO_TEST := $(VENV)/.installed-to-test
 
-.PHONY: setup develop browser run test test-vllm lint fast mutants clean
+.PHONY: setup develop browser run test test-vllm test-sglang lint fast mutants clean
 setup: $(TO_RUN)
 develop: $(TO_TEST)
 
@@ -67,5 +67,15 @@ $(VLLM)/.installed: constraints-vllm.txt pyproject.toml
 	$(VLLM)/bin/python -m pip --disable-pip-version-check uninstall -y torchvision torchaudio torchcodec
 	@touch $@
 
+# Our adapter against the contract in SGLang's wheel, which is fetched without what it depends on (CUDA).
+SGLANG := .venv-sglang
+test-sglang: develop $(SGLANG)/.fetched
+	PYTHONPATH=$(CURDIR)/$(SGLANG) $(BIN)/python -m pytest tests/embed/test_sglang.py
+
+$(SGLANG)/.fetched: Makefile
+	@echo "== fetch SGLang's wheel into $(SGLANG) (130 MB; once)"
+	$(PIP) install --no-deps --upgrade --target $(SGLANG) sglang==0.5.23 msgspec==0.22.0
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(VLLM) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(VLLM) $(SGLANG) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
