@@ -7,6 +7,7 @@ import numpy as np
 
 from taskgraph.jit import inner, kernel
 
+NEVER = 1 << 60
 STUCK = 2000
 """Cycles beyond those of a hop in which packets wait and none moves that are taken for a deadlock."""
 
@@ -41,7 +42,8 @@ class Rules(NamedTuple):
 
 class State(NamedTuple):
     """Queues by link and channel (packets, first, length, credits), slots of sources, packets by number (`left`: hops
-    with sign by dimension), free numbers, credits to give back, births of the latest delivered by pair, counts."""
+    with sign by dimension), free numbers, credits to give back, births of the latest delivered by
+    pair, packets inside by node, in queues by link, in slots by node, the next birth by node, counts."""
 
     queue: np.ndarray
     first: np.ndarray
@@ -60,6 +62,9 @@ class State(NamedTuple):
     freed: np.ndarray
     latest: np.ndarray
     inside: np.ndarray
+    busy: np.ndarray
+    held: np.ndarray
+    due: np.ndarray
     counts: np.ndarray
     bins: np.ndarray
     random: np.ndarray
@@ -100,7 +105,7 @@ def _gap(state: State, rules: Rules) -> int:
     if rules.rate >= 1.0:
         return 1
     if rules.rate <= 0.0:
-        return 1 << 60
+        return NEVER
     return 1 + int(min(math.log(1.0 - _draw(state)) / rules.log_idle, 1e15))
 
 
@@ -183,6 +188,7 @@ def _create(
         else:
             state.slots[node, slot] = packet
             state.inside[node] += 1
+            state.held[node] += 1
 
 
 @inner
@@ -271,6 +277,7 @@ def _pop(rules: Rules, state: State, queue: int) -> None:
     if state.first[queue] == rules.room:
         state.first[queue] = 0
     state.length[queue] -= 1
+    state.busy[queue // rules.channels] -= 1
 
 
 @inner
@@ -280,60 +287,65 @@ def _serve(net: Net, rules: Rules, state: State, node: int, now: int, warm_up: i
     ports = 0
     while ports < net.into.shape[1] and net.into[node, ports] >= 0:
         ports += 1
-    inputs = ports * channels + state.slots.shape[1]
-    taken, moved = 0, 0
-    start = (now * 7 + node) % inputs
-    for j in range(inputs):
-        i = start + j
-        if i >= inputs:
-            i -= inputs
-        from_queue = -1
-        if i < ports * channels:
-            from_queue = net.into[node, i // channels] * channels + i % channels
-            packet = -1
-            while state.length[from_queue] > 0:
-                packet = state.queue[from_queue, state.first[from_queue]]
-                if state.ready[packet] > now or not _arrived(net, rules, state, packet, node):
-                    break
-                _pop(rules, state, from_queue)
-                state.freed[waiting + moved] = from_queue
-                moved += 1
-                state.inside[node] -= 1
-                _deliver(state, packet, now, warm_up)
-            if state.length[from_queue] == 0 or state.ready[packet] > now:
-                continue
-        else:
-            packet = state.slots[node, i - ports * channels]
-            if packet < 0:
-                continue
-        to_queue = -1
-        if rules.adaptive:
-            to_queue = _freely(net, rules, state, packet, node, taken, now + j)
-        if to_queue < 0:
-            to_queue = _ordered(net, rules, state, packet, node, taken)
-        if to_queue < 0:
+    taken, moved, groups = 0, 0, ports + 1
+    start, turn = (now + node) % groups, now // groups
+    for g in range(groups):
+        port = start + g if start + g < groups else start + g - groups
+        width = channels if port < ports else state.slots.shape[1]
+        if (state.busy[net.into[node, port]] if port < ports else state.held[node]) == 0:
             continue
-        link = to_queue // channels
-        side = link - node * most
-        taken |= 1 << side
-        if from_queue >= 0:
-            _pop(rules, state, from_queue)
-        else:
-            state.slots[node, i - ports * channels] = -1
-        state.freed[waiting + moved] = from_queue
-        moved += 1
-        state.counts[HOPS] += 1
-        state.inside[node] -= 1
-        state.credits[to_queue] -= 1
-        if net.ports.size > 0:
-            state.left[packet, 0] += 1
-        else:
-            state.left[packet, side // 2] += -1 if side % 2 == 0 else 1
-        state.ready[packet] = now + rules.hop_cycles
-        state.queue[to_queue, (state.first[to_queue] + state.length[to_queue]) % rules.room] = packet
-        state.length[to_queue] += 1
-        head = net.heads[link]
-        state.inside[head] += 1
+        i = turn % width - 1
+        for j in range(width):
+            i, from_queue, packet = (i + 1 if i + 1 < width else 0), -1, -1
+            if port < ports:
+                from_queue = net.into[node, port] * channels + i
+                while state.length[from_queue] > 0:
+                    packet = state.queue[from_queue, state.first[from_queue]]
+                    if state.ready[packet] > now or not _arrived(net, rules, state, packet, node):
+                        break
+                    _pop(rules, state, from_queue)
+                    state.freed[waiting + moved] = from_queue
+                    moved += 1
+                    state.inside[node] -= 1
+                    _deliver(state, packet, now, warm_up)
+                if state.length[from_queue] == 0 or state.ready[packet] > now:
+                    continue
+            else:
+                packet = state.slots[node, i]
+                if packet < 0:
+                    continue
+            to_queue = -1
+            if rules.adaptive:
+                to_queue = _freely(net, rules, state, packet, node, taken, now + j)
+            if to_queue < 0:
+                to_queue = _ordered(net, rules, state, packet, node, taken)
+            if to_queue < 0:
+                continue
+            link = to_queue // channels
+            side = link - node * most
+            taken |= 1 << side
+            if from_queue >= 0:
+                _pop(rules, state, from_queue)
+            else:
+                state.slots[node, i] = -1
+                state.held[node] -= 1
+                state.due[node] = min(state.due[node], state.births[node, i])
+            state.freed[waiting + moved] = from_queue
+            moved += 1
+            state.counts[HOPS] += 1
+            state.inside[node] -= 1
+            state.credits[to_queue] -= 1
+            if net.ports.size > 0:
+                state.left[packet, 0] += 1
+            else:
+                state.left[packet, side // 2] += -1 if side % 2 == 0 else 1
+            state.ready[packet] = now + rules.hop_cycles
+            place = state.first[to_queue] + state.length[to_queue]
+            state.queue[to_queue, place if place < rules.room else place - rules.room] = packet
+            state.length[to_queue] += 1
+            state.busy[link] += 1
+            head = net.heads[link]
+            state.inside[head] += 1
     return moved
 
 
@@ -345,11 +357,15 @@ def run(net: Net, rules: Rules, targets: np.ndarray, state: State, warm_up: int,
     for now in range(end):
         moved = 0
         for node in range(nodes):
-            if targets[node, 0] < 0:
+            if targets[node, 0] < 0 or state.due[node] > now:
                 continue
+            due = NEVER
             for slot in range(state.slots.shape[1]):
                 if state.slots[node, slot] < 0:
                     _create(net, rules, targets, state, node, slot, now, warm_up)
+                    if state.slots[node, slot] < 0:
+                        due = min(due, state.births[node, slot])
+            state.due[node] = due
         for node in range(nodes):
             if state.inside[node] > 0:
                 moved += _serve(net, rules, state, node, now, warm_up, moved)

@@ -1,10 +1,11 @@
 """A simulator of links in cycles: packets of one flit, virtual channels with credits, one order of events.
 
 A cycle is the time that a link takes for a packet. In each, nodes are served in order of their numbers, and in a node
-its inputs in a circle that starts one further every cycle: each sends its first packet if a link that it may take is
-still free in this cycle and has a credit. What is sent is seen downstream, and credits upstream, in a later cycle, so
-the order of nodes changes nothing but who draws which random number. Links are the only limit: a node takes any number
-of packets out of the network in a cycle, and an input that has several virtual channels may send one from each."""
+its links in a circle that starts one further every cycle, its host among them: each virtual channel sends its first
+packet if a link that it may take is still free in this cycle and has a credit. What is sent is seen downstream, and
+credits upstream, in a later cycle, so the order of nodes changes nothing but who draws which random number. Links are
+the only limit: a node takes any number of packets out of the network in a cycle, and an input that has several
+virtual channels may send one from each."""
 
 import math
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ BINS = 4096
 @dataclass(frozen=True, slots=True)
 class Routers:
     """What every node's router has: virtual channels a link, packets of room in each, cycles of a hop, packets that
-    its host may offer at once (0: four a link), and how a channel of a class is chosen: the one with most "credits",
+    its host may offer at once (0: two a link), and how a channel of a class is chosen: the one with most "credits",
     one at "random", or by the "pair" of source and target. With "pair" and one offered at once, packets of a pair
     stay in order under dimension order. Channels are shared out evenly to the classes that a routing needs; what is
     over after two classes for the way out of an adaptive routing is its free class."""
@@ -95,7 +96,7 @@ def simulate(
     integer("seed", seed, NetworkError, 0)
     way = routing_for(topology, routing)
     links = 2 * len(topology.shape) or 1
-    offers = routers.offers or 4 * links
+    offers = routers.offers or 2 * links
     number("load", load, NetworkError, 0, min(offers, links))
     if pattern.targets.shape[0] != topology.nodes:
         raise NetworkError(
@@ -168,7 +169,8 @@ def _state(topology: Topology, routers: Routers, offers: int, seed: int) -> Stat
         credits=zeros(queues) + routers.room, slots=zeros(nodes, offers) - 1, births=zeros(nodes, offers) - 1,
         source=zeros(packets), target=zeros(packets), final=zeros(packets), born=zeros(packets), ready=zeros(packets),
         left=zeros(packets, n), alive=zeros(packets), free=np.arange(packets, dtype=np.int64),
-        freed=zeros(packets), latest=zeros(nodes, nodes) - 1, inside=zeros(nodes), counts=zeros(len(Counts._fields)),
+        freed=zeros(packets), latest=zeros(nodes, nodes) - 1, inside=zeros(nodes),
+        busy=zeros(queues // routers.channels), held=zeros(nodes), due=zeros(nodes), counts=zeros(len(Counts._fields)),
         bins=zeros(BINS), random=whole,
     )  # fmt: skip
 
