@@ -5,8 +5,10 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numba
 import numpy as np
 import scipy.sparse as sp
 from rich.table import Table
@@ -47,6 +49,27 @@ def tree_bound(factor: Factor) -> float:
     return sum(work) / max(ends)
 
 
+@numba.njit(nogil=True)
+def spin(turns: int) -> float:
+    """Work that touches no memory."""
+    total = 0.0
+    for i in range(turns):
+        total += np.sqrt(float(i))
+    return total
+
+
+def plain_threads_gain(rounds: int = 5) -> float:
+    """What two plain threads gain now over one: near 2 on two free cores, near 1 where others have one of them."""
+    turns = 5_000_000
+    spin(1)
+    with ThreadPoolExecutor(2) as pool:
+        times = interleaved(
+            {"one": lambda: (spin(turns), spin(turns)), "two": lambda: list(pool.map(spin, (turns, turns)))},
+            rounds=rounds,
+        )
+    return statistics.median(a / b for a, b in zip(times["one"], times["two"], strict=True))
+
+
 def measured(kind: str, args: argparse.Namespace, unknowns: int) -> dict[str, Any]:
     """One problem: seconds, residuals, lanes and counts."""
     matrix, order = problem(kind, unknowns)
@@ -77,6 +100,7 @@ def measured(kind: str, args: argparse.Namespace, unknowns: int) -> dict[str, An
             "seconds": {name: statistics.median(row) for name, row in times.items()},
             "residual": float(np.linalg.norm(matrix @ x - rhs) / np.linalg.norm(rhs)),
         }
+    result["plain_threads_gain"] = plain_threads_gain()
     result["parallel_gain"] = statistics.median(b / a for a, b in zip(times["graph"], times["one_lane"], strict=True))
     if found:
         result["superlu_entries"] = int(found[-1].nnz)
@@ -99,15 +123,26 @@ def measure(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, A
 def table_of(result: dict[str, Any]) -> Table:
     """The figures as a table."""
     table = Table(title=f"sparse Cholesky, measured on {result['machine']}")
-    for head in ("problem", "ops / fronts", "GFLOP", "lanes", "graph s", "one lane s", "gain", "bound", "SuperLU s"):
+    for head in (
+        "problem",
+        "ops / fronts",
+        "GFLOP",
+        "lanes",
+        "graph s",
+        "one lane s",
+        "gain",
+        "threads",
+        "bound",
+        "SuperLU s",
+    ):
         table.add_column(head, justify="left" if head == "problem" else "right")
     table.add_column("residual", justify="right")
     for name, row in result["problems"].items():
         s = row["seconds"]
         table.add_row(
             name, f"{row['ops']} / {row['fronts']}", f"{row['gflop']:.3g}", str(row["lanes"]), f"{s['graph']:.4g}",
-            f"{s['one_lane']:.4g}", f"{row['parallel_gain']:.2f}", f"{row['tree_bound']:.2f}",
-            f"{s['superlu']:.4g}" if "superlu" in s else "-", f"{row['residual']:.1e}",
+            f"{s['one_lane']:.4g}", f"{row['parallel_gain']:.2f}", f"{row['plain_threads_gain']:.2f}",
+            f"{row['tree_bound']:.2f}", f"{s['superlu']:.4g}" if "superlu" in s else "-", f"{row['residual']:.1e}",
         )  # fmt: skip
     return table
 

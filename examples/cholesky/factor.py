@@ -164,6 +164,8 @@ class Factor:
         self.pattern = found
         self.symbolic = analyse(found, order)
         grain = default_grain(self.symbolic) if grain_flops is None else grain_flops
+        if not grain >= 0.0:
+            raise MatrixError(f"grain_flops is {grain}; it must be 0 (every front an op) or more.")
         self.graph, weights, panels = declare(self.symbolic, found.nnz, grain)
         if scheduler == "autotune":
             self.plan = tg.autotune(self.graph, "cpu", tune_s, tensors={"values": found.data, **weights}).plan

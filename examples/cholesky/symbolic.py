@@ -28,14 +28,8 @@ class Symbolic(NamedTuple):
     target: Array  # i32[...]: where they go in the panel
     panel_at: Array  # i64[fronts + 1]: where a front's panel begins in the factor
     flops: Array  # f64[fronts]: of the partial factorisation
-
-    @property
-    def columns(self) -> Array:
-        return np.diff(self.first)
-
-    @property
-    def below(self) -> Array:
-        return np.diff(self.row_at)
+    columns: Array  # i64[fronts]: pivots of every front
+    below: Array  # i64[fronts]: rows below them
 
 
 @numba.njit(cache=True)
@@ -259,4 +253,6 @@ def analyse(matrix: sp.sparray, order: Array) -> Symbolic:
     c, m = columns.astype(np.float64), below.astype(np.float64)
     flops = c**3 / 3 + c * c * m + c * m * m
     source = inner.data[taken].astype(np.int32)
-    return Symbolic(order, first, parent, row_at, rows, relative, value_at, source, target, panel_at, flops)
+    return Symbolic(
+        order, first, parent, row_at, rows, relative, value_at, source, target, panel_at, flops, columns, below
+    )

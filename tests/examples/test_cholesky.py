@@ -91,6 +91,8 @@ def test_what_is_no_spd_matrix_is_refused() -> None:
             factor.refactor(skewed)
     with pytest.raises(MatrixError, match="symmetric"):
         analyse(sp.csc_array(np.triu(matrix.toarray())), order)
+    with pytest.raises(MatrixError, match="grain"):
+        Factor(matrix, order, grain_flops=-1.0)
     with pytest.raises(MatrixError, match="permutation"):
         analyse(matrix, np.zeros(36, int))
     with pytest.raises(MatrixError, match="square"):
