@@ -13,6 +13,7 @@ from .kernels import factor_branch, factor_front, solve_factored
 from .symbolic import Symbolic, analyse, checked
 
 Array = np.ndarray
+DENSE_FLOPS = 1e6  # of a front from which on torch's products are worth their calls
 
 
 class Piece(NamedTuple):
@@ -97,11 +98,11 @@ class Declared(NamedTuple):
     panels: dict[str, slice]
 
 
-def declare(symbolic: Symbolic, values: int, grain_flops: float) -> Declared:
+def declare(symbolic: Symbolic, values: int, grain_flops: float, dense_flops: float = DENSE_FLOPS) -> Declared:
     """One op a piece, one edge a child; `values` is how many entries the matrix has. What the pattern says is a weight.
 
-    Branches of small fronts run on one core, which their Demand says, with their stack in the arena; large fronts run
-    on all cores of their lane.
+    Branches of small fronts run on one core, which their Demand says, with their stack in the arena; a front of more
+    than `grain_flops` and `dense_flops` runs on all cores of its lane.
     """
     b = tg.GraphBuilder("cholesky")
     given = b.input("values", (values,), "f64")
@@ -111,7 +112,7 @@ def declare(symbolic: Symbolic, values: int, grain_flops: float) -> Declared:
     outputs: list[tg.Value] = []
     below = symbolic.below
     for piece in pieces(symbolic, grain_flops):
-        root, dense = piece.end - 1, bool(symbolic.flops[piece.begin] > grain_flops)
+        root, dense = piece.end - 1, bool(symbolic.flops[piece.begin] > max(grain_flops, dense_flops))
         guide = front_guide(symbolic, piece) if dense else branch_guide(symbolic, piece)
         place = slice(int(symbolic.panel_at[piece.begin]), int(symbolic.panel_at[piece.end]))
         m, size = int(below[root]), place.stop - place.start
@@ -147,8 +148,9 @@ class Factor:
     """A Cholesky factorisation of one pattern, captured on the cpu backend. Close it, or use it in a `with`.
 
     `order` is that of elimination (see `ordering`). Subtrees of up to `grain_flops` are one op (see `default_grain`).
-    `scheduler` is what `tg.plan` takes, or "autotune", which measures plans for up to `tune_s` seconds. MatrixError for
-    a matrix that is not symmetric; NotPositiveDefiniteError from `refactor`.
+    `scheduler` is what `tg.plan` takes, or "autotune", which measures plans for up to `tune_s` seconds. A front of
+    more than `grain_flops` and `dense_flops` is one op of torch's BLAS. MatrixError for a matrix that is not symmetric;
+    NotPositiveDefiniteError from `refactor`.
     """
 
     def __init__(
@@ -159,6 +161,7 @@ class Factor:
         grain_flops: float | None = None,
         scheduler: str = "auto",
         tune_s: float = 20.0,
+        dense_flops: float = DENSE_FLOPS,
     ) -> None:
         found = checked(matrix)
         self.pattern = found
@@ -166,7 +169,7 @@ class Factor:
         grain = default_grain(self.symbolic) if grain_flops is None else grain_flops
         if not grain >= 0.0:
             raise MatrixError(f"grain_flops is {grain}; it must be 0 (every front an op) or more.")
-        self.graph, weights, panels = declare(self.symbolic, found.nnz, grain)
+        self.graph, weights, panels = declare(self.symbolic, found.nnz, grain, dense_flops)
         if scheduler == "autotune":
             self.plan = tg.autotune(self.graph, "cpu", tune_s, tensors={"values": found.data, **weights}).plan
         else:

@@ -33,12 +33,12 @@ CASES: dict[str, Callable[[], tuple[sp.csc_array, np.ndarray]]] = {
 }
 
 
-@pytest.mark.parametrize("grain", [0.0, 2e3, 1e12])
+@pytest.mark.parametrize(("grain", "dense"), [(0.0, 0.0), (2e3, 0.0), (2e3, 1e12), (1e12, 1e6)])
 @pytest.mark.parametrize("case", CASES)
-def test_factor_solves_as_superlu_does_and_is_replayed_for_new_values(case: str, grain: float) -> None:
+def test_factor_solves_as_superlu_does_and_is_replayed_for_new_values(case: str, grain: float, dense: float) -> None:
     matrix, order = CASES[case]()
     rhs = np.random.default_rng(2).standard_normal(matrix.shape[0])
-    with Factor(matrix, order, grain_flops=grain, scheduler="list") as factor:
+    with Factor(matrix, order, grain_flops=grain, dense_flops=dense, scheduler="list") as factor:
         for scale in (1.0, 3.0):
             scaled = sp.csc_array(scale * matrix + (scale - 1.0) * sp.diags_array(matrix.diagonal()))
             factor.refactor(scaled)
@@ -60,10 +60,10 @@ def test_symbolic_counts_are_those_of_the_dense_factor() -> None:
         assert abs(dense[np.ix_(outside, np.arange(a, z))]).max(initial=0.0) < 1e-14
 
 
-@pytest.mark.parametrize("grain", [500.0, 1e12])
-def test_the_ops_pass_the_checks_of_custom_ops(grain: float) -> None:
+@pytest.mark.parametrize(("grain", "dense"), [(500.0, 0.0), (500.0, 1e6), (1e12, 1e6)])
+def test_the_ops_pass_the_checks_of_custom_ops(grain: float, dense: float) -> None:
     matrix = poisson((8, 8))
-    with Factor(matrix, grid_dissection((8, 8)), grain_flops=grain, scheduler="list") as factor:
+    with Factor(matrix, grid_dissection((8, 8)), grain_flops=grain, dense_flops=dense, scheduler="list") as factor:
         factor.refactor(matrix)
         factor.executable.check()
 
@@ -71,7 +71,7 @@ def test_the_ops_pass_the_checks_of_custom_ops(grain: float) -> None:
 def test_what_is_no_spd_matrix_is_refused() -> None:
     matrix = poisson((6, 6))
     order = grid_dissection((6, 6))
-    with Factor(matrix, order, grain_flops=100.0) as factor:
+    with Factor(matrix, order, grain_flops=100.0, dense_flops=0.0) as factor:
         with pytest.raises(MatrixError, match="refactor"):
             factor.solve(np.ones(36))
         for shift in (-100.0, -2.0):
