@@ -14,6 +14,7 @@ from taskgraph.network import (
     PATTERNS,
     ROUTINGS,
     Routers,
+    Routing,
     Topology,
     capacity,
     fat_tree,
@@ -219,6 +220,13 @@ def test_any_connected_graph_delivers_in_order_and_without_deadlock(topology: To
     assert seen.created == seen.delivered + seen.inside
     bound = throughput_bound(topology, "shortest", pattern)
     assert seen.accepted <= bound + 6 * math.sqrt(bound / (800 * topology.hosts)) + 0.05
+
+
+def test_one_class_too_few_is_a_deadlock_that_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    topology = from_links("ring", 6, [(i, (i + 1) % 6) for i in range(6)])
+    monkeypatch.setattr(Routing, "classes", lambda *_: 1)
+    with pytest.raises(NetworkError, match="in deadlock"):
+        simulate(topology, "shortest", traffic(topology, "uniform"), 1.0, 100_000, 0, Routers(1, room=1))
 
 
 def test_trees_need_one_class_and_a_ring_of_links_one_a_hop() -> None:
