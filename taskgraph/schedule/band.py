@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from taskgraph.schedule.evaluate import Assignment, Evaluation
+from taskgraph.schedule.evaluate import Assignment, Evaluation, beside_share
 from taskgraph.schedule.problem import Problem
 
 
@@ -23,15 +23,5 @@ def gain_band(problem: Problem, made: Assignment, times: Evaluation) -> float:
     if problem.device.kind != "gpu":
         return ops_band
     kind = "shared_sum" if bool((made.layout.rows[:, 3] > 1).any()) else "partition"
-    on_sms = problem.use[:, -1, 0] > 0
-    beside = _beside_s(times.start_s[on_sms], times.end_s[on_sms]) / times.makespan_s if times.makespan_s else 0.0
+    beside = beside_share(problem, times.start_s, times.end_s)
     return float(np.hypot(ops_band / 2.0, beside * problem.together.band(kind)))
-
-
-def _beside_s(start: np.ndarray, end: np.ndarray) -> float:
-    """Seconds in which two or more spans run."""
-    at = np.concatenate([start, end])
-    change = np.concatenate([np.ones(len(start)), -np.ones(len(end))])
-    order = np.lexsort((change, at))
-    running = np.cumsum(change[order])
-    return float(np.diff(at[order])[running[:-1] > 1.5].sum())

@@ -129,15 +129,27 @@ def evaluate(problem: Problem, chosen: Assignment, record: bool = False) -> Eval
 
 
 def _settled(problem: Problem, layout: Layout, start: np.ndarray, end: np.ndarray, trace: np.ndarray) -> Evaluation:
-    """The times of a schedule at the clocks that its power leaves: all of it alike, as power is held on average."""
+    """The times of a schedule at the clocks that its power leaves, all of it alike."""
     makespan = float(end.max())
     parts = bool(layout.rows[:, 2].max() < problem.sm_count)
-    slower = problem.settled(makespan, parts) / makespan if makespan else 1.0
+    slower = problem.settled(makespan, True) / makespan if makespan else 1.0
+    if slower > 1.0 and not parts:
+        slower = problem.settled(makespan, False, beside_share(problem, start, end)) / makespan
     if slower > 1.0:
         start, end = start * slower, end * slower
         trace[:, 0] *= slower
         trace[:, 2:] /= slower
     return Evaluation(start, end, trace)
+
+
+def beside_share(problem: Problem, start: np.ndarray, end: np.ndarray) -> float:
+    """The share of the makespan in which two or more ops run that use SMs; spans by op."""
+    makespan, on_sms = float(end.max()), problem.use[:, -1, 0] > 0
+    at = np.concatenate([start[on_sms], end[on_sms]])
+    change = np.repeat((1.0, -1.0), len(at) // 2)
+    order = np.lexsort((change, at))
+    running = np.cumsum(change[order])
+    return float(np.diff(at[order])[running[:-1] > 1.5].sum()) / makespan if makespan else 0.0
 
 
 def dispatch(

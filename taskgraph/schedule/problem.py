@@ -92,11 +92,20 @@ class Problem:
         """Seconds of one op after another, on all SMs that the problem knows."""
         return float(self.seconds[:, -1].sum()) + self.n * self.launch_s
 
-    def settled(self, seconds: float, parts: bool) -> float:
-        """What a plan of `seconds` takes at the clocks that its power leaves; `parts` if no lane has all SMs, so that
-        ops are timed at the full clocks of a part of the device."""
-        measured_s = np.inf if parts else self.sequential_s()
-        return self.together.settled(seconds, float(self.energy.sum()), measured_s)
+    def settled(self, seconds: float, parts: bool, beside: float = 0.0) -> float:
+        """What a plan of `seconds` takes at the clocks that its power leaves.
+
+        With `parts`, no lane with all SMs, ops are timed at the full clocks of a part of the device, and the average
+        power of a replay decides. On lanes of the whole device they are timed at the clocks that they had there alone:
+        what draws more power than the sequential order is slowed, and for the share `beside` of the time, in which
+        kernels run side by side, they lose what pairs of them do.
+        """
+        energy = float(self.energy.sum())
+        settled_s = self.together.settled(seconds, energy)
+        if settled_s == seconds or parts:
+            return settled_s
+        least_s = self.together.settled(seconds, energy, self.sequential_s())
+        return max(least_s, (1.0 - beside) * seconds + beside * settled_s)
 
     def best_seconds(self) -> np.ndarray:
         """(n,) the least time of each op over its legal modes, launch included."""

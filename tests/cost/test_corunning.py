@@ -18,7 +18,8 @@ from taskgraph.cost.gpu_report import KernelTime, PairTime, read_report
 from taskgraph.cost.model import op_table
 from taskgraph.errors import CalibrationError
 from taskgraph.graph.device import Geometry, Partition
-from taskgraph.schedule.evaluate import Assignment, Layout, evaluate
+from taskgraph.schedule.evaluate import Assignment, Layout, beside_share, evaluate
+from taskgraph.schedule.problem import make_problem
 from taskgraph.tune.gpucheck.cases import named_case
 from tests.schedule.problems_by_hand import CAPACITY, problem
 
@@ -72,6 +73,22 @@ def test_kernels_of_full_partitions_are_slowed_by_power_and_copies_by_nothing() 
     slowed, free = pair_speeds(beside, model)[0]
     assert slowed == pytest.approx((1.4 / 1.41) * (0.5 / (0.8 * 1.4 / 1.41 + 0.2)) ** 0.25)
     assert free == 1.0
+
+
+def test_products_beside_each_other_lose_what_pairs_do() -> None:
+    """On lanes that share the device: no more power than in sequence, and yet slower, for as long as both run."""
+    b = tg.GraphBuilder("beside")
+    for i in range(2):
+        x, w = b.input(f"x{i}", (4096, 4096), "bf16"), b.weight(f"w{i}", (4096, 14336), "bf16")
+        b.output(tg.ops.gemm(x, w, name=f"product{i}"))
+    two = make_problem(b.build(), H200, (132,))
+    zeros, both = np.zeros(2, np.int64), Layout.shared(132, 2)
+    beside = evaluate(two, Assignment(both, np.arange(2), np.arange(2), zeros))
+    in_turn = evaluate(two, Assignment(both, np.arange(2), zeros, zeros))
+    assert in_turn.makespan_s == pytest.approx(two.sequential_s()), "alone at its clocks, one after the other"
+    assert 1.02 < beside.makespan_s / in_turn.makespan_s < 1.2
+    assert beside_share(two, beside.start_s, beside.end_s) == pytest.approx(1.0, abs=0.02)
+    assert beside_share(two, in_turn.start_s, in_turn.end_s) == 0.0
 
 
 def test_power_bounds_every_plan_of_a_step_that_draws_too_much() -> None:
