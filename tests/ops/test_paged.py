@@ -7,6 +7,8 @@ import pytest
 import taskgraph as tg
 from taskgraph.models.config import ModelConfig, load_config
 from taskgraph.models.paged import Bucket, PageShape, step_graph
+from taskgraph.schedule.planner import candidate
+from taskgraph.schedule.problem import Budget
 from taskgraph.serving.simulate.runner import page_bytes
 
 LLAMA = replace(load_config("llama-3-8b"), layers=6)
@@ -44,7 +46,7 @@ def test_moves_hide_under_the_step(config: ModelConfig) -> None:
     made = {}
     for pages, moves in ((4096, False), (4096, True), (1024, True)):
         graph = step_graph(config, Bucket(64, 1024, 2, moves), PageShape(pages, 32, 1024, pages))
-        plan = tg.plan(graph, "h100_sxm")
+        plan = candidate(graph, tg.devices.get("h100_sxm"), "auto", Budget(1.0))
         tg.verify(plan, graph, memory=False)
         made[pages, moves] = plan
     flat = graph.flat()

@@ -99,7 +99,8 @@ def test_random_cases_reach_every_kind_views_and_geometries() -> None:
 
 
 def test_every_standard_kind_has_launches() -> None:
-    assert set(tg.ops.KINDS) == set(GPU_KINDS)
+    torchs = {kind for kind in tg.ops.KINDS if kind.partition(".")[0] == "aten"}  # of imported modules: on the CPU
+    assert set(tg.ops.KINDS) - torchs == set(GPU_KINDS)
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
