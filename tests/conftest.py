@@ -1,6 +1,8 @@
 """Fixtures that several test files share."""
 
+import gc
 import multiprocessing
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -60,3 +62,23 @@ def on_virtual() -> Iterator[Call]:
     """One process on the virtual H100 for all tests that leave it as they found it."""
     with virtual_process() as call:
         yield call
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_modules_are_let_go() -> Iterator[None]:
+    """After each file, what torch.compile made for it: Dynamo keeps it, and with it lanes and packed weights."""
+    yield
+    dynamo = sys.modules.get("taskgraph.embed.dynamo")
+    if dynamo is None:
+        return
+    import torch
+
+    torch._dynamo.reset()
+    for compiled in list(dynamo.ALL):
+        for variant in compiled.variants.values():
+            for captured in (variant.captured, variant.rival):
+                if captured is not None:
+                    captured.close()
+        compiled.variants.clear()
+    dynamo.ALL.clear()
+    gc.collect()
