@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Final
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 import torch
 from torch import fx
@@ -133,11 +133,17 @@ class Compiled:
             ex.data_ptr() for ex, static in zip(examples, self._static, strict=True) if static and _is_real(ex)
         )
         """Where the weights are that it uses."""
+        self._weights = [ref(ex) for ex, static in zip(examples, self._static, strict=True) if static and _is_real(ex)]
         self._symbolic = any(isinstance(ex, torch.SymInt) or _symbols(ex) for ex in examples)
         self.variants: dict[Any, Variant] = {}
         self._lock = threading.Lock()
         self._only: Variant | None = None
         self.call: Callable[..., Any] = self.eager if options.verdict == "eager" else self._call
+
+    @property
+    def orphaned(self) -> bool:
+        """Whether none of its weights lives: what now lies at their addresses is another module's."""
+        return bool(self._weights) and all(weight() is None for weight in self._weights)
 
     def _call(self, *args: Any) -> Any:
         with self._lock:

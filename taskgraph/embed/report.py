@@ -57,7 +57,7 @@ def report(compiled: Any = None) -> Report:
     """The pieces of `compiled`, a module that torch.compile returned and that was called; None: of all there are.
 
     Pieces are known by the weights that they use; those without any belong to every module."""
-    chosen = list(ALL)
+    chosen = [each for each in ALL if not each.orphaned]
     if compiled is not None:
         module = getattr(compiled, "_orig_mod", compiled)
         own = set()

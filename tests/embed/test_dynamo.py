@@ -1,5 +1,6 @@
 """The backend of torch.compile: results of eager torch, whatever is called how often."""
 
+import gc
 import threading
 import warnings
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 import taskgraph as tg
-from taskgraph.embed import FallbackWarning, backend, report
+from taskgraph.embed import FallbackWarning, backend, dynamo, report
 
 PLAN = {"verdict": "plan"}
 
@@ -236,3 +237,19 @@ def test_every_way_of_a_trial_gives_the_results(monkeypatch: pytest.MonkeyPatch)
         assert variant.calls == i + 1
         assert variant.decided == (i + 1 >= (2 + (cores > 1)) * dynamo.TRIAL_CALLS)
         assert variant.rival is None or not variant.decided
+
+
+def test_pieces_of_a_module_that_is_gone_are_shown_with_no_other() -> None:
+    """Its weights' memory may be the next module's, while something still holds what was made for it."""
+    module, calls = Mlp(), 777
+    fast, x = compiled(module), torch.randn(3, 16)
+    for _ in range(calls):
+        fast(x)
+    own = {p.data_ptr() for p in module.parameters()}
+    kept = [c for c in dynamo.ALL if c.addresses & own and not c.orphaned]
+    assert len(kept) == 1 and calls in {piece.calls for piece in report(fast).pieces}
+    del module, fast
+    torch._dynamo.reset()
+    gc.collect()
+    assert kept[0].orphaned and kept[0] in dynamo.ALL
+    assert calls not in {piece.calls for piece in report().pieces}
