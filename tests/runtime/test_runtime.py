@@ -1,5 +1,6 @@
 """The CPU backend against torch eager, its errors and its life; the sim backend."""
 
+import gc
 import math
 import threading
 import time
@@ -438,14 +439,30 @@ def test_outputs_of_a_call_are_copies_and_inputs_are_not_kept() -> None:
 # ------------------------------------------------------------------------------------ life, timeline
 
 
-def test_close_twice_and_use_after_close() -> None:
-    graph = product()
-    exe = tg.compile(graph, plan(graph, CPU))
+def alone_on(cores: int) -> tuple[tg.Executable, list[threading.Thread]]:
+    """An executable on so many cores that no other test shares its lane, run once, and the threads that it brought."""
+    graph, here = product(), set(threading.enumerate())
+    exe = tg.compile(graph, plan(graph, specs.make(CPU, name=f"{cores} cores", sm_count=cores)))
+    lanes = [t for t in threading.enumerate() if t not in here and t.name.startswith("taskgraph-lane")]
+    assert lanes
     exe(x=torch.ones(2, 4), w=torch.ones(4, 3))
-    before = threading.active_count()
+    return exe, lanes
+
+
+def test_an_executable_that_is_dropped_gives_its_lanes_back_by_the_next_compile() -> None:
+    exe, lanes = alone_on(5)
+    del exe
+    gc.collect()
+    other, _ = alone_on(6)
+    other.close()
+    assert not any(lane.is_alive() for lane in lanes)
+
+
+def test_close_twice_and_use_after_close() -> None:
+    exe, lanes = alone_on(3)
     exe.close()
     exe.close()
-    assert threading.active_count() == before - 1
+    assert not any(lane.is_alive() for lane in lanes)
     for use in (exe, exe.launch, exe.timeline):
         with pytest.raises(ExecutionError, match="closed"):
             use()

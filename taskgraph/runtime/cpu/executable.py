@@ -7,6 +7,7 @@ lane, and `release` of the locks that others wait for. Replay has no look-ups, b
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NoReturn
@@ -59,6 +60,8 @@ class CpuExecutable(TensorExecutable[torch.Tensor]):
         for i in range(len(plan.lanes)):
             part = plan.partition(i)
             self._lanes.append(LaneThread.open(cores[part.first_sm : part.end_sm], i))
+        self._left = weakref.finalize(self, LaneThread.leave, tuple(self._lanes))
+        self._left.atexit = False
 
     # -- buffers ---------------------------------------------------------------------------------
 
@@ -220,6 +223,7 @@ class CpuExecutable(TensorExecutable[torch.Tensor]):
     # -- life ------------------------------------------------------------------------------------
 
     def _free(self) -> None:
+        self._left.detach()
         with alone():
             for lane in self._lanes:
                 lane.program = []

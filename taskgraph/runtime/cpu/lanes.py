@@ -4,7 +4,8 @@ import operator
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from itertools import count
 from typing import Any, ClassVar
 
@@ -28,6 +29,8 @@ class LaneThread:
 
     _alive: ClassVar[dict[tuple[tuple[int, ...], int], "LaneThread"]] = {}
     _guard: ClassVar[threading.Lock] = threading.Lock()
+    _left: ClassVar[deque["LaneThread"]] = deque()
+    """Lanes of executables that went without `close`: the collector takes no locks, the next `open` closes them."""
 
     def __init__(self, key: tuple[tuple[int, ...], int]) -> None:
         self.program: list[Entry] = []
@@ -50,6 +53,7 @@ class LaneThread:
     @classmethod
     def open(cls, cores: Sequence[int], number: int) -> "LaneThread":
         """Lane `number` on `cores`, started if it is the first there."""
+        cls.close_left()
         key = (tuple(cores), number)
         with cls._guard:
             lane = cls._alive.get(key)
@@ -61,7 +65,27 @@ class LaneThread:
     @classmethod
     def forget_all(cls) -> None:
         """In a forked child, where none of the threads is."""
-        cls._alive, cls._guard = {}, threading.Lock()
+        cls._alive, cls._guard, cls._left = {}, threading.Lock(), deque()
+
+    @classmethod
+    def leave(cls, lanes: Iterable["LaneThread"]) -> None:
+        """What the collector calls for an executable that was never closed."""
+        cls._left.extend(lanes)
+
+    @classmethod
+    def close_left(cls) -> None:
+        """Close the lanes that were left, and let go what they ran last."""
+        if not cls._left or not _Replays.lock.acquire(blocking=False):
+            return
+        left = []
+        try:
+            while cls._left:
+                left.append(cls._left.popleft())
+                left[-1].program = []
+        finally:
+            _Replays.lock.release()
+        for lane in left:
+            lane.close()
 
     def close(self) -> None:
         """One user less; the last one stops the thread."""
