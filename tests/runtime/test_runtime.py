@@ -450,16 +450,16 @@ def alone_on(cores: int) -> tuple[tg.Executable, list[threading.Thread]]:
 
 
 def test_an_executable_that_is_dropped_gives_its_lanes_back_by_the_next_compile() -> None:
-    exe, lanes = alone_on(5)
+    exe, lanes = alone_on(9)
     del exe
     gc.collect()
-    other, _ = alone_on(6)
+    other, _ = alone_on(11)
     other.close()
     assert not any(lane.is_alive() for lane in lanes)
 
 
 def test_close_twice_and_use_after_close() -> None:
-    exe, lanes = alone_on(3)
+    exe, lanes = alone_on(7)
     exe.close()
     exe.close()
     assert not any(lane.is_alive() for lane in lanes)
