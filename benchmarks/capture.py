@@ -124,8 +124,8 @@ def random_plan(rng: np.random.Generator, graph: Graph, device: Device) -> Plan:
     flat = graph.flat()
     problem = make_problem(graph, device, sorted({device.sm_min, *(size for g in geometries for size in g.sizes)}))
     lane = rng.integers(0, len(layout.lane_partition), problem.n)
-    whole = np.searchsorted(problem.sizes, layout.rows[layout.lane_partition[lane], 2])
-    alone = layout.rows[layout.lane_partition[lane], 3] == 1
+    whole = np.searchsorted(problem.sizes, layout.table[layout.lane_partition[lane], 2])
+    alone = layout.table[layout.lane_partition[lane], 3] == 1
     mode = np.where(alone | (rng.random(problem.n) < 0.5), whole, rng.integers(0, whole + 1))
     return plan_from(problem, Assignment(layout, _random_order(rng, flat), lane, mode, NO_HOLDS, made_by="random"))
 

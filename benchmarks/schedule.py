@@ -97,7 +97,7 @@ def _gap(busy: list[tuple[float, float]], ready: float, seconds: float) -> float
 
 def heft_makespan(graph: tg.Graph, dag: "networkx.DiGraph[str]", problem: Problem, layout: Layout) -> float:
     """Seconds of the peer's schedule on one layout, as taskgraph's evaluator times it."""
-    lane_mode = np.array([problem.mode_of(size) for size in layout.rows[layout.lane_partition, 2].tolist()])
+    lane_mode = np.array([problem.mode_of(size) for size in layout.table[layout.lane_partition, 2].tolist()])
     for op, row in zip(graph.ops, (problem.seconds[:, lane_mode] + problem.launch_s).tolist(), strict=True):
         dag.nodes[op.name]["seconds"] = row
     placed = networkx_heft(dag, len(lane_mode))
@@ -159,7 +159,7 @@ def measure(
     problems: list[Problem] = []
     problem_s = seconds_of(lambda: problems.append(make_problem(graph, device)))
     problem = problems[0]
-    widest = max(tried, key=lambda layout: len(layout.rows))
+    widest = max(tried, key=lambda layout: len(layout.table))
     say(f"scheduling on {len(tried)} layouts")
     list_s = [seconds_of(lambda: search(problem)) for _ in range(rounds)]
     one_s = [seconds_of(lambda: pack(problem, widest)) for _ in range(rounds)]
@@ -183,7 +183,7 @@ def measure(
         "build_seconds": build_s,
         "problem_seconds": problem_s,
         "layouts": len(tried),
-        "lanes_of_one": len(widest.rows),
+        "lanes_of_one": len(widest.table),
         "device": device.name,
         "machine": machine(),
     }

@@ -22,6 +22,6 @@ def gain_band(problem: Problem, made: Assignment, times: Evaluation) -> float:
     ops_band = error_band(problem)
     if problem.device.kind != "gpu":
         return ops_band
-    kind = "shared_sum" if bool((made.layout.rows[:, 3] > 1).any()) else "partition"
+    kind = "shared_sum" if bool((made.layout.table[:, 3] > 1).any()) else "partition"
     beside = beside_share(problem, times.start_s, times.end_s)
     return float(np.hypot(ops_band / 2.0, beside * problem.together.band(kind)))

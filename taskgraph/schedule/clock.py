@@ -31,11 +31,11 @@ class Clock(NamedTuple):
 
 
 class Lanes(NamedTuple):
-    """A layout's lanes: the row of each (lanes,), rows (p, 4) and conflicts (lanes, lanes) as in `Layout`, and whether
+    """A layout's lanes: the row of each (lanes,), table (p, 4) and conflicts (lanes, lanes) as in `Layout`, and whether
     there are any conflicts."""
 
     partition: np.ndarray
-    rows: np.ndarray
+    table: np.ndarray
     conflicts: np.ndarray
     turns: bool
 
@@ -60,7 +60,7 @@ class Wishes(NamedTuple):
     backfill: bool
 
 
-class Bench(NamedTuple):
+class Workspace(NamedTuple):
     """Scratch of one clock, by lane: the op that runs or -1, those that just ended, the place in the queue, seconds of
     latency left, the share of the op that is left, its speed, its seconds alone, what it draws at full speed
     (lanes, 5), what it wants now (5, lanes), which shares are settled. used (5,) by resource, ready_at (p,) by row of
@@ -97,14 +97,14 @@ class Front(NamedTuple):
     since: np.ndarray
 
 
-def bench_of(clock: Clock, lanes: Lanes) -> Bench:
+def workspace_of(clock: Clock, lanes: Lanes) -> Workspace:
     """Scratch for one thread."""
     n, count = len(clock.missing), len(lanes.partition)
     running, ended, head = np.zeros((3, count), np.int64)
     latency, left, speed, took = np.zeros((4, count))
     full, wanted, settled = np.zeros((count, 5)), np.zeros((5, count)), np.zeros(count, np.bool_)
-    ready_at, missing = np.zeros(len(lanes.rows)), np.zeros(n, np.int64)
-    return Bench(
+    ready_at, missing = np.zeros(len(lanes.table)), np.zeros(n, np.int64)
+    return Workspace(
         running, ended, head, latency, left, speed, took, full, wanted, settled, np.zeros(5), ready_at, missing
     )  # fmt: skip
 
@@ -121,7 +121,7 @@ def front_of(clock: Clock) -> Front:
 
 
 @inner
-def _throttle(b: Bench, resource: int, group: np.ndarray, member: int, capacity: float) -> float:
+def _throttle(b: Workspace, resource: int, group: np.ndarray, member: int, capacity: float) -> float:
     """Scale down the speed of the lanes with group == member (all lanes for -1) so that their max-min shares of
     `capacity` fit it. Returns the use after scaling."""
     speed, settled = b.speed, b.settled
@@ -158,7 +158,7 @@ def _throttle(b: Bench, resource: int, group: np.ndarray, member: int, capacity:
 
 
 @inner
-def _crowd(clock: Clock, b: Bench, partition: np.ndarray, parts: int) -> None:
+def _crowd(clock: Clock, b: Workspace, partition: np.ndarray, parts: int) -> None:
     """Slow the lanes that use SMs by what other partitions draw from the device's memory: see corunning.py."""
     speed, busy, drawn = b.speed, b.wanted[0], b.wanted[1]
     knee, slope, capacity = clock.crowd_knee, clock.crowd_slope, clock.capacity[0]
@@ -179,7 +179,7 @@ def _crowd(clock: Clock, b: Bench, partition: np.ndarray, parts: int) -> None:
 
 
 @inner
-def _begin(clock: Clock, b: Bench, lane: int, op: int, mode: int) -> None:
+def _begin(clock: Clock, b: Workspace, lane: int, op: int, mode: int) -> None:
     """Put `op` on a lane: all of it is left."""
     full, use = b.full, clock.use
     b.running[lane], b.left[lane], b.took[lane] = op, 1.0, clock.seconds[op, mode]
@@ -188,7 +188,7 @@ def _begin(clock: Clock, b: Bench, lane: int, op: int, mode: int) -> None:
 
 
 @inner
-def _advance(clock: Clock, lanes: Lanes, b: Bench) -> float:
+def _advance(clock: Clock, lanes: Lanes, b: Workspace) -> float:
     """Fill the speed of every lane and the use of every resource; returns the seconds until the next event."""
     running, latency, left, speed, took = b.running, b.latency, b.left, b.speed, b.took
     full, wanted, used, partition, rows, capacity = (
@@ -196,7 +196,7 @@ def _advance(clock: Clock, lanes: Lanes, b: Bench) -> float:
         b.wanted,
         b.used,
         lanes.partition,
-        lanes.rows,
+        lanes.table,
         clock.capacity,
     )
     for i in range(len(running)):
@@ -225,7 +225,7 @@ def _advance(clock: Clock, lanes: Lanes, b: Bench) -> float:
 
 
 @inner
-def _progress(b: Bench, step: float, launch_s: float) -> int:
+def _progress(b: Workspace, step: float, launch_s: float) -> int:
     """Move every lane on by `step` seconds; free the lanes whose op is done, and list and count these ops."""
     running, latency, left, speed, took, ended = b.running, b.latency, b.left, b.speed, b.took, b.ended
     count = 0
@@ -261,7 +261,7 @@ def _switch(lanes: Lanes, ready_at: np.ndarray, lane: int, now: float, switch_s:
 
 
 @inner
-def _reset(clock: Clock, b: Bench) -> None:
+def _reset(clock: Clock, b: Workspace) -> None:
     """Nothing runs, and nothing has ended."""
     running, ready_at, missing, before = b.running, b.ready_at, b.missing, clock.missing
     for i in range(len(running)):
@@ -274,7 +274,7 @@ def _reset(clock: Clock, b: Bench) -> None:
 
 @kernel
 def simulate(
-    clock: Clock, lanes: Lanes, queues: Queues, b: Bench, start: np.ndarray, end: np.ndarray, trace: np.ndarray
+    clock: Clock, lanes: Lanes, queues: Queues, b: Workspace, start: np.ndarray, end: np.ndarray, trace: np.ndarray
 ) -> tuple[int, int, float]:
     """Fill start and end (n,), and of `trace` (rows, 6) the time and the use of every resource at each event as far as
     it has rows; returns (ops that ended, events, the time of the last)."""
@@ -355,7 +355,9 @@ def _room(clock: Clock, lanes: Lanes, wishes: Wishes, running: np.ndarray, op: i
             other = running[i]
             if other >= 0 and (r > 0 or partition[i] == where):
                 others += use[other, mode[other], r]
-        limit = clock.capacity[r - 1] * wishes.oversubscribe[1] if r else lanes.rows[where, 2] * wishes.oversubscribe[0]
+        limit = (
+            clock.capacity[r - 1] * wishes.oversubscribe[1] if r else lanes.table[where, 2] * wishes.oversubscribe[0]
+        )
         if others > 0.0 and mine > 0.0 and others + mine > limit * _FITS:
             return _NO_ROOM
     return at
@@ -383,7 +385,7 @@ def _insert(front: Front, priority: np.ndarray, count: int, size: int, op: int, 
 
 
 @kernel
-def run_dispatch(clock: Clock, lanes: Lanes, wishes: Wishes, b: Bench, front: Front) -> float:
+def run_dispatch(clock: Clock, lanes: Lanes, wishes: Wishes, b: Workspace, front: Front) -> float:
     """Fill the schedule of `front`; returns its makespan, inf if nothing runs and nothing can start."""
     running, missing, latency, done_ops = b.running, b.missing, b.latency, b.ended
     priority, mode, succ_ptr, succ = wishes.priority, wishes.mode, clock.succ_ptr, clock.succ

@@ -19,7 +19,7 @@ from taskgraph.errors import PlanError
 from taskgraph.graph.device import Geometry
 from taskgraph.graph.split import UNSPLIT, Split
 from taskgraph.jit import plain
-from taskgraph.schedule.clock import Clock, Lanes, Queues, Wishes, bench_of, front_of, run_dispatch, simulate
+from taskgraph.schedule.clock import Clock, Lanes, Queues, Wishes, front_of, run_dispatch, simulate, workspace_of
 from taskgraph.schedule.problem import Problem
 
 
@@ -41,7 +41,7 @@ class Layout:
         return Layout(geometries, tuple((1,) * len(g.partitions) for g in geometries))
 
     @cached_property
-    def rows(self) -> np.ndarray:
+    def table(self) -> np.ndarray:
         """(partitions, 4): geometry, first SM, SMs, number of lanes; geometry by geometry."""
         return np.array(
             [
@@ -54,13 +54,13 @@ class Layout:
 
     @cached_property
     def lane_partition(self) -> np.ndarray:
-        """(lanes,): the row of `rows` that each lane belongs to."""
-        return np.repeat(np.arange(len(self.rows)), self.rows[:, 3])
+        """(lanes,): the row of `table` that each lane belongs to."""
+        return np.repeat(np.arange(len(self.table)), self.table[:, 3])
 
     @cached_property
     def conflicts(self) -> np.ndarray:
         """(lanes, lanes): lanes of different geometries whose partitions overlap; they never run together."""
-        geometry, first, size = self.rows[self.lane_partition, :3].T
+        geometry, first, size = self.table[self.lane_partition, :3].T
         apart = (first[:, None] + size[:, None] <= first[None, :]) | (first[None, :] + size[None, :] <= first[:, None])
         result: np.ndarray = (geometry[:, None] != geometry[None, :]) & ~apart
         return result
@@ -116,11 +116,11 @@ def evaluate(problem: Problem, chosen: Assignment, record: bool = False) -> Eval
     place = np.empty(n, np.int64)
     place[chosen.order] = np.arange(n)
     queue = plain(chosen.order[np.argsort(lane_in_order, kind="stable")], np.int64)
-    mode = problem.launched(chosen.mode, layout.rows[layout.lane_partition[chosen.lane], 2])
+    mode = problem.launched(chosen.mode, layout.table[layout.lane_partition[chosen.lane], 2])
     queues = Queues(queue, pointer, place, plain(mode, np.int64))
     start, end, trace = np.zeros(n), np.zeros(n), np.zeros((2 * n + 2 if record else 0, 6))
     clock = clock_of(problem, *_with_holds(problem, chosen.holds))
-    ended, events, _ = simulate(clock, lanes, queues, bench_of(clock, lanes), start, end, trace)
+    ended, events, _ = simulate(clock, lanes, queues, workspace_of(clock, lanes), start, end, trace)
     if ended < n:
         raise PlanError(f"{n - ended} of {n} ops never start: the order of the lanes contradicts the dependencies.")
     trace = trace[:events]
@@ -131,7 +131,7 @@ def evaluate(problem: Problem, chosen: Assignment, record: bool = False) -> Eval
 def _settled(problem: Problem, layout: Layout, start: np.ndarray, end: np.ndarray, trace: np.ndarray) -> Evaluation:
     """The times of a schedule at the clocks that its power leaves, all of it alike."""
     makespan = float(end.max())
-    parts = bool(layout.rows[:, 2].max() < problem.sm_count)
+    parts = bool(layout.table[:, 2].max() < problem.sm_count)
     slower = problem.settled(makespan, True) / makespan if makespan else 1.0
     if slower > 1.0 and not parts:
         slower = problem.settled(makespan, False, beside_share(problem, start, end)) / makespan
@@ -156,17 +156,17 @@ def dispatch(
     problem: Problem, layout: Layout, priority: np.ndarray, mode: np.ndarray, partition: np.ndarray,
     oversubscribe: tuple[float, float] = (1.0, 1.0), backfill: bool = True,
 ) -> tuple[Assignment, Evaluation]:  # fmt: skip
-    """Start ready ops by `priority` (n,), op i on mode[i] SMs in row partition[i] of `layout.rows`.
+    """Start ready ops by `priority` (n,), op i on mode[i] SMs in row partition[i] of `layout.table`.
 
     An op starts when its partition has a free lane and would not be asked for more than oversubscribe[0] times its
     SMs, and no soft resource for more than oversubscribe[1] times its capacity. Without `backfill` no op overtakes
     one of higher priority that waits for SMs.
     """
     clock, lanes = clock_of(problem), lanes_of(layout)
-    chosen, limits = plain(problem.launched(mode, layout.rows[partition, 2]), np.int64), np.array(oversubscribe)
+    chosen, limits = plain(problem.launched(mode, layout.table[partition, 2]), np.int64), np.array(oversubscribe)
     wishes = Wishes(plain(priority, np.float64), chosen, plain(partition, np.int64), limits, bool(backfill))
     front = front_of(clock)
-    if run_dispatch(clock, lanes, wishes, bench_of(clock, lanes), front) == np.inf:
+    if run_dispatch(clock, lanes, wishes, workspace_of(clock, lanes), front) == np.inf:
         raise PlanError("some ops never start: their partition has no lane, or the device no such resource.")
     held = np.flatnonzero(front.hold >= 0)
     holds = np.stack([front.hold[held], held], axis=1)
@@ -211,6 +211,6 @@ def lanes_of(layout: Layout) -> Lanes:
     """The layout for the clock."""
     conflicts = layout.conflicts
     return Lanes(
-        plain(layout.lane_partition, np.int64), plain(layout.rows, np.int64), plain(conflicts, np.bool_),
+        plain(layout.lane_partition, np.int64), plain(layout.table, np.int64), plain(conflicts, np.bool_),
         bool(conflicts.any()),
     )  # fmt: skip

@@ -116,7 +116,7 @@ def timed(problem: Problem, made: Assignment) -> Found:
     """The assignment by the one clock, with what the clock alone would not keep: lanes of overlapping geometries that
     run in the assignment's order, and collectives one after another."""
     problem = made.problem or problem
-    room = made.layout.rows[made.layout.lane_partition[made.lane], 2]
+    room = made.layout.table[made.layout.lane_partition[made.lane], 2]
     made = replace(made, mode=problem.launched(made.mode, room))
     times = evaluate(problem, made)
     pairs = _geometry_order(made)
@@ -196,12 +196,12 @@ def _plan_of(graph: Graph, found: Found, verdict: Verdict, made_by: str) -> Plan
     flat = problem.graph.flat()
     order, layout = assignment.order, assignment.layout
     used, lane_of_op = np.unique(assignment.lane, return_inverse=True)
-    kept, geometry_of = np.unique(layout.rows[layout.lane_partition[used], 0], return_inverse=True)
-    first_row = np.searchsorted(layout.rows[:, 0], kept)
+    kept, geometry_of = np.unique(layout.table[layout.lane_partition[used], 0], return_inverse=True)
+    first_row = np.searchsorted(layout.table[:, 0], kept)
     step_lane = lane_of_op[order].tolist()
     waits = _waits(assignment, lane_of_op, problem)
     slots, arena_bytes = assign(flat, step_lane, waits, order.tolist())
-    room = layout.rows[layout.lane_partition[assignment.lane], 2]
+    room = layout.table[layout.lane_partition[assignment.lane], 2]
     sms = np.where(problem.sizes[assignment.mode] < room, problem.sizes[assignment.mode], 0)[order].tolist()
     return Plan(
         graph=graph.fingerprint,

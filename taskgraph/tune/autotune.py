@@ -30,7 +30,7 @@ from taskgraph.schedule.problem import Budget, make_problem
 from taskgraph.schedule.rcpsp.exact import available
 from taskgraph.schedule.sliced import sliced, verify
 from taskgraph.schedule.solve.auto import AUTO_OP_S
-from taskgraph.tune.measure import LEAST_ROUNDS, Bench, Countdown, Timings
+from taskgraph.tune.measure import LEAST_ROUNDS, Countdown, PlanRuns, Timings
 from taskgraph.units import format_seconds
 
 MOST = 4
@@ -158,7 +158,7 @@ def autotune(graph: Graph, backend: str = "cpu", budget_s: float = 60.0, **optio
         return found
     _compile_planner(target)
     budget = Countdown(budget_s)
-    bench = Bench(graph, backend, functions or {}, tensors or {}, seed, run_on)
+    bench = PlanRuns(graph, backend, functions or {}, tensors or {}, seed, run_on)
     profiles = None if backend == "sim" or run_on is not None else (store, platform)
     tuned = _Tuner(graph, target, bench, budget, seed, profiles, progress).run(fresh)
     if any(trial.measured_s is not None for trial in tuned.trials):
@@ -275,7 +275,7 @@ class _Tuner:
         self,
         graph: Graph,
         device: Device,
-        bench: Bench,
+        bench: PlanRuns,
         budget: Countdown,
         seed: int,
         profiles: tuple[ProfileDB, Platform] | None,

@@ -80,7 +80,7 @@ class _Timed(Protocol):
     def replay_seconds(self, launches: int = 1) -> float: ...
 
 
-class Bench:
+class PlanRuns:
     """Captures and runs plans of one graph on one backend, all on the same tensors."""
 
     def __init__(

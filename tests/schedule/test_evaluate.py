@@ -64,10 +64,10 @@ class Clock:
     trace: list[list[float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.partition = [p for p, row in enumerate(self.layout.rows.tolist()) for _ in range(row[3])]
+        self.partition = [p for p, row in enumerate(self.layout.table.tolist()) for _ in range(row[3])]
 
     def rivals(self, lane: int) -> list[int]:
-        rows = self.layout.rows.tolist()
+        rows = self.layout.table.tolist()
         geometry, first, size, _ = rows[self.partition[lane]]
         return [
             other
@@ -100,7 +100,7 @@ class Clock:
                 return capacity
             return sum(needs.values())
 
-        for p, row in enumerate(self.layout.rows.tolist()):
+        for p, row in enumerate(self.layout.table.tolist()):
             inside = [i for i in speed if self.partition[i] == p]
             throttle(inside, 0, row[2])
             throttle(inside, 1, row[2] * self.made.sm_bytes_per_s)
@@ -193,7 +193,7 @@ def by_priority(
             for r in range(5):
                 inside = [x.op for i, x in clock.running.items() if r > 0 or i in lanes]
                 others = sum(clock.use(o, r) for o in inside)
-                room = float(clock.layout.rows[where, 2] if r == 0 else clock.made.capacity[r - 1]) * most[r > 0]
+                room = float(clock.layout.table[where, 2] if r == 0 else clock.made.capacity[r - 1]) * most[r > 0]
                 mine = clock.use(op, r)
                 fits = fits and not (others > 0 and mine > 0 and others + mine > room * (1 + 1e-9))
             if fits:
@@ -224,8 +224,8 @@ def problems(draw: st.DrawFn) -> Problem:
 
 def fitting(rng: np.random.Generator, layout: Layout, n: int) -> tuple[np.ndarray, np.ndarray]:
     """A random partition for every op, and a random mode that fits it."""
-    partition = rng.integers(len(layout.rows), size=n)
-    room = np.searchsorted(SIZES, layout.rows[partition, 2], side="right")
+    partition = rng.integers(len(layout.table), size=n)
+    room = np.searchsorted(SIZES, layout.table[partition, 2], side="right")
     return partition, rng.integers(room)
 
 
@@ -280,12 +280,12 @@ def alone(layout: Layout, lane: list[int], mode: list[int] | None = None) -> Ass
     return Assignment(layout, np.arange(n), np.array(lane), np.array(mode or [0] * n), NO_HOLDS)
 
 
-def test_layouts_know_their_rows_lanes_and_conflicts() -> None:
+def test_layouts_know_their_table_lanes_and_conflicts() -> None:
     shared = Layout.shared(8, 2)
-    assert (shared.rows.tolist(), shared.lane_partition.tolist()) == ([[0, 0, 8, 2]], [0, 0])
+    assert (shared.table.tolist(), shared.lane_partition.tolist()) == ([[0, 0, 8, 2]], [0, 0])
     assert not shared.conflicts.any()
     two = Layout((Geometry.of(4, 4), Geometry((Partition(2, 2), Partition(4, 3)))), ((1, 2), (1, 1)))
-    assert two.rows.tolist() == [[0, 0, 4, 1], [0, 4, 4, 2], [1, 2, 2, 1], [1, 4, 3, 1]]
+    assert two.table.tolist() == [[0, 0, 4, 1], [0, 4, 4, 2], [1, 2, 2, 1], [1, 4, 3, 1]]
     assert two.lane_partition.tolist() == [0, 1, 1, 2, 3]
     wanted = {(0, 3), (1, 4), (2, 4)}
     assert {(i, j) for i, j in zip(*np.nonzero(two.conflicts), strict=True)} == wanted | {(j, i) for i, j in wanted}
@@ -295,7 +295,7 @@ def test_layouts_know_their_rows_lanes_and_conflicts() -> None:
 @pytest.mark.parametrize("lanes_each", [((1,),), ((1, 1), (1,)), ((1, 1, 1),)])
 def test_a_layout_says_lanes_for_every_partition_of_every_geometry(lanes_each: tuple[tuple[int, ...], ...]) -> None:
     with pytest.raises(ValueError, match="zip"):
-        _ = Layout((Geometry.of(4, 4),), lanes_each).rows
+        _ = Layout((Geometry.of(4, 4),), lanes_each).table
 
 
 def test_three_ops_share_the_sms_fairly() -> None:

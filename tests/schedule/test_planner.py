@@ -177,8 +177,8 @@ def test_what_dispatch_decides_takes_the_times_that_it_saw(
     """Any priorities, modes and partitions give an assignment of every op whose evaluation agrees."""
     draw = np.random.default_rng(seed)
     problem = make_problem(graph, PLAIN_SWITCHING, (8, 16, 24, 32, 40, 48, 64))
-    partition = draw.integers(len(layout.rows), size=problem.n)
-    room = np.searchsorted(problem.sizes, layout.rows[partition, 2])
+    partition = draw.integers(len(layout.table), size=problem.n)
+    room = np.searchsorted(problem.sizes, layout.table[partition, 2])
     mode = draw.integers(room + 1)
     chosen, seen = dispatch(
         problem, layout, draw.random(problem.n), mode, partition, (oversubscribe, 5 - oversubscribe), backfill

@@ -60,8 +60,8 @@ def test_the_bound_holds_for_plans_of_every_kind(graph: Graph, device: Device, s
     made += [evaluate(problem, each) for each in packed if each is not None]
     draw = np.random.default_rng(seed)
     for layout in lists.layouts(device):
-        row = draw.integers(len(layout.rows), size=problem.n)
-        mode = draw.integers(np.searchsorted(problem.sizes, layout.rows[row, 2]) + 1)
+        row = draw.integers(len(layout.table), size=problem.n)
+        mode = draw.integers(np.searchsorted(problem.sizes, layout.table[row, 2]) + 1)
         made.append(dispatch(problem, layout, draw.random(problem.n), mode, row, (np.inf, np.inf))[1])
     for known in (made[0], min(made, key=lambda times: times.makespan_s)):
         bound_s, _ = proof.proven_bound(problem, known, 2.0)

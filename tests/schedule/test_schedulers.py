@@ -126,7 +126,7 @@ def test_any_legal_assignment_becomes_a_plan_that_passes(graph: Graph, device: D
     layout = Layout(tuple(picked), tuple(tuple(draw.integers(1, 3, len(g.partitions)).tolist()) for g in picked))
     problem = make_problem(graph, device, device.partition_sizes())
     lane = draw.integers(0, len(layout.lane_partition), problem.n)
-    room = np.searchsorted(problem.sizes, layout.rows[layout.lane_partition[lane], 2])
+    room = np.searchsorted(problem.sizes, layout.table[layout.lane_partition[lane], 2])
     least = np.argmax(problem.legal, axis=1)
     assume((least <= room).all())
     mode = draw.integers(least, room + 1)

@@ -35,7 +35,7 @@ def space_of(graph: Graph, device: tg.Device) -> Space:
 
 def settled(space: Space, layout: Layout, seconds: float) -> float:
     """What a schedule of so many seconds takes at the clocks that its power leaves."""
-    return space.problem.settled(seconds, bool(layout.rows[:, 2].max() < space.problem.sm_count))
+    return space.problem.settled(seconds, bool(layout.table[:, 2].max() < space.problem.sm_count))
 
 
 @settings(max_examples=40, deadline=None)
@@ -47,12 +47,12 @@ def test_placements_are_partitions_that_the_device_has_and_ops_fit(
     traits = seeds.traits_of(space, [op.name for op in graph.ops])
     least, whole = space.problem.sizes[space.lowest_mode()], int(space.problem.sizes[-1])
     for layout in search_layouts(device):
-        if least.max() > layout.rows[:, 2].max():
+        if least.max() > layout.table[:, 2].max():
             continue
         for rows, row in seeds.placements(space, layout, traits):
             assert {*rows[:, 2].tolist()} <= {*device.partition_sizes()}
             assert (rows[row, 2] >= least).all()
-            assert (rows[:, 3] == layout.rows[:, 3]).all()
+            assert (rows[:, 3] == layout.table[:, 3]).all()
             for geometry in {*rows[:, 0].tolist()}:
                 mine = rows[rows[:, 0] == geometry]
                 assert (mine[1:, 1] == mine[:-1, 1] + mine[:-1, 2]).all() and mine[:, 2].sum() <= whole
@@ -65,7 +65,7 @@ def test_placements_are_partitions_that_the_device_has_and_ops_fit(
                 assert (at[before] < at[space.problem.succ]).all()
             if np.isfinite(some[0].seconds) and space.total == space.window:
                 chosen = cycles.written_out(space, layout, some[0])
-                assert chosen.layout == bordered(layout, some[0].rows)
+                assert chosen.layout == bordered(layout, some[0].table)
                 assert evaluate(space.problem, chosen).makespan_s == pytest.approx(
                     settled(space, layout, some[0].seconds)
                 )

@@ -15,7 +15,7 @@ import numpy as np
 
 from taskgraph.graph.device import Device, Geometry, Partition
 from taskgraph.jit import inner, kernel, plain
-from taskgraph.schedule.clock import Bench, Clock, Front, Lanes, Wishes, bench_of, front_of, run_dispatch
+from taskgraph.schedule.clock import Clock, Front, Lanes, Wishes, Workspace, front_of, run_dispatch, workspace_of
 from taskgraph.schedule.evaluate import Assignment, Evaluation, Layout, clock_of, dispatch, lanes_of
 from taskgraph.schedule.problem import Problem
 from taskgraph.schedule.solve.lists import upward_rank
@@ -66,26 +66,26 @@ class Space:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """One point of the space: mode, row of the layout and delay in seconds (d,) by decision; rows (p, 4) as in
-    `Layout.rows`; the policies of `dispatch`; and the seconds that it is judged at."""
+    """One point of the space: mode, row of the layout and delay in seconds (d,) by decision; table (p, 4) as in
+    `Layout.table`; the policies of `dispatch`; and the seconds that it is judged at."""
 
     mode: np.ndarray
     row: np.ndarray
     delay: np.ndarray
-    rows: np.ndarray
+    table: np.ndarray
     policy: np.ndarray
     seconds: float = np.inf
 
     def layout(self, origin: Layout) -> Layout:
         """`origin` with the partition sizes of this state."""
-        return bordered(origin, self.rows)
+        return bordered(origin, self.table)
 
 
-def bordered(origin: Layout, rows: np.ndarray) -> Layout:
-    """`origin` with the partition sizes of `rows` (p, 4)."""
+def bordered(origin: Layout, table: np.ndarray) -> Layout:
+    """`origin` with the partition sizes of `table` (p, 4)."""
     return Layout(
         tuple(
-            Geometry(tuple(Partition(int(r[1]), int(r[2])) for r in rows if r[0] == g))
+            Geometry(tuple(Partition(int(r[1]), int(r[2])) for r in table if r[0] == g))
             for g in range(len(origin.geometries))
         ),
         origin.lanes_each,
@@ -107,7 +107,7 @@ def starts(space: Space, layout: Layout) -> list[State]:
         mode = np.where(own, mode, len(problem.sizes) - 1)
         if any((mode == each.mode).all() for each in found):
             continue
-        found += [State(mode, row, zeros, layout.rows, np.array([1, sm, 4])) for sm in range(len(_OVERSUBSCRIBE))]
+        found += [State(mode, row, zeros, layout.table, np.array([1, sm, 4])) for sm in range(len(_OVERSUBSCRIBE))]
     return found
 
 
@@ -193,7 +193,7 @@ def islands(walk: Walk[J], begin: Sequence[J], trials: int, budget_s: float, see
 def realise(space: Space, layout: Layout, state: State) -> tuple[Assignment, Evaluation]:
     """The schedule of `state` on the space's problem."""
     problem, d = space.problem, space.decision
-    mode = fitted(space, state.mode, state.row, state.rows)[d]
+    mode = fitted(space, state.mode, state.row, state.table)[d]
     priority = upward_rank(problem) - state.delay[d]
     limits = (float(_OVERSUBSCRIBE[state.policy[_SM]]), float(_OVERSUBSCRIBE[state.policy[_SOFT]]))
     backfill = bool(state.policy[_BACKFILL])
@@ -275,15 +275,15 @@ class StatePoint(NamedTuple):
     mode: np.ndarray
     row: np.ndarray
     delay: np.ndarray
-    rows: np.ndarray
+    table: np.ndarray
     policy: np.ndarray
 
 
 def _point(state: State) -> StatePoint:
     """A copy of the state's arrays."""
     mode, row = np.array([state.mode, state.row], np.int64)
-    rows, policy = (np.array(a, np.int64, order="C") for a in (state.rows, state.policy))
-    return StatePoint(mode, row, np.array(state.delay, np.float64), rows, policy)
+    table, policy = (np.array(a, np.int64, order="C") for a in (state.table, state.policy))
+    return StatePoint(mode, row, np.array(state.delay, np.float64), table, policy)
 
 
 class _Field(NamedTuple):
@@ -303,7 +303,7 @@ class _Field(NamedTuple):
     clock: Clock
     lanes: Lanes
     wishes: Wishes
-    bench: Bench
+    workspace: Workspace
     front: Front
 
 
@@ -324,12 +324,12 @@ def _field(space: Space, layout: Layout) -> _Field:
         clock,
         lanes,
         Wishes(np.zeros(n), mode, partition, np.zeros(2), True),
-        bench_of(clock, lanes),
+        workspace_of(clock, lanes),
         front_of(clock),
     )
 
 
-_SCRATCH = ("modes", "wishes", "bench", "front")
+_SCRATCH = ("modes", "wishes", "workspace", "front")
 
 
 def own(field: F, scratch: Sequence[str]) -> F:
@@ -348,29 +348,29 @@ def _copied(part: Any) -> Any:
 def _walk(field: _Field, state: State, heat: Heat) -> State:
     point, old, best = _point(state), _point(state), _point(state)
     seconds = _anneal(field, point, old, best, heat._replace(seed=heat.seed % 2**32))
-    return State(best.mode, best.row, best.delay, best.rows, best.policy, seconds)
+    return State(best.mode, best.row, best.delay, best.table, best.policy, seconds)
 
 
-def fitted(space: Space, mode: np.ndarray, row: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def fitted(space: Space, mode: np.ndarray, row: np.ndarray, table: np.ndarray) -> np.ndarray:
     """Modes that fit the partitions: all SMs of a partition with one lane or for an op without a grid of its own, at
     most them for others."""
     made = np.zeros(len(mode), np.int64)
     launch = launch_of(space)
-    fit(launch, plain(mode, np.int64), plain(row, np.int64), plain(rows, np.int64), made)
+    fit(launch, plain(mode, np.int64), plain(row, np.int64), plain(table, np.int64), made)
     return made
 
 
 @kernel
-def fit(launch: Launch, mode: np.ndarray, row: np.ndarray, rows: np.ndarray, made: np.ndarray) -> None:
+def fit(launch: Launch, mode: np.ndarray, row: np.ndarray, table: np.ndarray, made: np.ndarray) -> None:
     """`fitted` into an array."""
     sizes, own = launch.sizes, launch.own_grid
-    for p in range(len(rows)):
+    for p in range(len(table)):
         whole = 0
-        while whole < len(sizes) and sizes[whole] < rows[p, 2]:
+        while whole < len(sizes) and sizes[whole] < table[p, 2]:
             whole += 1
         for i in range(len(mode)):
             if row[i] == p:
-                made[i] = whole if rows[p, 3] == 1 or not own[i] or mode[i] > whole else mode[i]
+                made[i] = whole if table[p, 3] == 1 or not own[i] or mode[i] > whole else mode[i]
 
 
 @inner
@@ -378,7 +378,7 @@ def _judge(f: _Field, point: StatePoint) -> float:
     """Seconds of the whole graph under a state: the window's, scaled to all iterations.
 
     Not the time between two iterations in the window: that rewards a schedule that runs one slice far ahead."""
-    fit(f.launch, point.mode, point.row, point.rows, f.modes)
+    fit(f.launch, point.mode, point.row, point.table, f.modes)
     decision, rank, delay, row, modes, policy = f.decision, f.rank, point.delay, point.row, f.modes, point.policy
     wishes = f.wishes
     priority, mode, partition, limits = wishes.priority, wishes.mode, wishes.partition, wishes.oversubscribe
@@ -388,19 +388,19 @@ def _judge(f: _Field, point: StatePoint) -> float:
     for r in range(2):
         limits[r] = _OVERSUBSCRIBE[policy[_SM + r]]
     asked = Wishes(priority, mode, partition, limits, policy[_BACKFILL] == 1)
-    lanes = Lanes(f.lanes.partition, point.rows, f.lanes.conflicts, f.lanes.turns)
-    return run_dispatch(f.clock, lanes, asked, f.bench, f.front) * f.scale
+    lanes = Lanes(f.lanes.partition, point.table, f.lanes.conflicts, f.lanes.turns)
+    return run_dispatch(f.clock, lanes, asked, f.workspace, f.front) * f.scale
 
 
 @inner
 def _copy(to: StatePoint, of: StatePoint) -> None:
-    mode, row, delay, rows, policy = to.mode, to.row, to.delay, to.rows, to.policy
-    mode_of, row_of, delay_of, rows_of, policy_of = of.mode, of.row, of.delay, of.rows, of.policy
+    mode, row, delay, table, policy = to.mode, to.row, to.delay, to.table, to.policy
+    mode_of, row_of, delay_of, table_of, policy_of = of.mode, of.row, of.delay, of.table, of.policy
     for i in range(len(mode)):
         mode[i], row[i], delay[i] = mode_of[i], row_of[i], delay_of[i]
-    for p in range(len(rows)):
+    for p in range(len(table)):
         for k in range(4):
-            rows[p, k] = rows_of[p, k]
+            table[p, k] = table_of[p, k]
     for k in range(len(policy)):
         policy[k] = policy_of[k]
 
@@ -409,7 +409,7 @@ def _copy(to: StatePoint, of: StatePoint) -> None:
 def _move(f: _Field, point: StatePoint, trial: int) -> bool:
     """Change one decision, or all of its kin, or a policy, or the border between two partitions; ops whose partition
     has become too small go to the largest."""
-    mode, row, delay, rows, policy = point.mode, point.row, point.delay, point.rows, point.policy
+    mode, row, delay, table, policy = point.mode, point.row, point.delay, point.table, point.policy
     kin, sizes, lowest = f.kin, f.launch.sizes, f.lowest
     at, what = np.random.randint(0, len(kin)), np.random.random()
     alike = np.random.random() < 0.25
@@ -426,37 +426,37 @@ def _move(f: _Field, point: StatePoint, trial: int) -> bool:
         for i in range(len(kin)):
             if i == at or (alike and kin[i] == kin[at]):
                 delay[i] += shift
-    elif what < 0.95 and len(rows) > 1:
-        target = np.random.randint(0, len(rows))
+    elif what < 0.95 and len(table) > 1:
+        target = np.random.randint(0, len(table))
         for i in range(len(kin)):
             if i == at or (alike and kin[i] == kin[at]):
                 row[i] = target
-    elif what < 0.98 and len(rows) > 1:
-        shift_border(rows, sizes, f.granularity)
+    elif what < 0.98 and len(table) > 1:
+        shift_border(table, sizes, f.granularity)
     elif np.random.random() < 0.3:
         policy[_BACKFILL] = 1 - policy[_BACKFILL]
     else:
         policy[np.random.randint(_SM, _SOFT + 1)] = np.random.randint(0, len(_OVERSUBSCRIBE))
     largest = 0
-    for p in range(len(rows)):
-        if rows[p, 2] > rows[largest, 2]:
+    for p in range(len(table)):
+        if table[p, 2] > table[largest, 2]:
             largest = p
     for i in range(len(kin)):
-        if sizes[lowest[i]] > rows[row[i], 2]:
+        if sizes[lowest[i]] > table[row[i], 2]:
             row[i] = largest
     return True
 
 
 @inner
-def shift_border(rows: np.ndarray, sizes: np.ndarray, granularity: int) -> None:
+def shift_border(table: np.ndarray, sizes: np.ndarray, granularity: int) -> None:
     """Move the border between two neighbours of one geometry by a step, where both may have the size then."""
-    p = np.random.randint(0, len(rows) - 1)
+    p = np.random.randint(0, len(table) - 1)
     shift_sms = granularity if np.random.random() < 0.5 else -granularity
-    neighbours = rows[p, 0] == rows[p + 1, 0]
-    if neighbours and _legal(rows[p, 2] + shift_sms, sizes) and _legal(rows[p + 1, 2] - shift_sms, sizes):
-        rows[p, 2] += shift_sms
-        rows[p + 1, 1] += shift_sms
-        rows[p + 1, 2] -= shift_sms
+    neighbours = table[p, 0] == table[p + 1, 0]
+    if neighbours and _legal(table[p, 2] + shift_sms, sizes) and _legal(table[p + 1, 2] - shift_sms, sizes):
+        table[p, 2] += shift_sms
+        table[p + 1, 1] += shift_sms
+        table[p + 1, 2] -= shift_sms
 
 
 @inner

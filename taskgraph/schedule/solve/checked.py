@@ -103,7 +103,7 @@ class _Border:
 
     def _fits(self, lane: np.ndarray, mode: np.ndarray) -> None:
         layout, sizes = self.made.layout, self.problem.sizes
-        room = layout.rows[layout.lane_partition[lane], 2]
+        room = layout.table[layout.lane_partition[lane], 2]
         over = np.flatnonzero(sizes[mode] > room)
         if len(over):
             op = int(over[0])

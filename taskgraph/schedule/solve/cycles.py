@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from taskgraph.jit import inner, kernel, plain
-from taskgraph.schedule.clock import Bench, Clock, Lanes, Queues, bench_of, simulate
+from taskgraph.schedule.clock import Clock, Lanes, Queues, Workspace, simulate, workspace_of
 from taskgraph.schedule.evaluate import NO_HOLDS, Assignment, Evaluation, Layout, clock_of, lanes_of
 from taskgraph.schedule.solve.annealing import (
     JUDGE,
@@ -41,13 +41,13 @@ _OP_S = 5e-7
 
 @dataclass(frozen=True, slots=True)
 class Cycle:
-    """place (d,) in periods, lane (d,) and mode (d,) by decision, rows (p, 4) as in `Layout.rows`, and the seconds of
+    """place (d,) in periods, lane (d,) and mode (d,) by decision, table (p, 4) as in `Layout.table`, and the seconds of
     the whole graph."""
 
     place: np.ndarray
     lane: np.ndarray
     mode: np.ndarray
-    rows: np.ndarray
+    table: np.ndarray
     seconds: float = np.inf
 
 
@@ -63,7 +63,7 @@ def cycle_of(space: Space, layout: Layout, state: State) -> Cycle:
     lane, order = np.zeros(len(middle), np.int64), np.argsort(begin, kind="stable")
     spans = Spans(plain(begin, np.float64), plain(length, np.float64), plain(state.row, np.int64), order)
     _colour(spans, plain(layout.lane_partition, np.int64), 4 if space.window > 1 else 0, lane)
-    return Cycle(begin, on_one_lane(space, layout, lane), state.mode, state.rows)
+    return Cycle(begin, on_one_lane(space, layout, lane), state.mode, state.table)
 
 
 def plain_cycle(space: Space, layout: Layout, state: State) -> Cycle:
@@ -72,12 +72,12 @@ def plain_cycle(space: Space, layout: Layout, state: State) -> Cycle:
     once = np.flatnonzero((space.iteration == 0) | ~space.inside)
     place[space.decision[once]] = np.arange(len(once)) / len(once)
     lane = np.searchsorted(layout.lane_partition, state.row)
-    return Cycle(place, on_one_lane(space, layout, lane), state.mode, state.rows)
+    return Cycle(place, on_one_lane(space, layout, lane), state.mode, state.table)
 
 
 def on_one_lane(space: Space, layout: Layout, lane: np.ndarray) -> np.ndarray:
     """`lane` with all tied decisions on the last lane of the largest partition: there they run one after another."""
-    rooms = layout.rows[layout.lane_partition, 2]
+    rooms = layout.table[layout.lane_partition, 2]
     last = len(rooms) - 1 - int(np.argmax(rooms[::-1]))
     return np.where(space.tied, last, lane)
 
@@ -117,8 +117,8 @@ def written_out(space: Space, layout: Layout, cycle: Cycle) -> Assignment:
     """The cycle's queues for every iteration of the space's problem."""
     d = space.decision
     order = np.argsort(space.iteration + cycle.place[d], kind="stable")
-    mode = fitted(space, cycle.mode, layout.lane_partition[cycle.lane], cycle.rows)
-    return Assignment(bordered(layout, cycle.rows), order, cycle.lane[d], mode[d], NO_HOLDS)
+    mode = fitted(space, cycle.mode, layout.lane_partition[cycle.lane], cycle.table)
+    return Assignment(bordered(layout, cycle.table), order, cycle.lane[d], mode[d], NO_HOLDS)
 
 
 class CyclePoint(NamedTuple):
@@ -127,13 +127,13 @@ class CyclePoint(NamedTuple):
     place: np.ndarray
     lane: np.ndarray
     mode: np.ndarray
-    rows: np.ndarray
+    table: np.ndarray
 
 
 def _point(cycle: Cycle) -> CyclePoint:
     """A copy of the cycle's arrays."""
     lane, mode = np.array([cycle.lane, cycle.mode], np.int64)
-    return CyclePoint(np.array(cycle.place, np.float64), lane, mode, np.array(cycle.rows, np.int64, order="C"))
+    return CyclePoint(np.array(cycle.place, np.float64), lane, mode, np.array(cycle.table, np.int64, order="C"))
 
 
 class Body(NamedTuple):
@@ -180,7 +180,7 @@ class _Field(NamedTuple):
     clock: Clock
     lanes: Lanes
     queues: Queues
-    bench: Bench
+    workspace: Workspace
 
 
 def _body(space: Space) -> Body:
@@ -215,7 +215,7 @@ def _field(space: Space, layout: Layout) -> _Field:
         clock,
         lanes,
         Queues(op, np.zeros(len(lanes.partition) + 1, np.int64), place, mode),
-        bench_of(clock, lanes),
+        workspace_of(clock, lanes),
     )
 
 
@@ -232,7 +232,7 @@ def _edges(space: Space) -> Edges:
     return Edges(pointer, plain(both[:, 1:], np.int64), np.zeros(4 * d + 8, np.int64))
 
 
-_SCRATCH = ("start", "end", "modes", "rows", "begun", "key", "order", "edges", "queues", "bench")
+_SCRATCH = ("start", "end", "modes", "rows", "begun", "key", "order", "edges", "queues", "workspace")
 
 
 def _walk(field: _Field, cycle: Cycle, heat: Heat) -> Cycle:
@@ -240,7 +240,7 @@ def _walk(field: _Field, cycle: Cycle, heat: Heat) -> Cycle:
     _push_all(field.edges, point.place)
     field.order[:] = np.argsort(field.body.iteration + point.place[field.body.decision], kind="stable")
     seconds = _polish(field, point, old, best, heat._replace(seed=heat.seed % 2**32))
-    return Cycle(best.place, best.lane, best.mode, best.rows, seconds)
+    return Cycle(best.place, best.lane, best.mode, best.table, seconds)
 
 
 class Spans(NamedTuple):
@@ -322,12 +322,12 @@ def _judge(f: _Field, point: CyclePoint) -> float:
         rows[d] = partition[lane[d]]
     if body.total > body.window and last - first > body.window / 2 - 1:
         return np.inf
-    lanes = Lanes(partition, point.rows, f.lanes.conflicts, f.lanes.turns)
-    fit(f.launch, point.mode, rows, point.rows, modes)
+    lanes = Lanes(partition, point.table, f.lanes.conflicts, f.lanes.turns)
+    fit(f.launch, point.mode, rows, point.table, modes)
     for op in range(n):
         key[op] = iteration[op] + place[decision[op]]
     _sort(order, key)
-    pointer, head, queue, rank, mode = queues.pointer, f.bench.head, queues.op, queues.place, queues.mode
+    pointer, head, queue, rank, mode = queues.pointer, f.workspace.head, queues.op, queues.place, queues.mode
     for i in range(len(pointer)):
         pointer[i] = 0
     for op in range(n):
@@ -341,7 +341,7 @@ def _judge(f: _Field, point: CyclePoint) -> float:
         queue[head[lane[d]]] = op
         head[lane[d]] += 1
         rank[op], mode[op] = x, modes[d]
-    ended, _, total_s = simulate(f.clock, lanes, queues, f.bench, f.start, f.end, f.trace)
+    ended, _, total_s = simulate(f.clock, lanes, queues, f.workspace, f.start, f.end, f.trace)
     if ended < n:
         return np.inf
     if body.total > body.window:
@@ -365,13 +365,13 @@ def _sort(order: np.ndarray, key: np.ndarray) -> None:
 
 @inner
 def _copy(to: CyclePoint, of: CyclePoint) -> None:
-    place, lane, mode, rows = to.place, to.lane, to.mode, to.rows
-    place_of, lane_of, mode_of, rows_of = of.place, of.lane, of.mode, of.rows
+    place, lane, mode, table = to.place, to.lane, to.mode, to.table
+    place_of, lane_of, mode_of, table_of = of.place, of.lane, of.mode, of.table
     for d in range(len(place)):
         place[d], lane[d], mode[d] = place_of[d], lane_of[d], mode_of[d]
-    for p in range(len(rows)):
+    for p in range(len(table)):
         for k in range(4):
-            rows[p, k] = rows_of[p, k]
+            table[p, k] = table_of[p, k]
 
 
 @inner
@@ -427,7 +427,7 @@ def _push_all(edges: Edges, place: np.ndarray) -> None:
 def _move(f: _Field, point: CyclePoint, trial: int) -> bool:
     """Change the SMs of a decision or all its kin, or its lane, or its place; False if there is no such place. Now and
     then put all places where the clock saw them."""
-    place, mode, kin, sizes, lowest, rows = point.place, point.mode, f.kin, f.launch.sizes, f.lowest, point.rows
+    place, mode, kin, sizes, lowest, table = point.place, point.mode, f.kin, f.launch.sizes, f.lowest, point.table
     partition, d = f.lanes.partition, len(kin)
     if trial % (4 * d) == 0:
         _retime(f, place)
@@ -443,17 +443,17 @@ def _move(f: _Field, point: CyclePoint, trial: int) -> bool:
                 mode[i] = min(max(mode[i] + step, lowest[i]), len(sizes) - 1)
         return True
     what = np.random.random()
-    if what < 0.05 and len(rows) > 1:
-        shift_border(rows, sizes, f.granularity)
+    if what < 0.05 and len(table) > 1:
+        shift_border(table, sizes, f.granularity)
         fits = True
         for i in range(d):
-            fits = fits and rows[partition[point.lane[i]], 2] >= sizes[lowest[i]]
+            fits = fits and table[partition[point.lane[i]], 2] >= sizes[lowest[i]]
         return fits
     if what < 0.3:
         to = np.random.randint(0, len(partition))
         alike = np.random.random() < 0.2
         for i in range(d):
-            fits = rows[partition[to], 2] >= sizes[lowest[i]] and not f.tied[i]
+            fits = table[partition[to], 2] >= sizes[lowest[i]] and not f.tied[i]
             if fits and (i == at or (alike and kin[i] == kin[at])):
                 point.lane[i] = to
         return True

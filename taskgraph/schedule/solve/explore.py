@@ -64,8 +64,8 @@ class _Arm:
 
     def _slower(self, window_s: float) -> float:
         """How many times as long a window of these seconds takes at the clocks that its power leaves."""
-        problem, rows = self.space.problem, self.layout.rows
-        return problem.settled(window_s, bool(rows[:, 2].max() < problem.sm_count)) / window_s
+        problem, table = self.space.problem, self.layout.table
+        return problem.settled(window_s, bool(table[:, 2].max() < problem.sm_count)) / window_s
 
 
 def searched(problem: Problem, budget: Budget) -> Assignment:
@@ -154,7 +154,7 @@ def _with_slices(problem: Problem, arm: _Arm, name: str, made: Split) -> _Arm:
         arm.state, mode=np.maximum(arm.state.mode[old], lowest), row=arm.state.row[old], delay=arm.state.delay[old]
     )
     mode, nudge = np.maximum(arm.cycle.mode[old], lowest), np.arange(len(old)) * 1e-6
-    cycle = Cycle(arm.cycle.place[old] + nudge, arm.cycle.lane[old], mode, arm.cycle.rows)
+    cycle = Cycle(arm.cycle.place[old] + nudge, arm.cycle.lane[old], mode, arm.cycle.table)
     return _Arm(split, sliced, arm.layout, space, state, cycle)
 
 
@@ -222,7 +222,7 @@ def _arms(problem: Problem, limit_s: float, nano_batches: bool) -> Iterator[_Arm
         if _bound(space) >= limit_s or (measured and _guessed(space)):
             continue
         for layout in layouts if not at or len(made.parts[0][1]) == 2 else layouts[:1]:
-            if int(space.problem.sizes[space.lowest_mode()].max()) <= layout.rows[:, 2].max():
+            if int(space.problem.sizes[space.lowest_mode()].max()) <= layout.table[:, 2].max():
                 yield _Arm(made, sliced, layout, space)
 
 
@@ -256,7 +256,7 @@ def _promising(arms: Iterable[_Arm]) -> list[_Arm]:
     kept = []
     for arm in arms:
         seconds = least.setdefault(arm.split, arm.judged())
-        if len(arm.layout.rows) == 1 or arm.judged() < seconds:
+        if len(arm.layout.table) == 1 or arm.judged() < seconds:
             kept.append(arm)
     return sorted(kept, key=_Arm.judged)[:_KEPT]
 
@@ -266,7 +266,7 @@ def _seeded(arm: _Arm, budget_s: float) -> _Arm:
     `budget_s` allows."""
     space, layout = arm.space, arm.layout
     traits, like = seeds.traits_of(space, [op.name for op in arm.graph.ops]), starts(space, layout)
-    placed = seeds.states(space, layout, traits, like[1]) if len(layout.rows) > 1 else []
+    placed = seeds.states(space, layout, traits, like[1]) if len(layout.table) > 1 else []
     state = annealing.judged(space, layout, [*like, *_few(placed, annealing.trials_in(space, budget_s))])[0]
     begun = [cycle_of(space, layout, state), plain_cycle(space, layout, state)]
     tried = _few(seeds.cycles(space, layout, traits, like[0]), cycles.trials_in(space, budget_s))
@@ -304,8 +304,8 @@ def _trimmed(made: Assignment) -> Assignment:
     used = np.bincount(made.lane, minlength=len(layout.lane_partition)) > 0
     if used.all():
         return made
-    count = np.bincount(layout.lane_partition[used], minlength=len(layout.rows)).tolist()
-    each = {g: tuple(count[p] for p in np.flatnonzero(layout.rows[:, 0] == g)) for g in range(len(layout.geometries))}
+    count = np.bincount(layout.lane_partition[used], minlength=len(layout.table)).tolist()
+    each = {g: tuple(count[p] for p in np.flatnonzero(layout.table[:, 0] == g)) for g in range(len(layout.geometries))}
     kept = [g for g, lanes in each.items() if any(lanes)]
     left = Layout(tuple(layout.geometries[g] for g in kept), tuple(each[g] for g in kept))
     return replace(made, layout=left, lane=(np.cumsum(used) - 1)[made.lane])

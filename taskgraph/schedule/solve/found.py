@@ -51,7 +51,7 @@ def in_sequence(problem: Problem) -> Found:
 
 def is_sequential(problem: Problem, made: Assignment) -> bool:
     """Whether this runs op after op, in graph order, on the whole device."""
-    one_lane = len(made.layout.lane_partition) == 1 and made.layout.rows[0, 2] == problem.sm_count
+    one_lane = len(made.layout.lane_partition) == 1 and made.layout.table[0, 2] == problem.sm_count
     whole = (problem.sizes[made.mode] == problem.sm_count).all()
     return bool(one_lane and whole and (made.order == np.arange(problem.n)).all())
 

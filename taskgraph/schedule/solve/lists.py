@@ -26,9 +26,9 @@ def pack(problem: Problem, layout: Layout) -> Assignment | None:
     None when an op fits no partition.
     """
     clock, lanes, n = clock_of(problem), lanes_of(layout), problem.n
-    lane_mode = np.searchsorted(problem.sizes, layout.rows[layout.lane_partition, 2])
+    lane_mode = np.searchsorted(problem.sizes, layout.table[layout.lane_partition, 2])
     where = Where(plain(problem.legal, np.bool_), plain(lane_mode, np.int64), lanes)
-    claims = Claims(np.zeros(len(lane_mode)), np.zeros(len(lanes.rows)), np.zeros(4))
+    claims = Claims(np.zeros(len(lane_mode)), np.zeros(len(lanes.table)), np.zeros(4))
     order, lane, ready = np.zeros((3, n), np.int64)
     rank = plain(upward_rank(problem), np.float64)
     queue = Queue(order, lane, np.zeros(n), ready, np.arange(n), clock.missing.copy())
@@ -80,7 +80,7 @@ class Queue(NamedTuple):
 def _earliest_finish(clock: Clock, where: Where, rank: np.ndarray, claims: Claims, queue: Queue) -> int:
     """Take ready ops by rank, each to where it should end first; the number of ops, fewer than all if one fits none."""
     seconds, use, capacity, succ_ptr, succ = clock.seconds, clock.use, clock.capacity, clock.succ_ptr, clock.succ
-    legal, lane_mode, partition, rows = where.legal, where.mode, where.lanes.partition, where.lanes.rows
+    legal, lane_mode, partition, rows = where.legal, where.mode, where.lanes.partition, where.lanes.table
     free, sms, soft, launch_s = claims.lane, claims.sms, claims.soft, clock.launch_s
     order, lane, earliest, ready, number = queue.order, queue.lane, queue.earliest, queue.heap, queue.number
     missing = queue.missing

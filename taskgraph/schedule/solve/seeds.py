@@ -110,18 +110,18 @@ def _beside(edges: Edges, d: int) -> np.ndarray:
 
 
 def placements(space: Space, layout: Layout, traits: Traits) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(rows (p, 4) as in `Layout.rows`, row of each decision (d,)): sizes of the partitions, and who runs in which.
+    """(table (p, 4) as in `Layout.table`, row of each decision (d,)): sizes of the partitions, and who runs in which.
 
     A layout is the whole device, two partitions, or both in turns, the whole first."""
-    rows, d = layout.rows, len(space.kin)
-    if len(rows) == 1:
-        yield rows, np.zeros(d, np.int64)
+    table, d = layout.table, len(space.kin)
+    if len(table) == 1:
+        yield table, np.zeros(d, np.int64)
         return
-    turns = len(rows) == 3
+    turns = len(table) == 3
     first = int(turns)
     least = space.problem.sizes[space.lowest_mode()]
-    for split in _splits(space, int(rows[first:, 2].sum()), 1 if turns else _COARSE):
-        made = rows.copy()
+    for split in _splits(space, int(table[first:, 2].sum()), 1 if turns else _COARSE):
+        made = table.copy()
         made[first:, 2] = split
         made[first + 1, 1] = split[0]
         largest = int(np.argmax(made[:, 2]))
@@ -168,24 +168,24 @@ def _in_turns(space: Space, t: Traits, split: tuple[int, int]) -> np.ndarray:
 def states(space: Space, layout: Layout, traits: Traits, like: State) -> list[State]:
     """For `dispatch`: the ops of `like` where the placements put them."""
     placed = placements(space, layout, traits)
-    return [State(like.mode, row, like.delay, rows, like.policy) for rows, row in placed]
+    return [State(like.mode, row, like.delay, table, like.policy) for table, row in placed]
 
 
 def cycles(space: Space, layout: Layout, traits: Traits, like: State) -> list[Cycle]:
     """Fixed orders: the placements, with slices more or less shifted in time, on lanes by what ops do or by slices."""
     parts, made = traits.parts, list[Cycle]()
     shifts = [k / parts / 2 for k in range(2 * parts - 1)]
-    for rows, row in placements(space, layout, traits):
-        for by_slice in (False, True) if parts > 1 and len(rows) == 1 else (False,):
+    for table, row in placements(space, layout, traits):
+        for by_slice in (False, True) if parts > 1 and len(table) == 1 else (False,):
             lane = on_one_lane(space, layout, _lanes(layout, traits, row, by_slice))
-            made += [Cycle(traits.early + shift * traits.part, lane, like.mode, rows) for shift in shifts]
+            made += [Cycle(traits.early + shift * traits.part, lane, like.mode, table) for shift in shifts]
     return made
 
 
 def _lanes(layout: Layout, t: Traits, row: np.ndarray, by_slice: bool) -> np.ndarray:
     """The lane of every decision in its partition: one for all that fills it, or one for each slice, and others for
     what does not, as far as there are lanes."""
-    count = layout.rows[row, 3]
+    count = layout.table[row, 3]
     place = np.where(t.does == FILLS, t.part, t.does + t.parts - 1) if by_slice else t.does
     folded = np.where(place < count, place, 1 + (place - 1) % np.maximum(count - 1, 1))
     made: np.ndarray = np.searchsorted(layout.lane_partition, row) + folded % count
