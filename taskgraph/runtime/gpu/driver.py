@@ -19,13 +19,18 @@ from taskgraph import cache
 from taskgraph.errors import BackendUnavailable, CaptureMismatch, CudaError, ExecutionError, PlanError
 from taskgraph.graph.device import Geometry
 from taskgraph.runtime.gpu import virtual
+from taskgraph.runtime.gpu.ahead.cubins import Cubin, Specialisation, check_arguments, obtain
 from taskgraph.runtime.gpu.division import divided
+from taskgraph.runtime.gpu.kinds import Launch
 from taskgraph.runtime.turns import forks
 
 CAPTURE_INFO, GREEN_STREAMS, WORKQUEUES = 12030, 12050, 13010
 """Drivers that brought what we stand on: cuStreamGetCaptureInfo_v3 (12.3), by which a capture is read while it is made;
 cuGreenCtxStreamCreate (12.5; the green contexts of 12.4 have streams only while they are current to a thread);
 workqueues, and splits into groups of any sizes (13.1)."""
+_TRITON_FROM = (8, 0)
+_STATIC_SHARED_BYTES = 48 << 10
+"""Dynamic shared memory that a kernel may have without asking (CUDA Programming Guide, compute capabilities)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,6 +267,9 @@ class Gpu:
     device: Any
     _kernels: dict[tuple[Path, str], Any] = field(default_factory=dict)
     _modules: dict[Path, Any] = field(default_factory=dict)
+    _cubins: dict[Specialisation, tuple[Any, Cubin]] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Kinds that do not run by Triton functions on this device, and why not: what a comparison there found wrong."""
     _threads: threading.local = field(default_factory=threading.local)
     _born: int = field(default_factory=forks)
     _open: ClassVar["Gpu | None"] = None
@@ -330,6 +338,42 @@ class Gpu:
             with driver_errors(f"load kernel {name} of {path.name}"):
                 self._kernels[path, name] = self._modules[path].get_kernel(name)
         return self._kernels[path, name]
+
+    def ahead(self, kind: str) -> str | None:
+        """The architecture whose cubins ops of a kind may run by; None on a virtual device, which has none, on one
+        that Triton does not know, and for a kind that is left out."""
+        old = self.capability.compute_capability < _TRITON_FROM
+        return None if self.capability.virtual or old or kind in self.left_out else self.arch
+
+    def cubin(self, spec: Specialisation) -> tuple[Any, Cubin]:
+        """The kernel of a Triton function, compiled or read from the cache and loaded at first use, and its facts."""
+        if spec not in self._cubins:
+            from cuda.core import ObjectCode
+
+            made = obtain(spec, self.arch)
+            with driver_errors(f"load kernel {spec.describe()}"):
+                kernel = ObjectCode.from_cubin(made.code).get_kernel(made.name)
+                if made.shared_bytes > _STATIC_SHARED_BYTES:
+                    kernel.attributes.max_dynamic_shared_size_bytes = made.shared_bytes
+            self._cubins[spec] = kernel, made
+        return self._cubins[spec]
+
+    def load(self, launch: Launch) -> None:
+        """Compile and load what a launch needs, which must be done before a capture; BackendUnavailable when the
+        launch does not fit its kernel."""
+        if isinstance(launch.source, Specialisation):
+            check_arguments(launch.source, self.cubin(launch.source)[1], launch.args)
+        else:
+            self.kernel(launch.kernel, launch.source)
+
+    def send(self, stream: Any, launch: Launch) -> None:
+        """Launch or capture it."""
+        if isinstance(launch.source, Specialisation):
+            kernel, made = self.cubin(launch.source)
+            args = (*launch.args, *(0,) * made.trailing)
+            launch_kernel(stream, kernel, launch.grid, launch.block, args, made.shared_bytes)
+        else:
+            launch_kernel(stream, self.kernel(launch.kernel, launch.source), launch.grid, launch.block, launch.args)
 
     def stream(self, context: Any = None) -> Any:
         """A non-blocking stream of a context (default: the whole device)."""
@@ -402,12 +446,14 @@ class Gpu:
 # -------------------------------------------------------------------------------------------------- work
 
 
-def launch_kernel(stream: Any, kernel: Any, grid: tuple[int, ...], block: int, args: Sequence[Any]) -> None:
-    """Launch or capture one kernel."""
+def launch_kernel(
+    stream: Any, kernel: Any, grid: tuple[int, ...], block: int, args: Sequence[Any], shared_bytes: int = 0
+) -> None:
+    """Launch or capture one kernel, with so much dynamic shared memory a block."""
     from cuda.core import LaunchConfig, launch
 
     with driver_errors("launch a kernel"):
-        launch(stream, LaunchConfig(grid=grid, block=block), kernel, *args)
+        launch(stream, LaunchConfig(grid=grid, block=block, shmem_size=shared_bytes), kernel, *args)
 
 
 def seconds_between(first: Any, second: Any) -> float:

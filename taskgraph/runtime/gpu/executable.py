@@ -23,7 +23,7 @@ from taskgraph.runtime.gpu import captures, driver, torch_ops, virtual
 from taskgraph.runtime.gpu.arrays import DeviceArray, DeviceExtent, device_buffer
 from taskgraph.runtime.gpu.collectives import collective
 from taskgraph.runtime.gpu.driver import Gpu, Memory
-from taskgraph.runtime.gpu.kinds import Buffer, CopyLaunch, Launch, Launches, seen
+from taskgraph.runtime.gpu.kinds import Buffer, CopyLaunch, Launch, Launches, made_by, seen
 from taskgraph.runtime.gpu.on_stream import bound_call, named_error
 from taskgraph.runtime.gpu.readback import compare
 from taskgraph.runtime.gpu.sites import Faults, LaneSite
@@ -46,6 +46,9 @@ class CaptureReport:
     capability: str
     updated: bool = False
     """The executable graph was updated in place; else it was instantiated."""
+    by: tuple[tuple[str, str], ...] = ()
+    """What runs each kind of op: "Triton" (compiled ahead), "cuda/kernels" (the .cu files), "torch", "function" (a
+    custom op's), "group" (collectives of several ranks), "copy engine"; a kind with two has two entries."""
 
 
 class CudaExecutable(TensorExecutable[Buffer]):
@@ -82,6 +85,7 @@ class CudaExecutable(TensorExecutable[Buffer]):
         self._partitions: list[driver.Partitioned] = []
         self._kept: dict[str, Any] = {}
         """What was given in device memory by others, kept alive."""
+        self._by: set[tuple[str, str]] = set()
         self._sites: dict[int, LaneSite] = {}
         self._scratch: list[list[Memory]] = [[] for _ in plan.lanes]
         try:
@@ -203,26 +207,31 @@ class CudaExecutable(TensorExecutable[Buffer]):
     def _launches(self) -> list[Launches | Callable[[Any], None]]:
         """What every step runs, bound to its buffers; scratch and constants are allocated here, before capture."""
         self._check_given()
+        self._by = set()
         return [self._bound(i, self._ops[step.op]) for i, step in enumerate(self._plan.steps)]
 
     def _bound(self, i: int, op: Op) -> Launches | Callable[[Any], None]:
         ins, outs = seen(op, [self._tensor(n) for n in op.inputs]), [self._tensor(n) for n in op.outputs]
         if op.kind == "call":
+            self._by.add((op.kind, "function"))
             return bound_call(
                 op, self._options.functions, *([DeviceArray(b, self) for b in side] for side in (ins, outs))
             )
         if op.kind in COLLECTIVES and self._group is not None and op.integer("ranks") > 1:
+            self._by.add((op.kind, "group"))
             return collective(op, DeviceArray(ins[0], self), DeviceArray(outs[0], self), self._group)
         if self._torch and op.kind in torch_ops.TORCH_OPS:
+            self._by.add((op.kind, "torch"))
             sides = [[DeviceArray(b, self) for b in side] for side in (ins, outs)]
             with self._pool.used():
                 return torch_ops.bound(op, sides[0], sides[1], self._streams[self._plan.steps[i].lane])
         scratch = self._scratch[self._plan.steps[i].lane]
         site = self._sites.setdefault(i, LaneSite(self._plan.sms(i), self._memory_of, scratch, self._faults.address(i)))
-        made = launches(op, ins, outs, site.again())
+        made = launches(op, ins, outs, site.again(), self._gpu.ahead(op.kind))
         for launch in made:
             if not isinstance(launch, CopyLaunch):
-                self._gpu.kernel(launch.kernel, launch.source)  # compiled and loaded before capture
+                self._gpu.load(launch)  # before the capture
+        self._by.add((op.kind, made_by(made)))
         return made
 
     def capture(self) -> None:
@@ -268,7 +277,8 @@ class CudaExecutable(TensorExecutable[Buffer]):
         kernels = sum(node.kind == "kernel" for node in facts.nodes)
         sizes = tuple(size for made in self._partitions for size in made.sm_counts)
         capability = self._gpu.capability.describe()
-        self.report = CaptureReport(len(facts.nodes), len(facts.edges), kernels, sizes, capability, updated)
+        by = tuple(sorted(self._by))
+        self.report = CaptureReport(len(facts.nodes), len(facts.edges), kernels, sizes, capability, updated, by)
         self._stale = False
 
     def _renew(self, capture: captures.Capture) -> bool:
@@ -349,8 +359,7 @@ class CudaExecutable(TensorExecutable[Buffer]):
         if isinstance(launch, CopyLaunch):
             driver.copy_on(stream, launch.target, launch.source, launch.nbytes)
         else:
-            kernel = self._gpu.kernel(launch.kernel, launch.source)
-            driver.launch_kernel(stream, kernel, launch.grid, launch.block, launch.args)
+            self._gpu.send(stream, launch)
 
     def _tell_times(self, owners: Sequence[Sequence[int]]) -> None:
         """Give the virtual driver the evaluator's time of every op, in equal parts to the op's nodes."""

@@ -18,6 +18,7 @@ from taskgraph.graph.op import ITEMSIZE, Op, Rows
 from taskgraph.ops.kinds import known
 from taskgraph.record import as_path, function
 from taskgraph.runtime.gpu import virtual
+from taskgraph.runtime.gpu.ahead.cubins import Specialisation, obtainable
 
 THREADS = 128
 """Threads of a block in the kernels that reduce over one; `common.cuh` has the same number."""
@@ -59,13 +60,13 @@ class Buffer:
 @dataclass(frozen=True, slots=True)
 class Launch:
     """One kernel on a grid of blocks of `block` threads. `source` is the .cu file that it is in, the one that its kind
-    is registered with."""
+    is registered with, or the Triton function that it is compiled from."""
 
     kernel: str
     grid: tuple[int, ...]
     block: int
     args: tuple[Any, ...]
-    source: Path = Path()
+    source: Path | Specialisation = Path()
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +99,8 @@ class GpuSite(Protocol):
 
 Launches = list[Launch | CopyLaunch]
 Rule = Callable[[Op, Sequence[Buffer], Sequence[Buffer], GpuSite], Launches]
+Takes = Callable[[Op, Sequence[Buffer], Sequence[Buffer]], bool]
+"""Whether the Triton kernels of a kind take an op with these inputs and outputs: types, dims, strides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +113,20 @@ class GpuKind:
     strided: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class AheadKind:
+    """How a kind of op runs by Triton functions that are compiled ahead, where `takes` says that they can."""
+
+    launches: Rule
+    takes: Takes
+
+
 _KINDS: dict[str, GpuKind] = {}
 GPU_KINDS: Final[Mapping[str, GpuKind]] = MappingProxyType(_KINDS)
 """How each kind runs, by its name."""
+_AHEAD: dict[str, AheadKind] = {}
+AHEAD_KINDS: Final[Mapping[str, AheadKind]] = MappingProxyType(_AHEAD)
+"""How each kind that has Triton functions runs by them, by its name."""
 
 
 def register(kind: str, launches: Rule, source: str | Path, *, strided: bool = False) -> None:
@@ -130,8 +144,25 @@ def register(kind: str, launches: Rule, source: str | Path, *, strided: bool = F
         raise GraphError(f"op kind {kind!r} has kernels for the cuda backend already; register another kind.")
 
 
-def launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSite) -> Launches:
-    """The launches of one op; BackendUnavailable when there is no kernel for its kind, types or shape."""
+def register_ahead(kind: str, launches: Rule, takes: Takes) -> None:
+    """Say how ops of `kind`, which has kernels in a .cu file already, run by Triton functions on a real GPU.
+
+    `launches` makes `ahead.launching.launch`es of them; `takes` says which ops they can do, the others keep to the .cu
+    file. GraphError for a kind without kernels or with other functions already."""
+    if kind not in _KINDS:
+        raise GraphError(f"op kind {kind!r} has no kernels in a .cu file; register those first.")
+    made = AheadKind(
+        function(f"what launches a {kind}", launches, GraphError), function(f"what takes a {kind}", takes, GraphError)
+    )
+    if _AHEAD.setdefault(kind, made) != made:
+        raise GraphError(f"op kind {kind!r} has Triton functions already; register another kind.")
+
+
+def launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSite, arch: str | None = None) -> Launches:
+    """The launches of one op; BackendUnavailable when there is no kernel for its kind, types or shape.
+
+    They are of Triton functions where its kind has such, `arch` ("sm_90", say; None for what cannot run cubins) is
+    given, and a cubin of each is kept or can be compiled; else of the .cu file."""
     kind = GPU_KINDS.get(op.kind)
     if kind is None:
         raise BackendUnavailable(
@@ -139,6 +170,8 @@ def launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSit
             "taskgraph.runtime.gpu.kinds.register, or use GraphBuilder.call with a function that launches on the "
             "stream it is given."
         )
+    if arch is not None and runs_ahead(op, ins, outs, site.sm_count, arch):
+        return AHEAD_KINDS[op.kind].launches(op, ins, outs, site)
     strided = next((name for name, b in zip(op.inputs, ins, strict=True) if b.strides is not None), None)
     if strided is not None and not kind.strided:
         raise BackendUnavailable(
@@ -146,6 +179,48 @@ def launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSit
         )
     made = kind.launches(op, ins, outs, site)
     return [replace(one, source=kind.source) if isinstance(one, Launch) else one for one in made]
+
+
+def runs_ahead(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], sm_count: int, arch: str) -> bool:
+    """Whether the op runs by Triton functions on an `arch`."""
+    kind = AHEAD_KINDS.get(op.kind)
+    if kind is None or not kind.takes(op, ins, outs):
+        return False
+    return all(obtainable(spec, arch) for spec in specialisations(op, ins, outs, sm_count))
+
+
+def specialisations(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], sm_count: int) -> tuple[Specialisation, ...]:
+    """The cubins that an op which Triton functions take needs on a lane of `sm_count` SMs."""
+    made = AHEAD_KINDS[op.kind].launches(op, ins, outs, DrySite(sm_count))
+    found = [one.source for one in made if isinstance(one, Launch) and isinstance(one.source, Specialisation)]
+    return tuple(dict.fromkeys(found))
+
+
+@dataclass(frozen=True, slots=True)
+class DrySite:
+    """A site of launches that are never made: its addresses are those of nothing, aligned as scratch is."""
+
+    sm_count: int
+
+    def scratch(self, nbytes: int) -> int:
+        return 256
+
+    def constant(self, values: npt.NDArray[Any]) -> int:
+        return 256
+
+    def fault(self) -> int:
+        return 8
+
+
+TRITON, CU, COPY = "Triton", "cuda/kernels", "copy engine"
+
+
+def made_by(made: Launches) -> str:
+    """What runs the launches of an op, for people."""
+    kernels = [one for one in made if isinstance(one, Launch)]
+    if not kernels:
+        return COPY
+    return TRITON if all(isinstance(one.source, Specialisation) for one in kernels) else CU
 
 
 def seen(op: Op, ins: Sequence[Buffer]) -> list[Buffer]:

@@ -321,8 +321,7 @@ class CaseRunner:
                 if isinstance(made, CopyLaunch):
                     driver.copy_on(lane.stream, made.target, made.source, made.nbytes)
                 else:
-                    kernel = self._gpu.kernel(made.kernel, made.source)
-                    driver.launch_kernel(lane.stream, kernel, made.grid, made.block, made.args)
+                    self._gpu.send(lane.stream, made)
 
     def _site(self, lane: PartitionStream) -> LaneSite:
         key = int(lane.stream.handle)

@@ -380,6 +380,8 @@ def replay_rebind_free() -> None:
         torch.testing.assert_close(exe(x=x, w=w)["sum.out"], x @ w + 2 * x)
         first = exe.report
         assert first.capability.startswith("taskgraph virtual h100_sxm (simulated), 132 SMs, driver 13.5")
+        assert dict(first.by)["gemm"] == "cuda/kernels"
+        assert {by for _, by in first.by} == {"cuda/kernels"}, "a virtual device cannot run cubins"
         torch.testing.assert_close(exe(x=v)["sum.out"], v @ w + 2 * v)
         assert exe.report is first, "new values of inputs need no new capture"
         exe.bind(w=v)  # the same buffer: uploaded, not captured again
