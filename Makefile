@@ -10,7 +10,7 @@ INSTALL := $(PIP) install -c constraints.txt $(if $(TORCH_INDEX),--extra-index-u
 TO_RUN := $(VENV)/.installed-to-run
 TO_TEST := $(VENV)/.installed-to-test
 
-.PHONY: setup develop browser run test test-vllm test-sglang lint fast mutants clean
+.PHONY: setup develop browser run test test-avx2 test-vllm test-sglang lint fast mutants clean
 setup: $(TO_RUN)
 develop: $(TO_TEST)
 
@@ -52,6 +52,10 @@ test: develop browser lint
 # One-place changes of eleven files, which their own tests must notice (half an hour on two cores; MUTANTS='--file ...').
 mutants: develop
 	$(BIN)/python -m benchmarks.mutants $(MUTANTS)
+
+# The tests as on a processor without AVX-512 (tests/avx2 says what is told so, and what is not).
+test-avx2: develop
+	$(BIN)/python -m tests.avx2 $(abspath $(BIN))/python -m pytest
 
 # Greedy tokens of vLLM's CPU build with and without us, in an environment of its own; not part of `make test`. The
 # builds of torchvision, torchaudio and torchcodec that it resolves do not fit PyTorch for CPUs.

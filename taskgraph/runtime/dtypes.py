@@ -15,6 +15,8 @@ DTYPES = ("auto", "bf16", "f32")
 
 _STEPS = (1, 32, 512)
 """Rows of products that stand for a step: decode alone, decode of a batch, prefill. All were measured by the probe."""
+_WORTH_TWICE = 1.1
+"""bf16 may take so much more time in the mean: f32 needs twice the memory, and probes differ by as much."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,8 @@ def pick(dtype: str = "auto", backend: str = "cpu", device: str | None = None) -
 
 
 def by_ways(ways: Ways) -> Picked:
-    """The dtype whose products take less time, each number of rows counted alike; bf16 where nothing was measured."""
+    """The dtype whose products take less time, each number of rows counted alike: f32 only if that is worth twice the
+    memory, and bf16 where nothing was measured."""
     shares = []
     for rows in _STEPS:
         half, full = ways.rate("bf16", rows), ways.rate("f32", rows)
@@ -53,7 +56,7 @@ def by_ways(ways: Ways) -> Picked:
         shares.append(full / half)
     said = ", ".join(f"{share:.2f}" for share in shares)
     sizes = ", ".join(map(str, _STEPS))
-    kind = "bf16" if sum(shares) <= len(shares) else "f32"
+    kind = "bf16" if sum(shares) <= _WORTH_TWICE * len(shares) else "f32"
     how = {ways.product(kind, n, fixed=True): None for n in _STEPS}
     return Picked(
         kind, f"auto: products of {sizes} rows take {said} of f32's time in bf16 (measured); by way {', '.join(how)}"
