@@ -239,6 +239,30 @@ def _store(row: Any, address: Any, kind: Any, start: Any) -> None:
 
 
 @kernel
+def _rounded(code: Any, a: Any, out: Any, halves: Any, brains: Any) -> None:
+    """out = a rounded as `code` says, to a whole number or to a narrower type."""
+    n, zero = len(out), np.float32(0.0)
+    if code == FLOOR:
+        for i in range(n):
+            out[i] = np.floor(a[i])
+    elif code == CEIL:
+        for i in range(n):
+            out[i] = np.ceil(a[i])
+    elif code == ROUND:
+        for i in range(n):
+            out[i] = _round(a[i])
+    elif code == TRUNC:
+        for i in range(n):
+            out[i] = np.ceil(a[i]) if a[i] < zero else np.floor(a[i])
+    elif code == BF16:
+        for i in range(n):
+            out[i] = widen(_brain(a[i], brains))
+    elif code == F16:
+        for i in range(n):
+            out[i] = widen(narrow(a[i], halves))
+
+
+@kernel
 def _one(code: Any, a: Any, out: Any, halves: Any, brains: Any) -> None:
     """out = code(a): the operations of one argument. `halves` and `brains` are empty, for their types."""
     n = len(out)
@@ -298,27 +322,11 @@ def _one(code: Any, a: Any, out: Any, halves: Any, brains: Any) -> None:
         for i in range(n):
             inner = np.float32(0.79788456080286536) * (a[i] + np.float32(0.044715) * a[i] * a[i] * a[i])
             out[i] = half * a[i] * (one + _tanh(inner))
-    elif code == FLOOR:
-        for i in range(n):
-            out[i] = np.floor(a[i])
-    elif code == CEIL:
-        for i in range(n):
-            out[i] = np.ceil(a[i])
-    elif code == ROUND:
-        for i in range(n):
-            out[i] = _round(a[i])
-    elif code == TRUNC:
-        for i in range(n):
-            out[i] = np.ceil(a[i]) if a[i] < zero else np.floor(a[i])
     elif code == NOT:
         for i in range(n):
             out[i] = _truth(a[i] == zero)
-    elif code == BF16:
-        for i in range(n):
-            out[i] = widen(_brain(a[i], brains))
-    elif code == F16:
-        for i in range(n):
-            out[i] = widen(narrow(a[i], halves))
+    else:
+        _rounded(code, a, out, halves, brains)
 
 
 @kernel

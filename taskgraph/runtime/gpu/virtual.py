@@ -209,7 +209,7 @@ _CLOCK = ctypes.CFUNCTYPE(ctypes.c_double, ctypes.c_int, ctypes.c_double)
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class DriverReport:
     """What the virtual driver has seen: live objects by kind, allocations, untimed work, and its log of
     (level, text) with level "refused", "warning" or "error"."""
 
@@ -285,13 +285,13 @@ class Control:
         finally:
             self._library.tgv_next_seconds(ctypes.c_double(-1.0))
 
-    def report(self) -> Report:
+    def report(self) -> DriverReport:
         """The report as it stands."""
         size = self._library.tgv_report(None, ctypes.c_size_t(0))
         buffer = ctypes.create_string_buffer(size + 4096)
         self._library.tgv_report(buffer, ctypes.c_size_t(len(buffer)))
         body = json.loads(buffer.value.decode())
-        return Report(**{**body, "log": tuple((level, text) for level, text in body["log"])})
+        return DriverReport(**{**body, "log": tuple((level, text) for level, text in body["log"])})
 
     def clear_log(self) -> None:
         """Forget the log."""
