@@ -339,11 +339,11 @@ class Gpu:
                 self._kernels[path, name] = self._modules[path].get_kernel(name)
         return self._kernels[path, name]
 
-    def ahead(self, kind: str) -> str | None:
-        """The architecture whose cubins ops of a kind may run by; None on a virtual device, which has none, on one
+    def ahead(self, kind: str) -> str:
+        """The architecture whose cubins ops of a kind may run by; "" on a virtual device, which has none, on one
         that Triton does not know, and for a kind that is left out."""
         old = self.capability.compute_capability < _TRITON_FROM
-        return None if self.capability.virtual or old or kind in self.left_out else self.arch
+        return "" if self.capability.virtual or old or kind in self.left_out else self.arch
 
     def cubin(self, spec: Specialisation) -> tuple[Any, Cubin]:
         """The kernel of a Triton function, compiled or read from the cache and loaded at first use, and its facts."""
@@ -370,7 +370,7 @@ class Gpu:
         """Launch or capture it."""
         if isinstance(launch.source, Specialisation):
             kernel, made = self.cubin(launch.source)
-            args = (*launch.args, *(0,) * made.trailing)
+            args = (*launch.args, launch.scratch, 0)  # Triton's own: global scratch, and that of its profiler
             launch_kernel(stream, kernel, launch.grid, launch.block, args, made.shared_bytes)
         else:
             launch_kernel(stream, self.kernel(launch.kernel, launch.source), launch.grid, launch.block, launch.args)

@@ -226,8 +226,9 @@ class CudaExecutable(TensorExecutable[Buffer]):
             with self._pool.used():
                 return torch_ops.bound(op, sides[0], sides[1], self._streams[self._plan.steps[i].lane])
         scratch = self._scratch[self._plan.steps[i].lane]
-        site = self._sites.setdefault(i, LaneSite(self._plan.sms(i), self._memory_of, scratch, self._faults.address(i)))
-        made = launches(op, ins, outs, site.again(), self._gpu.ahead(op.kind))
+        fault, arch = self._faults.address(i), self._gpu.ahead(op.kind)
+        site = self._sites.setdefault(i, LaneSite(self._plan.sms(i), self._memory_of, scratch, fault, arch))
+        made = launches(op, ins, outs, site.again())
         for launch in made:
             if not isinstance(launch, CopyLaunch):
                 self._gpu.load(launch)  # before the capture

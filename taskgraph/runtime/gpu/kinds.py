@@ -67,6 +67,8 @@ class Launch:
     block: int
     args: tuple[Any, ...]
     source: Path | Specialisation = Path()
+    scratch: int = 0
+    """Address of what a Triton function keeps between its own instructions (`Specialisation.scratch_bytes` a block)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +81,15 @@ class CopyLaunch:
 
 
 class GpuSite(Protocol):
-    """What may be asked for: the SMs of the lane, scratch memory, and constants on the device."""
+    """What may be asked for: the SMs of the lane, what they are, scratch memory, and constants on the device."""
 
     @property
     def sm_count(self) -> int: ...
+
+    @property
+    def arch(self) -> str:
+        """The architecture whose cubins run here, "sm_90" say; "" where none do, as on a virtual device."""
+        ...
 
     def scratch(self, nbytes: int) -> int:
         """Address of bytes that belong to this op alone."""
@@ -158,11 +165,11 @@ def register_ahead(kind: str, launches: Rule, takes: Takes) -> None:
         raise GraphError(f"op kind {kind!r} has Triton functions already; register another kind.")
 
 
-def launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSite, arch: str | None = None) -> Launches:
+def launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSite) -> Launches:
     """The launches of one op; BackendUnavailable when there is no kernel for its kind, types or shape.
 
-    They are of Triton functions where its kind has such, `arch` ("sm_90", say; None for what cannot run cubins) is
-    given, and a cubin of each is kept or can be compiled; else of the .cu file."""
+    They are of Triton functions where its kind has such, cubins run on the site, and that of each is kept or can be
+    compiled; else of the .cu file."""
     kind = GPU_KINDS.get(op.kind)
     if kind is None:
         raise BackendUnavailable(
@@ -170,7 +177,7 @@ def launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSit
             "taskgraph.runtime.gpu.kinds.register, or use GraphBuilder.call with a function that launches on the "
             "stream it is given."
         )
-    if arch is not None and runs_ahead(op, ins, outs, site.sm_count, arch):
+    if site.arch and runs_ahead(op, ins, outs, DrySite(site.sm_count, site.arch)):
         return AHEAD_KINDS[op.kind].launches(op, ins, outs, site)
     strided = next((name for name, b in zip(op.inputs, ins, strict=True) if b.strides is not None), None)
     if strided is not None and not kind.strided:
@@ -181,17 +188,19 @@ def launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSit
     return [replace(one, source=kind.source) if isinstance(one, Launch) else one for one in made]
 
 
-def runs_ahead(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], sm_count: int, arch: str) -> bool:
-    """Whether the op runs by Triton functions on an `arch`."""
+def runs_ahead(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: "DrySite") -> bool:
+    """Whether the op runs by Triton functions there."""
     kind = AHEAD_KINDS.get(op.kind)
     if kind is None or not kind.takes(op, ins, outs):
         return False
-    return all(obtainable(spec, arch) for spec in specialisations(op, ins, outs, sm_count))
+    return all(obtainable(spec, site.arch) for spec in specialisations(op, ins, outs, site))
 
 
-def specialisations(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], sm_count: int) -> tuple[Specialisation, ...]:
-    """The cubins that an op which Triton functions take needs on a lane of `sm_count` SMs."""
-    made = AHEAD_KINDS[op.kind].launches(op, ins, outs, DrySite(sm_count))
+def specialisations(
+    op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: "DrySite"
+) -> tuple[Specialisation, ...]:
+    """The cubins that an op which Triton functions take needs there."""
+    made = AHEAD_KINDS[op.kind].launches(op, ins, outs, site)
     found = [one.source for one in made if isinstance(one, Launch) and isinstance(one.source, Specialisation)]
     return tuple(dict.fromkeys(found))
 
@@ -201,6 +210,7 @@ class DrySite:
     """A site of launches that are never made: its addresses are those of nothing, aligned as scratch is."""
 
     sm_count: int
+    arch: str
 
     def scratch(self, nbytes: int) -> int:
         return 256

@@ -16,14 +16,20 @@ class LaneSite:
     """What launch rules may ask for, a step each. Ops on a lane run in order, so they share its scratch; constants
     live as long as the executable. A step that is bound again asks for the same and gets the same."""
 
-    def __init__(self, sm_count: int, own: Callable[[int], Memory], scratch: list[Memory], fault: int) -> None:
-        self._sm_count, self._own, self._scratch, self._fault = sm_count, own, scratch, fault
+    def __init__(
+        self, sm_count: int, own: Callable[[int], Memory], scratch: list[Memory], fault: int, arch: str = ""
+    ) -> None:
+        self._sm_count, self._own, self._scratch, self._fault, self._arch = sm_count, own, scratch, fault, arch
         self._kept: list[tuple[bytes | int, Memory]] = []
         self._at = 0
 
     @property
     def sm_count(self) -> int:
         return self._sm_count
+
+    @property
+    def arch(self) -> str:
+        return self._arch
 
     def again(self) -> "LaneSite":
         """Begin from the first request."""

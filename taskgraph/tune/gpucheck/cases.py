@@ -326,7 +326,9 @@ class CaseRunner:
     def _site(self, lane: PartitionStream) -> LaneSite:
         key = int(lane.stream.handle)
         if key not in self._sites:
-            self._sites[key] = LaneSite(lane.sms, self._own, [], self._own(8, pinned=True).address)
+            self._sites[key] = LaneSite(
+                lane.sms, self._own, [], self._own(8, pinned=True).address, self._gpu.ahead(self._op.kind)
+            )
         return self._sites[key].again()
 
     def predicted_s(self, sms: int) -> float:

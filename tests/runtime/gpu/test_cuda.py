@@ -146,6 +146,7 @@ class FakeSite:
     """A lane of so many SMs."""
 
     sm_count: int
+    arch: str = ""
 
     def scratch(self, nbytes: int) -> int:
         return 0

@@ -41,13 +41,14 @@ class Specialisation:
     `function` is "module:name". `types` are its parameters that a launch passes, in order, each with Triton's name of
     its type: "i32", "fp32", "*bf16"; a pointer to memory that is known to begin at a multiple of 16 bytes is
     "*bf16:16". `constants` are its other parameters. A block has 32 * `warps` threads; loops that load are pipelined
-    over `stages`."""
+    over `stages`. `scratch_bytes` is what a launch gives every block of it for tensor descriptors."""
 
     function: str
     types: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, Constant], ...] = ()
     warps: int = 4
     stages: int = 3
+    scratch_bytes: int = 0
 
     @property
     def name(self) -> str:
@@ -77,13 +78,9 @@ class Cubin:
     shared_bytes: int
     registers: int
     stack_bytes: int
+    scratch_bytes: int
     parameters: tuple[int, ...]
     code: bytes
-
-    @property
-    def trailing(self) -> int:
-        """Null pointers that a launch appends to its arguments."""
-        return _OWN_PARAMETERS
 
 
 def architecture(name: str) -> int:
@@ -183,8 +180,8 @@ def _compiled(spec: Specialisation, arch: str) -> Cubin:
         )
     made = assembled(spec, number)
     told, code = made.metadata, made.asm["cubin"]
-    if told.global_scratch_size or told.profile_scratch_size or told.num_ctas != 1:
-        raise BackendUnavailable(f"the kernel {spec.describe()} asks for scratch or clusters, which we do not give it.")
+    if told.profile_scratch_size or told.num_ctas != 1:
+        raise BackendUnavailable(f"the kernel {spec.describe()} is one for Triton's profiler or of clusters.")
     registers, stack = _resources(code)
     return Cubin(
         name=told.name,
@@ -194,6 +191,7 @@ def _compiled(spec: Specialisation, arch: str) -> Cubin:
         shared_bytes=told.shared,
         registers=registers,
         stack_bytes=stack,
+        scratch_bytes=told.global_scratch_size,
         parameters=_parameters(made.asm["ptx"]),
         code=code,
     )
@@ -270,11 +268,16 @@ def _resources(code: bytes) -> tuple[int, int]:
 def check_arguments(spec: Specialisation, cubin: Cubin, args: Sequence[Any]) -> None:
     """BackendUnavailable unless the arguments are those that the cubin was compiled for, in number and size."""
     given = tuple(int(a.dtype.itemsize) if isinstance(a, np.generic) else 8 for a in args)
-    wanted = cubin.parameters[: len(cubin.parameters) - cubin.trailing]
+    wanted = cubin.parameters[:-_OWN_PARAMETERS]
     if not given == wanted == spec.sizes or cubin.warps != spec.warps:
         raise BackendUnavailable(
             f"the kernel {spec.describe()} takes parameters of {wanted} bytes and {cubin.warps} warps; the launch "
             f"gives {given} and {spec.warps}. This is a bug of its rule."
+        )
+    if cubin.scratch_bytes > spec.scratch_bytes:
+        raise BackendUnavailable(
+            f"the kernel {spec.describe()} needs {cubin.scratch_bytes} bytes of scratch a block; the launch gives "
+            f"{spec.scratch_bytes}. This is a bug of its rule."
         )
 
 

@@ -1,14 +1,15 @@
 """Launches of Triton kernels: the arguments say which specialisation it is."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
 
 from taskgraph.errors import BackendUnavailable
 from taskgraph.runtime.gpu.ahead.cubins import Constant, Specialisation
-from taskgraph.runtime.gpu.kinds import Buffer, Launch
+from taskgraph.runtime.gpu.kinds import Buffer, GpuSite, Launch
 
 _POINTERS: Final[Mapping[str, str]] = {
     "f64": "fp64", "f32": "fp32", "f16": "fp16", "bf16": "bf16", "i64": "i64", "i32": "i32", "i16": "i16", "i8": "i8",
@@ -17,6 +18,8 @@ _POINTERS: Final[Mapping[str, str]] = {
 """Triton's names of what lies in memory."""
 _VALUES: Final[Mapping[type[Any], str]] = {np.int32: "i32", np.int64: "i64", np.float32: "fp32"}
 _FLOATS = frozenset({"f32", "f16", "bf16"})
+_DESCRIPTOR_BYTES = 128
+"""Of a CUtensorMap (CUDA driver API)."""
 ALIGNMENT = 16
 """Bytes of the widest load of a thread."""
 
@@ -55,6 +58,14 @@ def launch(function: str, grid: tuple[int, ...], arguments: Mapping[str, Argumen
             raise BackendUnavailable(f"{function}: the argument {name!r} is a {type(given).__name__}.")
     spec = Specialisation(function, tuple(types), tuple(constants), warps, stages)
     return Launch(spec.name, grid, 32 * warps, tuple(args), spec)
+
+
+def with_descriptors(made: Launch, count: int, site: GpuSite) -> Launch:
+    """The launch with room for `count` tensor descriptors (tl.make_tensor_descriptor) that each block makes."""
+    assert isinstance(made.source, Specialisation)
+    nbytes = count * _DESCRIPTOR_BYTES
+    scratch = site.scratch(nbytes * math.prod(made.grid))
+    return replace(made, source=replace(made.source, scratch_bytes=nbytes), scratch=scratch)
 
 
 def _pointer(given: Buffer | Pointer) -> str:

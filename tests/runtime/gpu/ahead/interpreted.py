@@ -38,6 +38,7 @@ class Job:
     tensors: Mapping[str, torch.Tensor]
     outputs: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
     sm_count: int = 4
+    arch: str = "sm_90"
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,8 @@ class _Guarded:
 class _Site:
     """What a rule asks for, in host memory."""
 
-    def __init__(self, sm_count: int) -> None:
-        self.sm_count = sm_count
+    def __init__(self, sm_count: int, arch: str) -> None:
+        self.sm_count, self.arch = sm_count, arch
         self.kept: list[_Guarded] = []
         self.word = torch.zeros(1, dtype=torch.int64)
 
@@ -134,7 +135,7 @@ def _run(job: Job) -> Done:
         memory[name] = _Guarded(shape, dtype)
     buffers = {n: Buffer(m.tensor.data_ptr(), tuple(m.tensor.shape), names[m.tensor.dtype]) for n, m in memory.items()}
     ins, outs = seen(job.op, [buffers[n] for n in job.op.inputs]), [buffers[n] for n in job.op.outputs]
-    kind, site = AHEAD_KINDS[job.op.kind], _Site(job.sm_count)
+    kind, site = AHEAD_KINDS[job.op.kind], _Site(job.sm_count, job.arch)
     assert kind.takes(job.op, ins, outs), f"{job.op.kind} is not taken"
     grids = []
     for made in kind.launches(job.op, ins, outs, site):

@@ -106,6 +106,7 @@ def test_every_part_of_a_specialisation_counts(folder: Path) -> None:
     others = [
         replace(spec, warps=4),
         replace(spec, stages=2),
+        replace(spec, scratch_bytes=128),
         replace(spec, constants=(("N", 32),)),
         replace(spec, types=(("x", "*bf16:16"), *spec.types[1:])),
         replace(spec, function=f"{SAMPLES}:broken"),
@@ -142,6 +143,8 @@ def test_arguments_that_do_not_fit_are_refused(folder: Path) -> None:
             check_arguments(spec, cubin, wrong)
     with pytest.raises(BackendUnavailable, match="2 warps"):
         check_arguments(replace(spec, warps=4), cubin, made.args)
+    with pytest.raises(BackendUnavailable, match="needs 256 bytes of scratch a block; the launch gives 128"):
+        check_arguments(replace(spec, scratch_bytes=128), replace(cubin, scratch_bytes=256), made.args)
 
 
 # ----------------------------------------------------------------------------------------------- choosing
@@ -169,15 +172,15 @@ def op(monkeypatch: pytest.MonkeyPatch) -> Op:
 
 
 def test_triton_runs_where_it_can(folder: Path, op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
-    site, sides = kinds.DrySite(132), ([X, X], [OUT])
-    assert made_by(launches(op, *sides, site, "sm_90")) == "Triton"
-    assert made_by(launches(op, *sides, site)) == "cuda/kernels"
+    site, sides = kinds.DrySite(132, "sm_90"), ([X, X], [OUT])
+    assert made_by(launches(op, *sides, site)) == "Triton"
+    assert made_by(launches(op, *sides, kinds.DrySite(132, ""))) == "cuda/kernels"
     short = [replace(b, dtype="bf16") for b in (X, X, OUT)]
-    assert made_by(launches(op, short[:2], short[2:], site, "sm_90")) == "cuda/kernels", "not taken"
-    obtain(kinds.specialisations(op, *sides, 132)[0], "sm_90")
+    assert made_by(launches(op, short[:2], short[2:], site)) == "cuda/kernels", "not taken"
+    obtain(kinds.specialisations(op, *sides, site)[0], "sm_90")
     without_triton(monkeypatch)
-    assert made_by(launches(op, *sides, site, "sm_90")) == "Triton", "a cubin is kept"
-    assert made_by(launches(op, *sides, site, "sm_80")) == "cuda/kernels", "none is, for this one"
+    assert made_by(launches(op, *sides, site)) == "Triton", "a cubin is kept"
+    assert made_by(launches(op, *sides, kinds.DrySite(132, "sm_80"))) == "cuda/kernels", "none is, for this one"
 
 
 @pytest.mark.parametrize(
@@ -186,15 +189,15 @@ def test_triton_runs_where_it_can(folder: Path, op: Op, monkeypatch: pytest.Monk
         (Capability("NVIDIA H200", 13000, 132, (9, 0), True), "sm_90"),
         (Capability("NVIDIA A100", 13000, 108, (8, 0), True), "sm_80"),
         (Capability("NVIDIA B200", 13010, 148, (10, 0), True, True), "sm_100"),
-        (Capability("Tesla T4", 13000, 40, (7, 5), True), None),
-        (Capability("taskgraph virtual h100_sxm", 13050, 132, (9, 0), True, True, "h100_sxm"), None),
+        (Capability("Tesla T4", 13000, 40, (7, 5), True), ""),
+        (Capability("taskgraph virtual h100_sxm", 13050, 132, (9, 0), True, True, "h100_sxm"), ""),
     ],
 )
-def test_the_device_decides(capability: Capability, arch: str | None) -> None:
+def test_the_device_decides(capability: Capability, arch: str) -> None:
     gpu = Gpu(capability, None)
     assert gpu.ahead("add") == arch
     gpu.left_out["add"] = "differs"
-    assert gpu.ahead("add") is None and gpu.ahead("rmsnorm") == arch
+    assert gpu.ahead("add") == "" and gpu.ahead("rmsnorm") == arch
 
 
 def test_what_is_sent(folder: Path, op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +205,7 @@ def test_what_is_sent(folder: Path, op: Op, monkeypatch: pytest.MonkeyPatch) -> 
     sent: list[tuple[Any, ...]] = []
     monkeypatch.setattr(driver, "launch_kernel", lambda *given: sent.append(given))
     gpu = Gpu(Capability("NVIDIA H200", 13000, 132, (9, 0), True), None)
-    (made,) = launches(op, [X, X], [OUT], kinds.DrySite(132), gpu.ahead("add"))
+    (made,) = launches(op, [X, X], [OUT], kinds.DrySite(132, gpu.ahead("add")))
     assert isinstance(made, kinds.Launch)
     cubin = replace(obtain(spec_of(made), "sm_90"), shared_bytes=100_000)
     gpu._cubins[spec_of(made)] = "kernel", cubin
