@@ -159,7 +159,13 @@ def co_running(device: Device) -> CoRunning:
 
 def _thrift(kernels: _Kernels, peak: float, device: Device) -> np.ndarray:
     """(kernels,) what a FLOP costs against one in bf16: half, in a type of twice the rate."""
-    return np.array([min(1.0, peak / device.rate(kernel.dtype)) for kernel in kernels.each])
+    return np.minimum(1.0, peak / _rates(kernels, device))
+
+
+def _rates(kernels: _Kernels, device: Device) -> np.ndarray:
+    """(kernels,) FLOP/s of the whole device in the type of each."""
+    rate = {dtype: device.rate(dtype) for dtype in {kernel.dtype for kernel in kernels.each}}
+    return np.array([rate[kernel.dtype] for kernel in kernels.each])
 
 
 def _at_clocks(seconds: np.ndarray, energy: np.ndarray, together: CoRunning) -> np.ndarray:
@@ -265,7 +271,7 @@ def _shapes(kernels: _Kernels, members: Sequence[int]) -> np.ndarray:
 def _by_roofline(
     kernels: _Kernels, device: Device, useful: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
-    rates = np.array([device.rate(dtype) for _, dtype, _ in kernels.each])
+    rates = _rates(kernels, device)
     cap = np.full(len(useful), device.hbm_bytes_per_s)
     seconds, share = roofline(kernels.works, rates, cap, device, useful)
     return seconds, share * useful, np.full(len(useful), UNFITTED_BAND), ["roofline"] * len(useful)

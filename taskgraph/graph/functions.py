@@ -49,9 +49,12 @@ class Splittable:
 
 
 class FunctionName(str):
-    """The name of a registered function, which lives as long as the name. A copy in another process is a plain str."""
+    """The name of a registered function, which lives as long as the name. A copy in another process is a plain str.
+
+    `fits` are the numbers of tensors that it is known to take: many ops have one function."""
 
     function: Function
+    fits: set[int]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (str, (str(self),))
@@ -79,8 +82,11 @@ def register_function(function: Function) -> str:
 
     GraphError for what is no function that fills its outputs: not callable, a coroutine or a generator function.
     """
-    _need_plain(function)
     identity = _identity(function)
+    known = _BY_IDENTITY.get(identity)
+    if known is not None:
+        return known
+    _need_plain(function)
     with _GUARD:
         _return_numbers()
         known = _BY_IDENTITY.get(identity)
@@ -89,7 +95,7 @@ def register_function(function: Function) -> str:
         stem = _stem(function)
         number = _next_number(stem)
         name = FunctionName(stem if number == 1 else f"{stem}#{number}")
-        name.function = function
+        name.function, name.fits = function, set()
         finalize(name, _GONE.append, (stem, number)).atexit = False
         _NAMES[str(name)] = _BY_IDENTITY[identity] = name
         return name
@@ -166,6 +172,9 @@ def find_function(key: str) -> Function:
 
 def check_arity(name: str, function: Function, arguments: int) -> None:
     """GraphError unless `function` takes that many tensors, and no more than `stream` beside them."""
+    known = _BY_IDENTITY.get(_identity(function))
+    if known is not None and arguments in known.fits:
+        return
     try:
         signature = inspect.signature(function)
     except (ValueError, TypeError):  # a builtin that tells nothing
@@ -178,3 +187,5 @@ def check_arity(name: str, function: Function, arguments: int) -> None:
             f"op {name!r}: its function is called with {arguments} tensors, inputs then outputs, but takes {signature} "
             f"({error})."
         ) from error
+    if known is not None:
+        known.fits.add(arguments)

@@ -284,7 +284,8 @@ class GraphBuilder:
         self._ops: list[Op] = []
         self._names: set[str] = set()
         self._counts: dict[str, int] = {}
-        self._outputs: list[str] = []
+        self._outputs: dict[str, None] = {}
+        """In order of declaration."""
         self._loop: Loop | None = None
         self._repeat: Repeat | None = None
         self._prefix = ""
@@ -401,8 +402,7 @@ class GraphBuilder:
         for value in values:
             if not isinstance(value, Value):
                 raise GraphError(f"output() takes the values that ops return; got {shown(value)}.")
-            if self._own(value, "output()").whole("an output").name not in self._outputs:
-                self._outputs.append(value.name)
+            self._outputs[self._own(value, "output()").whole("an output").name] = None
 
     def build(self) -> Graph:
         """The frozen graph, ops in topological order; GraphError if anything is wrong."""

@@ -21,6 +21,8 @@ from taskgraph.graph.op import Op
 
 _USES: Callable[[int], int] = torch._C._storage_Use_Count
 """How many tensors share a storage, which its address names."""
+_VERSION: Callable[[torch.Tensor], int] = torch.Tensor._version.__get__  # type: ignore[attr-defined]
+_ADDRESS: Callable[[torch.Tensor], int] = torch.Tensor.data_ptr
 Function = Callable[..., Any]
 Tensors = Sequence[torch.Tensor]
 
@@ -50,25 +52,28 @@ def bound(op: Op, functions: Mapping[str, Function], ins: Tensors, outs: Tensors
     check_arity(op.name, function, len(ins) + len(outs))
     names = (*op.inputs, *op.outputs)
     kept = [i < len(ins) and name not in op.writes for i, name in enumerate(names)]
-    made: list[_Look] = []
+    look: _Look | None = None
 
     def run() -> None:
-        look = made[0] if made else _Look([own(t) for t in (*ins, *outs)], kept)
-        made[:] = [look]
-        before = look.references() if look.unsure else look.usual
+        nonlocal look
+        if look is None:
+            look = _Look([own(t) for t in (*ins, *outs)], kept)
+        before = look.usual or look.references()
         try:
             result = function(*look.tensors)
         except BaseException:
-            made.clear()  # its traceback holds the tensors: the next call gets others
+            look = None  # its traceback holds the tensors: the next call gets others
             raise
         if result is not None:
             refuse_result(op.name, result, look.tensors[len(ins) :])
             result = None
-        if look.same() and not any(map(operator.gt, look.references(), before)):
-            look.usual, look.unsure = before, False
-            return
-        made.clear()
-        fault = look.fault(names, before)
+        if look.same():
+            now = look.references()
+            if now == before or not any(map(operator.gt, now, before)):
+                look.usual = before
+                return
+        seen, look = look, None
+        fault = seen.fault(names, before)
         if fault:
             raise ExecutionError(f"op {op.name!r} {fault}", op=op.name)
 
@@ -76,21 +81,22 @@ def bound(op: Op, functions: Mapping[str, Function], ins: Tensors, outs: Tensors
 
 
 class _Look:
-    """The tensors of one custom op and what must be true of them after a call."""
+    """The tensors of one custom op and what must be true of them after a call.
+
+    A look costs as much as many a small op, so it begins with what is quickly asked: whatever torch does to a tensor in
+    place, its data, its shape or its storage, counts in its version. `usual` are the references that others never had
+    more of, once a call has shown them.
+    """
 
     def __init__(self, tensors: list[torch.Tensor], kept: Sequence[bool]) -> None:
         self.tensors, self._kept = tensors, kept
-        self._reading = [t for t, keep in zip(tensors, kept, strict=True) if keep]
-        self._places, self._versions = self._where(), self._changes()
+        self._places, self._addresses = self._where(), [*map(_ADDRESS, tensors)]
+        self._versions = [*map(_VERSION, tensors)]
         self._storages = [t.untyped_storage()._cdata for t in tensors]
         self.usual: list[int] = []
-        self.unsure = True
 
     def _where(self) -> list[Any]:
         return [(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in self.tensors]
-
-    def _changes(self) -> list[int]:
-        return [t._version for t in self._reading]
 
     def references(self) -> list[int]:
         """How often each tensor is referred to, and each one's memory: by views and by NumPy arrays too."""
@@ -98,14 +104,28 @@ class _Look:
 
     def same(self) -> bool:
         """Whether all tensors are where they were, and torch changed none that is only read."""
-        return self._where() == self._places and self._changes() == self._versions
+        if [*map(_ADDRESS, self.tensors)] != self._addresses:
+            return False
+        versions = [*map(_VERSION, self.tensors)]
+        if versions != self._versions:
+            if self._where() != self._places or any(map(self._wrote, versions, self._versions, self._kept)):
+                return False
+            self._versions = versions
+        return True
+
+    @staticmethod
+    def _wrote(now: int, before: int, kept: bool) -> bool:
+        """Whether torch changed a tensor that is only read."""
+        return kept and now != before
 
     def fault(self, names: Sequence[str], before: Sequence[int]) -> str:
         """What is wrong, for people; empty where only a reference cycle held a tensor for a moment."""
         return self._changed(names) or self._held(names, before)
 
     def _changed(self, names: Sequence[str]) -> str:
-        for name, t, place, keep in zip(names, self.tensors, self._places, self._kept, strict=True):
+        for name, t, place, before, keep in zip(
+            names, self.tensors, self._places, self._versions, self._kept, strict=True
+        ):
             if (t.shape, t.stride(), t.dtype) != place[1:]:
                 return (
                     f"changed {name!r} from {list(place[1])} to {list(t.shape)}: buffers have a fixed size. Fill the "
@@ -113,7 +133,7 @@ class _Look:
                 )
             if t.data_ptr() != place[0]:
                 return f"put another tensor in place of {name!r}; fill the one that is given: out.copy_(result)."
-            if keep and t._version != self._versions[[x is t for x in self._reading].index(True)]:
+            if self._wrote(t._version, before, keep):
                 return (
                     f"wrote to its input {name!r}, which other ops may read at that moment; write to an output, or "
                     "make it a state and give it as STATE.written()."

@@ -2,6 +2,7 @@
 slices, it knows alone."""
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import astuple
 from itertools import pairwise
@@ -282,35 +283,40 @@ def _no_alias_in_arena(plan: Plan, graph: Graph) -> None:
             if name in wanted:
                 users[name][step.lane] = i
     # Claim bytes in step order. A claim replaces older claims on the same bytes, and each of those must have ended.
-    claims: list[tuple[int, int, str]] = []
-    by_range: dict[tuple[int, int], str] = {}
-    ranges = sorted({(slot.offset, slot.nbytes) for slot in plan.arena})
-    exact = all(low + nbytes <= high for (low, nbytes), (high, _) in pairwise(ranges))
+    claims = Claims()
     for name in sorted(wanted, key=lambda n: producer[n]):
         slot = slots[name]
-        if exact:
-            old = by_range.get((slot.offset, slot.nbytes))
-            by_range[slot.offset, slot.nbytes] = name
-            rivals = [old] if old is not None else []
-        else:
-            end = slot.offset + slot.nbytes
-            rivals = [other for low, high, other in claims if low < end and slot.offset < high]
-            claims = _without(claims, slot.offset, end)
-            claims.append((slot.offset, end, name))
-        for other in rivals:
-            if any(known[producer[name], lane] < last for lane, last in users[other].items()):
+        ended = known[producer[name]].tolist()
+        for other in claims.take(slot.offset, slot.offset + slot.nbytes, name):
+            if any(ended[lane] < last for lane, last in users[other].items()):
                 raise PlanError(f"tensors {other!r} and {name!r} share arena bytes while both are alive.")
 
 
-def _without(claims: list[tuple[int, int, str]], start: int, end: int) -> list[tuple[int, int, str]]:
-    """`claims` less the bytes [start, end)."""
-    left: list[tuple[int, int, str]] = []
-    for low, high, name in claims:
-        if low < start:
-            left.append((low, min(high, start), name))
-        if high > end:
-            left.append((max(low, end), high, name))
-    return left
+class Claims:
+    """Who has each byte: pieces that do not overlap, by where they begin. A claim costs what it replaces, and looking
+    for that is a bisection, whatever the number of claims."""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._pieces: dict[int, tuple[int, str]] = {}
+        """Start of a piece -> (its end, who has it)."""
+
+    def take(self, start: int, end: int, name: str) -> list[str]:
+        """Claim the bytes [start, end) for `name`; who had any of them."""
+        starts, pieces = self._starts, self._pieces
+        first, last = bisect_left(starts, start), bisect_left(starts, end)
+        if first and pieces[starts[first - 1]][0] > start:
+            first -= 1
+        taken = [(low, *pieces.pop(low)) for low in starts[first:last]]
+        made = [(start, end, name)]
+        for low, high, other in taken:
+            if low < start:
+                made.append((low, start, other))
+            if high > end:
+                made.append((end, high, other))
+        starts[first:last] = sorted(low for low, _, _ in made)
+        pieces.update((low, (high, who)) for low, high, who in made)
+        return [other for _, _, other in taken]
 
 
 def _fits_memory(plan: Plan, graph: Graph) -> None:
