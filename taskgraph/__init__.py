@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from taskgraph.schedule.plan import Bounds, Lane, Period, Plan, Span, Step, Timeline, Verdict
     from taskgraph.schedule.planner import plan
     from taskgraph.schedule.sliced import verify
-    from taskgraph.tune.autotune import Tuned, autotune
+    from taskgraph.tune.autotune import Tuned, autotune, costs_known
     from taskgraph.tune.known import KnownPlans
 
 __version__ = "0.1.0"
@@ -84,7 +84,7 @@ _HOME = {
     "taskgraph.runtime.backend": "compile",
     "taskgraph.runtime.bank": "GraphBank",
     "taskgraph.runtime.executable": "Executable",
-    "taskgraph.tune.autotune": "Tuned autotune",
+    "taskgraph.tune.autotune": "Tuned autotune costs_known",
     "taskgraph.tune.known": "KnownPlans",
     "taskgraph.observe.explain": "explain",
     "taskgraph.observe.report": "write_report",

@@ -40,6 +40,14 @@ def test_demand_from_friendly_units() -> None:
     made = demand(sm=(2, 8), pcie="20GB/s", workspace="32MiB")
     assert made == Demand(sm=(2, 8), pcie_bytes_per_s=20e9, workspace_bytes=32 << 20)
     assert demand(sm=4).sm == (4, 4)
+    assert demand(efficiency=0.25) == Demand(efficiency=0.25)
+
+
+def test_a_demand_that_says_no_efficiency_is_written_as_before_there_was_one() -> None:
+    """Fingerprints of graphs, and so plans, hold what `repr` says."""
+    rates = "hbm_bytes_per_s=None, pcie_bytes_per_s=None, link_bytes_per_s=None"
+    assert repr(Demand(sm=(1, 2))) == f"Demand(sm=(1, 2), {rates}, workspace_bytes=0, cluster_sms=1)"
+    assert repr(Demand(efficiency=0.5)).endswith("cluster_sms=1, efficiency=0.5)")
 
 
 @pytest.mark.parametrize(
@@ -52,6 +60,9 @@ def test_demand_from_friendly_units() -> None:
         {"pcie_bytes_per_s": -1.0},
         {"workspace_bytes": -1},
         {"cluster_sms": 0},
+        {"efficiency": 0.0},
+        {"efficiency": 1.5},
+        {"efficiency": float("nan")},
     ],
 )
 def test_bad_demands_are_refused(wrong: dict[str, object]) -> None:

@@ -141,6 +141,8 @@ def _table(
     for row, rates in pinned.items():
         slowest = max(n / rate for n, rate in zip(ops[row].work.vector[1:], rates, strict=True) if n and rate)
         every[row] = np.maximum(every[row], slowest)
+    slow, share = _declared_shares(ops)
+    every[slow] = np.maximum(every[slow], _at_shares(ops, tensors, device, useful[i], (slow, share)))
     rates = np.minimum(moves[i][:, None, :] / every[:, :, None], whole)
     own = np.array([device.kind != "gpu" or op.demand.sm is not None for op in ops], np.bool_)
     return OpTable(every, use, rates, band, tuple(named), sm_min, sm_max, own, energy[i], together)
@@ -213,6 +215,27 @@ def _demands(ops: Sequence[Op], device: Device) -> tuple[np.ndarray, np.ndarray,
         elif lacking:
             check_demand(op, device)
     return low, np.minimum(high, device.sm_count), pinned
+
+
+def _declared_shares(ops: Sequence[Op]) -> tuple[np.ndarray, np.ndarray]:
+    """The ops that say at which share of the device's rate their flops run, and these shares."""
+    said = [(i, op.demand.efficiency) for i, op in enumerate(ops) if op.demand.efficiency < 1.0]
+    return np.array([i for i, _ in said], np.int64), np.array([share for _, share in said])
+
+
+def _at_shares(
+    ops: Sequence[Op], tensors: Mapping[str, Tensor], device: Device, useful: np.ndarray,
+    slow: tuple[np.ndarray, np.ndarray],
+) -> np.ndarray:  # fmt: skip
+    """Seconds (slow, sizes) of the flops of these ops at their declared shares of what their `useful` SMs have."""
+    rows, share = slow
+    chosen = [ops[i] for i in rows.tolist()]
+    dtypes = [tensors[(op.outputs or op.inputs)[0]].dtype if op.outputs or op.inputs else "f32" for op in chosen]
+    rate = {dtype: device.rate(dtype) for dtype in {*dtypes}}
+    whole = np.array([op.work.flops for op in chosen]) / (share * np.array([rate[dtype] for dtype in dtypes]))
+    part = np.array([device.compute_share(s) for s in range(1, device.sm_count + 1)])
+    made: np.ndarray = whole[:, None] / part[useful[rows] - 1]
+    return made
 
 
 def _left_to(kernels: _Kernels, size: np.ndarray) -> np.ndarray:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Final
+from typing import ClassVar, Final
 
 from taskgraph.errors import DemandError, GraphError
 from taskgraph.record import integer, shown, typed
@@ -23,6 +23,7 @@ MOST_TENSOR_BYTES: Final = 1 << 48
 """No tensor is larger, so that the bytes of all tensors of a graph are an integer of 64 bits."""
 _MOST_WORKSPACE: Final = 1 << 56
 LEAST_RATE: Final = 1e-3
+LEAST_EFFICIENCY: Final = 1e-9
 MOST_WORK: Final = 1e30
 """No part of a Work is larger, and no rate smaller, so that sums and times of all ops are finite."""
 
@@ -57,14 +58,17 @@ class Work:
         return (self.flops, self.hbm_bytes, self.h2d_bytes, self.d2h_bytes, self.link_bytes)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Demand:
     """What the user pins about an op's use of the device; what is absent is derived from its Work.
 
     `sm` is the (min, max) number of SMs the op may be given; the rates cap what it draws from a
-    soft resource, in bytes/s; `cluster_sms` is the size of its thread-block clusters in SMs. DemandError for what is no
-    such number.
+    soft resource, in bytes/s; `cluster_sms` is the size of its thread-block clusters in SMs. `efficiency`, above 0 and
+    1 at most, is the share of its SMs' rate, in the dtype of its first output, at which its flops run: a formula says
+    no shorter time; a measured one wins over both. DemandError for what is no such number.
     """
+
+    _LATER: ClassVar[frozenset[str]] = frozenset({"efficiency"})
 
     sm: tuple[int, int] | None = None
     hbm_bytes_per_s: float | None = None
@@ -72,10 +76,16 @@ class Demand:
     link_bytes_per_s: float | None = None
     workspace_bytes: int = 0
     cluster_sms: int = 1
+    efficiency: float = 1.0
 
     def __post_init__(self) -> None:
         typed(self, DemandError)
         self._check()
+
+    def __repr__(self) -> str:
+        """As of a dataclass, without an efficiency of 1: fingerprints hold it, and older graphs keep theirs."""
+        said = [f.name for f in fields(self) if f.name != "efficiency" or self.efficiency != 1.0]
+        return f"Demand({', '.join(f'{name}={getattr(self, name)!r}' for name in said)})"
 
     def _check(self) -> None:
         if self.sm is not None and not 1 <= self.sm[0] <= self.sm[1]:
@@ -91,6 +101,11 @@ class Demand:
                 f"demand.workspace_bytes must be from 0 to {_MOST_WORKSPACE} and demand.cluster_sms >= 1; got "
                 f"{self.workspace_bytes} and {self.cluster_sms}."
             )
+        if not LEAST_EFFICIENCY <= self.efficiency <= 1.0:
+            raise DemandError(
+                f"demand.efficiency is a share of the device's rate, from {LEAST_EFFICIENCY:g} to 1; got "
+                f"{self.efficiency}."
+            )
 
 
 PLAIN: Final = Demand()
@@ -104,8 +119,9 @@ def demand(
     link: str | float | None = None,
     workspace: str | float = 0,
     cluster_sms: int = 1,
+    efficiency: float = 1.0,
 ) -> Demand:
-    """A Demand from friendly units: `demand(sm=(2, 8), pcie="20GB/s", workspace="32MiB")`.
+    """A Demand from friendly units: `demand(sm=(2, 8), pcie="20GB/s", workspace="32MiB", efficiency=0.3)`.
 
     DemandError for what is no such unit or number."""
     return Demand(
@@ -115,6 +131,7 @@ def demand(
         link_bytes_per_s=None if link is None else parse_rate(link),
         workspace_bytes=int(parse_bytes(workspace)),
         cluster_sms=cluster_sms,
+        efficiency=efficiency,
     )
 
 

@@ -23,7 +23,7 @@ def audit(plan: Plan, graph: Graph, costs: Costs = op_table) -> None:
     """PlanError, with both numbers, where `plan` says another time, bound, error band or sequential time than `costs`
     give; after `verify`, without its rule on memory.
 
-    `costs` are the prices that the plan was made with; a plan by measured op times needs `runtime.tune.costs_known`. A
+    `costs` are the prices that the plan was made with; a plan by measured op times needs `taskgraph.costs_known`. A
     verdict of measured or replayed runs (autotune's) is not recomputed: those times are not the model's.
     """
     verify(plan, graph, memory=False)

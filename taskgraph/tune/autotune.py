@@ -257,12 +257,17 @@ def _predicted(plan: Plan, graph: Graph, costs: Costs) -> Plan:
     return replace(retimed(plan, graph, costs), bounds=lower_bounds(problem)).sealed()
 
 
-def costs_known(backend: str, device: Device, database: ProfileDB | str | Path | None = None) -> Costs:
-    """Prices by the op times that are measured on `backend` of this machine, as autotune plans with them."""
-    if backend == "sim":
+def costs_known(
+    backend: str = "cpu",
+    device: str | Device | None = None,
+    database: ProfileDB | str | Path | None = None,
+) -> Costs:
+    """Prices by the op times that autotune measured on `backend` here, custom ops' among them, and by formulas where it
+    measured none: what `plan` and `audit` take as `costs`."""
+    target, run_on = _target(backend, device)
+    if backend == "sim" or run_on is not None:
         return op_table
-    store = _store(database)
-    return measured_costs(Profile(store.table(here(backend, device))))
+    return measured_costs(Profile(_store(database).table(here(backend, target))))
 
 
 # --------------------------------------------------------------------------------------------- loop

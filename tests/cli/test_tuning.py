@@ -1,10 +1,12 @@
 """`taskgraph tune`: a model or a graph file, tuned; what it prints and writes."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import taskgraph as tg
 from benchmarks.schedule import layered_graph
@@ -109,3 +111,24 @@ def test_measured_prices_are_those_that_autotune_plans_with(measured: tuple[Prof
     with tg.compile(products(), tuned.plan, "sim") as simulated:
         assert simulated.timeline() == tuned.plan.timeline
     assert "measured" in tuned.plan.timeline.origin
+
+
+def wait_a_little(x: torch.Tensor, out: torch.Tensor) -> None:
+    time.sleep(2e-3)
+    out.copy_(x)
+
+
+def test_custom_ops_are_priced_by_what_autotune_measured(tmp_path: Path) -> None:
+    """Their declared work says nothing of a sleep; `plan` takes the measured times as `costs`."""
+    b = tg.GraphBuilder("sleeps")
+    x = b.input("x", (16,), "f32")
+    for name in "ab":
+        made = [tg.spec(f"y.{name}", (16,), "f32")]
+        b.output(b.call(wait_a_little, [x], made, work=tg.Work(flops=16.0), demand=tg.demand(sm=(1, 1)), name=name))
+    graph = b.build()
+    tg.autotune(graph, "cpu", 5.0, database=tmp_path / "profiles.sqlite3")
+    known = tg.costs_known("cpu", database=tmp_path / "profiles.sqlite3")
+    by_formula, by_time = tg.plan(graph, "cpu", "sequential"), tg.plan(graph, "cpu", "sequential", costs=known)
+    assert by_formula.makespan_s < 1e-3 and by_time.makespan_s >= 4e-3
+    assert "measured" in by_time.timeline.origin
+    tg.audit(by_time, graph, costs=known)

@@ -296,3 +296,39 @@ def test_batched_products_run_at_the_rate_of_tensor_cores() -> None:
     seconds = tg.plan(graph, "h100_sxm", "sequential").timeline.spans[0].end_s
     published = 2.0 * 64 * 512**3 / H100.rate("bf16")
     assert published < seconds < 4 * published
+
+
+def fill(*tensors: object) -> None:
+    """A custom op that only has a name."""
+
+
+def one_call(demand: tg.Demand, flops: float = 1e12, hbm_bytes: float = 1e3, dtype: str = "f32") -> Graph:
+    b = tg.GraphBuilder("one")
+    x = b.input("x", (8,), dtype)
+    work = tg.Work(flops=flops, hbm_bytes=hbm_bytes)
+    b.output(b.call(fill, [x], [tg.spec("y", (8,), dtype)], work=work, demand=demand, name="fill"))
+    return b.build()
+
+
+@given(
+    devices(), st.floats(1e-3, 1.0), st.floats(1e3, 1e15), st.floats(1e3, 1e12), st.sampled_from(["f32", "bf16", "f64"])
+)
+def test_a_declared_efficiency_is_the_rate_of_the_flops_and_shortens_nothing(
+    device: Device, share: float, flops: float, hbm_bytes: float, dtype: str
+) -> None:
+    sizes = list(device.partition_sizes())
+    plain, slow = (
+        op_table(one_call(demand, flops, hbm_bytes, dtype), device, sizes)
+        for demand in (tg.Demand(), tg.Demand(efficiency=share))
+    )
+    rate = np.array([share * device.rate(dtype) * device.compute_share(s) for s in sizes])
+    by_share = flops / rate if share < 1.0 else np.zeros(len(sizes))
+    np.testing.assert_allclose(slow.seconds[0], np.maximum(plain.seconds[0], by_share), rtol=1e-12)
+    assert (slow.rates <= plain.rates * (1 + 1e-12)).all() and (slow.sm_use == plain.sm_use).all()
+
+
+def test_a_graph_with_an_efficiency_is_read_back_and_one_of_an_older_file_has_none() -> None:
+    graph = one_call(tg.demand(sm=(1, 1), efficiency=0.25))
+    text = graph.to_json()
+    assert tg.Graph.from_json(text) == graph and '"efficiency": 0.25' in text
+    assert tg.Graph.from_json(text.replace('"efficiency": 0.25, ', "")).ops[0].demand == tg.demand(sm=(1, 1))
