@@ -8,14 +8,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from taskgraph.embed.dynamo import FallbackWarning, Options
+    from taskgraph.embed.border import FallbackWarning
+    from taskgraph.embed.dynamo import Options
     from taskgraph.embed.entry import backend
     from taskgraph.embed.importer import Imported, from_torch
     from taskgraph.embed.named_attention import register_attention
     from taskgraph.embed.report import Report, report
 
 _WHERE = {
-    "FallbackWarning": "dynamo",
+    "FallbackWarning": "border",
     "Imported": "importer",
     "Options": "dynamo",
     "Report": "report",
@@ -31,6 +32,8 @@ __all__ = ["FallbackWarning", "Imported", "Options", "Report", "backend", "from_
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'taskgraph.embed' has no attribute {name!r}")
-    value = getattr(import_module(f"taskgraph.embed.{_WHERE[name]}"), name)
-    globals()[name] = value
-    return value
+    home = import_module(f"taskgraph.embed.{_WHERE[name]}")
+    for each, where in _WHERE.items():  # all of that home: one has the name of its module, which importing it has set
+        if where == _WHERE[name]:
+            globals()[each] = getattr(home, each)
+    return globals()[name]

@@ -1,4 +1,4 @@
-"""taskgraph as a backend of torch.compile: one captured plan a shape, torch itself where that is better or needed.
+"""taskgraph as a backend of torch.compile: one captured plan a shape or bucket, torch itself where better or needed.
 
     torch.compile(module, backend="taskgraph", options={"scheduler": "auto"})
 
@@ -8,21 +8,23 @@ plan is compared with eager torch over its first calls, all of which are real on
 
 import threading
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final
 from weakref import WeakSet, ref
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch._subclasses.fake_tensor import FakeTensor
 
-from taskgraph.embed.capture import Captured
-from taskgraph.embed.flow import Source, Unsupported, faked, flow_of
+from taskgraph.embed.border import owner_now, refusal, to_aten, warn
+from taskgraph.embed.capture import Captured, Padded, Padding
+from taskgraph.embed.flow import Flow, Source, flow_of
 from taskgraph.embed.lower import lower
+from taskgraph.embed.padding import rows_of_results
+from taskgraph.embed.padding_rules import Rows, Unpadded
 from taskgraph.embed.patterns import recognise
+from taskgraph.embed.sizes import Symbol, Symbols, bucket_of, proportional
 from taskgraph.errors import PlanError, TaskgraphError
 from taskgraph.record import shown
 
@@ -30,11 +32,10 @@ TRIAL_CALLS: Final = 4
 """Calls by each way before a verdict; the fastest of each counts."""
 LEAST_GAIN: Final = 0.98
 """A plan is given up where eager torch takes less than this share of its time."""
+MOST_TURNS: Final = 4
+"""A graph is captured for so many times `most_plans` shapes, then no more: sizes that come round in turns would have
+each other's plans made anew forever."""
 _WAYS: Final = ("measured", "plan", "eager")
-
-
-class FallbackWarning(UserWarning):
-    """A part of a module runs as torch runs it; the message says which and why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +43,8 @@ class Options:
     """What `torch.compile(options=...)` may say.
 
     `scheduler` as for `tg.plan`. `verdict`: "measured" compares each plan with eager torch over its first calls and
-    keeps the faster, "plan" keeps the plan, "eager" runs torch alone. `most_plans` shapes are planned, others run as
-    torch runs them. `quiet`: no warning about what runs as torch runs it.
+    keeps the faster, "plan" keeps the plan, "eager" runs torch alone. At most `most_plans` shapes have a plan at a
+    time. `quiet`: no warning about what runs as torch runs it.
     """
 
     scheduler: str = "sequential"
@@ -75,34 +76,13 @@ def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Any =
     if mode is not None:
         raise PlanError(f"the backend taskgraph has no mode {shown(mode)}; leave it out.")
     made = Options.of(options)
-    reason = _refusal(example_inputs)
+    reason = refusal(example_inputs)
     if reason:
-        _warn(reason, made)
-        made = Options(made.scheduler, "eager", made.most_plans, made.quiet)
+        warn(reason, made.quiet)
+        made = replace(made, verdict="eager")
     compiled = Compiled(gm, example_inputs, made, reason or "as asked")
     ALL.add(compiled)
     return compiled.call
-
-
-def _refusal(given: Sequence[Any]) -> str:
-    """Why the graph is left to torch as a whole; empty if it is not."""
-    tensors = [t for t in given if isinstance(t, torch.Tensor)]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return (
-            "the graph is for training: gradients are enabled and some of its tensors require them. Call the module "
-            "under torch.no_grad() or torch.inference_mode() for inference"
-        )
-    devices = {t.device.type for t in tensors}
-    if devices - {"cpu"}:
-        return f"the graph's tensors are on {', '.join(sorted(devices))}, and plans of torch graphs run on the CPU"
-    if torch.is_autocast_enabled("cpu"):
-        return "autocast is on; convert the module to the type that you want instead"
-    return ""
-
-
-def _warn(reason: str, options: Options) -> None:
-    if not options.quiet:
-        warnings.warn(f"taskgraph runs a graph as torch runs it: {reason}.", FallbackWarning, stacklevel=2)
 
 
 @dataclass(slots=True)
@@ -119,6 +99,8 @@ class Variant:
     rival: Captured | None = None
     """The plan that `captured` was better than, or is to be compared with: on all cores, where that is on one."""
     rival_s: list[float] = field(default_factory=list)
+    waits: bool = False
+    """Whether it has no plan for want of room, and may have one when it comes again."""
 
 
 class Compiled:
@@ -133,9 +115,16 @@ class Compiled:
             ex.data_ptr() for ex, static in zip(examples, self._static, strict=True) if static and _is_real(ex)
         )
         """Where the weights are that it uses."""
+        self.owner = owner_now()
+        """Whose graph it is, if that is known: of one without weights."""
         self._weights = [ref(ex) for ex, static in zip(examples, self._static, strict=True) if static and _is_real(ex)]
-        self._symbolic = any(isinstance(ex, torch.SymInt) or _symbols(ex) for ex in examples)
+        self.symbols = Symbols(gm, examples)
+        self.unpadded: dict[str, str] = {s.name: self._fixed(s) for s in self.symbols.all if self._fixed(s)}
+        """Of sizes that are not padded to buckets, why not."""
         self.variants: dict[Any, Variant] = {}
+        """By sizes, the least recently used first."""
+        self.captures = 0
+        """How many shapes were captured, those whose plans are gone too."""
         self._lock = threading.Lock()
         self._only: Variant | None = None
         self.call: Callable[..., Any] = self.eager if options.verdict == "eager" else self._call
@@ -146,8 +135,14 @@ class Compiled:
         return bool(self._weights) and all(weight() is None for weight in self._weights)
 
     def _call(self, *args: Any) -> Any:
+        """A call, by one thread at a time: a plan has one set of buffers, and trials of two threads would measure each
+        other. What torch runs itself is outside of the lock."""
+        only = self._only
+        if only is not None and only.captured is None:
+            only.calls += 1
+            return self.eager(*args)
         with self._lock:
-            variant = self._only if self._only is not None else self._variant(args)
+            variant = only if only is not None else self._variant(args)
             captured = variant.captured
             if variant.decided and captured is not None:
                 variant.calls += 1
@@ -160,37 +155,120 @@ class Compiled:
             variant.calls += 1
         return self.eager(*args)
 
+    # -- variants --------------------------------------------------------------------------------
+
     def _variant(self, args: tuple[Any, ...]) -> Variant:
-        key = tuple(tuple(a.shape) if isinstance(a, torch.Tensor) else a for a in args) if self._symbolic else ()
-        variant = self.variants.get(key)
+        if not self.symbols.changing:
+            self._only = self.variants[()] = self._new((), args)
+            return self._only
+        return self._kept(self._key(args), args)
+
+    def _kept(self, key: Any, args: tuple[Any, ...]) -> Variant:
+        """The variant of a key, made if there is none; it is now the last that was used."""
+        variant = self.variants.pop(key, None)
         if variant is None:
-            variant = self.variants[key] = self._new(args)
-        if not self._symbolic:
-            self._only = variant
+            variant = self._new(key, args)
+            key = self._key(args)  # which a proof that failed has changed
+            variant = self.variants.pop(key, variant)
+        elif variant.waits and variant.captured is None:
+            variant = self._again(variant, key, args)
+        self.variants[key] = variant
         return variant
 
-    def _new(self, args: tuple[Any, ...]) -> Variant:
-        if len(self.variants) >= self._options.most_plans:
-            reason = f"it was called with more than {self._options.most_plans} shapes (option 'most_plans')"
-            _warn(reason, self._options)
-            return Variant(None, reason, decided=True)
+    def _key(self, args: Sequence[Any]) -> Any:
+        """What calls share a plan by: sizes, those that are padded as buckets."""
+        sizes = self.symbols.of(args)
+        padded = [
+            size if s.name in self.unpadded else bucket_of(size)
+            for s, size in zip(self.symbols.all, sizes, strict=False)
+        ]
+        return (*padded, *sizes[len(padded) :])
+
+    def _new(self, key: Any, args: tuple[Any, ...]) -> Variant:
+        """A shape's first call: it gets a plan while there is room. Where there is none it waits for its next call, as
+        a shape that comes once is not worth one."""
+        plans = [v for v in self.variants.values() if v.captured is not None]
+        if len(plans) >= self._options.most_plans:
+            return self._full()
+        return self._made(key, args)
+
+    def _full(self) -> Variant:
+        reason = (
+            f"it was called with more than {self._options.most_plans} shapes (option 'most_plans'); a shape that comes "
+            "again takes the place of the one that was used longest ago"
+        )
+        if self.captures >= MOST_TURNS * self._options.most_plans:
+            reason = f"its shapes changed too often: {self.captures} were captured"
+        warn(reason, self._options.quiet)
+        return Variant(None, reason, decided=True, waits=True)
+
+    def _again(self, variant: Variant, key: Any, args: tuple[Any, ...]) -> Variant:
+        """A plan for a shape that waits, in the place of that which was used longest ago."""
+        if self.captures >= MOST_TURNS * self._options.most_plans:
+            return variant
+        plans = [v for v in self.variants.values() if v.captured is not None]
+        if len(plans) >= self._options.most_plans:
+            self._give_up(plans[0], "its plan made room for that of another shape")
+            plans[0].waits = True
+        made = self._made(key, args)
+        made.calls = variant.calls
+        return made
+
+    def _made(self, key: Any, args: tuple[Any, ...]) -> Variant:
+        self.captures += 1
         try:
             captured = self._captured(args)
         except Exception as error:  # whatever a graph of somebody's meets here, the graph itself still runs
             known = isinstance(error, TaskgraphError)
             reason = str(error) if known else f"it cannot be imported ({type(error).__name__}: {shown(str(error))})"
-            _warn(reason.rstrip("."), self._options)
+            warn(reason.rstrip("."), self._options.quiet)
             return Variant(None, reason, decided=True)
         return Variant(captured, decided=self._options.verdict == "plan")
 
     def _captured(self, args: tuple[Any, ...]) -> Captured:
+        paddings = self._paddings(args)
+        given = self.symbols.resized(args, self._key(args))
+        flow = self._flow(given)
+        lowered = lower("torch_compile", flow, recognise(flow))
+        if paddings:
+            return Padded(lowered, args, self._options.scheduler, paddings=paddings)
+        return Captured(lowered, args, self._options.scheduler)
+
+    def _flow(self, args: Sequence[Any], *, fold: bool = True) -> Flow:
         sources = [
             Source(name, "weight" if static and isinstance(a, torch.Tensor) else "input", a)
             for name, static, a in zip(self._names, self._static, args, strict=True)
         ]
-        flow = flow_of(_to_aten(self._gm, args), sources)
-        lowered = lower("torch_compile", flow, recognise(flow))
-        return Captured(lowered, args, self._options.scheduler)
+        return flow_of(to_aten(self.symbols.fixed(self._gm, args), args), sources, fold=fold)
+
+    def _fixed(self, symbol: Symbol) -> str:
+        """Why a size cannot be padded at all; empty if it may be."""
+        if not symbol.axes:
+            return "it is no size of a tensor"
+        if any(self._static[i] for i, _ in symbol.axes):
+            return "it is a size of a tensor that is used in place"
+        return "" if proportional(self._gm, symbol.name) else "it is computed with"
+
+    def _paddings(self, args: tuple[Any, ...]) -> list[Padding]:
+        """How each size that may be padded is, after a proof that it may; what fails is `unpadded` from now on."""
+        found: list[Padding] = []
+        for place, symbol in enumerate(self.symbols.all):
+            if symbol.name in self.unpadded:
+                continue
+            try:
+                found.append(Padding(symbol.axes, tuple(self._rows(args, place))))
+            except (Unpadded, TaskgraphError) as error:
+                self.unpadded[symbol.name] = str(error)
+                return self._paddings(args)  # of the others, with this one as it is
+        return found
+
+    def _rows(self, args: tuple[Any, ...], place: int) -> list[Rows | None]:
+        key = self._key(args)
+        size: int = key[place]
+        other = size - 1 if size > 2 else size + 1  # 1 is special to torch
+        keys = (key, (*key[:place], other, *key[place + 1 :]))
+        one, two = (self._flow(self.symbols.resized(args, sizes), fold=False) for sizes in keys)
+        return rows_of_results(one, two, (size, other))
 
     # -- the verdict -----------------------------------------------------------------------------
 
@@ -198,7 +276,7 @@ class Compiled:
         """A call by one of the ways, timed: the plan, then one core alone, then eager torch."""
         if len(variant.ours_s) == TRIAL_CALLS and variant.rival is None and captured.cores > 1:
             variant.rival, variant.rival_s, variant.ours_s = captured, variant.ours_s, []
-            captured = variant.captured = Captured(captured.lowered, args, self._options.scheduler, alone=True)
+            captured = variant.captured = captured.alone(args)
         ours = len(variant.ours_s) < TRIAL_CALLS
         begin = time.perf_counter()
         made = captured.run(args) if ours else self.eager(*args)
@@ -247,21 +325,3 @@ def _is_static(node: fx.Node, example: Any) -> bool:
 
 def _is_real(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor)
-
-
-def _symbols(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and any(isinstance(n, torch.SymInt) for n in value.shape)
-
-
-def _to_aten(gm: fx.GraphModule, args: Sequence[Any]) -> fx.GraphModule:
-    """The graph at these shapes as calls of operators, composite ones whole."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    fakes = [faked(mode, a) if isinstance(a, torch.Tensor) else a for a in args]
-    try:
-        with torch.no_grad(), mode:
-            return make_fx(gm, pre_dispatch=True, tracing_mode="real")(*fakes)
-    except TaskgraphError:
-        raise
-    except Exception as error:  # whatever the module's own code and torch's tracing raise
-        text = " ".join(str(error).split())[:200]
-        raise Unsupported(f"torch cannot trace the graph ({type(error).__name__}: {text})") from error

@@ -146,12 +146,12 @@ class Flow:
 # ------------------------------------------------------------------------------------------------ tracing
 
 
-def flow_of(graph: fx.GraphModule, sources: Sequence[Source]) -> Flow:
-    """The flow of a graph of aten calls whose placeholders are `sources`.
+def flow_of(graph: fx.GraphModule, sources: Sequence[Source], *, fold: bool = True) -> Flow:
+    """The flow of a graph of aten calls whose placeholders are `sources`; unless `fold`, constants are calls too.
 
     Unsupported names what a graph cannot hold: random numbers, shapes that depend on data, calls that are no operators.
     """
-    return _Tracer(sources).run(graph)
+    return _Tracer(sources, fold).run(graph)
 
 
 def faked(mode: FakeTensorMode, value: torch.Tensor) -> torch.Tensor:
@@ -163,8 +163,9 @@ def faked(mode: FakeTensorMode, value: torch.Tensor) -> torch.Tensor:
 
 
 class _Tracer:
-    def __init__(self, sources: Sequence[Source]) -> None:
+    def __init__(self, sources: Sequence[Source], fold: bool) -> None:
         self.flow, self.mode = Flow(), FakeTensorMode(allow_non_fake_inputs=True)
+        self._folds = fold
         self._given = sources
         self._known: dict[int, int] = {}
         """Leaf by the identity of its fake."""
@@ -309,7 +310,7 @@ class _Tracer:
             else:
                 new.append(self._enter(name if single else f"{name}_{i}", fake))
         call = Call(name, target, given[0], given[1], new, changes, single)
-        if not self._fold(call, new):
+        if not self._folds or not self._fold(call, new):
             self.flow.calls.append(call)
         return made
 

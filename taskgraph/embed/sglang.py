@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import torch
 
-from taskgraph.embed.dynamo import _refusal
+from taskgraph.embed.border import refusal
 from taskgraph.embed.entry import backend
 from taskgraph.errors import BackendUnavailable
 
@@ -76,7 +76,7 @@ def _spec(made: ModuleType) -> Any:
 def reasons(model: torch.nn.Module, hf_config: Any) -> list[str]:
     """Why the loaded model cannot run by plans; empty if it can."""
     with torch.no_grad():
-        found = _refusal([*model.parameters(), *model.buffers()])
+        found = refusal([*model.parameters(), *model.buffers()])
     return [found] if found else []
 
 

@@ -20,23 +20,19 @@ from torch import fx
 from torch._ops import OpOverload, OpOverloadPacket
 
 from taskgraph.embed import dynamo
+from taskgraph.embed.border import refusal, to_aten, warn
 from taskgraph.embed.capture import Captured
 from taskgraph.embed.dynamo import Compiled, Options
 from taskgraph.embed.flow import Source, Unsupported, flow_of
 from taskgraph.embed.lower import Lowered, lower
 from taskgraph.embed.patterns import recognise
+from taskgraph.embed.sizes import bucket_of
 
 SUPPORTED: Final = ("0.32",)
 """Releases of vLLM whose graphs and operators these are; others are left to torch."""
 MOST_PLANS: Final = 64
 ATTENTION: Final = "vllm.unified_attention_with_output"
 UPDATE: Final = "vllm.unified_kv_cache_update"
-
-
-def bucket_of(tokens: int) -> int:
-    """The number of tokens of the plan that runs `tokens`: powers of two up to 8, from there four steps an octave."""
-    step = 1 << max((tokens - 1).bit_length() - 3, 0)
-    return -(-tokens // step) * step
 
 
 # ------------------------------------------------------------------------------------------- the backend
@@ -49,9 +45,9 @@ def is_vllm(gm: fx.GraphModule) -> bool:
 
 def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Any:
     """What runs a decoder of vLLM's. What cannot be planned runs as torch runs it, and a warning says why."""
-    reason = _foreign() or dynamo._refusal(example_inputs) or _strange(gm)
+    reason = _foreign() or refusal(example_inputs) or _strange(gm)
     if reason:
-        dynamo._warn(reason, options)
+        warn(reason, options.quiet)
         options = replace(options, verdict="eager")
     decoder = Decoder(gm, example_inputs, replace(options, most_plans=MOST_PLANS), reason or "as asked")
     dynamo.ALL.add(decoder)
@@ -90,7 +86,6 @@ class Decoder(Compiled):
 
     def __init__(self, gm: fx.GraphModule, examples: Sequence[Any], options: Options, reason: str) -> None:
         super().__init__(gm, examples, options, reason)
-        self._symbolic = True
         nodes = gm.graph.find_nodes(op="placeholder")
         seen = [node.meta.get("example_value", ex) for node, ex in zip(nodes, examples, strict=True)]
         self._counts = [i for i, value in enumerate(seen) if isinstance(value, torch.SymInt)]
@@ -98,12 +93,11 @@ class Decoder(Compiled):
         self._sliced = [isinstance(r, fx.Node) and _grows(r.meta.get("example_value")) for r in _results(gm)]
 
     def _variant(self, args: tuple[Any, ...]) -> dynamo.Variant:
+        return self._kept(self._key(args), args)
+
+    def _key(self, args: Sequence[Any]) -> Any:
         counts = self._tokens(args)
-        key = bucket_of(max(counts)) if len(counts) == 1 else "uneven"
-        variant = self.variants.get(key)
-        if variant is None:
-            variant = self.variants[key] = self._new(args)
-        return variant
+        return bucket_of(max(counts)) if len(counts) == 1 else "uneven"
 
     def _tokens(self, args: Sequence[Any]) -> set[int]:
         """The number of tokens by each input that has one; all are the same."""
@@ -125,7 +119,7 @@ class Decoder(Compiled):
             Source(name, "input" if i in self._moving else "weight", v)
             for i, (name, v) in enumerate(zip(self._names, given, strict=True))
         ]
-        flow = flow_of(dynamo._to_aten(gm, given), sources)
+        flow = flow_of(to_aten(gm, given), sources)
         return Bucket(lower("vllm", flow, recognise(flow)), given, self)
 
     def slices(self, made: Any, tokens: int) -> list[Any]:
