@@ -214,9 +214,17 @@ def value_calls() -> dict[str, Call]:
     device = {name: getattr(PLAN.device, name) for name in inspect.signature(tg.Device).parameters}
     op = {name: getattr(GRAPH.ops[0], name) for name in inspect.signature(tg.Op).parameters}
     work = {f"{name}": 1.0 for name in ("flops", "hbm_bytes", "h2d_bytes", "d2h_bytes", "link_bytes")}
-    pinned = {"sm": (1, 2), "cluster_sms": 1}
+    pinned = {"sm": (1, 2), "cluster_sms": 1, "efficiency": 0.5}
     rates = {"hbm_bytes_per_s": 1.0, "pcie_bytes_per_s": 1.0, "link_bytes_per_s": 1.0, "workspace_bytes": 0}
-    units = {"sm": 1, "hbm": "1GB/s", "pcie": 1e9, "link": None, "workspace": "1MiB", "cluster_sms": 1}
+    units = {
+        "sm": 1,
+        "hbm": "1GB/s",
+        "pcie": 1e9,
+        "link": None,
+        "workspace": "1MiB",
+        "cluster_sms": 1,
+        "efficiency": 0.5,
+    }
     verdict = {"choice": "packed", "packed_s": 1.0, "sequential_s": 1.0, "error_band": 0.1, "kind": "simulated"}
     tuned = {name: getattr(TUNED, name) for name in inspect.signature(tg.Tuned).parameters}
     return {
@@ -276,6 +284,7 @@ def function_calls(s: Shop) -> dict[str, Call]:
         "write_trace": (tg.write_trace, {"path": paths["trace"], "timelines": timelines, "plan": PLAN}),
         "write_report": (tg.write_report, {"path": paths["report"], "plan": PLAN, "timelines": timelines, **report}),
         "autotune": (tg.autotune, {"graph": GRAPH, **tune}),
+        "costs_known": (tg.costs_known, {"backend": "cpu", "device": "cpu", "database": s.folder / "r.sqlite3"}),
         "GraphBank": (tg.GraphBank, {"make": lambda key: sim, "budget_bytes": 1e9}),
         "KnownPlans": (tg.KnownPlans, {"files": (), "backend": "cpu", "device": None, "use_remembered": False,
                                        "say": print}),
@@ -332,6 +341,8 @@ def test_wrong_arguments_are_refused_in_one_line(name: str, tmp_path: Path, monk
 def damage(name: str, given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for argument in given:
         for value in WRONG:
+            if name == "costs_known" and argument == "database" and value is None:
+                continue  # the user's own database
             if name == "autotune" and argument in ("budget_s", "database") and value in (1.5, None):
                 continue  # that is right, and takes its time, or the user's own database
             if argument == "progress" and callable(value):
