@@ -1,15 +1,15 @@
 """The task graph of a pattern, and an executable factorisation that is replayed for new values."""
 
-from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
 
 import taskgraph as tg
 
-from .errors import MatrixError, NotPositiveDefiniteError
+from .errors import MatrixError
 from .kernels import factor_branch, factor_front, solve_factored
+from .replayed import Replayed
 from .symbolic import Symbolic, analyse, checked
 
 Array = np.ndarray
@@ -24,25 +24,25 @@ class Piece(NamedTuple):
     children: tuple[int, ...]
 
 
-def pieces(symbolic: Symbolic, grain_flops: float) -> list[Piece]:
-    """Subtrees of up to `grain_flops` whole, and above them chains of up to as much; children before parents.
+def pieces(parent: Array, cost: Array, grain: float) -> list[Piece]:
+    """Subtrees that cost up to `grain` whole, and above them chains of up to as much; children before parents.
 
-    A larger front is an op of its own.
+    `parent` i64[fronts] is a postordered forest, `cost` f64[fronts]. A front that costs more is an op of its own.
     """
-    total, size = symbolic.flops.copy(), np.ones(len(symbolic.flops), np.int64)
+    total, size = cost.copy(), np.ones(len(cost), np.int64)
     children: list[list[int]] = [[] for _ in size]
-    for s, above in enumerate(symbolic.parent.tolist()):
+    for s, above in enumerate(parent.tolist()):
         if above >= 0:
             total[above] += total[s]
             size[above] += size[s]
             children[above].append(s)
-    small = total <= grain_flops
-    above_small = np.where(symbolic.parent >= 0, small[symbolic.parent], False)
+    small = total <= grain
+    above_small = np.where(parent >= 0, small[parent], False)
     found: list[Piece] = []
     held = 0.0
     for s in np.flatnonzero(~small | ~above_small).tolist():
-        mine = float(total[s] if small[s] else symbolic.flops[s])
-        if found and children[s] == [found[-1].end - 1] and held + mine <= grain_flops:
+        mine = float(total[s] if small[s] else cost[s])
+        if found and children[s] == [found[-1].end - 1] and held + mine <= grain:
             found[-1] = found[-1]._replace(end=s + 1)
             held += mine
             continue
@@ -111,7 +111,7 @@ def declare(symbolic: Symbolic, values: int, grain_flops: float, dense_flops: fl
     updates: dict[int, tg.Value] = {}
     outputs: list[tg.Value] = []
     below = symbolic.below
-    for piece in pieces(symbolic, grain_flops):
+    for piece in pieces(symbolic.parent, symbolic.flops, grain_flops):
         root, dense = piece.end - 1, bool(symbolic.flops[piece.begin] > max(grain_flops, dense_flops))
         guide = front_guide(symbolic, piece) if dense else branch_guide(symbolic, piece)
         place = slice(int(symbolic.panel_at[piece.begin]), int(symbolic.panel_at[piece.end]))
@@ -144,13 +144,12 @@ def default_grain(symbolic: Symbolic) -> float:
     return float(np.clip(symbolic.flops.sum() / 40, 3e5, 2e7))
 
 
-class Factor:
+class Factor(Replayed):
     """A Cholesky factorisation of one pattern, captured on the cpu backend. Close it, or use it in a `with`.
 
     `order` is that of elimination (see `ordering`). Subtrees of up to `grain_flops` are one op (see `default_grain`).
-    `scheduler` is what `tg.plan` takes, or "autotune", which measures plans for up to `tune_s` seconds. A front of
-    more than `grain_flops` and `dense_flops` is one op of torch's BLAS. MatrixError for a matrix that is not symmetric;
-    NotPositiveDefiniteError from `refactor`.
+    `scheduler` and `tune_s` are as in `Replayed`. A front of more than `grain_flops` and `dense_flops` is one op of
+    torch's BLAS. MatrixError for a matrix that is not symmetric; NotPositiveDefiniteError from `refactor`.
     """
 
     def __init__(
@@ -164,68 +163,27 @@ class Factor:
         dense_flops: float = DENSE_FLOPS,
     ) -> None:
         found = checked(matrix)
-        self.pattern = found
+        super().__init__(found, scheduler, tune_s)
         self.symbolic = analyse(found, order)
         grain = default_grain(self.symbolic) if grain_flops is None else grain_flops
         if not grain >= 0.0:
             raise MatrixError(f"grain_flops is {grain}; it must be 0 (every front an op) or more.")
-        self.graph, weights, panels = declare(self.symbolic, found.nnz, grain, dense_flops)
-        if scheduler == "autotune":
-            self.plan = tg.autotune(self.graph, "cpu", tune_s, tensors={"values": found.data, **weights}).plan
-        else:
-            self.plan = tg.plan(self.graph, "cpu", scheduler=scheduler)
+        graph, weights, panels = declare(self.symbolic, found.nnz, grain, dense_flops)
         self.factor = np.empty(int(self.symbolic.panel_at[-1]))
-        self.values = np.empty(found.nnz)
-        self._factored = False
-        self.executable = tg.compile(self.graph, self.plan, backend="cpu")
+        self.values = found.data.copy()
         outputs = {name: self.factor[place] for name, place in panels.items()}
-        self.executable.bind({"values": self.values, **weights, **outputs})
+        self.capture(graph, {"values": self.values, **weights}, outputs)
 
     def refactor(self, matrix: sp.sparray) -> None:
         """Replay for the values of `matrix`, which has the pattern of the first and is symmetric."""
-        found = checked(matrix)
-        same = np.array_equal(found.indptr, self.pattern.indptr) and np.array_equal(found.indices, self.pattern.indices)
-        if not same:
-            raise MatrixError("the matrix has another pattern; make a Factor of it.")
-        if not np.isfinite(found.data).all():
-            raise MatrixError("the matrix has entries that are not finite.")
-        if abs(found - found.T).max() > 1e-12 * abs(found).max():
-            raise MatrixError("the matrix is not symmetric in its values; give (A + A.T) / 2.")
-        self.values[:] = found.data
+        self.values[:] = self.taken(matrix).data
         self.replay()
-
-    def replay(self) -> None:
-        """Factorise what `values` holds: the entries in the order of the canonical CSC matrix."""
-        self._factored = False
-        try:
-            self.executable.launch()
-        except tg.ExecutionError as error:
-            if isinstance(error.__cause__, NotPositiveDefiniteError):
-                raise NotPositiveDefiniteError(f"op {error.op!r}: {error.__cause__}") from error
-            raise
-        self._factored = True
 
     def solve(self, rhs: Array) -> Array:
         """x of A x = rhs, f64[n]."""
-        if not self._factored:
-            raise MatrixError("there is no factor yet; call refactor(matrix) first.")
-        rhs = np.asarray(rhs, np.float64)
-        if rhs.shape != self.symbolic.order.shape:
-            raise MatrixError(
-                f"the right-hand side has shape {rhs.shape}; the matrix takes {self.symbolic.order.shape}."
-            )
-        inner, s = rhs[self.symbolic.order], self.symbolic
+        s = self.symbolic
+        inner = self.right_hand_side(rhs, len(s.order))[s.order]
         solve_factored(s.first, s.row_at, s.rows, s.panel_at, self.factor, inner)
         result = np.empty_like(inner)
         result[s.order] = inner
         return result
-
-    def close(self) -> None:
-        """Stop the lanes."""
-        self.executable.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()

@@ -221,12 +221,19 @@ def checked(matrix: sp.sparray) -> sp.csc_array:
     return found
 
 
-def analyse(matrix: sp.sparray, order: Array) -> Symbolic:
-    """The symbolic factorisation of a symmetric pattern in the given order of elimination (i64[n], a permutation).
+class Ordered(NamedTuple):
+    """A pattern in an order that is a postorder of its elimination tree, and the fronts of its columns."""
 
-    Multifrontal as in Duff and Reid 1983 and Liu 1992. The order is replaced by an equivalent postorder of its tree.
-    """
-    matrix = checked(matrix)
+    order: Array  # i64[n]: the unknown at every place
+    inner: sp.csc_array  # the permuted pattern; its data are places among the values of the matrix
+    tree: Array  # i64[n]: the parent of every column, or -1
+    counts: Array  # i64[n]: entries of every column of the exact factor
+    first: Array  # i64[fronts + 1]: the first column of every front
+
+
+def ordered(matrix: sp.csc_array, order: Array) -> Ordered:
+    """The pattern of a `checked` matrix in an order of elimination (i64[n], a permutation), which is replaced by an
+    equivalent postorder of its tree."""
     n = matrix.shape[0]
     order = np.asarray(order, np.int64)
     if order.shape != (n,) or not np.array_equal(np.sort(order), np.arange(n)):
@@ -243,7 +250,15 @@ def analyse(matrix: sp.sparray, order: Array) -> Symbolic:
     inner = permuted(order)
     tree = elimination_tree(inner.indptr, inner.indices)
     counts = column_counts(inner.indptr, inner.indices, tree)
-    first = supernodes(tree, counts)
+    return Ordered(order, inner, tree, counts, supernodes(tree, counts))
+
+
+def analyse(matrix: sp.sparray, order: Array) -> Symbolic:
+    """The symbolic factorisation of a symmetric pattern in the given order of elimination (i64[n], a permutation).
+
+    Multifrontal as in Duff and Reid 1983 and Liu 1992. The order is replaced by an equivalent postorder of its tree.
+    """
+    order, inner, _, counts, first = ordered(checked(matrix), order)
     columns, below = np.diff(first), counts[first[1:] - 1] - 1
     row_at = np.concatenate([[0], np.cumsum(below)])
     rows, parent = front_rows(inner.indptr, inner.indices, first, row_at)

@@ -102,7 +102,7 @@ def test_what_is_no_spd_matrix_is_refused() -> None:
 @given(st.integers(2, 9), st.integers(2, 9), st.floats(0.0, 1e4))
 def test_every_front_is_in_one_op_and_every_child_is_within_or_before(rows: int, columns: int, grain: float) -> None:
     symbolic = analyse(poisson((rows, columns)), grid_dissection((rows, columns)))
-    found = pieces(symbolic, grain)
+    found = pieces(symbolic.parent, symbolic.flops, grain)
     op_of = {s: k for k, piece in enumerate(found) for s in range(piece.begin, piece.end)}
     assert sorted(op_of) == list(range(len(symbolic.flops)))
     assert sum(piece.end - piece.begin for piece in found) == len(op_of)
