@@ -29,8 +29,8 @@ class Captured:
         self.plan = planned(graph, scheduler, alone=alone)
         self.lowered, self.why, self.rebinds, self._scheduler = lowered, "", 0, scheduler
         self.recognised = sum(made.kind != ATEN for made in lowered.recognised)
-        self._exe: Any = tg.compile(graph, self.plan)
-        self.launch: Callable[[], Any] = self._exe.launch
+        exe: Any = tg.compile(graph, self.plan)
+        self._exe, self.launch = exe, exe.launch_here
         used = {t.name: t.role for t in graph.tensors}
         places = [(i, p) for i, p in enumerate(lowered.sources) if p is not None and p.tensor in used]
         self._bound = [(i, p) for i, p in places if used[p.tensor] != "input"]

@@ -362,6 +362,39 @@ def test_eager_is_the_same_ops_one_by_one() -> None:
         assert caught.value.op == "n0_1"
 
 
+def test_a_plan_for_one_core_runs_on_the_calling_thread() -> None:
+    seen: list[tuple[int, int]] = []
+
+    def watched(x: torch.Tensor, y: torch.Tensor) -> None:
+        seen.append((threading.get_ident(), torch.get_num_threads()))
+        if float(x.min()) < 0:
+            raise ValueError("negative")
+        torch.sqrt(x, out=y)
+
+    b = GraphBuilder("root")
+    x = b.input("x", (64,), "f32")
+    b.output(b.call(watched, [x], [spec("y", (64,), "f32")], name="root", work=ONE))
+    graph = b.build()
+    threads, given = torch.get_num_threads(), torch.rand(64)
+    with tg.compile(graph, plan(graph, specs.make(CPU, name="one core", sm_count=1), "sequential")) as exe:
+        assert isinstance(exe, CpuExecutable)
+        wanted = exe(x=given)["y"]
+        exe.outputs["y"].zero_()
+        exe.launch_here()
+        assert torch.equal(exe.outputs["y"], wanted)
+        assert seen[-1] == (threading.get_ident(), 1)
+        assert torch.get_num_threads() == threads
+        exe.bind(x=-torch.ones(64))
+        with pytest.raises(ExecutionError, match="negative") as caught:
+            exe.launch_here()
+        assert caught.value.op == "root"
+        exe.bind(x=given)
+        exe.launch_here()
+        assert torch.equal(exe.outputs["y"], wanted)
+    with pytest.raises(ExecutionError):
+        exe.launch_here()
+
+
 # ------------------------------------------------------------------------------------------- binding
 
 

@@ -21,7 +21,7 @@ from taskgraph.runtime.buffers import host_tensor
 from taskgraph.runtime.check import HostExtent
 from taskgraph.runtime.cpu import choose
 from taskgraph.runtime.cpu.kinds import TORCH_DTYPE, CpuSite, Entry
-from taskgraph.runtime.cpu.lanes import LaneThread, alone, replay
+from taskgraph.runtime.cpu.lanes import LaneThread, alone, replay, replay_here
 from taskgraph.runtime.cpu.standard import bind
 from taskgraph.runtime.distributed import check_collectives
 from taskgraph.runtime.executable import Options, from_first
@@ -60,6 +60,7 @@ class CpuExecutable(TensorExecutable[torch.Tensor]):
         for i in range(len(plan.lanes)):
             part = plan.partition(i)
             self._lanes.append(LaneThread.open(cores[part.first_sm : part.end_sm], i))
+        self._alone = len(plan.lanes) == 1 and plan.partition(0).sm_count == 1 and self._group is None
         self._left = weakref.finalize(self, LaneThread.leave, tuple(self._lanes))
         self._left.atexit = False
 
@@ -170,6 +171,22 @@ class CpuExecutable(TensorExecutable[torch.Tensor]):
         failed = replay(self._lanes, self._programs)
         if failed:
             self._raise([(error, self._names[lane][at]) for lane, at, error in failed])
+
+    def launch_here(self) -> None:
+        """As `launch`; a plan of one lane on one core runs on the calling thread: nobody is woken and waited for, and
+        the caller's pool of threads stays as it is. ExecutionError names the op that raised."""
+        if not self._alone:
+            return self.launch()
+        with self._turns.next():
+            if self._closed or self._options.check:
+                self._begin()
+                return self._replay(None)
+            if self._stale:
+                self._capture()
+            failed = replay_here(self._programs[0])
+            if failed is not None:
+                self._raise([(failed[1], self._names[0][failed[0]])])
+        return None
 
     def eager(self) -> None:
         """Run the same ops one by one on the calling thread, in the plan's order and without lanes.

@@ -8,9 +8,9 @@ Weights are packed once, for the register tile of `taskgraph.runtime.cpu.tile`.
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,7 @@ from taskgraph.runtime.cpu.tile import (
     widen,
 )
 
+T = TypeVar("T")
 _set_affinity: Any = types.ExternalFunction("sched_setaffinity", types.int32(types.int32, types.int64, types.int64))
 
 
@@ -82,6 +83,21 @@ def use_threads(count: int) -> None:
     OPENMP.omp_set_num_threads(count)
     if _mkl_threads is not None:
         _mkl_threads(count)
+
+
+def on_one_thread(run: Callable[[], T]) -> T:
+    """`run`, with torch's ops of the calling thread on one thread; afterwards it has as many as before."""
+    count = torch.get_num_threads()
+    if count == 1:
+        return run()
+    OPENMP.omp_set_num_threads(1)
+    local = 0 if _mkl_threads is None else _mkl_threads(1)  # 0: it had no number of its own
+    try:
+        return run()
+    finally:
+        OPENMP.omp_set_num_threads(count)
+        if _mkl_threads is not None:
+            _mkl_threads(local)
 
 
 # -- products -----------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from numba.core.compiler_lock import global_compiler_lock
 
 from taskgraph.errors import ExecutionError
 from taskgraph.runtime.cpu import kernels
-from taskgraph.runtime.turns import here
+from taskgraph.runtime.turns import here, in_op
 
 Entry = Callable[[], Any]
 
@@ -200,6 +200,22 @@ def replay(lanes: Sequence[LaneThread], programs: Sequence[list[Entry]]) -> list
         for lane in lanes:
             lane.failed = None
     return failed
+
+
+def replay_here(program: list[Entry]) -> tuple[int, BaseException] | None:
+    """Run the program of a lane of one core on the calling thread; the number and the error of an entry that failed."""
+    with _Replays.lock, torch.inference_mode(), in_op():
+        return kernels.on_one_thread(lambda: _run(program))
+
+
+def _run(program: list[Entry]) -> tuple[int, BaseException] | None:
+    entries = iter(program)
+    try:
+        for run in entries:
+            run()
+    except Exception as error:
+        return len(program) - operator.length_hint(entries) - 1, error
+    return None
 
 
 def _end(lanes: Sequence[LaneThread], programs: Sequence[list[Entry]], turn: int) -> None:
