@@ -47,7 +47,7 @@ def collective_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], s
     return [_move_rows(ins[0], 0, 1, ins[0].shape[0], outs[0].address, site)]
 
 
-_COPY_SMS = 8
+COPY_SMS = 8
 """Blocks that move pages unless the demand says more: enough for the copy path, and most SMs stay free."""
 
 
@@ -56,7 +56,7 @@ def copy_pages_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], s
     page = source.nbytes // source.shape[0]
     if page % 4:
         raise BackendUnavailable(f"op {op.name!r}: pages of {page} bytes; the kernel moves multiples of 4.")
-    wide = min(site.sm_count, op.demand.sm[1] if op.demand.sm else _COPY_SMS)
+    wide = min(site.sm_count, op.demand.sm[1] if op.demand.sm else COPY_SMS)
     numbers = (np.int32(pairs.shape[0]), np.int64(page // 4))
     ends = (np.int32(source.shape[0]), np.int32(target.shape[0]), site.fault())
     args = (source.address, target.address, pairs.address, outs[0].address, *numbers, *ends)

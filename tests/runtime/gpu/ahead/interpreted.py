@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing import get_context
 from typing import Any
@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 import taskgraph as tg
-from taskgraph.graph.graph import Graph, GraphBuilder
+from taskgraph.graph.graph import Graph
 from taskgraph.graph.op import Op
 
 Tensors = dict[str, torch.Tensor]
@@ -59,8 +59,23 @@ def interpreter() -> Iterator[Interpret]:
 
 
 def _begin() -> None:
+    """In the new process. Triton 3.9's interpreter multiplies the bits of bf16 where a product wants their values."""
     os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)
+    from triton.runtime import interpreter as interpreted
+
+    plain, named = interpreted.InterpreterBuilder.create_dot, interpreted.TensorHandle
+
+    def widened(operand: Any) -> Any:
+        if str(operand.dtype.scalar) != "bf16":
+            return operand
+        bits = operand.data.astype(np.uint32) << 16
+        return named(bits.view(np.float32), import_module("triton.language").float32)
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return plain(self, widened(a), widened(b), *rest)
+
+    interpreted.InterpreterBuilder.create_dot = create_dot
 
 
 def jobs(graph: Graph, values: Mapping[str, torch.Tensor], kind: str, sm_count: int = 4) -> Iterator[Job]:
@@ -68,7 +83,7 @@ def jobs(graph: Graph, values: Mapping[str, torch.Tensor], kind: str, sm_count: 
     flat = graph.flat()
     for op in flat.ops:
         if op.kind == kind:
-            made = {n: flat.tensor(n) for n in op.outputs}
+            made = {n: flat.tensor[n] for n in op.outputs}
             outputs = {n: (t.shape, _dtype(t.dtype)) for n, t in made.items()}
             yield Job(op, {n: values[n] for n in op.inputs}, outputs, sm_count)
 
@@ -171,12 +186,3 @@ def by_cpu(graph: Graph, values: Mapping[str, torch.Tensor]) -> Tensors:
     held = {n: v.clone() for n, v in values.items()}
     with tg.compile(graph, tg.plan(graph, "cpu", "list"), "cpu") as exe:
         return held | exe(held)
-
-
-def only(graph: Graph) -> Op:
-    """The one op of a graph."""
-    (op,) = graph.ops
-    return op
-
-
-__all__ = ["Done", "GraphBuilder", "Interpret", "Job", "by_cpu", "interpreter", "jobs", "only", "replace"]
