@@ -67,13 +67,19 @@ def step_graph(
     bucket: Bucket,
     shape: PageShape,
     dtype: str = "bf16",
+    kept: int = 0,
 ) -> tg.Graph:
     """One step of `bucket`'s shapes; with `bucket.moves` also pages to the host, from it, and within the device.
 
     Inputs: tokens i64, positions i32 and slots i32 of every token; decode_lengths and decode_blocks; prefill_starts,
     prefill_lengths and prefill_blocks; samples i64, the tokens to sample after; page_out, page_in and page_copy, pairs
     of pages. States of every layer: those of `PageShape.room`, and with moves the same of the host (host_keys, ...).
-    Outputs: logits and next, as of every step graph. In the graph of a rank's share (`ModelConfig.share`) pages have
+    Outputs: logits and next, as of every step graph. With `kept`, the samples of the largest step, it draws its tokens
+    itself, keeps them for the next step, and feeds itself those of the one before: further inputs are sources i32 of
+    every token (`tg.ops.feed`), and temperature f32, top_k i32, top_p f64 and uniform f64 of every sample
+    (`tg.ops.draw`); a state is kept i64 (kept,); and the third output are the tokens drawn, -1 where there is none.
+
+    In the graph of a rank's share (`ModelConfig.share`) pages have
     its share of the heads, and inputs are those of every rank.
     """
     b = tg.GraphBuilder(f"{config.name}-paged-{bucket.decode}+{bucket.prefill}/{bucket.chunks}")
@@ -90,14 +96,25 @@ def step_graph(
         over = mine.over_pages(positions, slots, list(cache.values()), shape.context)
         return _attention(layer, over, bucket, tables)
 
-    ids = b.input("tokens", (bucket.tokens,), "i64")
+    ids, last = b.input("tokens", (bucket.tokens,), "i64"), b.state("kept", (kept,), "i64") if kept else None
+    if last is not None:
+        sources = b.input("sources", (bucket.tokens,), "i32")
+        ids = tg.ops.feed(ids, sources, last, vocabulary=config.vocab_size, name="feed")
     x, table = llama.layers(b, config, ids, dtype, attend, slots)
     if bucket.prefill:
         x = tg.ops.embedding(b.input("samples", (bucket.samples,), "i64"), x, name="sampled_rows")
-    b.output(*llama.sampled(b, config, x, table, dtype))
+    logits, likeliest = llama.sampled(b, config, x, table, dtype)
+    b.output(logits, likeliest)
+    if last is not None:
+        each = (b.input(name, (bucket.samples,), kind) for name, kind in _DRAWS.items())
+        temperature, top_k, top_p, uniform = each
+        b.output(tg.ops.draw(logits, likeliest, temperature, top_k, top_p, uniform, last, name="draw"))
     return b.build()
 
 
+DRAWN = "draw.out"
+"""The name of the third output."""
+_DRAWS = {"temperature": "f32", "top_k": "i32", "top_p": "f64", "uniform": "f64"}
 _MOVES = {"page_out": "d2h", "page_in": "h2d", "page_copy": "d2d"}
 
 

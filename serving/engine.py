@@ -1,14 +1,15 @@
 """The serving engine: requests in, tokens out, whatever runs the batches.
 
 A step forms the next batch while the one before runs, then waits for that one, feeds its tokens to the next, launches
-it, and hands out the tokens while it runs. So the host's work hides behind the device's; a sequence that ends by a
-stop token is noticed one step late, which costs one token.
+it, and hands out the tokens while it runs. A runner that feeds tokens by itself is given the next batch before that
+wait, so that the device never waits for the host. So the host's work hides behind the device's; a sequence that ends by
+a stop token is noticed one step late, which costs one token.
 """
 
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -36,16 +37,18 @@ from taskgraph.serving.sampling import Chances
 from taskgraph.serving.scheduler import FREE, Batch, Ints, Limits, Scheduler, Taken, Waiting
 from taskgraph.serving.steering import Steer
 
-_NOTHING = StepOutput(np.empty(0, np.int64), np.empty(0, np.int64))
+_NONE = np.empty(0, np.int64)
+_NOTHING = StepOutput(_NONE, _NONE)
 _STEP_RAISED = "a step raised; the engine dropped what it had."
 
 
 @dataclass(slots=True)
 class Stats:
-    """Counts and seconds since the engine began, on its runner's clock; `hidden_s` is the part of the host's work
-    `host_s` that ran beside a step."""
+    """Counts and seconds since the engine began, on its runner's clock; `ahead` steps were launched before the samples
+    of the one before were known, and `hidden_s` is the part of the host's work `host_s` that ran beside a step."""
 
     steps: int = 0
+    ahead: int = 0
     tokens: int = 0
     prompt_tokens: int = 0
     host_s: float = 0.0
@@ -74,6 +77,10 @@ class Engine(AbstractContextManager["Engine"]):
         self._arrived: deque[Waiting] = deque()
         self._cancelled: deque[int] = deque()
         self._running: Batch | None = None
+        self._steered = False
+        """Whether the batch formed last has sequences that are steered."""
+        self._under_way = 0
+        """Batches that were launched and not waited for."""
         self._failed = ""
         self._first_s = np.full(limits.sequences, np.nan)
 
@@ -146,30 +153,45 @@ class Engine(AbstractContextManager["Engine"]):
         begin = self.runner.now()
         ended = self._admit()
         batch = self.scheduler.form()
-        formed = self.runner.now()
-        before, samples, chances = self._running, None, None
+        before, ahead = self._running, self._ahead(batch)
+        if batch is not None and ahead:
+            self._launch(batch)
+            self.stats.ahead += 1
+        waited = self.runner.now()
+        samples, chances = None, None
         if before is not None:
             self._running = None  # also when it failed
+            self._under_way -= 1
             samples, ended_s = self.runner.wait()
             chances = getattr(self.runner, "chances", None)
             self.cache.landed(before.moves)
-            self.stats.hidden_s += max(min(formed, ended_s) - begin, 0.0)
+            self.stats.hidden_s += max(min(waited, ended_s) - begin, 0.0)
         launched = self.runner.now()
-        if batch is not None:
+        if batch is not None and not ahead:
             if samples is not None:
                 # a sequence that got none has ended, as will be noticed when this batch runs
                 batch.tokens[batch.fed] = np.clip(samples[batch.source], 0, self.vocabulary - 1)
+                batch = replace(batch, fed=_NONE, source=_NONE)
             batch = self.scheduler.steer(batch)
-            self.runner.launch(batch)
-            self.stats.steps += 1
-        elif before is None:
+            self._launch(batch)
+        elif batch is None and before is None:
             self.cache.settle()  # nothing runs: all that waits, waits for the disk
         self._running = batch
         output = _NOTHING if before is None or samples is None else self._take(before, samples, chances)
         done = self.runner.now()
-        self.stats.host_s += formed - begin + done - launched
+        self.stats.host_s += waited - begin + done - launched
         self.stats.hidden_s += done - launched if batch is not None else 0.0
         return replace(output, finished=(*ended, *output.finished)) if ended else output
+
+    def _ahead(self, batch: Batch | None) -> bool:
+        """Whether the batch may be launched before the samples of the one that runs are known."""
+        steered, self._steered = self._steered, batch is not None and self.scheduler.steers_any(batch)
+        return self._running is not None and not steered and not self._steered and getattr(self.runner, "ahead", False)
+
+    def _launch(self, batch: Batch) -> None:
+        self.runner.launch(batch)
+        self._under_way += 1
+        self.stats.steps += 1
 
     def run(self, requests: Iterable[Request] = ()) -> list[Completion]:
         """Serve `requests`, and all that was submitted before, to the end; completions by request number.
@@ -203,6 +225,10 @@ class Engine(AbstractContextManager["Engine"]):
     def abort(self) -> list[Completion]:
         """End every request with what it has and the reason "failed"; what clears up after a step that raised."""
         self._running, self._failed = None, ""
+        while self._under_way:
+            self._under_way -= 1
+            with suppress(Exception):  # the step that raised has told its error, or will be followed by one that does
+                self.runner.wait()
         seqs = np.flatnonzero(self.scheduler.state != FREE)
         ended = [self._end(seq, FAILED, _STEP_RAISED) for seq in seqs.tolist()]
         self.cache.forget()
@@ -281,9 +307,10 @@ class Engine(AbstractContextManager["Engine"]):
 
     def close(self) -> None:
         """Wait for the batch that runs and free everything; requests that have not ended are dropped."""
-        running, self._running = self._running, None
+        self._running = None
         try:
-            if running is not None:
+            while self._under_way:
+                self._under_way -= 1
                 self.runner.wait()
         finally:
             if self.cache.disk is not None:

@@ -1,5 +1,5 @@
-"""Tokens from logits, all samples at once: biases, penalties and a grammar's mask, softmax at a temperature, cut to
-top-k and top-p, one uniform number a sample; and what the model's own probabilities were.
+"""Tokens from logits, all samples at once: biases, penalties and a grammar's mask, then the draw (`tg.ops.draw`) by one
+uniform number a sample; and what the model's own probabilities were.
 
 A row is the logits of one sample. A row whose largest logit is no finite number (a NaN is larger than all others) has
 no token: it is given NO_TOKEN, or NONE_LEFT when that is so only with its biases and its grammar.
@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+import taskgraph as tg
+
 if TYPE_CHECKING:
     import torch
 
@@ -18,10 +20,8 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 GREEDY_BELOW = 1e-5
-"""Temperatures below this are 0: they would divide by less than the logits' own precision."""
+"""Temperatures below this are 0, as for `tg.ops.draw`."""
 NO_TOKEN, NONE_LEFT = -1, -2
-_FEW = 256
-"""Likeliest tokens that are sorted at first; rows whose cut lies beyond them are sorted whole."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,7 +38,7 @@ class Edits:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Draws:
-    """The samples of a batch that are not just the likeliest token, and how they are drawn: see `draw`. `logprobs`
+    """The samples of a batch that are not just the likeliest token, and how they are drawn (`tg.ops.draw`). `logprobs`
     says how many likeliest tokens each wants to know the chances of; -1 is not even its own."""
 
     samples: Ints
@@ -48,6 +48,11 @@ class Draws:
     uniform: Floats
     logprobs: Ints
     edits: Edits | None = None
+
+    @property
+    def on_host(self) -> bool:
+        """Whether the host must see their logits."""
+        return self.edits is not None or bool((self.logprobs >= 0).any())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,7 +87,7 @@ def sample(logits: "torch.Tensor", draws: Draws) -> tuple[Ints, Chances | None]:
     edited, edits = raw, draws.edits
     if edits is not None:
         edited = _edited(raw, edits)
-    tokens = draw(edited, draws.temperature, draws.top_k, draws.top_p, draws.uniform)
+    tokens = tg.cpu.draw(edited, draws.temperature, draws.top_k, draws.top_p, draws.uniform)
     if edits is not None:
         tokens = np.where(np.isfinite(raw.amax(1).numpy()), np.where(tokens < 0, NONE_LEFT, tokens), NO_TOKEN)
     asked = np.flatnonzero((draws.logprobs >= 0) & (tokens >= 0))
@@ -109,72 +114,3 @@ def _chances(raw: "torch.Tensor", draws: Draws, tokens: Ints, asked: Ints) -> Ch
     own = logs[torch.arange(len(asked)), torch.from_numpy(tokens[asked])]
     best = torch.topk(logs, int(draws.logprobs[asked].max()))
     return Chances(draws.samples[asked], own.numpy(), best.indices.numpy(), best.values.numpy())
-
-
-def draw(
-    logits: "torch.Tensor",
-    temperature: npt.NDArray[np.floating],
-    top_k: Ints,
-    top_p: npt.NDArray[np.floating],
-    uniform: Floats,
-) -> Ints:
-    """A token for every row of logits (rows, vocabulary), each with its own parameters."""
-    import torch
-
-    values = logits.float()
-    peak = values.amax(1, keepdim=True)
-    finite = np.isfinite(peak[:, 0].numpy())
-    result = np.full(len(temperature), NO_TOKEN, np.int64)
-    greedy = np.flatnonzero(finite & (temperature < GREEDY_BELOW))
-    if len(greedy):
-        result[greedy] = values[greedy].argmax(1).numpy()
-    drawn = np.flatnonzero(finite & (temperature >= GREEDY_BELOW))
-    if not len(drawn):
-        return result
-    if len(drawn) < len(values):
-        values, peak = values[drawn], peak[drawn]
-    scaled = (values - peak).div_(torch.from_numpy(temperature[drawn].astype(np.float32))[:, None])
-    chances = torch.softmax(scaled, dim=1)
-    result[drawn] = _drawn(chances, top_k[drawn], top_p[drawn], uniform[drawn])
-    return result
-
-
-def _drawn(chances: "torch.Tensor", top_k: Ints, top_p: npt.NDArray[np.floating], uniform: Floats) -> Ints:
-    import torch
-
-    result = np.empty(len(top_k), np.int64)
-    cut = (top_k > 0) | (top_p < 1.0)
-    free = np.flatnonzero(~cut)
-    if len(free):
-        result[free] = _inverse(chances[free].double().cumsum(1), uniform[free])
-    rows = np.flatnonzero(cut)
-    width = min(_FEW, chances.shape[1])
-    while len(rows):
-        best = torch.topk(chances[rows], width)
-        kept = _kept(best.values.double(), top_k[rows], top_p[rows])
-        enough = (kept[:, -1] == 0).numpy() | (width == chances.shape[1]) | (top_k[rows] == width)
-        which = _inverse(torch.where(kept > 0, best.values.double(), 0.0).cumsum(1), uniform[rows])
-        tokens = best.indices.numpy()[np.arange(len(rows)), which]
-        result[rows[enough]] = tokens[enough]
-        rows, width = rows[~enough], chances.shape[1]
-    return result
-
-
-def _kept(sorted_chances: "torch.Tensor", top_k: Ints, top_p: npt.NDArray[np.floating]) -> "torch.Tensor":
-    """1 for the tokens that both cuts leave: the first top_k, and those before which less than top_p has been."""
-    import torch
-
-    place = torch.arange(sorted_chances.shape[1])
-    within_k = place[None, :] < torch.from_numpy(np.where(top_k > 0, top_k, sorted_chances.shape[1] + 1))[:, None]
-    before = sorted_chances.cumsum(1) - sorted_chances
-    return (within_k & (before < torch.from_numpy(top_p)[:, None].double())).int()
-
-
-def _inverse(cumulative: "torch.Tensor", uniform: Floats) -> Ints:
-    """The first entry of each row whose cumulative weight exceeds uniform times the whole."""
-    import torch
-
-    target = torch.from_numpy(uniform)[:, None] * cumulative[:, -1:]
-    found = torch.searchsorted(cumulative, target, right=True).squeeze(1)
-    result: Ints = found.clamp(max=cumulative.shape[1] - 1).numpy()
-    return result

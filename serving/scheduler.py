@@ -279,6 +279,10 @@ class Scheduler:
         chance = uniforms(self.seed[seqs], place[which])
         return Draws(which, self.temperature[seqs], self.top_k[seqs], self.top_p[seqs], chance, self.logprobs[seqs])
 
+    def steers_any(self, batch: Batch) -> bool:
+        """Whether what a sequence of the batch draws depends on its answer so far, or its chances are asked for."""
+        return batch.draws is not None and bool(self.steered[batch.owner[batch.draws.samples]].any())
+
     def steer(self, batch: Batch) -> Batch:
         """The batch, now that the tokens that it is fed are known, with the edits that its answers so far ask for."""
         if batch.draws is None or not self.steered.any():

@@ -19,6 +19,8 @@ PLACES = {
     "chunk_lengths": [70, 0, 1, 37],
     "chunk_blocks": [[4, 0, 2], [0, 0, 0], [1, 0, 0], [5, 3, 0]],
     "pairs": [[4, 1], [-1, 2], [0, 5], [3, -1]],
+    "top_k": [0, 3, 0, 40, 1],
+    "sources": [-1, 2, 0, -1, 6],
 }
 """Values of the i32 inputs of the cases below, by name."""
 

@@ -1,5 +1,6 @@
 """A server whose model is a formula: for the tests of the front, and as a process of its own for those of shutdown."""
 
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from taskgraph.models.text.tokenizer import Tokenizer
 from taskgraph.serving.cache.pages import PagedCache
 from taskgraph.serving.engine import Engine
 from taskgraph.serving.http.app import Served, run_server
+from taskgraph.serving.runners.runner import Tell
 from taskgraph.serving.scheduler import Batch, Ints, Limits
 from taskgraph.serving.service import Service
 
@@ -74,7 +76,7 @@ class FormulaRunner:
 
     planned: int = 0
 
-    def warm(self) -> None:
+    def warm(self, within_s: float = math.inf, tell: Tell | None = None) -> None:
         """Nothing to plan."""
 
     def check(self) -> None:

@@ -47,6 +47,8 @@ class Shop:
         self.logits, self.routing = b.input("logits", (8, 4), "f32"), b.input("routing", (8, 4), "f32")
         self.gate_up, self.down = b.weight("gu", (4, 32, 64), "f32"), b.weight("dn", (4, 64, 16), "f32")
         self.gate = b.input("gate", (8, 1), "f32")
+        self.shares, self.heats = b.input("shares", (8,), "f64"), b.input("heats", (8,), "f32")
+        self.kept = b.state("kept", (9,), "i64")
         self.out, self.work = tg.spec("out", (8, 64), "f32"), tg.Work(flops=1e6)
 
 
@@ -91,6 +93,9 @@ def op_calls(s: Shop) -> dict[str, Call]:
         "swiglu": {"gate_up": s.qkv},
         "add": {"a": s.x, "b": s.y, "after": []},
         "argmax": {"x": s.x},
+        "draw": {"logits": s.x, "likeliest": s.tokens, "temperature": s.heats, "top_k": s.rows32, "top_p": s.shares,
+                 "uniform": s.shares, "kept": s.kept},
+        "feed": {"tokens": s.tokens, "sources": s.rows32, "kept": s.kept, "vocabulary": 9},
         "copy": {"x": s.x, "direction": "h2d", "demand": None},
         "concat_rows": {"parts": [s.x, s.y]},
         "slice_rows": {"x": s.x, "start": 0, "stop": 4, "step": 2},

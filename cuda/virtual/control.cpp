@@ -118,6 +118,7 @@ Result guarded(const char* name, const std::function<Result()>& body) {
     std::lock_guard<std::recursive_mutex> hold(m.lock);
     static bool once = (read_control(), true);
     (void)once;
+    m.calls[name]++;
     try {
         if (!m.ready && std::strcmp(name, "cuInit") && std::strncmp(name, "cuGet", 5) && std::strcmp(name, "cuDriverGetVersion"))
             refuse(NOT_INITIALIZED, "cuInit was not called");
@@ -157,6 +158,11 @@ static std::string report() {
         << m.pending.size() << ", \"allocations\": " << allocations << ", \"allocated_bytes\": " << bytes << ", \"live\": {";
     const char* comma = "";
     for (auto& [name, count] : live) out << comma << quoted(name) << ": " << count, comma = ", ";
+    out << "}, \"calls\": {";
+    std::map<std::string, uint64_t> calls;  // an entry point may have several versions
+    for (auto& [name, count] : m.calls) calls[name] += count;
+    comma = "";
+    for (auto& [name, count] : calls) out << comma << quoted(name) << ": " << count, comma = ", ";
     out << "}, \"log\": [";
     comma = "";
     for (auto& [level, text] : m.log) out << comma << "[" << quoted(level) << ", " << quoted(text) << "]", comma = ", ";

@@ -305,6 +305,12 @@ inline float __uint_as_float(unsigned bits) {
     std::memcpy(&x, &bits, 4);
     return x;
 }
+template <class T>
+T atomicAdd(T* at, T value) {  // a thread runs until it waits, and blocks run one after another
+    T before = *at;
+    *at += value;
+    return before;
+}
 inline long long clock64() {
     static long long ticks = 0;
     return ticks += 1000;

@@ -252,6 +252,7 @@ struct Machine {
     Clock clock = nullptr;
     std::vector<void*> kernel_libraries;
     std::map<std::string, const HostKernel*> host_kernels;
+    std::unordered_map<const char*, uint64_t> calls;  // by entry point, whose names are literals
 };
 Machine& machine();
 

@@ -1,7 +1,8 @@
 """Runs the engine's batches on this machine's cores: captured steps by bucket."""
 
+import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,7 +17,8 @@ from taskgraph.models.shards import check_share
 from taskgraph.serving import sampling
 from taskgraph.serving.engine import Engine, paged_engine
 from taskgraph.serving.options import KvMemory, Planner, Policy, planner_of
-from taskgraph.serving.runners.runner import Planned, Ran, ladder
+from taskgraph.serving.runners.buckets import Buckets, clear, fill, holding, sampled_rows
+from taskgraph.serving.runners.runner import Planned, Ran, Tell, prepare_in_time
 from taskgraph.serving.sampling import Chances
 from taskgraph.serving.scheduler import Batch, Ints, Limits
 
@@ -61,8 +63,8 @@ class CpuRunner:
         self.device = device or ("cpu" if group is None else tg.distributed.rank_device(group))
         self.bank: tg.GraphBank[Bucket] = tg.GraphBank(self._make, BUDGET_BYTES)
         self._bound = self._placed(weights, self._rooms())
-        self._limits, self._decode = limits, ladder(limits.sequences)
-        self._prefill = (*(n for n in (16 << i for i in range(16)) if n < limits.tokens), limits.tokens)
+        self._buckets = Buckets(limits, moves=shape.host_pages > 0)
+        self._warm: list[Bucket] = []
         self._thread = ThreadPoolExecutor(1, "taskgraph-runner")
         self._running: Future[tuple[Ints, float]] | None = None
         self.chances: Chances | None = None
@@ -109,32 +111,33 @@ class CpuRunner:
         return Planned(plan, {op.name: op.kind for op in tg.rewrite.apply(self._graph(bucket), plan.split).flat().ops})
 
     def bucket(self, batch: Batch) -> Bucket:
-        """The smallest bucket that holds the batch."""
-        decode = min(n for n in self._decode if n >= batch.decode)
-        if not batch.chunks and (decode or not batch.moves):
-            return Bucket(decode, moves=bool(batch.moves))
-        prefill = min(n for n in self._prefill if n >= batch.prefill and self._chunks(n) >= batch.chunks)
-        return Bucket(decode, prefill, self._chunks(prefill), bool(batch.moves))
-
-    def _chunks(self, prefill: int) -> int:
-        """Chunks that a bucket of so many tokens of prefill has."""
-        return self._limits.chunks if prefill == self._prefill[-1] else min(max(prefill // 16, 1), self._limits.chunks)
+        """The smallest bucket that holds the batch; once the runner is warm, of those that are captured."""
+        wanted = self._buckets.of(batch)
+        if not self._warm or wanted in self.bank:
+            return wanted
+        return holding(wanted, [bucket for bucket in self._warm if bucket in self.bank]) or wanted
 
     def buckets(self) -> list[Bucket]:
-        """Every bucket that a step without moving pages can have."""
-        mixed = (Bucket(d, p, self._chunks(p)) for d in self._decode for p in self._prefill)
-        return [*(Bucket(d) for d in self._decode if d), *mixed]
+        """Every bucket that a step can have, the most needed first."""
+        return self._buckets.every()
 
     @property
     def planned(self) -> int:
         return self.bank.made
 
-    def warm(self, buckets: Iterable[Bucket] | None = None) -> None:
-        """Plan and capture these buckets now (all that do not move pages, unless told), so that no step has to."""
-        for bucket in self.buckets() if buckets is None else buckets:
-            executable: Any = self.bank[bucket]
-            self._give(executable, _clear)
-            executable.launch()
+    def warm(self, within_s: float = math.inf, tell: Tell | None = None) -> None:
+        prepare_in_time(self.buckets(), self.prepare, within_s, tell)
+        self.be_warm()
+
+    def be_warm(self) -> None:
+        """From now on steps take the buckets that are captured."""
+        self._warm = [bucket for bucket in self.buckets() if bucket in self.bank]
+
+    def prepare(self, bucket: Bucket) -> None:
+        """Plan and capture the steps of a bucket now, and run one of no tokens."""
+        executable: Any = self.bank[bucket]
+        clear({name: tensor.numpy() for name, tensor in executable.inputs.items()})
+        executable.launch()
 
     # -- steps -------------------------------------------------------------------------------------
 
@@ -159,37 +162,24 @@ class CpuRunner:
         """Execute a batch in this thread: its samples, and when it ended."""
         bucket = self.bucket(batch)
         executable: Any = self.bank[bucket]
-        self._give(executable, lambda inputs: _fill(inputs, batch, bucket))
+        fill({name: tensor.numpy() for name, tensor in executable.inputs.items()}, batch, bucket)
         begin_s = self.now()
         executable.launch()
-        rows = np.concatenate([np.arange(batch.decode), bucket.decode + np.arange(batch.chunks)])
-        samples: Ints = self._rows(executable, llama.NEXT, rows).numpy()
-        self.last = Ran(bucket, self._measured_s(begin_s))
+        rows, made = sampled_rows(batch.decode, batch.chunks, bucket), executable.outputs
+        samples: Ints = made[llama.NEXT][rows].numpy()
+        self.last = Ran(bucket, self.now() - begin_s)
         self.chances = None
         if self._group is None or self._group.rank == 0:
             samples = np.clip(samples, 0, self.config.vocab_size - 1)
-            samples = sampling.likeliest(samples, self._entries(executable, llama.LOGITS, rows, samples))
+            samples = sampling.likeliest(samples, made[llama.LOGITS][rows, samples])
             if batch.draws is not None:
-                logits = self._rows(executable, llama.LOGITS, rows[batch.draws.samples])
+                logits = self._logits(executable, rows[batch.draws.samples])
                 samples[batch.draws.samples], self.chances = sampling.sample(logits, batch.draws)
         return samples, self.now()
 
-    def _measured_s(self, begin_s: float) -> float | None:
-        """What a step that began then has taken."""
-        return self.now() - begin_s
-
-    def _give(self, executable: Any, write: "Callable[[Mapping[str, torch.Tensor]], None]") -> None:
-        """Let `write` write the inputs of a step."""
-        write(executable.inputs)
-
-    def _rows(self, executable: Any, name: str, rows: Ints) -> "torch.Tensor":
-        """Those rows of an output of the step launched last."""
-        found: torch.Tensor = executable.outputs[name][rows]
-        return found
-
-    def _entries(self, executable: Any, name: str, rows: Ints, columns: Ints) -> "torch.Tensor":
-        """One entry of each of those rows of an output of the step launched last."""
-        found: torch.Tensor = executable.outputs[name][rows, columns]
+    def _logits(self, executable: Any, rows: Ints) -> "torch.Tensor":
+        """Those rows of the logits of the step launched last."""
+        found: torch.Tensor = executable.outputs[llama.LOGITS][rows]
         return found
 
     def read_page(self, page: int) -> bytes:
@@ -235,35 +225,3 @@ def cpu_engine(
         return CpuRunner(config, weights, shape, limits, device=device, planner=planner)
 
     return paged_engine(make, limits, memory, config.vocab_size, policy)
-
-
-def _clear(inputs: "Mapping[str, torch.Tensor]") -> None:
-    """Tokens of no sequence everywhere."""
-    for name, tensor in inputs.items():
-        tensor.fill_(-1 if name in ("slots", "page_out", "page_in", "page_copy") else 0)
-
-
-def _fill(inputs: "Mapping[str, torch.Tensor]", batch: Batch, bucket: Bucket) -> None:
-    """Write the batch into the buffers of its bucket."""
-    _clear(inputs)
-    at = {name: tensor.numpy() for name, tensor in inputs.items()}
-    d, first = batch.decode, bucket.decode
-    for name, values in (("tokens", batch.tokens), ("positions", batch.positions), ("slots", batch.slots)):
-        at[name][:d] = values[:d]
-        at[name][first : first + batch.prefill] = values[d:]
-    if bucket.decode:
-        at["decode_lengths"][:d] = batch.lengths[:d]
-        at["decode_blocks"][:d, : batch.blocks.shape[1]] = batch.blocks[:d]
-    if bucket.prefill:
-        n = batch.chunks
-        at["prefill_starts"][: n + 1] = batch.starts
-        at["prefill_starts"][n + 1 :] = batch.starts[-1]
-        at["prefill_lengths"][:n] = batch.lengths[d:]
-        at["prefill_blocks"][:n, : batch.blocks.shape[1]] = batch.blocks[d:]
-        at["samples"][:d] = np.arange(d)
-        at["samples"][first : first + n] = first + batch.starts[1:] - 1
-    if bucket.moves:
-        moves = {"page_out": batch.moves.out, "page_in": batch.moves.back, "page_copy": batch.moves.copies}
-        for name, pairs in moves.items():
-            if pairs:
-                at[name][: len(pairs)] = pairs

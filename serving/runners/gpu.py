@@ -1,26 +1,50 @@
-"""Runs the engine's batches on a GPU, real or virtual: captured steps over weights and pages that are on it once."""
+"""Runs the engine's batches on a GPU, real or virtual: captured steps over weights and pages that are on it once.
 
-from collections.abc import Callable, Mapping
-from typing import Any
+A step is one upload, one launch and one download. It draws its tokens itself and keeps them for the next one, which may
+therefore be launched before the host knows them.
+"""
 
+from collections import deque
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
 import torch
 
 import taskgraph as tg
+from taskgraph.models import llama, paged
 from taskgraph.models.config import ModelConfig
-from taskgraph.models.paged import PageShape
+from taskgraph.models.paged import Bucket, PageShape
+from taskgraph.serving import sampling
 from taskgraph.serving.engine import Engine, paged_engine
 from taskgraph.serving.options import KvMemory, Planner, Policy
+from taskgraph.serving.runners.buckets import clear, fill, fill_draws, sampled_rows
 from taskgraph.serving.runners.cpu import CpuRunner
+from taskgraph.serving.runners.runner import Ran
+from taskgraph.serving.sampling import Draws
 from taskgraph.serving.scheduler import Batch, Ints, Limits
+
+_KEPT = "kept"
+
+
+class _UnderWay(NamedTuple):
+    """A step that was launched and not waited for."""
+
+    executable: Any
+    bucket: Bucket
+    rows: Ints
+    draws: Draws | None
+    launched_s: float
 
 
 class GpuRunner(CpuRunner):
     """A `CpuRunner` whose steps are captured on this machine's GPU, or on the virtual `device` ("virtual:h100_sxm").
 
-    Pages of the host are pinned. A step's inputs are written on the host and uploaded before its launch; of its outputs
-    only the rows that are sampled come back."""
+    Pages of the host are pinned. Samples whose logits the host must see (biases, penalties, grammars, chances) come
+    down as rows of logits and are drawn there."""
 
     backend = "cuda"
+    ahead: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -32,14 +56,21 @@ class GpuRunner(CpuRunner):
         device: str | None = None,
         planner: str | Planner = "auto",
     ) -> None:
-        self._run_on = device
+        self._run_on, self._kept = device, limits.sequences + limits.chunks
+        self.pipeline = tg.gpu.Pipeline(device)
+        self._under_way: deque[_UnderWay] = deque()
+        self._before: Ints = np.empty(0, np.int64)
+        self._ended_s = 0.0
         super().__init__(config, weights, shape, limits, device=tg.gpu.planning_device(device), planner=planner)
+
+    # -- captured steps ----------------------------------------------------------------------------
 
     def _placed(
         self, weights: Mapping[str, torch.Tensor], rooms: Mapping[str, tuple[int, ...]]
     ) -> tg.gpu.DeviceTensors:
         held = tg.gpu.DeviceTensors(weights, self._run_on)
         try:
+            held.zeros(_KEPT, (self._kept,), "i64")
             for name, shape in rooms.items():
                 held.zeros(name, shape, self.dtype, pinned=name.rpartition("/")[2].startswith("host_"))
         except BaseException:
@@ -47,28 +78,48 @@ class GpuRunner(CpuRunner):
             raise
         return held
 
-    def run(self, batch: Batch) -> tuple[Ints, float]:
-        tg.gpu.Gpu.open(self._run_on)  # current in this thread
-        return super().run(batch)
+    def _graph(self, bucket: Bucket) -> tg.Graph:
+        return paged.step_graph(self.config, bucket, self.shape, self.dtype, self._kept)
 
-    def _give(self, executable: Any, write: Callable[[Mapping[str, torch.Tensor]], None]) -> None:
-        inputs = executable.inputs
-        host = {
-            name: torch.empty(array.shape, dtype=tg.dtypes.torch_dtype(array.dtype)) for name, array in inputs.items()
-        }
-        write(host)
-        for name, array in inputs.items():
-            array.copy_(host[name])
+    def _make(self, bucket: Bucket) -> tg.Executable:
+        executable = super()._make(bucket)
+        self.pipeline.add(executable, paged.DRAWN)
+        return executable
 
-    def _measured_s(self, begin_s: float) -> float | None:
-        return None if tg.gpu.is_virtual(self._run_on) else super()._measured_s(begin_s)
+    def prepare(self, bucket: Bucket) -> None:
+        executable: Any = self.bank[bucket]
+        executable.capture()
+        clear(self.pipeline.inputs(executable))
+        if not tg.gpu.is_virtual(self._run_on):  # a real driver has more to do before the first replay
+            self.pipeline.launch(executable)
+            self.pipeline.wait()
 
-    def _rows(self, executable: Any, name: str, rows: Ints) -> torch.Tensor:
-        found: torch.Tensor = executable.outputs[name].rows(rows)
-        return found
+    # -- steps -------------------------------------------------------------------------------------
 
-    def _entries(self, executable: Any, name: str, rows: Ints, columns: Ints) -> torch.Tensor:
-        found: torch.Tensor = executable.outputs[name].entries(rows, columns)
+    def launch(self, batch: Batch) -> None:
+        bucket = self.bucket(batch)
+        executable: Any = self.bank[bucket]
+        inputs, rows = self.pipeline.inputs(executable), sampled_rows(batch.decode, batch.chunks, bucket)
+        fill(inputs, batch, bucket)
+        fill_draws(inputs, batch, bucket, self._before)
+        self.pipeline.launch(executable)
+        self._before = rows
+        self._under_way.append(_UnderWay(executable, bucket, rows, batch.draws, self.now()))
+
+    def wait(self) -> tuple[Ints, float]:
+        step = self._under_way.popleft()
+        samples: Ints = self.pipeline.wait()[step.rows]
+        begun_s, self._ended_s = max(step.launched_s, self._ended_s), self.now()
+        self.last = Ran(step.bucket, None if tg.gpu.is_virtual(self._run_on) else self._ended_s - begun_s)
+        self.chances = None
+        if step.draws is not None and step.draws.on_host:
+            which = step.draws.samples
+            logits = self._logits(step.executable, step.rows[which])
+            samples[which], self.chances = sampling.sample(logits, step.draws)
+        return samples, self.now()
+
+    def _logits(self, executable: Any, rows: Ints) -> torch.Tensor:
+        found: torch.Tensor = executable.outputs[llama.LOGITS].rows(rows)
         return found
 
     def _on_host(self, name: str) -> torch.Tensor:
@@ -76,8 +127,10 @@ class GpuRunner(CpuRunner):
         return self._bound.on_host(name)
 
     def close(self) -> None:
-        tg.gpu.Gpu.open(self._run_on)  # as above: an engine may be closed by another thread than it began in
+        tg.gpu.Gpu.open(self._run_on)  # an engine may be closed by another thread than it began in
+        self.pipeline.sync()
         super().close()
+        self.pipeline.close()
         assert isinstance(self._bound, tg.gpu.DeviceTensors)
         self._bound.close()
 

@@ -4,6 +4,7 @@ A batch is pickled once, without what only the scheduler reads. A thread sends i
 engine forms the next batch meanwhile.
 """
 
+import math
 import pickle
 import time
 from collections.abc import Callable, Mapping
@@ -21,7 +22,7 @@ from taskgraph.serving.engine import Engine, paged_engine
 from taskgraph.serving.options import KvMemory, Policy
 from taskgraph.serving.ranks.processes import Ranks
 from taskgraph.serving.runners.cpu import CpuRunner
-from taskgraph.serving.runners.runner import Planned, Ran
+from taskgraph.serving.runners.runner import Planned, Ran, Tell, prepare_in_time
 from taskgraph.serving.sampling import Chances
 from taskgraph.serving.scheduler import Batch, Ints, Limits
 
@@ -47,9 +48,12 @@ class RanksRunner:
     def planned(self) -> int:
         return int(self._call("planned")[0])
 
-    def warm(self) -> None:
-        for bucket in self._call("buckets")[0]:  # a call each, so that no rank is late
-            self._call("warm", bucket)
+    def warm(self, within_s: float = math.inf, tell: Tell | None = None) -> None:
+        every: list[Bucket] = self._call("buckets")[0]
+        prepare_in_time(
+            every, lambda bucket: self._call("prepare", bucket), within_s, tell
+        )  # a call each: none is late
+        self._call("be_warm")
 
     def check(self) -> None:
         self.ranks.check()
@@ -122,8 +126,11 @@ class RankActor:
     def buckets(self) -> list[Bucket]:
         return self._runner.buckets()
 
-    def warm(self, bucket: Bucket) -> None:
-        self._runner.warm([bucket])
+    def prepare(self, bucket: Bucket) -> None:
+        self._runner.prepare(bucket)
+
+    def be_warm(self) -> None:
+        self._runner.be_warm()
 
     def read_page(self, page: int) -> bytes:
         return self._runner.read_page(page)

@@ -1,6 +1,8 @@
 """What executes the engine's batches: the one seam between the engine and a backend."""
 
-from collections.abc import Mapping
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -8,19 +10,24 @@ import taskgraph as tg
 from taskgraph.models.paged import Bucket
 from taskgraph.serving.scheduler import Batch, Ints
 
+Tell = Callable[[int, int], None]
+
 
 class Runner(Protocol):
     """Executes one batch at a time, in the order of `launch`.
 
-    One that has logits also has `chances`, the `sampling.Chances` of the batch that was waited for last, or None."""
+    One that has logits also has `chances`, the `sampling.Chances` of the batch that was waited for last, or None. One
+    with a true `ahead` feeds samples to the next batch by itself: a batch whose `fed` tokens are samples of the one
+    launched last may be launched before that one is waited for, where none of both is steered."""
 
     @property
     def planned(self) -> int:
         """Steps planned and captured so far; more of them while serving mean buckets that were not warm."""
         ...
 
-    def warm(self) -> None:
-        """Plan and capture now what batches will need."""
+    def warm(self, within_s: float = math.inf, tell: Tell | None = None) -> None:
+        """Plan and capture now what batches will need, and no more of it later: after about so many seconds batches
+        make do with what there is. `tell` hears how many steps are ready, of how many."""
         ...
 
     def check(self) -> None:
@@ -36,7 +43,8 @@ class Runner(Protocol):
         ...
 
     def wait(self) -> tuple[Ints, float]:
-        """The samples of the batch launched last, and when it ended; -1 where logits have no likeliest."""
+        """The samples of the batch launched first of those not waited for, and when it ended; -1 where logits have no
+        likeliest."""
         ...
 
     def sleep_until(self, at_s: float) -> None:
@@ -89,7 +97,14 @@ class PlanRunner(Protocol):
         ...
 
 
-def ladder(most: int) -> tuple[int, ...]:
-    """Bucket sizes up to `most`: powers of two and, from 16 on, the halves between them."""
-    sizes = [0, *(2**i for i in range(5)), *(n for i in range(4, 24) for n in (3 << (i - 1), 1 << (i + 1)))]
-    return (*(n for n in sizes if n < most), most)
+def prepare_in_time(
+    buckets: Sequence[Bucket], prepare: Callable[[Bucket], object], within_s: float, tell: Tell | None
+) -> None:
+    """Prepare the first of them, and others in their order while it looks as if there is time for one more."""
+    begin_s = time.perf_counter()
+    for i, bucket in enumerate(buckets):
+        if i and (time.perf_counter() - begin_s) * (i + 1) / i > within_s:
+            break
+        prepare(bucket)
+        if tell is not None:
+            tell(i + 1, len(buckets))

@@ -1,5 +1,6 @@
 """Serving without a machine: the engine's batches take the time that a plan predicts, and give no tokens."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from taskgraph.models.config import ModelConfig
 from taskgraph.serving.cache.pages import PagedCache
 from taskgraph.serving.engine import Engine
 from taskgraph.serving.options import Policy
+from taskgraph.serving.runners.runner import Tell
 from taskgraph.serving.scheduler import Batch, Ints, Limits
 
 
@@ -56,7 +58,7 @@ class SimRunner:
 
     planned = 0
 
-    def warm(self) -> None:
+    def warm(self, within_s: float = math.inf, tell: Tell | None = None) -> None:
         """Nothing to plan."""
 
     def check(self) -> None:

@@ -62,6 +62,7 @@ from taskgraph.ops.pointwise import (
     where,
 )
 from taskgraph.ops.rotary import Llama3Stretch, RopeSpec, YarnStretch
+from taskgraph.ops.sampling import draw, feed
 from taskgraph.ops.signatures import (
     AXES,
     COUNT,
@@ -121,11 +122,13 @@ __all__ = [
     "copy_pages",
     "decode_attention",
     "div",
+    "draw",
     "elementwise",
     "embedding",
     "exp",
     "expand",
     "experts",
+    "feed",
     "gated_add",
     "gelu",
     "gemm",

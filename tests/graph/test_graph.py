@@ -14,7 +14,7 @@ from taskgraph.graph.functions import Splittable
 from taskgraph.graph.graph import Graph, GraphBuilder, Value
 from taskgraph.graph.op import Demand, Op, Tensor, Work, spec
 from taskgraph.runtime.cpu.standard import CPU_KINDS
-from tests import cases_standard
+from tests import cases_sampling, cases_standard
 from tests.strategies import graphs
 
 ONE = Work(flops=1.0)
@@ -199,6 +199,7 @@ MADE: dict[str, tuple[Maker, tuple[int, ...], str, Work]] = {
         (3, 2), "f32", Work(flops=18, hbm_bytes=96 + 24, link_bytes=72),
     ),
     **cases_standard.MADE,
+    **cases_sampling.MADE,
 }  # fmt: skip
 
 
@@ -328,6 +329,7 @@ MISFITS: dict[str, Callable[[GraphBuilder], Any]] = {
     "all_reduce": lambda b: ops.all_reduce(b.input("bad", (3, 4), "f32"), ranks=0),
     "reduce_scatter": lambda b: ops.reduce_scatter(b.input("bad", (3, 4), "f32"), ranks=2, axis=0),
     **cases_standard.MISFITS,
+    **cases_sampling.MISFITS,
 }  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from taskgraph.runtime.cpu.kinds import TORCH_DTYPE
 from taskgraph.runtime.cpu.standard import CPU_KINDS
 from taskgraph.schedule.plan import Plan
 from taskgraph.schedule.planner import plan
-from tests import cases_experts, cases_standard
+from tests import cases_experts, cases_sampling, cases_standard
 from tests.paged_cases import CASES as PAGED_CASES
 from tests.paged_cases import PLACES, keys_of, values_of
 
@@ -167,8 +167,9 @@ CASES: dict[str, tuple[Callable[[GraphBuilder, str], Value], Callable[[Tensors],
     **cases_experts.CASES,
     **cases_standard.CASES,
     **PAGED_CASES,
+    **cases_sampling.CASES,
 }  # fmt: skip
-STATES = ("keys", "values", "pages_k", "pages_v", "pages_l")
+STATES = ("keys", "values", "pages_k", "pages_v", "pages_l", "kept")
 
 
 def random_tensors(graph: Graph, seed: int = 0) -> Tensors:

@@ -19,8 +19,8 @@ from taskgraph.serving.engine import Engine
 from taskgraph.serving.http.protocol import CompletionBody, requests_of
 from taskgraph.serving.options import Policy
 from taskgraph.serving.requests import Request, Sampling
+from taskgraph.serving.runners.buckets import ladder
 from taskgraph.serving.runners.cpu import CpuRunner, cpu_engine
-from taskgraph.serving.runners.runner import ladder
 from taskgraph.serving.scheduler import Limits
 from taskgraph.serving.session import Session
 from taskgraph.serving.simulate.runner import SimRunner, simulated_engine

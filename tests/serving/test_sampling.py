@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from taskgraph.runtime.cpu.sampling import draw
 from taskgraph.serving.requests import Request, Sampling
-from taskgraph.serving.sampling import NO_TOKEN, NONE_LEFT, Chances, Draws, Edits, draw, likeliest, sample, uniforms
+from taskgraph.serving.sampling import NO_TOKEN, NONE_LEFT, Chances, Draws, Edits, likeliest, sample, uniforms
 from taskgraph.serving.steering import Steer, edits_of
 
 NAN, INF = float("nan"), float("inf")

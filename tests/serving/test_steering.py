@@ -231,15 +231,14 @@ def test_requests_that_ask_for_nothing_pay_nothing(monkeypatch: pytest.MonkeyPat
     """Not one row of logits is read for them."""
     with cpu(poisoned=False) as engine:
         read: list[int] = []
-        rows = engine.runner._rows  # type: ignore[attr-defined]
+        rows = engine.runner._logits  # type: ignore[attr-defined]
 
-        def counted(executable: Any, name: str, which: np.ndarray) -> torch.Tensor:
-            if name == llama.LOGITS:
-                read.append(len(which))
-            found: torch.Tensor = rows(executable, name, which)
+        def counted(executable: Any, which: np.ndarray) -> torch.Tensor:
+            read.append(len(which))
+            found: torch.Tensor = rows(executable, which)
             return found
 
-        monkeypatch.setattr(engine.runner, "_rows", counted)
+        monkeypatch.setattr(engine.runner, "_logits", counted)
         engine.run([Request([1, 2], 20), Request([3], 10, Sampling(temperature=1e-9))])
         assert read == []
         engine.run([Request([1, 2], 20), Request([3], 10, logprobs=0)])

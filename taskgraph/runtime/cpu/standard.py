@@ -7,7 +7,7 @@ from taskgraph.errors import BackendUnavailable
 from taskgraph.graph.op import Op
 from taskgraph.ops.kinds import CALL
 from taskgraph.runtime import custom
-from taskgraph.runtime.cpu import algebra, attention, axes, dense, experts, latent, moves, pointwise  # noqa: F401 - they register their kinds
+from taskgraph.runtime.cpu import algebra, attention, axes, dense, experts, latent, moves, pointwise, sampling  # noqa: F401 - they register their kinds
 from taskgraph.runtime.cpu.kinds import CPU_KINDS, CpuSite, Entry, Tensors
 
 __all__ = ["CPU_KINDS", "bind"]

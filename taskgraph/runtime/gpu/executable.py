@@ -26,6 +26,7 @@ from taskgraph.runtime.gpu.driver import Gpu, Memory
 from taskgraph.runtime.gpu.kinds import Buffer, CopyLaunch, Launch, Launches, made_by, seen
 from taskgraph.runtime.gpu.on_stream import bound_call, named_error
 from taskgraph.runtime.gpu.readback import compare
+from taskgraph.runtime.gpu.shared import Block, Bytes, Lease, SharedMemory, placed
 from taskgraph.runtime.gpu.sites import Faults, LaneSite
 from taskgraph.runtime.gpu.standard import launches
 from taskgraph.runtime.gpu.torch_memory import TorchPool
@@ -87,7 +88,10 @@ class CudaExecutable(TensorExecutable[Buffer]):
         """What was given in device memory by others, kept alive."""
         self._by: set[tuple[str, str]] = set()
         self._sites: dict[int, LaneSite] = {}
-        self._scratch: list[list[Memory]] = [[] for _ in plan.lanes]
+        self._scratch: list[list[Bytes]] = [[] for _ in plan.lanes]
+        self._lease: Lease | None = None
+        self.input_block: Block | None = None
+        """Its inputs, where they lie in one stretch: after `share`."""
         try:
             self._open_lanes()
             self._own = self._allocate()
@@ -119,18 +123,38 @@ class CudaExecutable(TensorExecutable[Buffer]):
         """Inputs, outputs, states, weights each on their own; activations in the arena. What a copy op moves between
         host and device lies in pinned host memory on the host's side."""
         tensors, pinned = self._graph.tensor, self._pinned()
-        self._arena = self._memory_of(self._plan.arena_bytes)
-        arena = self._arena.address
-        buffers = {
-            slot.tensor: Buffer(arena + slot.offset, tensors[slot.tensor].shape, tensors[slot.tensor].dtype)
-            for slot in self._plan.arena
-        }
+        self._arena: Bytes = self._memory_of(self._plan.arena_bytes)
+        buffers = self._in_arena()
         for name in dict.fromkeys([*sorted(self._inputs), *self._graph.outputs]):
             t = tensors[name]
             if t.role in ("input", "activation"):
                 memory = self._memory_of(t.nbytes, name in pinned)
                 buffers[name] = Buffer(memory.address, t.shape, t.dtype, memory.pinned)
         return buffers
+
+    def _in_arena(self) -> dict[str, Buffer]:
+        tensors, arena = self._graph.tensor, self._arena.address
+        return {
+            slot.tensor: Buffer(arena + slot.offset, tensors[slot.tensor].shape, tensors[slot.tensor].dtype)
+            for slot in self._plan.arena
+        }
+
+    def share(self, memory: SharedMemory) -> None:
+        """Keep arena, inputs, outputs and scratch in memory that executables share of which one replays at a time, the
+        inputs in one stretch (`input_block`). GraphError after it was captured."""
+        with self._turns.next():
+            self._begin()
+            self._gpu.use()
+            if self._exec is not None or self._lease is not None:
+                raise GraphError(f"the plan of {self._graph.name!r} is captured; share memory before its first replay.")
+            lease = memory.lease()
+            mine = {self._arena.address, *(b.address for b in self._own.values() if not b.pinned)}
+            self._lease, self._arena = lease, lease.take(self._plan.arena_bytes)
+            self.input_block, made = placed(self._graph, self._own, lease)
+            self._own |= self._in_arena() | made
+            for freed in [m for m in self._memory if m.address in mine]:
+                freed.close()
+                self._memory.remove(freed)
 
     def _pinned(self) -> set[str]:
         """What lies on the host: inputs and states that are copied to the device, and outputs and states that are
@@ -145,7 +169,8 @@ class CudaExecutable(TensorExecutable[Buffer]):
 
     @property
     def memory_bytes(self) -> int:
-        """Device and pinned memory that it holds itself: arena, inputs, outputs, scratch, and what it uploaded."""
+        """Device and pinned memory that it holds itself: arena, inputs, outputs, scratch, and what it uploaded; without
+        what it shares."""
         return sum(memory.nbytes for memory in self._memory)
 
     def state(self, name: str) -> DeviceArray:
@@ -227,7 +252,8 @@ class CudaExecutable(TensorExecutable[Buffer]):
                 return torch_ops.bound(op, sides[0], sides[1], self._streams[self._plan.steps[i].lane])
         scratch = self._scratch[self._plan.steps[i].lane]
         fault, arch = self._faults.address(i), self._gpu.ahead(op.kind)
-        site = self._sites.setdefault(i, LaneSite(self._plan.sms(i), self._memory_of, scratch, fault, arch))
+        room = None if self._lease is None else self._lease.take
+        site = self._sites.setdefault(i, LaneSite(self._plan.sms(i), self._memory_of, scratch, fault, arch, room))
         made = launches(op, ins, outs, site.again())
         for launch in made:
             if not isinstance(launch, CopyLaunch):
@@ -414,6 +440,11 @@ class CudaExecutable(TensorExecutable[Buffer]):
         except Exception as error:
             driver.raise_typed(what, error)
 
+    def check_faults(self) -> None:
+        """ExecutionError for what replays on streams of others were given and cannot use, once they have ended: what
+        the next launch would say."""
+        self._faults.check()
+
     def replay_seconds(self, launches: int = 1) -> float:
         """Seconds of one replay, the mean of `launches` in a row, between two events. On a virtual device they are
         simulated, and the replays compute nothing."""
@@ -477,6 +508,8 @@ class CudaExecutable(TensorExecutable[Buffer]):
                     context.close()
         for memory in reversed(self._memory):
             memory.close()
+        if self._lease is not None:
+            self._lease.close()
         self._pool.close()
 
     def _drop(self) -> None:

@@ -10,17 +10,26 @@ import numpy.typing as npt
 from taskgraph.errors import ExecutionError
 from taskgraph.runtime.gpu import driver
 from taskgraph.runtime.gpu.driver import Memory
+from taskgraph.runtime.gpu.shared import Bytes
 
 
 class LaneSite:
     """What launch rules may ask for, a step each. Ops on a lane run in order, so they share its scratch; constants
-    live as long as the executable. A step that is bound again asks for the same and gets the same."""
+    live as long as the executable. A step that is bound again asks for the same and gets the same. New scratch is
+    `room`'s, where that is not the executable's own memory."""
 
     def __init__(
-        self, sm_count: int, own: Callable[[int], Memory], scratch: list[Memory], fault: int, arch: str = ""
+        self,
+        sm_count: int,
+        own: Callable[[int], Bytes],
+        scratch: list[Bytes],
+        fault: int,
+        arch: str = "",
+        room: Callable[[int], Bytes] | None = None,
     ) -> None:
         self._sm_count, self._own, self._scratch, self._fault, self._arch = sm_count, own, scratch, fault, arch
-        self._kept: list[tuple[bytes | int, Memory]] = []
+        self._room = room or own
+        self._kept: list[tuple[bytes | int, Bytes]] = []
         self._at = 0
 
     @property
@@ -48,16 +57,16 @@ class LaneSite:
     def fault(self) -> int:
         return self._fault
 
-    def _shared(self, nbytes: int) -> Memory:
+    def _shared(self, nbytes: int) -> Bytes:
         """The lane's least scratch that is large enough and that this step does not have yet; else a new one."""
         mine = {memory.address for _, memory in self._kept}
         fits = [m for m in self._scratch if m.nbytes >= nbytes and m.address not in mine]
         if not fits:
-            self._scratch.append(self._own(nbytes))
+            self._scratch.append(self._room(nbytes))
             return self._scratch[-1]
         return min(fits, key=lambda memory: memory.nbytes)
 
-    def _next(self, what: bytes | int, make: Callable[[], Memory]) -> Memory:
+    def _next(self, what: bytes | int, make: Callable[[], Bytes]) -> Bytes:
         if self._at == len(self._kept):
             self._kept.append((what, make()))
         kept, memory = self._kept[self._at]

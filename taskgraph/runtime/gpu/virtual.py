@@ -210,8 +210,8 @@ _CLOCK = ctypes.CFUNCTYPE(ctypes.c_double, ctypes.c_int, ctypes.c_double)
 
 @dataclass(frozen=True, slots=True)
 class DriverReport:
-    """What the virtual driver has seen: live objects by kind, allocations, untimed work, and its log of
-    (level, text) with level "refused", "warning" or "error"."""
+    """What the virtual driver has seen: live objects by kind, allocations, untimed work, calls by entry point, and its
+    log of (level, text) with level "refused", "warning" or "error"."""
 
     device: str
     host_s: float
@@ -222,6 +222,7 @@ class DriverReport:
     allocations: int
     allocated_bytes: int
     live: Mapping[str, int]
+    calls: Mapping[str, int]
     log: tuple[tuple[str, str], ...]
     last_refusal: str
 
