@@ -1,0 +1,122 @@
+"""How attention over keys and values in pages, or in a cache of its own, runs by Triton functions."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from taskgraph.graph.op import ITEMSIZE, Op
+from taskgraph.runtime.gpu.ahead.cubins import architecture
+from taskgraph.runtime.gpu.ahead.launching import ALIGNMENT, Pointer, launch, with_descriptors
+from taskgraph.runtime.gpu.kinds import Buffer, GpuSite, Launches, register_ahead
+
+_JIT = "taskgraph.runtime.gpu.ahead.jit"
+_LOG2_E: Final = math.log2(math.e)
+_SHARED_KB: Final = {80: 164, 86: 100, 87: 164, 89: 100, 90: 228, 100: 228, 103: 228, 120: 100, 121: 100}
+"""Shared memory of an SM (CUDA Programming Guide, compute capabilities); others are taken to have the least."""
+_HOPPER = 90
+_MAX_DIM, _MAX_GROUP, _LEAST_TILES, _SCAN = 256, 16, 4, 256
+_WARPS_OF_REGISTERS = 8
+"""Warps of an SM that find registers where each thread has 255 (65,536 of an SM)."""
+
+
+def padded(count: int, least: int) -> int:
+    """The power of two that holds `count`, `least` or more."""
+    return max(least, 1 << (count - 1).bit_length())
+
+
+@dataclass(frozen=True, slots=True)
+class _Cache:
+    """Keys and values in pages (count, kv heads, rows, wide). `lengths` of sequences in i32, or positions in i64, or
+    None: all have `limit` keys. Without `tables` page i is sequence i's."""
+
+    keys: Buffer
+    values: Buffer
+    lengths: Buffer | None
+    tables: Buffer | None
+    limit: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Tile:
+    """How `decode` is compiled: keys of a tile, warps of a block, stages, whether a head's last tile has code of its
+    own, and how many blocks an SM holds at a time."""
+
+    keys: int
+    warps: int
+    stages: int
+    apart: bool
+    held: int
+
+
+def _tile(dtype: str, channels: int, heads: int, rows: int, arch: int) -> _Tile:
+    """*Assumed*, without a GPU, from what compiled code shows: no spills, as few instructions a byte as may be, and
+    the more bytes on their way. In bf16 on an sm_90, heads of 128: 264 instructions a warp for 16 KB, 6 blocks an SM
+    with 16 to 32 KB each on their way (96 to 192 KB; 110 GB/s an SM over 0.7 us need 77)."""
+    row = channels * ITEMSIZE[dtype]
+    fast = dtype == "bf16" and channels <= 128 and arch >= _HOPPER
+    keys = 32 if fast and rows % 32 == 0 else 16
+    warps = 4 if dtype == "f32" else max(1, channels // 128) * (1 if heads <= 8 else 2)
+    stages = 4 if keys == 16 and row <= 256 else 3
+    shared = (stages - 1 + (not fast)) * 2 * keys * row + 4096
+    held = min(_WARPS_OF_REGISTERS // warps, _SHARED_KB.get(arch, 100) * 1024 // shared)
+    return _Tile(keys, warps, stages, fast, max(1, held))
+
+
+def _decode(op: Op, q: Buffer, cache: _Cache, out: Buffer, site: GpuSite) -> Launches:
+    """As many blocks as its SMs hold at a time, each with an equal part of the keys, and a step that joins what was
+    cut between two of them."""
+    (batch, heads, dim), (count, kv, rows, wide) = q.shape, cache.keys.shape
+    group, channels = heads // kv, padded(dim, 32)
+    tile = _tile(q.dtype, channels, padded(group, 8), rows, architecture(site.arch))
+    sms = min(site.sm_count, op.demand.sm[1]) if op.demand.sm else site.sm_count
+    most = -(-batch * kv * -(-cache.limit // tile.keys) // _LEAST_TILES)
+    blocks = max(1, min(sms * tile.held, most))
+    parts = Pointer(site.scratch(4 * blocks * 2 * group * (channels + 2)), "f32", aligned=True)
+    cut = Pointer(site.scratch(8 * blocks), "i32", aligned=True)
+    of_group = {"GROUP": group, "PADDED": padded(group, 8), "DIM": dim, "CHANNELS": channels}
+    pages_each = 0 if cache.tables is None else cache.tables.shape[1]
+    arguments = {
+        "q": q, "lengths": cache.lengths, "tables": cache.tables, "keys": cache.keys, "values": cache.values,
+        "out": out, "parts": parts, "cut": cut, "fault": Pointer(site.fault(), "i64"), "batch": np.int32(batch),
+        "limit": np.int32(cache.limit), "each": np.int32(pages_each), "count": np.int32(count),
+        "scale": np.float32(_LOG2_E / math.sqrt(dim)), "KV": kv, **of_group, "ROWS": rows, "WIDE": wide,
+        "POSITIONS": cache.lengths is not None and cache.lengths.dtype == "i64", "N": tile.keys, "SCAN": _SCAN,
+        "APART": tile.apart,
+    }  # fmt: skip
+    made = launch(f"{_JIT}.decode:decode", (blocks,), arguments, warps=tile.warps, stages=tile.stages)
+    joined = {"parts": parts, "cut": cut, "out": out, **of_group}
+    return [
+        with_descriptors(made, 2, site),
+        launch(f"{_JIT}.decode:join", (blocks,), joined, warps=4, stages=1),
+    ]
+
+
+def _attends(q: Buffer, keys: Buffer, values: Buffer, out: Buffer) -> bool:
+    """Whether the kernels take these: one type, rows that bulk copies can take, dims that fit."""
+    given, dim, wide = (q, keys, values, out), q.shape[-1], keys.shape[-1]
+    return (
+        len({b.dtype for b in given}) == 1
+        and q.dtype in ("f32", "bf16")
+        and all(b.strides is None and b.address % ALIGNMENT == 0 for b in given)
+        and dim <= min(_MAX_DIM if q.dtype == "bf16" else _MAX_DIM // 2, wide)
+        and wide * ITEMSIZE[q.dtype] % ALIGNMENT == 0
+        and q.shape[1] // keys.shape[1] <= _MAX_GROUP
+        and math.prod(keys.shape[:3]) < 1 << 31
+    )
+
+
+def paged_decode_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSite) -> Launches:
+    q, lengths, tables, keys, values = ins
+    cache = _Cache(keys, values, lengths, tables, tables.shape[1] * keys.shape[2])
+    return _decode(op, q, cache, outs[0], site)
+
+
+def paged_decode_taken(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer]) -> bool:
+    q, _, _, keys, values = ins
+    return _attends(q, keys, values, outs[0]) and keys.shape[2] % 16 == 0
+
+
+register_ahead("paged_decode", paged_decode_launches, paged_decode_taken)

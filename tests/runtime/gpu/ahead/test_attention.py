@@ -1,0 +1,140 @@
+"""Attention by Triton functions in the interpreter, as the launch rules launch it, against the cpu backend."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+import taskgraph as tg
+from taskgraph.graph.graph import Graph
+from tests.paged_cases import keys_of, values_of
+from tests.runtime.gpu.ahead.interpreted import Done, Interpret, by_cpu, jobs
+
+TYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+TOLERANCE = {"f32": 2e-5, "bf16": 1.6e-2}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Heads, kv heads, head dim, tokens of a page."""
+
+    heads: int
+    kv: int
+    dim: int
+    rows: int = 32
+
+    @property
+    def wide(self) -> int:
+        return -(-self.dim // 32) * 32
+
+
+def pools(shape: Shape, count: int, dtype: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Keys and values as the cpu backend stores them, and the same in plain order."""
+    stored = {n: torch.randn(count, shape.kv, shape.rows, shape.wide).to(TYPES[dtype]) for n in ("k", "v")}
+    return stored, {"k": keys_of(stored["k"]), "v": values_of(stored["v"])}
+
+
+def tables_for(lengths: Sequence[int], rows: int) -> tuple[torch.Tensor, int]:
+    """Block tables whose pages are drawn without a second use, and how many pages there are."""
+    each = max(1, *(-(-length // rows) for length in lengths))
+    order = torch.randperm(each * len(lengths) + 3).to(torch.int32)
+    return order[: each * len(lengths)].reshape(len(lengths), each), len(order)
+
+
+def compared(
+    interpret: Interpret,
+    graph: Graph,
+    stored: Mapping[str, torch.Tensor],
+    plain: Mapping[str, torch.Tensor],
+    sms: int,
+    arch: str = "sm_90",
+) -> Done:
+    """The op of the graph in the interpreter, after its output was compared with that of the cpu backend."""
+    (op,) = graph.ops
+    (job,) = jobs(graph, plain, op.kind, sms)
+    done = interpret(replace(job, arch=arch))
+    (name,) = op.outputs
+    wanted = by_cpu(graph, stored)[name].float()
+    assert not done.torn and done.fault == 0
+    tolerance = TOLERANCE["bf16" if done.tensors[name].dtype == torch.bfloat16 else "f32"]
+    torch.testing.assert_close(done.tensors[name].float(), wanted, rtol=tolerance, atol=tolerance)
+    return done
+
+
+# ------------------------------------------------------------------------------------------------ decode
+
+
+def decode_graph(shape: Shape, batch: int, each: int, count: int, dtype: str) -> Graph:
+    b = tg.GraphBuilder("decode")
+    q = b.input("q", (batch, shape.heads, shape.dim), dtype)
+    tables = b.input("lengths", (batch,), "i32"), b.input("tables", (batch, each), "i32")
+    pages = [b.state(n, (count, shape.kv, shape.rows, shape.wide), dtype) for n in ("k", "v")]
+    b.output(tg.ops.paged_decode(q, *tables, *pages, context=each * shape.rows, name="mixed"))
+    return b.build()
+
+
+def decoded(
+    interpret: Interpret, shape: Shape, lengths: Sequence[int], dtype: str, sms: int, arch: str = "sm_90"
+) -> Done:
+    torch.manual_seed(sum(lengths) + shape.heads)
+    tables, count = tables_for(lengths, shape.rows)
+    stored, plain = pools(shape, count, dtype)
+    q = torch.randn(len(lengths), shape.heads, shape.dim).to(TYPES[dtype])
+    given = {"q": q, "lengths": torch.tensor(lengths, dtype=torch.int32), "tables": tables}
+    graph = decode_graph(shape, len(lengths), tables.shape[1], count, dtype)
+    return compared(interpret, graph, given | stored, given | plain, sms, arch)
+
+
+CASES = [
+    (Shape(1, 1, 64), [1], 4),
+    (Shape(4, 2, 64), [0, 33, 1, 0, 31, 32, 200], 1),
+    (Shape(8, 2, 128), [300, 0, 64], 1),
+    (Shape(8, 2, 128), [257, 96], 132),
+    (Shape(3, 3, 80), [65, 40], 2),
+    (Shape(16, 1, 96), [129], 3),
+    (Shape(5, 1, 256), [70, 3], 2),
+    (Shape(8, 1, 32, 64), [100, 65], 1),
+]
+"""Shape, keys of the sequences, SMs: one key, none at all, ends of pages, heads cut between blocks, dims and groups."""
+
+
+@pytest.mark.parametrize("shape, lengths, sms", [case for case in CASES if case[0].dim <= 128])
+def test_decode_in_f32(interpret: Interpret, shape: Shape, lengths: list[int], sms: int) -> None:
+    decoded(interpret, shape, lengths, "f32", sms)
+
+
+@pytest.mark.parametrize("shape, lengths, sms", CASES)
+def test_decode_in_bf16(interpret: Interpret, shape: Shape, lengths: list[int], sms: int) -> None:
+    decoded(interpret, shape, lengths, "bf16", sms)
+
+
+def test_decode_with_tiles_of_an_older_gpu(interpret: Interpret) -> None:
+    """Masked in the loop, without code apart for the last tile."""
+    decoded(interpret, Shape(8, 2, 128), [300, 0, 64, 1], "bf16", 1, "sm_80")
+
+
+@pytest.mark.parametrize(
+    "lengths, page, fault, value",
+    [([70, 200], None, 5, 200), ([70, -3], None, 5, -3), ([70, 40], -2, 4, -2), ([70, 40], 10_000, 4, 10_000)],
+)
+def test_decode_says_what_it_cannot_use(
+    interpret: Interpret, lengths: list[int], page: int | None, fault: int, value: int
+) -> None:
+    """A length that the table does not hold, a page that does not exist: in the word of faults as the .cu kernels put
+    it there, nothing outside is read or written, and other sequences are what they were."""
+    shape = Shape(4, 2, 64)
+    tables, count = tables_for([96, 96], shape.rows)
+    if page is not None:
+        tables[1, 1] = page
+    stored, plain = pools(shape, count, "bf16")
+    given = {"q": torch.randn(2, 4, 64).bfloat16(), "lengths": torch.tensor(lengths, dtype=torch.int32)}
+    (job,) = jobs(decode_graph(shape, 2, 3, count, "bf16"), given | {"tables": tables} | plain, "paged_decode", 2)
+    done = interpret(job)
+    assert not done.torn
+    assert done.fault >> 48 == fault and done.fault & 0xFFFFFFFFFFFF == value & 0xFFFFFFFFFFFF
+    good = {"lengths": torch.tensor([70, 0], dtype=torch.int32), "tables": tables_for([96, 96], 32)[0] * 0}
+    good["tables"][0] = tables[0]
+    wanted = by_cpu(decode_graph(shape, 2, 3, count, "bf16"), given | good | stored)["mixed.out"]
+    torch.testing.assert_close(done.tensors["mixed.out"][0], wanted[0], rtol=1.6e-2, atol=1.6e-2)
+    assert done.tensors["mixed.out"].isfinite().all()

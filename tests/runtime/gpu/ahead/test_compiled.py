@@ -1,0 +1,80 @@
+"""Every Triton function compiles for every architecture, spills nothing, and is what its launch rule launches."""
+
+from collections.abc import Iterator
+from functools import cache
+
+import pytest
+
+import taskgraph as tg
+from taskgraph.graph.graph import Graph
+from taskgraph.models.config import load_config
+from taskgraph.models.paged import Bucket, PageShape, step_graph
+from taskgraph.runtime.gpu.ahead.cubins import Cubin, Specialisation, architecture, assembled, check_arguments, obtain
+from taskgraph.runtime.gpu.ahead.needed import dry_launches, needed
+from taskgraph.runtime.gpu.kinds import DrySite, Launch
+from taskgraph.runtime.gpu.standard import GPU_KINDS
+
+pytest.importorskip("triton", reason="Triton is not installed: pip install 'taskgraph-gpu[kernels]'")
+
+ARCHS = ("sm_80", "sm_90", "sm_100")
+LARGEST = {"sm_80": 163, "sm_90": 227, "sm_100": 227}
+"""KB of shared memory that a block can have (CUDA Programming Guide, compute capabilities)."""
+
+
+def llama() -> Graph:
+    """A step of Llama-3-8B: sequences that decode, and chunks of prefill."""
+    return step_graph(load_config("llama-3-8b"), Bucket(256, 1024, 2), PageShape(4096, 32, 2048))
+
+
+def decode(heads: int, kv: int, dim: int, rows: int, dtype: str) -> Graph:
+    b = tg.GraphBuilder(f"decode-{heads}-{kv}-{dim}-{rows}-{dtype}")
+    tables = b.input("lengths", (5,), "i32"), b.input("tables", (5, 9), "i32")
+    pages = [b.state(n, (64, kv, rows, -(-dim // 32) * 32), dtype) for n in ("k", "v")]
+    b.output(tg.ops.paged_decode(b.input("q", (5, heads, dim), dtype), *tables, *pages, context=9 * rows))
+    return b.build()
+
+
+@cache
+def graphs() -> tuple[Graph, ...]:
+    """Steps of models, and shapes at the edges of what the rules take."""
+    bf16 = [(8, 8, 64, 32), (16, 1, 96, 64), (24, 2, 80, 48), (8, 2, 256, 32)]
+    f32 = [(8, 8, 64, 32), (32, 8, 128, 16)]
+    return (llama(), *(decode(*s, "bf16") for s in bf16), *(decode(*s, "f32") for s in f32))
+
+
+def made_on(arch: str) -> Iterator[tuple[Launch, Cubin]]:
+    """Every launch of a Triton function, with its cubin."""
+    assert GPU_KINDS
+    for graph in graphs():
+        for _, launches in dry_launches(graph, DrySite(132, arch)):
+            for one in launches:
+                if isinstance(one, Launch) and isinstance(one.source, Specialisation):
+                    yield one, obtain(one.source, arch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_kernel_compiles_fits_its_launch_and_spills_nothing(arch: str) -> None:
+    seen, spilled = set(), []
+    for launch, cubin in made_on(arch):
+        assert isinstance(launch.source, Specialisation)
+        seen.add(cubin.name)
+        check_arguments(launch.source, cubin, launch.args)
+        assert launch.block == 32 * cubin.warps
+        assert bool(launch.scratch) or not cubin.scratch_bytes, "a launch gives its kernel scratch"
+        assert cubin.shared_bytes <= LARGEST[arch] * 1024
+        if cubin.stack_bytes:
+            spilled.append((launch.source.describe(), launch.source.types[0][1], cubin.registers, cubin.stack_bytes))
+    assert not spilled
+    assert {"decode", "join"} <= seen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+def test_attention_multiplies_on_tensor_cores_and_copies_in_bulk(arch: str) -> None:
+    """The kernels of Llama-3-8B in bf16: mma.sync for decode, whose few rows no larger product fits."""
+    for spec, kind in needed(llama(), DrySite(132, arch)).items():
+        if kind == "paged_decode" and spec.name == "decode":
+            asm = assembled(spec, architecture(arch)).asm["ptx"]
+            assert "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32" in asm
+            assert ("cp.async.bulk.tensor" if arch != "sm_80" else "cp.async.cg") in asm
