@@ -9,7 +9,7 @@ import numpy as np
 
 from taskgraph.graph.op import ITEMSIZE, Op
 from taskgraph.runtime.gpu.ahead.cubins import architecture
-from taskgraph.runtime.gpu.ahead.launching import ALIGNMENT, Pointer, launch, with_descriptors
+from taskgraph.runtime.gpu.ahead.launching import ALIGNMENT, Argument, Pointer, launch, with_descriptors
 from taskgraph.runtime.gpu.kinds import Buffer, GpuSite, Launches, register_ahead
 
 _JIT = "taskgraph.runtime.gpu.ahead.jit"
@@ -78,7 +78,7 @@ def _decode(op: Op, q: Buffer, cache: _Cache, out: Buffer, site: GpuSite) -> Lau
     cut = Pointer(site.scratch(8 * blocks), "i32", aligned=True)
     of_group = {"GROUP": group, "PADDED": padded(group, 8), "DIM": dim, "CHANNELS": channels}
     pages_each = 0 if cache.tables is None else cache.tables.shape[1]
-    arguments = {
+    arguments: dict[str, Argument] = {
         "q": q, "lengths": cache.lengths, "tables": cache.tables, "keys": cache.keys, "values": cache.values,
         "out": out, "parts": parts, "cut": cut, "fault": Pointer(site.fault(), "i64"), "batch": np.int32(batch),
         "limit": np.int32(cache.limit), "each": np.int32(pages_each), "count": np.int32(count),
@@ -87,7 +87,7 @@ def _decode(op: Op, q: Buffer, cache: _Cache, out: Buffer, site: GpuSite) -> Lau
         "APART": tile.apart,
     }  # fmt: skip
     made = launch(f"{_JIT}.decode:decode", (blocks,), arguments, warps=tile.warps, stages=tile.stages)
-    joined = {"parts": parts, "cut": cut, "out": out, **of_group}
+    joined: dict[str, Argument] = {"parts": parts, "cut": cut, "out": out, **of_group}
     return [
         with_descriptors(made, 2, site),
         launch(f"{_JIT}.decode:join", (blocks,), joined, warps=4, stages=1),
