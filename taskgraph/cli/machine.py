@@ -48,9 +48,25 @@ def devices() -> None:
 def doctor(
     probe: Annotated[bool, typer.Option("--probe", help="measure this machine again, e.g. after it was busy")] = False,
     device: Annotated[str, typer.Option(help="virtual:h100_sxm, say, to look at a virtual GPU")] = "",
+    arch: Annotated[
+        str,
+        typer.Option("--compile", metavar="ARCH", help="compile a model's Triton kernels for sm_90, say, and no more"),
+    ] = "",
+    model: Annotated[
+        str, typer.Option(help="whose kernels --compile compiles: a size, a config.json or its folder")
+    ] = ("llama-3-8b"),
 ) -> None:
-    """What this machine can run, and what its CPU measured."""
+    """What this machine can run, and what its CPU measured.
+
+    With --compile ARCH: the kernels that steps of a model need on a GPU of that architecture, compiled and kept. That
+    needs Triton and no GPU."""
     from importlib import metadata
+
+    if arch:
+        from taskgraph.cli.ahead import compile_ahead
+
+        screen.print(compile_ahead(arch, model))
+        return
 
     from taskgraph.runtime.cpu import choose, survey
     from taskgraph.runtime.cpu.probe import PROBE_AGAIN, cache_path, disturbance, probed_when

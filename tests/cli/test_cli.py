@@ -43,6 +43,29 @@ def test_doctor_measures_again_when_asked(
     assert call(monkeypatch, "doctor", "--probe") == 0 and not kept.exists()
 
 
+def test_doctor_compiles_kernels_for_a_gpu_that_is_not_here(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed: pip install 'taskgraph-gpu[kernels]'")
+    from taskgraph.cli import ahead
+    from taskgraph.models.paged import Bucket
+    from taskgraph.runtime.gpu.ahead import cubins
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(ahead, "_steps", lambda config: [ahead.step_graph(config, Bucket(4), ahead._PAGES)])
+    assert call(monkeypatch, "doctor", "--compile", "sm_90", "--model", "smollm2-135m") == 0
+    said = capsys.readouterr()
+    assert "smollm2-135m on sm_90" in said.out and "paged_decode" in said.out and "1/" in said.err
+    assert list(tmp_path.rglob("decode-*.cubin")) and not list(tmp_path.rglob("*.ptx"))
+    monkeypatch.setattr(cubins, "triton_version", lambda: "")
+    assert call(monkeypatch, "doctor", "--compile", "sm_90", "--model", "smollm2-135m") == 0, "all of it is kept"
+    assert "kept before" in capsys.readouterr().out
+    assert call(monkeypatch, "doctor", "--compile", "sm_80", "--model", "smollm2-135m") == 2
+    assert "pip install 'taskgraph-gpu[kernels]'" in capsys.readouterr().err
+    assert call(monkeypatch, "doctor", "--compile", "h100") == 2
+    assert "'h100' is no architecture" in capsys.readouterr().err
+
+
 def test_plan_of_70b_without_weights(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

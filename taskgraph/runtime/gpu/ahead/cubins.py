@@ -62,7 +62,7 @@ class Specialisation:
 
     def describe(self) -> str:
         """One line for people."""
-        constants = ", ".join(f"{name}={value}" for name, value in self.constants)
+        constants = ", ".join(f"{name}={value}" for name, value in self.constants if value is not None)
         return f"{self.name}({constants})"
 
 
