@@ -3,7 +3,7 @@
 from .errors import CapacityError, MatrixError, NotPositiveDefiniteError, SingularError
 from .factor import Factor
 from .gradients import Solved, conjugate_gradients
-from .ordering import grid_dissection, minimum_degree
+from .ordering import approximate_minimum_degree, fill_reducing, grid_dissection, metis, minimum_degree
 from .randomized import Randomized
 from .symbolic import Symbolic, analyse
 
@@ -17,7 +17,10 @@ __all__ = [
     "Solved",
     "Symbolic",
     "analyse",
+    "approximate_minimum_degree",
     "conjugate_gradients",
+    "fill_reducing",
     "grid_dissection",
+    "metis",
     "minimum_degree",
 ]

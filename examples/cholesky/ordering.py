@@ -1,10 +1,15 @@
-"""Orders of elimination: nested dissection of grids by geometry, minimum degree of anything by SuperLU."""
+"""Orders of elimination: nested dissection by METIS or, of grids, by geometry; minimum degree by AMD or SuperLU."""
 
 from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
 from scipy.sparse.linalg import spilu
+
+from taskgraph import BackendUnavailable
 
 from .errors import MatrixError
 
@@ -43,3 +48,37 @@ def minimum_degree(matrix: sp.sparray) -> Order:
     pattern = sp.csc_array(pattern + sp.diags_array(np.diff(pattern.indptr) + 1.0))
     made = spilu(pattern, drop_tol=1.0, fill_factor=1.0, permc_spec="MMD_AT_PLUS_A")
     return np.argsort(made.perm_c).astype(np.int64)
+
+
+def metis(matrix: sp.sparray) -> Order:
+    """Nested dissection by METIS (Karypis and Kumar 1998) of any pattern; BackendUnavailable without `pymetis`."""
+    pymetis = _library("pymetis", "pymetis")
+    edges = sp.csc_array(matrix - sp.diags_array(matrix.diagonal()))
+    edges.eliminate_zeros()
+    if not edges.nnz:
+        return np.arange(matrix.shape[0])
+    pattern = pymetis.CSRAdjacency(edges.indptr.astype(np.int32), edges.indices.astype(np.int32))
+    return np.array(pymetis.nested_dissection(adjacency=pattern)[0], np.int64)
+
+
+def approximate_minimum_degree(matrix: sp.sparray) -> Order:
+    """AMD (Amestoy, Davis and Duff 1996) of any pattern; BackendUnavailable without `cvxopt`."""
+    amd, base = _library("cvxopt.amd", "cvxopt"), _library("cvxopt", "cvxopt")
+    found = sp.coo_array(matrix)
+    ones = base.spmatrix(1.0, found.row.tolist(), found.col.tolist(), matrix.shape)
+    return np.array(amd.order(ones), np.int64).ravel()
+
+
+def fill_reducing(matrix: sp.sparray) -> Order:
+    """By METIS where it is installed, else `minimum_degree`: what to take for a matrix that is no grid."""
+    return metis(matrix) if find_spec("pymetis") else minimum_degree(matrix)
+
+
+def _library(module: str, package: str) -> Any:
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"this order is made by {package}, which is not installed: pip install {package}, or take minimum_degree "
+            "or grid_dissection."
+        ) from error

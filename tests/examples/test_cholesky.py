@@ -1,7 +1,9 @@
 """Sparse Cholesky as a task graph: the factor solves what SuperLU solves, by any order and grain."""
 
 import json
+import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -10,8 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.sparse.linalg import splu
 
+import taskgraph as tg
 from benchmarks import cholesky as benchmark
-from examples.cholesky import Factor, MatrixError, NotPositiveDefiniteError, analyse, grid_dissection, minimum_degree
+from examples.cholesky import (
+    Factor,
+    MatrixError,
+    NotPositiveDefiniteError,
+    analyse,
+    approximate_minimum_degree,
+    fill_reducing,
+    grid_dissection,
+    metis,
+    minimum_degree,
+)
 from examples.cholesky.factor import pieces
 from examples.cholesky.problems import poisson
 
@@ -45,6 +58,27 @@ def test_factor_solves_as_superlu_does_and_is_replayed_for_new_values(case: str,
             x = factor.solve(rhs)
             assert np.linalg.norm(scaled @ x - rhs) <= 1e-10 * np.linalg.norm(rhs)
             np.testing.assert_allclose(x, splu(scaled).solve(rhs), rtol=1e-8, atol=1e-10 * abs(x).max())
+
+
+@pytest.mark.parametrize(("package", "order_of"), [("pymetis", metis), ("cvxopt", approximate_minimum_degree)])
+def test_orders_of_libraries_are_permutations_that_fill_less(
+    package: str, order_of: Callable[[sp.csc_array], np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matrix = poisson((20, 20))
+    if find_spec(package) is not None:
+        natural = analyse(matrix, np.arange(400)).flops.sum()
+        assert analyse(matrix, order_of(matrix)).flops.sum() < 0.7 * natural
+        diagonal = sp.csc_array(sp.diags_array(np.ones(5)))
+        assert sorted(order_of(diagonal)) == list(range(5))
+    for module in (package, "cvxopt.amd"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(tg.BackendUnavailable, match=f"pip install {package}"):
+        order_of(matrix)
+
+
+def test_a_matrix_that_is_no_grid_has_an_order() -> None:
+    matrix = random_spd(200, 3)
+    assert sorted(fill_reducing(matrix)) == list(range(200))
 
 
 def test_symbolic_counts_are_those_of_the_dense_factor() -> None:

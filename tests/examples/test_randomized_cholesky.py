@@ -1,11 +1,14 @@
 """Randomized Cholesky: unbiased, equal for a seed whatever the grain and the lanes, and a good preconditioner."""
 
+import json
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import cholesky_randomized as benchmark
 from examples.cholesky import (
     MatrixError,
     Randomized,
@@ -129,3 +132,12 @@ def test_what_it_cannot_take_is_refused() -> None:
             factor.apply(np.ones(35))
     with pytest.raises(MatrixError, match="tolerance"):
         conjugate_gradients(matrix, np.ones(36), lambda r: r, tolerance=0.0)
+
+
+def test_benchmark_prints_its_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark.main(["--unknowns", "400", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])["problems"]
+    assert set(result) == {f"{kind}-400" for kind in benchmark.PROBLEMS}
+    for row in result.values():
+        assert row["randomized"]["converged"] and row["randomized"]["residual"] <= 1.1e-8
+        assert row["spilu"]["iterations"] > 0
