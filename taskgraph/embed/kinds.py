@@ -244,6 +244,19 @@ def bind_attention(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
     return held(run, (views, out))
 
 
+def bind_routing(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
+    """Each token's weights to the places of its experts; an expert that it names twice gets both."""
+    (places, weights), out = operands_of(op, ins, outs)
+    given = weights if weights.dtype == torch.float32 else torch.empty(weights.shape, dtype=torch.float32)
+
+    def run() -> None:
+        if given is not weights:
+            given.copy_(weights)
+        out.zero_().scatter_add_(1, places, given)
+
+    return run
+
+
 def attention_kernel(op: Op, ins: Shapes, outs: Shapes) -> Kernel:
     """Decode for one query a sequence, else prefill."""
     sizes = op.attr("sizes")
@@ -277,6 +290,7 @@ for _name, _rule in (("attention", attention_kernel), ("gemm", gemm_kernel)):
     priced(f"{ATEN}.{_name}", _rule)
 priced(ATEN, call_kernel)
 stated_kind("aten.rotary", {}, bind_rotary, COMPILED)
+stated_kind("aten.routing", {}, bind_routing, TORCH)
 stated_kind(
     "aten.attention", {"scale": NUMBER, "causal": FLAG, "masked": FLAG, "sizes": WORD}, bind_attention, COMPILED
 )

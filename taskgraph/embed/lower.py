@@ -314,6 +314,22 @@ def viewed(
     return name
 
 
+def operand_texts(
+    site: Site, uses: Sequence[Use], shapes: Sequence[tuple[int, ...]] = ()
+) -> tuple[list[tg.Value], dict[str, Any]]:
+    """The inputs of an op whose operands are views of them, and what its text says of both."""
+    values, layouts, operands = list[tg.Value](), list[Layout](), list[Any]()
+    for use in uses:
+        value = site.value(use)
+        if value not in values:
+            values.append(value)
+            layouts.append(site.root(use))
+        operands.append({"i": values.index(value), "v": _views(site.flow, use.leaf)})
+    for operand, shape in zip(operands, shapes, strict=False):
+        operand["as"] = list(shape)
+    return values, {"in": [one.to_json() for one in layouts], "operands": operands}
+
+
 # --------------------------------------------------------------------------------------- the call itself
 
 

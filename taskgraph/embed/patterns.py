@@ -11,6 +11,7 @@ from typing import Any, Final
 import taskgraph as tg
 from taskgraph.embed import standard
 from taskgraph.embed.attention import attention
+from taskgraph.embed.experts import experts
 from taskgraph.embed.flow import Flow, Use
 from taskgraph.embed.lower import Match, Site, shaped
 from taskgraph.embed.match import Matcher
@@ -235,7 +236,7 @@ def argmax(m: Matcher, i: int) -> Match | None:
 
 
 PATTERNS: Final[tuple[Pattern, ...]] = (
-    attention, rotary, rms_norm, layer_norm, product, embedding, argmax, standard.softmax, standard.product,
+    attention, experts, rotary, rms_norm, layer_norm, product, embedding, argmax, standard.softmax, standard.product,
     standard.reduction, standard.join, standard.pick, standard.look_up, standard.repetition,
     standard.transposing_copy, pointwise,
 )  # fmt: skip
