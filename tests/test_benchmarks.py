@@ -1,6 +1,7 @@
 """The benchmarks run, and print the JSON keys that readers depend on. No absolute times here."""
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count, pairwise
 from typing import Any
@@ -10,7 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import taskgraph as tg
-from benchmarks import embed, interleaved, nanoflow_table, network, overhead, schedule, serve, spread, tune
+from benchmarks import (
+    embed,
+    gpu,
+    gpu_sections,
+    interleaved,
+    nanoflow_table,
+    network,
+    overhead,
+    schedule,
+    serve,
+    spread,
+    tune,
+)
 from benchmarks.peers import Slot, next_rows
 from taskgraph.tune import autotune as runtime_tune
 from taskgraph.tune.measure import Countdown
@@ -233,3 +246,60 @@ def test_embed_prints_every_module_and_their_differences(
     assert result["models"].keys() == {"in_place", "pruned"}
     assert result["models"]["in_place"]["ops"] > 0
     assert {"call", "replay", "over_replay"} <= result["overhead_us"].keys()
+
+
+def test_gpu_prints_every_kernel_products_by_sms_and_the_engine(capsys: pytest.CaptureFixture[str]) -> None:
+    """On the virtual driver, where all times are simulated and say so."""
+    sections = ["kernels", "products", "engine", "tiles", "vllm"]
+    result = run(capsys, gpu.main, "--only", *sections, "--device", "virtual:h100_sxm")
+    assert result["kind"] == "simulated" and result["sections"] == dict.fromkeys(sections, "done")
+    names = {"decode", "prefill", "rmsnorm", "swiglu", "argmax", "add", "rope", "embedding", "slice", "experts"}
+        "decode",
+        "prefill",
+        "rmsnorm",
+        "swiglu",
+        "argmax",
+        "add",
+        "rope",
+        "embedding",
+        "slice",
+        "experts",
+        "gemm_gateup",
+        "gemm_down",
+    ]
+    assert {n.rpartition("_")[0] for n in (*result["kernels"], *result["left_out_kernels"])} >= names
+    assert "failed_kernels" not in result
+    for row in result["kernels"].values():
+        assert row["seconds"] > 0 and row["per_s"] > 0 and 0 < row["share"] <= 1.0 and row["unit"] in ("B/s", "FLOP/s")
+    assert len(result["products"]) == 4
+    for choices in result["products"].values():
+        assert set(choices["library"]["seconds"]) == {"132", "96", "64", "32"}
+        assert choices["library"]["of_full"]["132"] == 1.0
+    assert {"tokens_per_s", "step_s", "replay_s", "transformers_tokens_per_s", "vllm_tokens_per_s"} <= {
+        *result["engine"]
+    }
+    assert result["engine"]["tokens_per_s"] > 0 and result["engine"]["step_s"] >= result["engine"]["replay_s"] > 0
+
+
+def test_a_section_of_gpu_that_breaks_is_told_and_the_others_go_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(asked: gpu.Asked) -> Any:
+        yield {"kernels": {"half": 1}}
+        raise RuntimeError("it broke")
+
+    monkeypatch.setitem(gpu.SECTIONS, "tiles", gpu_sections.Section(breaks, 1.0))
+    found = gpu.measure(gpu.Asked("virtual:h100_sxm", 60.0), ["tiles", "vllm"], 1.0, lambda text: None)
+    assert found["sections"] == {"tiles": "failed: RuntimeError: it broke", "vllm": "done"}
+    assert found["kernels"] == {"half": 1}, "what was found before stays"
+    capsys.readouterr()
+
+
+def test_a_section_of_gpu_in_its_process_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a child has written by then is kept."""
+    said = "import json,sys,time; print(json.dumps({'found': {'tiles': {'a': 1}}}), flush=True); time.sleep(60)"
+    monkeypatch.setattr(gpu, "CHILD", (sys.executable, "-c", said))
+    monkeypatch.setattr(gpu, "GRACE_S", 2.0)
+    kept: list[Any] = []
+    assert gpu.in_child("tiles", gpu.Asked(None, 1.0), kept.append).startswith("cut off")
+    assert kept == [{"tiles": {"a": 1}}]

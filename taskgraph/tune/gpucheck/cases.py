@@ -24,7 +24,7 @@ from taskgraph.runtime.cpu.kinds import TORCH_DTYPE
 from taskgraph.runtime.gpu import driver
 from taskgraph.runtime.gpu.driver import Gpu, Memory
 from taskgraph.runtime.gpu.interop import torch_stream
-from taskgraph.runtime.gpu.kinds import Buffer, CopyLaunch
+from taskgraph.runtime.gpu.kinds import Buffer, CopyLaunch, Launches, Rule
 from taskgraph.runtime.gpu.sites import LaneSite
 from taskgraph.runtime.gpu.standard import launches
 from taskgraph.tune.gpucheck.fast import Fast
@@ -66,6 +66,8 @@ class Case:
     fills: str
     given: Mapping[str, torch.Tensor] = field(default_factory=dict)
     function: Callable[..., None] | None = None
+    rule: Rule | None = None
+    """What launches it in place of what is registered, or of the library's."""
 
 
 def gemm_case(name: str, m: int, n: int, k: int) -> Case:
@@ -143,6 +145,43 @@ def elementwise_case(s: Scale, kind: str, rows: int) -> Case:
         x, y = (b.input(each, (rows, s.width), "bf16") for each in "xy")
         b.output(ops.add(x, y, name=name))
     return Case(name, b.build(), "memory")
+
+
+def embedding_case(s: Scale, rows: int) -> Case:
+    """Rows of the vocabulary's table by tokens."""
+    b, name = GraphBuilder(f"embedding_{rows}"), f"embedding_{rows}"
+    table = b.input("table", (s.vocab, s.width), "bf16")
+    b.output(ops.embedding(b.input("tokens", (rows,), "i32"), table, name=name))
+    tokens = torch.randint(0, s.vocab, (rows,), generator=torch.Generator().manual_seed(7), dtype=torch.int32)
+    return Case(name, b.build(), "memory", {"tokens": tokens})
+
+
+def experts_case(s: Scale, rows: int, experts: int = 128, top: int = 8) -> Case:
+    """Routed experts of half the width and an inner one of 3/8 of that (Qwen3-30B-A3B), tokens spread evenly."""
+    b, name = GraphBuilder(f"experts_{rows}"), f"experts_{rows}"
+    hidden, inner = s.width // 2, 3 * s.width // 16
+    weights = b.weight("up", (experts, 2 * inner, hidden), "bf16"), b.weight("down", (experts, hidden, inner), "bf16")
+    routing = b.input("routing", (rows, experts), "f32")
+    b.output(ops.experts(b.input("x", (rows, hidden), "bf16"), routing, *weights, top_k=top, name=name))
+    drawn = torch.rand((rows, experts), generator=torch.Generator().manual_seed(7)).topk(top, 1).indices
+    return Case(name, b.build(), "dense", {"routing": torch.zeros(rows, experts).scatter_(1, drawn, 1.0 / top)})
+
+
+def slice_case(s: Scale, rows: int) -> Case:
+    """Every second row."""
+    b, name = GraphBuilder(f"slice_{rows}"), f"slice_{rows}"
+    b.output(ops.slice_rows(b.input("x", (2 * rows, s.width), "bf16"), 0, 2 * rows, 2, name=name))
+    return Case(name, b.build(), "memory")
+
+
+def step_cases(s: Scale) -> list[Case]:
+    """Kernels of a step besides a layer's, on the whole device."""
+    rope = rope_case(s, s.rows)
+    small = (16, 2) if s is SMALL else (128, 8)
+    return [
+        replace(rope, name=f"rope_{s.rows}"), embedding_case(s, s.rows), slice_case(s, s.rows),
+        *(experts_case(s, rows, *small) for rows in (s.rows // 8, s.rows)),
+    ]  # fmt: skip
 
 
 def copy_case(s: Scale, direction: str) -> Case:
@@ -247,7 +286,7 @@ class CaseRunner:
         self.name, self.case, self._gpu, self._device = case.name, case, gpu, device
         (self._op,) = case.graph.ops
         self._memory: list[Memory] = []
-        self._sites: dict[int, LaneSite] = {}
+        self._made: dict[int, list[Launches]] = {}
         self._torch = torch.cuda.is_available() and not gpu.capability.virtual
         self._fast = fast.runs.get(self._op.kind)
         self.choice = fast.name_of(self._op.kind)
@@ -312,24 +351,25 @@ class CaseRunner:
         ins, outs = self._places[turn % len(self._places)]
         if self.case.function is not None:
             self.case.function(self._gpu, lane, ins[0], outs[0])
-        elif self._fast is not None and self._sides:
+        elif self._fast is not None and self._sides and self.case.rule is None:
             xs, ys = self._sides[turn % len(self._sides)]
             with torch_stream(lane.stream):
                 self._fast(self._op, xs, ys[0])
         else:
-            for made in launches(self._op, ins, outs, self._site(lane)):
+            for made in self._launches(lane)[turn % len(self._places)]:
                 if isinstance(made, CopyLaunch):
                     driver.copy_on(lane.stream, made.target, made.source, made.nbytes)
                 else:
                     self._gpu.send(lane.stream, made)
 
-    def _site(self, lane: PartitionStream) -> LaneSite:
+    def _launches(self, lane: PartitionStream) -> list[Launches]:
+        """Those of every turn, made at the first: a capture permits no upload of constants."""
         key = int(lane.stream.handle)
-        if key not in self._sites:
-            self._sites[key] = LaneSite(
-                lane.sms, self._own, [], self._own(8, pinned=True).address, self._gpu.ahead(self._op.kind)
-            )
-        return self._sites[key].again()
+        if key not in self._made:
+            fault, rule = self._own(8, pinned=True).address, self.case.rule or launches
+            site = LaneSite(lane.sms, self._own, [], fault, self._gpu.ahead(self._op.kind))
+            self._made[key] = [rule(self._op, ins, outs, site.again()) for ins, outs in self._places]
+        return self._made[key]
 
     def predicted_s(self, sms: int) -> float:
         return predict(self._op, self.case.graph, self._device, sms).seconds
@@ -344,7 +384,7 @@ class CaseRunner:
 
     def close(self) -> None:
         """Free its buffers."""
-        self._sides, self._places, self._sites = [], [], {}
+        self._sides, self._places, self._made = [], [], {}
         for memory in reversed(self._memory):
             memory.close()
         self._memory = []

@@ -197,7 +197,7 @@ def run(
     out.parent.mkdir(parents=True, exist_ok=True)
     started = GpuReport(
         kind="simulated" if gpu.capability.virtual else "measured",
-        device=_target(gpu, device),
+        device=planning_target(gpu, device),
         capability=gpu.capability.describe(),
         driver_version=gpu.capability.driver_version,
         compute_capability=gpu.capability.compute_capability,
@@ -214,7 +214,7 @@ def run(
     return made.report
 
 
-def _target(gpu: Gpu, device: str | None) -> Device:
+def planning_target(gpu: Gpu, device: str | None) -> Device:
     """The device to plan for: the published one of that name, else the nearest with what the driver says."""
     try:
         return planning_device(device)

@@ -82,14 +82,19 @@ def _by_descriptors(ins: Sequence[Buffer], out: Buffer) -> bool:
     return aligned and all(b.shape[-1] * ITEMSIZE[b.dtype] % 16 == 0 for b in (*ins, out))
 
 
-def gemm_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSite) -> Launches:
+def gemm_launches(
+    op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSite, tile: Tiling | None = None
+) -> Launches:
+    """A persistent product, by the tiling that suits the SMs, or by `tile`."""
     x, w, *extra = ins
     (m, k), n = x.shape, outs[0].shape[1]
     bias = extra[0] if op.attr("bias") else None
     residual = extra[-1] if op.attr("residual") else None
     half, bulk = x.dtype == w.dtype == "bf16", _by_descriptors(ins, outs[0])
     most = _LARGEST if bulk else _LARGEST_BY_LOADS
-    tile = tiling(m, n, site.sm_count, int(residual is not None), shared_bytes(site.arch), most) if half else _PLAIN
+    extra_tiles = int(residual is not None)
+    chosen = tiling(m, n, site.sm_count, extra_tiles, shared_bytes(site.arch), most) if half else _PLAIN
+    tile = tile or chosen
     tiles = -(-m // tile.rows) * -(-n // tile.columns)
     grid = (max(1, min(tiles, site.sm_count)),)
     given: dict[str, Argument] = {
