@@ -20,7 +20,6 @@ import torch
 from taskgraph.graph.device import Device
 from taskgraph.models import llama
 from taskgraph.models.config import ModelConfig, load_config
-from taskgraph.models.paged import Bucket
 from taskgraph.runtime.gpu.ahead.products import TILINGS, Tiling, gemm_launches, shared_bytes
 from taskgraph.runtime.gpu.driver import Gpu
 from taskgraph.runtime.gpu.virtual import is_virtual
@@ -241,7 +240,7 @@ def engine(asked: Asked) -> Iterator[Found]:
             each.append(time.perf_counter() - at)
         seconds = time.perf_counter() - begin
         runner: Any = made.runner
-        replay_s = runner.bank[Bucket(runner._decode[-1])].replay_seconds(1 if asked.virtual else 20)
+        replay_s = runner.bank[runner.last.bucket].replay_seconds(1 if asked.virtual else 20)  # all decode in the end
     found: dict[str, Any] = {"replay_s": replay_s, "sequences": n, "tokens_in": serving.tokens_in}
     found["tokens_out"] = serving.tokens_out
     if asked.virtual:
