@@ -11,7 +11,7 @@ from taskgraph.models.shards import load_shard
 from taskgraph.models.text.tokenizer import Tokenizer
 from taskgraph.models.weights import open_checkpoint
 from taskgraph.serving.engine import Engine
-from taskgraph.serving.options import Hardware, KvMemory, Planner
+from taskgraph.serving.options import WARM, Hardware, KvMemory, Planner, Warm
 from taskgraph.serving.runners.cpu import cpu_engine
 from taskgraph.serving.runners.parallel import RanksRunner, ranks_engine
 from taskgraph.serving.scheduler import Limits
@@ -39,6 +39,13 @@ class LocalModel:
         runner = self.engine.runner
         return runner.ranks.pids if isinstance(runner, RanksRunner) else ()
 
+    @property
+    def shared_bytes(self) -> tuple[int, int]:
+        """Bytes of the memory that its captured steps share on a GPU, and those that they would hold if they did not;
+        zeros where they share none."""
+        pipeline = getattr(self.engine.runner, "pipeline", None)
+        return (0, 0) if pipeline is None else (pipeline.memory.memory_bytes, pipeline.memory.asked_bytes)
+
 
 def open_local(
     source: str,
@@ -47,19 +54,19 @@ def open_local(
     *,
     dtype: str = "auto",
     pages: int = 0,
-    warm: bool = True,
+    warm: Warm | None = WARM,
     planner: str | Planner = "auto",
 ) -> LocalModel:
     """The checkpoint's engine, with `pages` pages of 32 tokens (0: room for a quarter of what all sequences may have).
 
     `limits` bound its batches; their context is cut to the model's. `target` says where it runs (default: one process
-    on this machine's cores). With `warm` every step is planned and captured now. `dtype` is "bf16", "f32", or "auto"
-    for the faster one here. `planner` plans the steps of one rank: a scheduler's name, or a function like
-    `tg.KnownPlans`. PlanError for a dtype that is none; GraphError for ranks that cannot share the model;
-    BackendUnavailable without the GPU, or for ranks on GPUs.
+    on this machine's cores). Steps are planned and captured now as `warm` says, or with None when first needed.
+    `dtype` is "bf16", "f32", or "auto" for the faster one here. `planner` plans the steps of one rank: a scheduler's
+    name, or a function like `tg.KnownPlans`. PlanError for a dtype that is none; GraphError for ranks that cannot share
+    the model; BackendUnavailable without the GPU, or for ranks on GPUs.
     """
     on, known = target or Hardware(), planner if isinstance(planner, tg.KnownPlans) else None
-    if known is not None and known.files and (on.ranks > 1 or not warm):
+    if known is not None and known.files and (on.ranks > 1 or warm is None):
         raise PlanError("plan files are for one rank whose steps are planned at the start; leave --plan out.")
     if on.device != "cpu" and on.ranks > 1:
         raise BackendUnavailable("ranks are processes on CPUs; serving over several GPUs is not built. Give one rank.")
@@ -78,15 +85,15 @@ def open_local(
     else:
         load = partial(load_rank, source, picked.dtype, on.whole_experts)
         engine = ranks_engine(config, load, limits, memory, on.ranks, whole_experts=on.whole_experts)
-    if warm:
-        _warm(engine, known)
+    if warm is not None:
+        _warm(engine, warm, known)
     return LocalModel(config.name, engine, tokenizer, config.vocab_size, picked)
 
 
-def _warm(engine: Engine, known: "tg.KnownPlans | None") -> None:
-    """Plan and capture every step, and check that every given plan is used. The engine is closed if either fails."""
+def _warm(engine: Engine, warm: Warm, known: "tg.KnownPlans | None") -> None:
+    """Plan and capture steps, and check that every given plan is used. The engine is closed if either fails."""
     try:
-        engine.runner.warm()
+        engine.runner.warm(warm.within_s, warm.tell)
         if known is not None:
             known.check_used()
     except BaseException:

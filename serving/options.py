@@ -1,5 +1,6 @@
 """What an engine or a session may be told, as frozen values: its memory, its policy, where it runs, who plans."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -59,6 +60,19 @@ class Policy:
         if self.expected_output is not None:
             number("expected_output", self.expected_output, 0.0, 1e12, "how many tokens a request gives")
         whole("most_waiting", self.most_waiting, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Warm:
+    """How an engine is made ready: steps are planned and captured for about `within_s` seconds, and for one that holds
+    any batch however long that takes. `tell` hears how many are ready, of how many."""
+
+    within_s: float = math.inf
+    tell: Callable[[int, int], None] | None = None
+
+
+WARM = Warm()
+"""All steps, however long they take."""
 
 
 @dataclass(frozen=True, slots=True)

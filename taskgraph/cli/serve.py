@@ -1,6 +1,7 @@
 """`taskgraph serve` and `taskgraph api-key`."""
 
 import logging
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,9 +13,15 @@ from taskgraph.cli.console import paragraphs, say, status
 from taskgraph.errors import BackendUnavailable
 
 if TYPE_CHECKING:
+    from rich.status import Status
+
     from taskgraph.serving.http.keys import KeyRing
     from taskgraph.serving.options import Hardware
     from taskgraph.serving.scheduler import Limits
+
+
+_SAY_S = 10.0
+"""How often progress is said where there is no terminal to show it."""
 
 
 def register(app: typer.Typer) -> None:
@@ -40,7 +47,10 @@ def serve(
     ] = False,
     most_open: Annotated[int, typer.Option(min=1, help="requests that may run and wait; one more gets 429")] = 256,
     most_body: Annotated[int, typer.Option(min=1, help="bytes of a request's body; more gets 413")] = 1 << 20,
-    warm: Annotated[bool, typer.Option(help="plan and capture every step before the first request")] = True,
+    warm: Annotated[bool, typer.Option(help="plan and capture steps before the first request")] = True,
+    warm_within: Annotated[
+        float, typer.Option(min=0, help="seconds for that; batches make do with the steps that there are then")
+    ] = 900.0,
     plans: Annotated[
         list[Path] | None, typer.Option("--plan", help="use this plan for the step whose it is; may be repeated")
     ] = None,
@@ -66,6 +76,9 @@ def serve(
     model, GET /health says whether requests are taken, GET /metrics is for Prometheus. SIGINT or SIGTERM waits for what
     runs, for --drain seconds at most; a second one cancels it.
 
+    Before the first request all steps that batches can need are planned and captured, or those that --warm-within
+    leaves time for; "ready" says how many. Only then the server listens: /health answers no earlier.
+
     Without --api-key-file the server answers to this machine only, and not to pages of other sites in its browsers.
 
     With --tensor-parallel every rank has its own cores and its share of weights and cache; when a rank's process dies,
@@ -78,16 +91,19 @@ def serve(
     from taskgraph.serving.http.access import access_of
     from taskgraph.serving.http.app import Served, run_server
     from taskgraph.serving.local import open_local
-    from taskgraph.serving.options import Hardware
+    from taskgraph.serving.options import Hardware, Warm
     from taskgraph.serving.service import Service
 
     keys = None if api_key_file is None else _key_ring(api_key_file)
     access = access_of(host, keys, tuple(cors_origin or ()))
-    with status.status("load weights, plan and capture steps"):
+    with status.status("load weights") as shown:
         limits, target = limits_of(sequences, step_tokens, context), Hardware(device, tensor_parallel, expert_parallel)
-        planner = known(plans, remembered, target)
-        local = open_local(model, limits, target, dtype=dtype, pages=pages, warm=warm, planner=planner)
+        planner, progress = known(plans, remembered, target), _Progress(shown)
+        asked = Warm(warm_within, progress) if warm else None
+        local = open_local(model, limits, target, dtype=dtype, pages=pages, warm=asked, planner=planner)
     status.print(f"dtype {local.picked.dtype} ({local.picked.why})", soft_wrap=True)
+    if warm:
+        status.print(progress.summary(*local.shared_bytes), soft_wrap=True)
     with Service(local.engine, most_open) as service:
         served = Served(service, local.tokenizer, name or local.name, most_body)
 
@@ -101,6 +117,32 @@ def serve(
             _log_access()
         run_server(served, host, port, drain_s=drain, access=access, started=started, say=say)
     status.print("stopped")
+
+
+class _Progress:
+    """What is said while steps are planned and captured, and when they are."""
+
+    def __init__(self, shown: "Status") -> None:
+        self._shown, self._done = shown, (0, 0)
+        self._begin_s = self._said_s = time.monotonic()
+
+    def __call__(self, done: int, of: int) -> None:
+        self._done, line = (done, of), f"plan and capture steps: {done} of {of}"
+        self._shown.update(line)
+        if not status.is_terminal and time.monotonic() - self._said_s > _SAY_S:
+            self._said_s = time.monotonic()
+            say(line)
+
+    def summary(self, shared_bytes: int, asked_bytes: int) -> str:
+        """One line: how many steps, in how long, and what memory they share."""
+        done, of = self._done
+        took_s = time.monotonic() - self._begin_s
+        line = f"ready: {done} of {of} steps planned and captured, {took_s:.0f} s after the start"
+        if done < of:
+            line += "; batches make do with these (more time: --warm-within)"
+        if shared_bytes:
+            line += f"; they share {shared_bytes / 1e6:,.1f} MB and would hold {asked_bytes / 1e6:,.1f} each on its own"
+        return line
 
 
 def _log_access() -> None:

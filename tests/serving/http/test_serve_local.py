@@ -52,11 +52,17 @@ def alone(folder: Path, prompt: str, tokens: int) -> str:
 def test_serve_answers_what_the_model_says(folder: Path, device: str) -> None:
     command = [sys.executable, "-m", "taskgraph.cli", "serve", str(folder), "--port", "0", "--dtype", "f32"]
     command += ["--device", device]
-    limits = ["--sequences", "2", "--step-tokens", "32", "--context", "64", "--no-warm", "--name", "tiny"]
+    limits = ["--sequences", "2", "--step-tokens", "32", "--context", "64", "--name", "tiny"]
+    limits += ["--no-warm"] if device == "cpu" else ["--warm-within", "0"]
     with subprocess.Popen([*command, *limits], cwd=ROOT, stderr=subprocess.PIPE, text=True) as server:
         try:
             assert server.stderr is not None
-            said = next(line for line in server.stderr if "serving" in line)
+            before: list[str] = []
+            for said in server.stderr:
+                if "serving" in said:
+                    break
+                before.append(said)
+            assert any("ready: 1 of" in line and "they share" in line for line in before) is (device != "cpu")
             url = re.search(r"http://[\d.:]+", said)
             assert url is not None
             asked = {"model": "tiny", "prompt": ["Hello", "abc"], "max_tokens": 12, "temperature": 0}
