@@ -7,7 +7,7 @@ from pathlib import Path
 
 from taskgraph.cache import write_atomically
 from taskgraph.cost.calibrate import LEAST_ROWS, Errors, calibrate
-from taskgraph.cost.corunning_fit import LEAST_PAIRS, GraphOf, fit_corunning, fit_kept_grid
+from taskgraph.cost.corunning_fit import LEAST_PAIRS, GraphOf, fit_corunning, fit_kept_grid, fit_own_share
 from taskgraph.cost.fitted import Calibration, Fitted, shipped
 from taskgraph.cost.gpu_report import GpuReport, read_report
 from taskgraph.cost.measurements import products
@@ -52,7 +52,8 @@ def with_kernels(made: Calibration, found: GpuReport, graph_of: GraphOf, device:
     """The calibration with what the report's pairs, and its products on fewer SMs, say."""
     pairs = sum(row.mode == "partition" for row in found.corun)
     model = fit_corunning(found.corun, graph_of, device) if pairs >= LEAST_PAIRS else made.co_running
-    return fit_kept_grid(found.kernels_by_sms, graph_of, device, replace(made, co_running=model))
+    made = fit_kept_grid(found.kernels_by_sms, graph_of, device, replace(made, co_running=model))
+    return fit_own_share(found.kernels_by_sms, graph_of, device, made)
 
 
 def save(device: Device, made: Calibration, out: Path) -> Path:

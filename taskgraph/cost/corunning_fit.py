@@ -12,6 +12,8 @@ import numpy as np
 
 from taskgraph.cost.calibrate import Errors, scipy_parts
 from taskgraph.cost.corunning import CoRunning, Pairs, pair_speeds
+from taskgraph.cost.families import kernel_of
+from taskgraph.cost.families.gemm import GEMM, GemmCoefficients, GemmShape, library_seconds, own_seconds
 from taskgraph.cost.fitted import Calibration, DeviceModel, model_with
 from taskgraph.cost.gpu_report import KernelTime, PairTime
 from taskgraph.cost.model import op_table
@@ -133,21 +135,50 @@ def fit_kept_grid(rows: Sequence[KernelTime], graph_of: GraphOf, device: Device,
     ratios = np.log([row.seconds / whole[row.kernel] for row in mine])
 
     def off(kept: float) -> float:
-        model = model_with(_with_grid(made, kept), device)
+        model = model_with(_with(made, kept_grid=kept), device)
         times = {name: _curve(graph_of(name), model, sizes) for name, sizes in asked.items()}
         return float(np.abs(np.array([times[row.kernel][row.sms] for row in mine]) - ratios).sum())
 
-    return _with_grid(made, float(f"{min(_GRIDS.tolist(), key=off):.3g}"))
+    return _with(made, kept_grid=float(f"{min(_GRIDS.tolist(), key=off):.3g}"))
+
+
+OWN = "own_"
+"""How the names of our own products begin in tables of kernels by SMs."""
+
+
+def fit_own_share(rows: Sequence[KernelTime], graph_of: GraphOf, device: Device, made: Calibration) -> Calibration:
+    """The calibration with the `own_share` of our own persistent product: the median over its rows of what they would
+    take at the library's speed, by its measured time on all SMs, over what they took. As it is without such rows."""
+    whole = {row.kernel: row.seconds for row in rows if row.sms == device.sm_count}
+    mine = [row for row in rows if row.kernel.startswith(OWN) and row.kernel.removeprefix(OWN) in whole]
+    found = []
+    for row in mine:
+        if row.sms < device.sm_count:
+            share = _own_over_library(graph_of(row.kernel), row.sms, made, device)
+            found.append(share * whole[row.kernel.removeprefix(OWN)] / row.seconds)
+    return _with(made, own_share=float(f"{np.clip(np.median(found), 1e-3, 1.0):.3g}")) if found else made
+
+
+def _own_over_library(graph: Graph, sms: int, made: Calibration, device: Device) -> float:
+    """Predicted seconds of our own product on `sms` SMs, at the library's speed, over the library's on all."""
+    model, kernel = model_with(made, device), kernel_of(graph.ops[0], graph.tensor)
+    c = model.family(GEMM.name).coefficients
+    assert isinstance(c, GemmCoefficients)
+    shape = GemmShape(*(np.array([[x]], np.float64) for x in kernel.shape))
+    given, every = (shape, model.spec(kernel.dtype)), np.array([float(device.sm_count)])
+    own = own_seconds(*given, replace(c, own_share=1.0), np.array([float(sms)]))
+    return float((own / library_seconds(*given, c, every))[0, 0])
 
 
 def _is_product(row: KernelTime, graph_of: GraphOf) -> bool:
-    return graph_of(row.kernel).ops[0].kind == "gemm"
+    return not row.kernel.startswith(OWN) and graph_of(row.kernel).ops[0].kind == "gemm"
 
 
-def _with_grid(made: Calibration, kept: float) -> Calibration:
-    gemm = made.fitted["gemm"]
-    gemm = replace(gemm, coefficients={**gemm.coefficients, "kept_grid": kept})
-    return replace(made, fitted={**made.fitted, "gemm": gemm})
+def _with(made: Calibration, **values: float) -> Calibration:
+    """With these coefficients of products."""
+    gemm = made.fitted[GEMM.name]
+    gemm = replace(gemm, coefficients={**gemm.coefficients, **values})
+    return replace(made, fitted={**made.fitted, GEMM.name: gemm})
 
 
 def _curve(graph: Graph, model: DeviceModel, sizes: Sequence[int]) -> dict[int, float]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from taskgraph.cost.corunning import NONE, CoRunning
 from taskgraph.cost.families import COLLECTIVE, FAMILIES, PLAIN_STREAM, STREAM, kernel_of
+from taskgraph.cost.families.gemm import GEMM, GemmCoefficients, GemmShape, library_seconds, own_seconds
 from taskgraph.cost.families.stream import StreamCoefficients
 from taskgraph.cost.family import Kernel, blocks
 from taskgraph.cost.fitted import UNFITTED_BAND, DeviceModel, model_of
@@ -146,6 +147,20 @@ def _table(
     rates = np.minimum(moves[i][:, None, :] / every[:, :, None], whole)
     own = np.array([device.kind != "gpu" or op.demand.sm is not None for op in ops], np.bool_)
     return OpTable(every, use, rates, band, tuple(named), sm_min, sm_max, own, energy[i], together)
+
+
+def own_product_pays(op: Op, tensors: Mapping[str, Tensor], device: Device, sms: int) -> bool:
+    """Whether a product in a partition of `sms` SMs is predicted to be faster by our own persistent kernel than by the
+    library: what the cost of `op` assumes there. Never on the whole device, or before it was measured."""
+    model = fitted_model(device)
+    kernel = kernel_of(op, tensors)
+    if model is None or kernel.family != GEMM.name or sms >= device.sm_count:
+        return False
+    c = model.family(GEMM.name).coefficients
+    assert isinstance(c, GemmCoefficients)
+    shape = GemmShape(*(np.array([[x]], np.float64) for x in kernel.shape))
+    given = shape, model.spec(kernel.dtype), c, np.array([float(sms)])
+    return bool((own_seconds(*given) < library_seconds(*given))[0, 0])
 
 
 def fitted_model(device: Device) -> DeviceModel | None:

@@ -26,6 +26,10 @@ TILES = (
     (64, 128), (64, 64), (128, 32), (32, 128), (64, 32), (32, 64),
 )  # fmt: skip
 """Output tiles of the GEMM kernels that are tried: those of CUTLASS's profiled configurations for sm_80 and sm_90."""
+_OWN = tuple(TILES.index(tile) for tile in ((128, 256), (128, 128), (64, 256), (64, 128), (64, 64)))
+"""Places in TILES of the tiles of our own persistent product (taskgraph/runtime/gpu/ahead/products.py)."""
+_NO_OWN = 0.01
+"""An `own_share` up to which there is no such product."""
 _TAILS = TILES[:6]
 """The tile shapes that get a table of their waves each in the correction."""
 _HEIGHT, _WIDTH = np.array(TILES, np.float64).T
@@ -75,6 +79,9 @@ class GemmCoefficients(Coefficients):
     kept_grid: float = coefficient(0.01, 1e-3, 10.0)
     """How much products keep the grid that their library chose for the whole device: see `_rounds`. What whole-device
     tables do not tell: fitted to products in partitions where there are some, else as good as 0."""
+    own_share: float = coefficient(1e-3, 1e-3, 1.0)
+    """Speed of our own persistent product, which takes the SMs of its partition as its grid, over the library's tile by
+    tile. As good as 0 until it was measured on a device: then products in partitions run by what is faster."""
     heat: float = coefficient(0.03)
     """Share of the arithmetic that long kernels take longer: see `heat_seconds`."""
     tile_256x128: float = coefficient(0.85)
@@ -100,11 +107,45 @@ class GemmCoefficients(Coefficients):
 def gemm_seconds(shape: GemmShape, spec: Spec, c: GemmCoefficients, sms: np.ndarray) -> np.ndarray:
     """Tiles of the output in waves over the SMs, the best of a few tile shapes and splits of k (Osama et al. 2023,
     "Stream-K"; CUTLASS's efficient-GEMM notes), against one pass over memory."""
+    library = library_seconds(shape, spec, c, sms)
+    if c.own_share <= _NO_OWN:
+        return library
+    made: np.ndarray = np.where(sms < spec.sms, np.minimum(library, own_seconds(shape, spec, c, sms)), library)
+    return made
+
+
+def library_seconds(shape: GemmShape, spec: Spec, c: GemmCoefficients, sms: np.ndarray) -> np.ndarray:
+    """Those of the library's product."""
+    return _with_memory(_best_tiling(shape, spec, c, sms), shape, spec, c, sms)
+
+
+def own_seconds(shape: GemmShape, spec: Spec, c: GemmCoefficients, sms: np.ndarray) -> np.ndarray:
+    """Those of our own: the best tile shape for these very SMs, each of which takes every so-many-th tile."""
+    m, n, k, _ = map(np.asarray, shape)
+    tiles = np.ceil(m / _HEIGHT) * np.ceil(n / _WIDTH)
+    step, epilogue = _steps(shape, spec, c)
+    tile_s = (np.ceil(k / 32.0) * 32.0 * step + epilogue) / c.own_share
+    rounds = np.ceil(tiles[:, _OWN, None] / sms)
+    best = (rounds * tile_s[:, _OWN, None]).min(axis=1) + c.fill_s
+    return _with_memory(best, shape, spec, c, sms)
+
+
+def _with_memory(tiles_s: np.ndarray, shape: GemmShape, spec: Spec, c: GemmCoefficients, sms: np.ndarray) -> np.ndarray:
+    """The whole kernel, of which the tiles take `tiles_s`."""
     m, n, k, itemsize = shape
-    best = _best_tiling(shape, spec, c, sms)
-    best = best + heat_seconds(2.0 * m * n * k, spec.flops_per_s, c.heat)
+    heated = tiles_s + heat_seconds(2.0 * m * n * k, spec.flops_per_s, c.heat)
     drawn = spec.hbm_bytes_per_s * c.hbm_efficiency * spec.hbm_share(sms)
-    return c.fixed_s + both(best, itemsize * (m * k + k * n + m * n) / drawn, c.overlap)
+    return c.fixed_s + both(heated, itemsize * (m * k + k * n + m * n) / drawn, c.overlap)
+
+
+def _steps(shape: GemmShape, spec: Spec, c: GemmCoefficients) -> tuple[np.ndarray, np.ndarray]:
+    """Seconds of a tile of each shape for an element of k (n, tiles), and of its epilogue (tiles,)."""
+    multiply = 2.0 * _HEIGHT * _WIDTH / (spec.sm_flops_per_s * c.tile_efficiencies)
+    load = (_HEIGHT + _WIDTH) * np.asarray(shape.itemsize) / c.sm_load_bytes_per_s
+    slow, fast = np.maximum(multiply, load), np.minimum(multiply, load)
+    square = (fast / slow) * (fast / slow)
+    step = np.maximum(slow * power(1.0 + square * square, 0.25), c.k_step_s)
+    return step, c.epilogue_s * _HEIGHT * _WIDTH / 16384.0
 
 
 def _best_tiling(shape: GemmShape, spec: Spec, c: GemmCoefficients, sms: np.ndarray) -> np.ndarray:
@@ -114,14 +155,9 @@ def _best_tiling(shape: GemmShape, spec: Spec, c: GemmCoefficients, sms: np.ndar
     A tile costs its multiply-adds at the tile's share of the SM's peak, or the loading of its operands from L2, or the
     latency of its steps along k, whichever is longest, and an epilogue. A split of k adds a reduction.
     """
-    m, n, k, itemsize = map(np.asarray, shape)  # (n, 1); times _HEIGHT, _WIDTH and _SPLITS a table of tiles or splits
+    m, n, k, _ = map(np.asarray, shape)  # (n, 1); times _HEIGHT, _WIDTH and _SPLITS a table of tiles or splits
     tiles = np.ceil(m / _HEIGHT) * np.ceil(n / _WIDTH)
-    multiply = 2.0 * _HEIGHT * _WIDTH / (spec.sm_flops_per_s * c.tile_efficiencies)
-    load = (_HEIGHT + _WIDTH) * itemsize / c.sm_load_bytes_per_s
-    slow, fast = np.maximum(multiply, load), np.minimum(multiply, load)
-    square = (fast / slow) * (fast / slow)
-    step = np.maximum(slow * power(1.0 + square * square, 0.25), c.k_step_s)
-    epilogue = c.epilogue_s * _HEIGHT * _WIDTH / 16384.0
+    step, epilogue = _steps(shape, spec, c)
     depth = np.ceil(k / _SPLITS / 32.0) * 32.0
     reduce_s = np.where(_SPLITS > 1.0, c.split_s + m * n * 4.0 * (_SPLITS + 1.0) / c.reduce_bytes_per_s, 0.0)
     deep, few = k >= _LEAST_DEPTH * _SPLITS, tiles[:, :, None] * _SPLITS <= _MOST_WAVES * spec.sms

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from taskgraph.cost.model import own_product_pays
 from taskgraph.errors import CudaError, GraphError, PlanError
 from taskgraph.graph.graph import Graph
 from taskgraph.graph.op import Op, Tensor
@@ -245,7 +246,7 @@ class CudaExecutable(TensorExecutable[Buffer]):
         if op.kind in COLLECTIVES and self._group is not None and op.integer("ranks") > 1:
             self._by.add((op.kind, "group"))
             return collective(op, DeviceArray(ins[0], self), DeviceArray(outs[0], self), self._group)
-        if self._torch and op.kind in torch_ops.TORCH_OPS:
+        if self._torch and op.kind in torch_ops.TORCH_OPS and not self._own_product(op, self._plan.sms(i)):
             self._by.add((op.kind, "torch"))
             sides = [[DeviceArray(b, self) for b in side] for side in (ins, outs)]
             with self._pool.used():
@@ -260,6 +261,13 @@ class CudaExecutable(TensorExecutable[Buffer]):
                 self._gpu.load(launch)  # before the capture
         self._by.add((op.kind, made_by(made)))
         return made
+
+    def _own_product(self, op: Op, sms: int) -> bool:
+        """Whether a product runs by our own persistent kernel though a library has one: where its partition is a part
+        of the device and its cost said so."""
+        if op.kind != "gemm" or not self._gpu.ahead(op.kind):
+            return False
+        return own_product_pays(op, self._graph.tensor, self._plan.device, sms)
 
     def capture(self) -> None:
         """Capture, compare, instantiate now; else the first replay does it, and one after `bind` moved a buffer.

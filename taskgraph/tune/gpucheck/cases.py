@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 import taskgraph.ops as ops
+from taskgraph.cost.corunning_fit import OWN
 from taskgraph.cost.model import predict
 from taskgraph.errors import BackendUnavailable, CalibrationError
 from taskgraph.graph.device import Device
@@ -22,9 +23,10 @@ from taskgraph.graph.graph import Graph, GraphBuilder
 from taskgraph.graph.op import Op, Work, demand, spec
 from taskgraph.runtime.cpu.kinds import TORCH_DTYPE
 from taskgraph.runtime.gpu import driver
+from taskgraph.runtime.gpu.ahead.products import gemm_launches
 from taskgraph.runtime.gpu.driver import Gpu, Memory
 from taskgraph.runtime.gpu.interop import torch_stream
-from taskgraph.runtime.gpu.kinds import Buffer, CopyLaunch, Launches, Rule
+from taskgraph.runtime.gpu.kinds import TRITON, Buffer, CopyLaunch, Launches, Rule
 from taskgraph.runtime.gpu.sites import LaneSite
 from taskgraph.runtime.gpu.standard import launches
 from taskgraph.tune.gpucheck.fast import Fast
@@ -249,8 +251,21 @@ _GEMM_SHAPES: Mapping[str, Callable[[Scale], tuple[int, int]]] = {
     "o": lambda s: (s.width, s.width),
 }
 """(n, k) of a layer's products by name."""
+
+
+def _own(s: Scale, name: str, groups: Sequence[str]) -> Case:
+    """A product by our own persistent kernel, with the SMs of its lane as its grid."""
+    return replace(named_case(groups[0], s), name=name, rule=gemm_launches)
+
+
+def own_cases(s: Scale) -> list[Case]:
+    """The products of a layer by our own persistent kernel."""
+    return [named_case(f"{OWN}{case.name}", s) for case in gemm_cases(s)]
+
+
 _NAMES: tuple[tuple[str, Callable[[Scale, str, Sequence[str]], Case]], ...] = (
     (r"gemm_(gateup|down|qkv|o)_(\d+)", lambda s, name, g: gemm_case(name, int(g[1]), *_GEMM_SHAPES[g[0]](s))),
+    (rf"{OWN}(gemm_.*)", _own),
     (r"gemm_(\d+)x(\d+)x(\d+)", lambda s, name, g: gemm_case(name, int(g[0]), int(g[1]), int(g[2]))),
     (r"decode_(\d+)x(\d+)", lambda s, name, g: decode_case(s, int(g[0]), int(g[1]))),
     (r"prefill_(\d+)x(\d+)_(\d+)", lambda s, name, g: prefill_case(s, int(g[0]), int(g[1]), int(g[2]), name)),
@@ -289,7 +304,7 @@ class CaseRunner:
         self._made: dict[int, list[Launches]] = {}
         self._torch = torch.cuda.is_available() and not gpu.capability.virtual
         self._fast = fast.runs.get(self._op.kind)
-        self.choice = fast.name_of(self._op.kind)
+        self.choice = fast.name_of(self._op.kind) if case.rule is None else TRITON
         self._sides: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []
         self._places: list[tuple[list[Buffer], list[Buffer]]] = []
 

@@ -84,7 +84,8 @@ def curve_sizes(run: "Run") -> list[int]:
 def kernels_by_sms(run: "Run") -> str:
     """Every kernel alone on every number of SMs; size by size, so that an early end leaves coarser curves of all."""
     found: list[KernelTime] = []
-    sizes, every = curve_sizes(run), cases.curve_cases(run.scale)
+    own = cases.own_cases(run.scale) if run.gpu.ahead("gemm") else []
+    sizes, every = curve_sizes(run), [*cases.curve_cases(run.scale), *own]
     with ExitStack() as stack:
         runners = _opened(run, every, stack)
         for size in sizes:
