@@ -1,4 +1,4 @@
-"""Our own persistent product in the cost model: absent until measured; then it runs in partitions where it is faster."""
+"""Our own persistent product in the cost model: absent until measured, then it runs in partitions if it is faster."""
 
 from dataclasses import replace
 
