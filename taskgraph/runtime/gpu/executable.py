@@ -25,12 +25,12 @@ from taskgraph.runtime.gpu.arrays import DeviceArray, DeviceExtent, device_buffe
 from taskgraph.runtime.gpu.collectives import collective
 from taskgraph.runtime.gpu.driver import Gpu, Memory
 from taskgraph.runtime.gpu.kinds import Buffer, CopyLaunch, Launch, Launches, made_by, seen
+from taskgraph.runtime.gpu.lanes import Lanes
 from taskgraph.runtime.gpu.on_stream import bound_call, named_error
 from taskgraph.runtime.gpu.readback import compare
 from taskgraph.runtime.gpu.shared import Block, Bytes, Lease, SharedMemory, placed
 from taskgraph.runtime.gpu.sites import Faults, LaneSite
 from taskgraph.runtime.gpu.standard import launches
-from taskgraph.runtime.gpu.torch_memory import TorchPool
 from taskgraph.runtime.tensors import TensorExecutable
 from taskgraph.runtime.turns import in_op
 from taskgraph.schedule.plan import Plan, Span, Timeline
@@ -77,7 +77,7 @@ class CudaExecutable(TensorExecutable[Buffer]):
                 f"the plan is for {plan.device.name} with {plan.device.sm_count} SMs; "
                 f"{self._gpu.capability.device} has {self._gpu.capability.sm_count}. Plan for this device."
             )
-        self._pool = TorchPool()
+        self._lanes = Lanes(self._gpu)
         self._torch = not self._gpu.capability.virtual and torch_ops.available()
         self._memory: list[Memory] = []
         self._exec: Any = None
@@ -94,6 +94,8 @@ class CudaExecutable(TensorExecutable[Buffer]):
         self.input_block: Block | None = None
         """Its inputs, where they lie in one stretch: after `share`."""
         try:
+            self.origin = self._gpu.stream()
+            self._stream_type = type(self.origin)
             self._open_lanes()
             self._own = self._allocate()
             words = self._memory_of(8 * len(plan.steps), pinned=True)
@@ -105,14 +107,7 @@ class CudaExecutable(TensorExecutable[Buffer]):
     # -- lanes and buffers -----------------------------------------------------------------------
 
     def _open_lanes(self) -> None:
-        """A context for each partition that a lane uses, one split a geometry, and a stream for each lane."""
-        self._partitions = [self._gpu.partition(geometry) for geometry in self._plan.geometries]
-        self.origin = self._gpu.stream()
-        self._stream_type = type(self.origin)
-        self._streams = []
-        for lane in self._plan.lanes:
-            context = self._partitions[lane.geometry].contexts[lane.partition]
-            self._streams.append(self._gpu.stream(context))
+        self._partitions, self._streams = self._lanes.of(self._plan)
         self._contexts = [int(stream.context.handle) for stream in self._streams]
 
     def _memory_of(self, nbytes: int, pinned: bool = False) -> Memory:
@@ -142,15 +137,18 @@ class CudaExecutable(TensorExecutable[Buffer]):
 
     def share(self, memory: SharedMemory) -> None:
         """Keep arena, inputs, outputs and scratch in memory that executables share of which one replays at a time, the
-        inputs in one stretch (`input_block`). GraphError after it was captured."""
+        inputs in one stretch (`input_block`), and run on lanes that they share. GraphError after it was captured."""
         with self._turns.next():
             self._begin()
             self._gpu.use()
             if self._exec is not None or self._lease is not None:
                 raise GraphError(f"the plan of {self._graph.name!r} is captured; share memory before its first replay.")
-            lease = memory.lease()
+            lease = self._lease = memory.lease()
+            self._lanes.close()
+            self._lanes = memory.lanes
+            self._open_lanes()
             mine = {self._arena.address, *(b.address for b in self._own.values() if not b.pinned)}
-            self._lease, self._arena = lease, lease.take(self._plan.arena_bytes)
+            self._arena = lease.take(self._plan.arena_bytes)
             self.input_block, made = placed(self._graph, self._own, lease)
             self._own |= self._in_arena() | made
             for freed in [m for m in self._memory if m.address in mine]:
@@ -249,7 +247,7 @@ class CudaExecutable(TensorExecutable[Buffer]):
         if self._torch and op.kind in torch_ops.TORCH_OPS and not self._own_product(op, self._plan.sms(i)):
             self._by.add((op.kind, "torch"))
             sides = [[DeviceArray(b, self) for b in side] for side in (ins, outs)]
-            with self._pool.used():
+            with self._lanes.pool.used():
                 return torch_ops.bound(op, sides[0], sides[1], self._streams[self._plan.steps[i].lane])
         scratch = self._scratch[self._plan.steps[i].lane]
         fault, arch = self._faults.address(i), self._gpu.ahead(op.kind)
@@ -380,7 +378,7 @@ class CudaExecutable(TensorExecutable[Buffer]):
             if not callable(entry):
                 return [node for launch in entry for node in self._launched(launch, stream)]
             before = set(captures.captured_handles(stream))
-            with in_op(), self._pool.used():
+            with in_op(), self._lanes.pool.used():
                 entry(stream)
             return [node for node in captures.captured_handles(stream) if node not in before]
         except Exception as error:
@@ -422,7 +420,7 @@ class CudaExecutable(TensorExecutable[Buffer]):
         """Launch one step outside any capture, and wait for it."""
         try:
             if callable(entry):
-                with in_op(), self._pool.used():
+                with in_op(), self._lanes.pool.used():
                     entry(stream)
             else:
                 for launch in entry:
@@ -507,20 +505,18 @@ class CudaExecutable(TensorExecutable[Buffer]):
         self._forget_definition()
         if self._exec is not None:
             self._exec.close()
-        for stream in reversed([self.origin, *self._streams]):
-            if stream is not None:
-                stream.close()
-        for made in reversed(self._partitions):
-            for context in made.contexts:
-                if context is not None:
-                    context.close()
+        if self._lease is None:
+            self._lanes.close()
+        if self.origin is not None:
+            self.origin.close()
         for memory in reversed(self._memory):
             memory.close()
         if self._lease is not None:
             self._lease.close()
-        self._pool.close()
 
     def _drop(self) -> None:
+        if self._lease is None:
+            self._lanes.forget()
         self._stale = True
         self._exec = self.origin = self._definition = None
         self._streams, self._partitions, self._memory = [], [], []

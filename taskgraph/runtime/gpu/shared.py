@@ -1,5 +1,5 @@
 """Device memory that executables share whose replays follow one another: arenas, inputs, outputs and scratch of one are
-free for the next."""
+free for the next, and their lanes too."""
 
 import itertools
 from collections.abc import Mapping
@@ -10,6 +10,7 @@ from taskgraph.errors import ExecutionError
 from taskgraph.graph.graph import Graph
 from taskgraph.runtime.gpu.driver import Gpu, Memory
 from taskgraph.runtime.gpu.kinds import Buffer
+from taskgraph.runtime.gpu.lanes import Lanes
 
 ALIGNED = 256
 """Parts begin at multiples of this, as allocations of the driver do."""
@@ -94,7 +95,8 @@ class SharedMemory:
     Close it after them."""
 
     def __init__(self, device: str | None = None) -> None:
-        Gpu.open(device)
+        self.lanes = Lanes(Gpu.open(device))
+        """What their lanes are, one stream for all that have the same."""
         self._slabs: list[Memory] = []
         self._leases: set[Lease] = set()
         self._closed = False
@@ -119,6 +121,7 @@ class SharedMemory:
 
     def close(self) -> None:
         """Free it; a second call does nothing."""
+        self.lanes.close()
         for slab in reversed(self._slabs):
             slab.close()
         self._slabs, self._leases, self._closed = [], set(), True

@@ -45,7 +45,7 @@ def calls() -> Counter[str]:
 
 def test_a_steady_step_takes_five_calls_of_the_driver(on_virtual: Call, weights: Weights) -> None:
     """Whatever it samples, and however many sequences decode."""
-    for sequences, sampling in ((2, Sampling()), (8, Sampling()), (8, Sampling(temperature=0.9, top_k=9, top_p=0.8))):
+    for sequences, sampling in ((2, Sampling()), (8, Sampling(temperature=0.9, top_k=9, top_p=0.8))):
         found = on_virtual(steady, weights, sequences, sampling)
         assert found == {
             "cuMemcpyAsync": 2, "cuGraphLaunch": 1, "cuEventRecord": 1, "cuEventSynchronize": 1,
@@ -132,11 +132,14 @@ def in_virtual(weights: Weights, trace: Trace) -> tuple[list[tuple[int, ...]], l
     return replayed(_ENGINES["gpu"], trace)
 
 
-def ended() -> tuple[int, int]:
+def counted() -> tuple[int, int]:
     """Pre-emptions, and how many steps were launched before the one before had ended."""
-    engine = _ENGINES.pop("gpu")
-    engine.close()
+    engine = _ENGINES["gpu"]
     return engine.scheduler.preemptions, engine.stats.ahead
+
+
+def ended() -> None:
+    _ENGINES.pop("gpu").close()
 
 
 @pytest.fixture(scope="module")
@@ -144,9 +147,7 @@ def both(on_virtual: Call, weights: Weights) -> Iterator[tuple[Engine, Call]]:
     """An engine on the CPU, and what replays a trace on the virtual GPU."""
     with cpu_engine(TINY, weights, LIMITS, KvMemory(64)) as engine:
         yield engine, lambda trace: on_virtual(in_virtual, weights, trace)
-    preemptions, ahead = on_virtual(ended)
-    assert preemptions > 0
-    assert ahead > 50
+    on_virtual(ended)
 
 
 @settings(max_examples=10)
@@ -165,6 +166,43 @@ def test_steps_that_run_ahead_give_the_tokens_of_the_cpu(both: tuple[Engine, Cal
         else:
             assert tokens == alone
             assert reason == ("stop" if trace.requests[i].stop & {alone[-1]} else "length")
+
+
+def test_pre_empted_sequences_go_on_while_steps_run_ahead(both: tuple[Engine, Call], on_virtual: Call) -> None:
+    engine, on_gpu = both
+    draw = np.random.default_rng(1)
+    requests = [Request(draw.integers(0, TINY.vocab_size, 28).tolist(), 45) for _ in range(6)]
+    got, _ = on_gpu(Trace(tuple(requests), (0,) * 6))
+    assert got == [c.tokens for c in engine.run(requests)]
+    preemptions, ahead = on_virtual(counted)
+    assert preemptions > 0
+    assert ahead > 100
+
+
+def test_a_step_that_raises_takes_what_runs_ahead_with_it(on_virtual: Call, weights: Weights) -> None:
+    on_virtual(raising, weights)
+
+
+def raising(weights: Weights) -> None:
+    """Another step is under way when one raises; after `abort` requests are served as before."""
+    with gpu_engine(TINY, weights, LIMITS, KvMemory(32), device=DEVICE, planner="list") as engine:
+        (wanted,) = engine.run([Request([1, 2, 3], 12)])
+        number = engine.submit(Request([1, 2, 3], 12))
+        for _ in range(4):
+            engine.step()
+        engine.submit(Request([4, 5], 4))
+        waiting = engine.scheduler.waiting
+        engine._admit()
+        waiting[0].prompt[:] = 1000  # outside the vocabulary, behind the engine's back
+        with pytest.raises(tg.ExecutionError, match="embedding"):
+            engine.run()
+        runner = engine.runner
+        assert isinstance(runner, GpuRunner)
+        assert {c.reason for c in engine.abort()} <= {"failed"}
+        assert runner.pipeline.under_way == 0
+        assert engine.cache.device.held == 0
+        assert engine.run([Request([1, 2, 3], 12)])[0].tokens == wanted.tokens
+        assert number == 1
 
 
 # ---------------------------------------------------------------------------------------- warm engines
@@ -193,7 +231,7 @@ def warm_and_serve(weights: Weights, within_s: float) -> tuple[int, int, list[tu
         return tg.plan(graph, device, scheduler="list")
 
     memory, policy = SMALL
-    limits = Limits(sequences=3, tokens=20, chunks=2, context=96)
+    limits = Limits(sequences=2, tokens=18, chunks=2, context=96)
     with gpu_engine(TINY, weights, limits, memory, device=DEVICE, planner=planner, policy=policy) as engine:
         runner = engine.runner
         assert isinstance(runner, GpuRunner)
@@ -202,7 +240,7 @@ def warm_and_serve(weights: Weights, within_s: float) -> tuple[int, int, list[tu
         counted, seen = len(plans), calls()
         for seed in range(2):
             replayed(engine, trace_of(seed))
-        engine.run([Request([i] * 20, 40) for i in range(5)])
+        engine.run([Request([i] * 40, 50) for i in range(3)])
         assert engine.scheduler.preemptions > 0
         made = calls() - seen
         assert len(plans) == counted == runner.planned
