@@ -229,7 +229,8 @@ class Compiled:
         paddings = self._paddings(args)
         given = self.symbols.resized(args, self._key(args))
         flow = self._flow(given)
-        lowered = lower("torch_compile", flow, recognise(flow))
+        # Collectives run as torch's own: ours are checked at capture by all ranks, and only Dynamo knows who captures.
+        lowered = lower("torch_compile", flow, recognise(flow, collectives=False))
         if paddings:
             return Padded(lowered, args, self._options.scheduler, paddings=paddings)
         return Captured(lowered, args, self._options.scheduler)

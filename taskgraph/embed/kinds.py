@@ -17,7 +17,7 @@ from taskgraph.cost.families.attention import DecodeShape, PrefillShape
 from taskgraph.cost.families.gemm import GemmShape
 from taskgraph.cost.family import Kernel
 from taskgraph.embed import kernels
-from taskgraph.embed.calls import Layout, decoded, leaves, out_variant, target_of
+from taskgraph.embed.calls import Layout, decoded, leaves, mapped, out_variant, target_of
 from taskgraph.errors import BackendUnavailable
 from taskgraph.graph.op import ITEMSIZE, Op, Work
 from taskgraph.ops.kinds import Kind, Output, register
@@ -83,6 +83,8 @@ _PARALLEL: Final = frozenset({
 
 def _entry(target: Any, args: list[Any], kwargs: dict[str, Any], copies: list[Any], results: list[Any]) -> Entry:
     run: Any = target._op
+    if target.namespace == "_c10d_functional" and target._opname != "wait_tensor":
+        run = partial(_waited, run)
     if not any(r is not None for r in results):
         plain = partial(run, *args, **kwargs)
         if not copies:
@@ -107,6 +109,12 @@ def _move(name: str, args: list[Any], out: torch.Tensor) -> Entry | None:
     if name in ("reshape", "flatten", "_unsafe_view") and out.is_contiguous():
         return partial(out.view(args[0].shape).copy_, args[0])
     return None
+
+
+def _waited(run: Any, *args: Any, **kwargs: Any) -> Any:
+    """A collective that has ended: torch knows which to wait for by the tensor that it returned, of which ours is a
+    copy."""
+    return mapped(run(*args, **kwargs), torch.ops._c10d_functional.wait_tensor)
 
 
 def _copied(copies: list[Any], run: Entry) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Final
 import taskgraph as tg
 from taskgraph.embed import standard
 from taskgraph.embed.attention import attention
+from taskgraph.embed.collectives import collective
 from taskgraph.embed.experts import experts
 from taskgraph.embed.flow import Flow, Use
 from taskgraph.embed.lower import Match, Site, shaped
@@ -21,10 +22,10 @@ from taskgraph.embed.rotary import rotary
 Pattern = Callable[[Matcher, int], Match | None]
 
 
-def recognise(flow: Flow) -> list[Match]:
-    """All matches, none of which shares a call with another."""
+def recognise(flow: Flow, *, collectives: bool = True) -> list[Match]:
+    """All matches, none of which shares a call with another; `collectives` of several ranks among them."""
     matcher, found = Matcher(flow), list[Match]()
-    for pattern in PATTERNS:
+    for pattern in PATTERNS if collectives else tuple(p for p in PATTERNS if p is not collective):
         for i in matcher.roots():
             match = pattern(matcher, i)
             if match is not None:
@@ -238,5 +239,5 @@ def argmax(m: Matcher, i: int) -> Match | None:
 PATTERNS: Final[tuple[Pattern, ...]] = (
     attention, experts, rotary, rms_norm, layer_norm, product, embedding, argmax, standard.softmax, standard.product,
     standard.reduction, standard.join, standard.pick, standard.look_up, standard.repetition,
-    standard.transposing_copy, pointwise,
+    standard.transposing_copy, collective, pointwise,
 )  # fmt: skip

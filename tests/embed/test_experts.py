@@ -1,9 +1,13 @@
 """Mixtures of experts and collectives of torch graphs: recognised as what they are, with eager torch's results."""
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
 from torch import nn
 from transformers import MixtralConfig, Qwen3MoeConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
@@ -112,3 +116,62 @@ def test_a_compiled_mixture() -> None:
             x = torch.randn(1, 6, 32)
             torch.testing.assert_close(fast(x), module(x), rtol=1e-4, atol=1e-5)
     assert all(piece.recognised == piece.ops for piece in report(fast).pieces if piece.way == "plan")
+
+
+# ------------------------------------------------------------------------------------------ collectives
+
+
+class Sharded(nn.Module):
+    """A product whose inner axis several ranks share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part, self.rest = nn.Linear(16, 8, bias=False), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        summed = functional.all_reduce(self.part(x), "sum", dist.group.WORLD)
+        joined = functional.all_gather_single(self.rest(summed), 0, dist.group.WORLD)
+        shared = functional.reduce_scatter_single(joined * 2, "sum", 0, dist.group.WORLD)
+        most = functional.all_reduce(summed, "max", dist.group.WORLD)
+        return torch.cat([shared, most], 0)
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_functional_collectives_are_ours() -> None:
+    kinds = imported(Sharded(), torch.randn(2, 3, 16))
+    assert [kinds.count(k) for k in ("all_reduce", "all_gather", "reduce_scatter")] == [1, 1, 1]
+    assert kinds.count("aten") == 2  # the largest, which no kind of ours is, and its wait
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_compiled_module_calls_torchs_collectives() -> None:
+    module = Sharded()
+    fast = torch.compile(module, backend=backend, options={"verdict": "plan"})
+    with torch.no_grad():
+        for _ in range(2):
+            x = torch.randn(2, 3, 16)
+            torch.testing.assert_close(fast(x), module(x))
+    assert report(fast).hit_rate == 1.0
+
+
+def test_collectives_of_more_ranks_are_planned_with_their_links() -> None:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    try:
+        with torch.device("meta"):
+            made = tg.from_torch(Sharded(), (torch.empty(2, 3, 16),))
+    finally:
+        dist.destroy_process_group()
+    (op,) = [op for op in made.graph.ops if op.kind == "all_reduce"]
+    assert op.integer("ranks") == 4
+    assert op.work.link_bytes == 2 * 3 / 4 * 2 * 3 * 8 * 4
+    assert tg.plan(made.graph, "h100_sxm").timeline.kind == "simulated"
