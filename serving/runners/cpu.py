@@ -64,6 +64,7 @@ class CpuRunner:
         self.bank: tg.GraphBank[Bucket] = tg.GraphBank(self._make, BUDGET_BYTES)
         self._bound = self._placed(weights, self._rooms())
         self._buckets = Buckets(limits, moves=shape.host_pages > 0)
+        self._every = self._buckets.every()
         self._warm: list[Bucket] = []
         self._thread = ThreadPoolExecutor(1, "taskgraph-runner")
         self._running: Future[tuple[Ints, float]] | None = None
@@ -119,7 +120,7 @@ class CpuRunner:
 
     def buckets(self) -> list[Bucket]:
         """Every bucket that a step can have, the most needed first."""
-        return self._buckets.every()
+        return self._every
 
     @property
     def planned(self) -> int:
@@ -131,11 +132,19 @@ class CpuRunner:
 
     def be_warm(self) -> None:
         """From now on steps take the buckets that are captured."""
-        self._warm = [bucket for bucket in self.buckets() if bucket in self.bank]
+        self._warm = [bucket for bucket in self._every if bucket in self.bank]
 
-    def prepare(self, bucket: Bucket) -> None:
-        """Plan and capture the steps of a bucket now, and run one of no tokens."""
-        executable: Any = self.bank[bucket]
+    def prepare(self, bucket: Bucket) -> bool:
+        """Plan and capture the steps of a bucket now, and run one of no tokens; whether there is room for more. Where
+        there is none, those that are needed most have stayed."""
+        for needed in reversed(self._every):
+            if needed in self.bank:
+                _ = self.bank[needed]  # used last, so kept longest
+        self._run_empty(self.bank[bucket])
+        return self.bank.evicted == 0
+
+    def _run_empty(self, executable: Any) -> None:
+        """Capture, and one step of no tokens."""
         clear({name: tensor.numpy() for name, tensor in executable.inputs.items()})
         executable.launch()
 

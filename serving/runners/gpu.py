@@ -86,8 +86,7 @@ class GpuRunner(CpuRunner):
         self.pipeline.add(executable, paged.DRAWN)
         return executable
 
-    def prepare(self, bucket: Bucket) -> None:
-        executable: Any = self.bank[bucket]
+    def _run_empty(self, executable: Any) -> None:
         executable.capture()
         clear(self.pipeline.inputs(executable))
         if not tg.gpu.is_virtual(self._run_on):  # a real driver has more to do before the first replay

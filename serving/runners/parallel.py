@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -50,9 +51,8 @@ class RanksRunner:
 
     def warm(self, within_s: float = math.inf, tell: Tell | None = None) -> None:
         every: list[Bucket] = self._call("buckets")[0]
-        prepare_in_time(
-            every, lambda bucket: self._call("prepare", bucket), within_s, tell
-        )  # a call each: none is late
+        one_by_one = partial(self._call, "prepare")  # a call each, so that no rank is late
+        prepare_in_time(every, lambda bucket: all(one_by_one(bucket)), within_s, tell)
         self._call("be_warm")
 
     def check(self) -> None:
@@ -126,8 +126,8 @@ class RankActor:
     def buckets(self) -> list[Bucket]:
         return self._runner.buckets()
 
-    def prepare(self, bucket: Bucket) -> None:
-        self._runner.prepare(bucket)
+    def prepare(self, bucket: Bucket) -> bool:
+        return self._runner.prepare(bucket)
 
     def be_warm(self) -> None:
         self._runner.be_warm()

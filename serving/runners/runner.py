@@ -98,13 +98,16 @@ class PlanRunner(Protocol):
 
 
 def prepare_in_time(
-    buckets: Sequence[Bucket], prepare: Callable[[Bucket], object], within_s: float, tell: Tell | None
+    buckets: Sequence[Bucket], prepare: Callable[[Bucket], bool], within_s: float, tell: Tell | None
 ) -> None:
-    """Prepare the first of them, and others in their order while it looks as if there is time for one more."""
+    """Prepare the first of them, and others in their order while it looks as if there is time for one more, and
+    `prepare` says that there is room."""
     begin_s = time.perf_counter()
     for i, bucket in enumerate(buckets):
         if i and (time.perf_counter() - begin_s) * (i + 1) / i > within_s:
             break
-        prepare(bucket)
+        room = prepare(bucket)
         if tell is not None:
             tell(i + 1, len(buckets))
+        if not room:
+            break

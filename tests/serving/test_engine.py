@@ -445,3 +445,25 @@ def test_ladder() -> None:
     assert ladder(100) == (0, 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 100)
     assert ladder(64) == (0, 1, 2, 4, 8, 16, 24, 32, 48, 64)
     assert ladder(3) == (0, 1, 2, 3)
+
+
+def test_a_bank_that_is_full_keeps_the_steps_that_are_needed_most(
+    engines: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Warming ends there, and whatever comes runs in what there is."""
+    engine = engines(sequences=4, tokens=48)
+    runner = engine.runner
+    assert isinstance(runner, CpuRunner)
+    every = runner.buckets()
+    runner.prepare(every[0])
+    monkeypatch.setattr(runner.bank, "_budget_bytes", 2.5 * runner.bank.memory_bytes)
+    told: list[int] = []
+    runner.warm(tell=lambda done, of: told.append(of - done))
+    assert runner.bank.evicted > 0
+    assert 0 < told[-1] < len(every) - 1
+    made = runner.bank.made
+    assert made == len(told) and len(runner.bank) == made - runner.bank.evicted
+    assert every[0] in runner.bank
+    done = engine.run([Request(p, 10) for p in prompts(18, 8, 40)])
+    assert runner.bank.made == made
+    assert [c.tokens for c in done] == [c.tokens for c in engines().run([Request(p, 10) for p in prompts(18, 8, 40)])]
