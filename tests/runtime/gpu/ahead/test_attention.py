@@ -56,6 +56,8 @@ def compared(
     done = interpret(replace(job, arch=arch))
     (name,) = op.outputs
     wanted = by_cpu(graph, stored)[name].float()
+    if "starts" in plain:  # the cpu backend leaves rows before the first chunk as they were
+        wanted[: int(plain["starts"][0])] = 0.0
     assert not done.torn and done.fault == 0
     tolerance = TOLERANCE["bf16" if done.tensors[name].dtype == torch.bfloat16 else "f32"]
     torch.testing.assert_close(done.tensors[name].float(), wanted, rtol=tolerance, atol=tolerance)
@@ -137,4 +139,108 @@ def test_decode_says_what_it_cannot_use(
     good["tables"][0] = tables[0]
     wanted = by_cpu(decode_graph(shape, 2, 3, count, "bf16"), given | good | stored)["mixed.out"]
     torch.testing.assert_close(done.tensors["mixed.out"][0], wanted[0], rtol=1.6e-2, atol=1.6e-2)
+    assert done.tensors["mixed.out"].isfinite().all()
+
+
+# ----------------------------------------------------------------------------------------------- prefill
+
+
+def prefill_graph(shape: Shape, tokens: int, chunks: int, each: int, count: int, dtype: str) -> Graph:
+    b = tg.GraphBuilder("prefill")
+    q = b.input("q", (tokens, shape.heads, shape.dim), dtype)
+    starts, lengths = b.input("starts", (chunks + 1,), "i32"), b.input("lengths", (chunks,), "i32")
+    tables = b.input("tables", (chunks, each), "i32")
+    pages = [b.state(n, (count, shape.kv, shape.rows, shape.wide), dtype) for n in ("k", "v")]
+    b.output(tg.ops.paged_prefill(q, starts, lengths, tables, *pages, context=each * shape.rows, name="mixed"))
+    return b.build()
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Where each begins, how many rows and keys it has, and how many rows there are in all."""
+
+    rows: tuple[int, ...]
+    keys: tuple[int, ...]
+    first: int = 0
+    behind: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return self.first + sum(self.rows) + self.behind
+
+    @property
+    def starts(self) -> torch.Tensor:
+        ends = [self.first + sum(self.rows[:i]) for i in range(len(self.rows) + 1)]
+        return torch.tensor(ends, dtype=torch.int32)
+
+
+def prefilled(interpret: Interpret, shape: Shape, chunks: Chunks, dtype: str, sms: int, arch: str = "sm_90") -> Done:
+    torch.manual_seed(chunks.tokens + shape.heads)
+    tables, count = tables_for(chunks.keys, shape.rows)
+    stored, plain = pools(shape, count, dtype)
+    given = {
+        "q": torch.randn(chunks.tokens, shape.heads, shape.dim).to(TYPES[dtype]),
+        "starts": chunks.starts,
+        "lengths": torch.tensor(chunks.keys, dtype=torch.int32),
+        "tables": tables,
+    }
+    graph = prefill_graph(shape, chunks.tokens, len(chunks.keys), tables.shape[1], count, dtype)
+    return compared(interpret, graph, given | stored, given | plain, sms, arch)
+
+
+CHUNKS = [
+    (Shape(1, 1, 64), Chunks((1,), (1,)), 4),
+    (Shape(4, 2, 64), Chunks((14, 0, 1, 5), (70, 0, 1, 37), behind=3), 1),
+    (Shape(8, 2, 128), Chunks((40, 33), (40, 100)), 2),
+    (Shape(6, 2, 80), Chunks((45,), (64,), first=2, behind=1), 1),
+    (Shape(16, 1, 96), Chunks((9, 1), (200, 33)), 3),
+    (Shape(2, 1, 128, 64), Chunks((130,), (195,)), 132),
+    (Shape(2, 2, 256), Chunks((70,), (70,)), 1),
+]
+"""Shape, chunks, SMs: one row, one key, no chunk, rows of none, ends of tiles and pages, head dims and groups."""
+
+
+@pytest.mark.parametrize("shape, chunks, sms", [case for case in CHUNKS if case[0].dim <= 128])
+def test_prefill_in_f32(interpret: Interpret, shape: Shape, chunks: Chunks, sms: int) -> None:
+    prefilled(interpret, shape, chunks, "f32", sms)
+
+
+@pytest.mark.parametrize("shape, chunks, sms", CHUNKS)
+def test_prefill_in_bf16(interpret: Interpret, shape: Shape, chunks: Chunks, sms: int) -> None:
+    prefilled(interpret, shape, chunks, "bf16", sms)
+
+
+def test_prefill_with_tiles_of_an_older_gpu(interpret: Interpret) -> None:
+    prefilled(interpret, Shape(8, 2, 128), Chunks((40, 33), (40, 100)), "bf16", 2, "sm_80")
+
+
+@pytest.mark.parametrize(
+    "starts, lengths, page, fault, value",
+    [
+        ([0, 20, 60], [70, 60], None, 6, 60),
+        ([0, 20, 50], [70, 20], None, 6, 50),
+        ([0, 20, 50], [70, 500], None, 5, 500),
+        ([0, 20, 50], [70, 80], 77, 4, 77),
+    ],
+)
+def test_prefill_says_what_it_cannot_use(
+    interpret: Interpret, starts: list[int], lengths: list[int], page: int | None, fault: int, value: int
+) -> None:
+    """Rows that are not there, more rows than keys, keys that the table does not hold, a page that does not exist."""
+    shape = Shape(4, 2, 64)
+    tables, count = tables_for([96, 96], shape.rows)
+    if page is not None:
+        tables[1, 1] = page
+    stored, plain = pools(shape, count, "bf16")
+    given = {"q": torch.randn(50, 4, 64).bfloat16(), "tables": tables}
+    places = {"starts": torch.tensor(starts, dtype=torch.int32), "lengths": torch.tensor(lengths, dtype=torch.int32)}
+    graph = prefill_graph(shape, 50, 2, 3, count, "bf16")
+    (job,) = jobs(graph, given | places | plain, "paged_prefill", 2)
+    done = interpret(job)
+    assert not done.torn
+    assert done.fault >> 48 == fault and done.fault & 0xFFFFFFFFFFFF == value
+    good = {"starts": torch.tensor([0, 20, 20]).int(), "lengths": torch.tensor([70, 0]).int(), "tables": tables * 0}
+    good["tables"][0] = tables[0]
+    wanted = by_cpu(graph, given | good | stored)["mixed.out"]
+    torch.testing.assert_close(done.tensors["mixed.out"][:20], wanted[:20], rtol=1.6e-2, atol=1.6e-2)
     assert done.tensors["mixed.out"].isfinite().all()

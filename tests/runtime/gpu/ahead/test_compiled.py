@@ -26,11 +26,15 @@ def llama() -> Graph:
     return step_graph(load_config("llama-3-8b"), Bucket(256, 1024, 2), PageShape(4096, 32, 2048))
 
 
-def decode(heads: int, kv: int, dim: int, rows: int, dtype: str) -> Graph:
-    b = tg.GraphBuilder(f"decode-{heads}-{kv}-{dim}-{rows}-{dtype}")
-    tables = b.input("lengths", (5,), "i32"), b.input("tables", (5, 9), "i32")
+def attends(heads: int, kv: int, dim: int, rows: int, dtype: str) -> Graph:
+    """Decode and prefill over the same pages."""
+    b = tg.GraphBuilder(f"attends-{heads}-{kv}-{dim}-{rows}-{dtype}")
     pages = [b.state(n, (64, kv, rows, -(-dim // 32) * 32), dtype) for n in ("k", "v")]
-    b.output(tg.ops.paged_decode(b.input("q", (5, heads, dim), dtype), *tables, *pages, context=9 * rows))
+    one, many = b.input("one", (5, heads, dim), dtype), b.input("many", (70, heads, dim), dtype)
+    tables = b.input("lengths", (5,), "i32"), b.input("tables", (5, 9), "i32")
+    starts = b.input("starts", (6,), "i32")
+    b.output(tg.ops.paged_decode(one, *tables, *pages, context=9 * rows))
+    b.output(tg.ops.paged_prefill(many, starts, *tables, *pages, context=9 * rows))
     return b.build()
 
 
@@ -39,7 +43,7 @@ def graphs() -> tuple[Graph, ...]:
     """Steps of models, and shapes at the edges of what the rules take."""
     bf16 = [(8, 8, 64, 32), (16, 1, 96, 64), (24, 2, 80, 48), (8, 2, 256, 32)]
     f32 = [(8, 8, 64, 32), (32, 8, 128, 16)]
-    return (llama(), *(decode(*s, "bf16") for s in bf16), *(decode(*s, "f32") for s in f32))
+    return (llama(), *(attends(*s, "bf16") for s in bf16), *(attends(*s, "f32") for s in f32))
 
 
 def made_on(arch: str, graph: Graph) -> Iterator[tuple[Launch, Cubin]]:
@@ -72,9 +76,16 @@ def test_every_kernel_compiles_fits_its_launch_and_spills_nothing(graph: Graph, 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS)
 def test_attention_multiplies_on_tensor_cores_and_copies_in_bulk(arch: str) -> None:
-    """The kernels of Llama-3-8B in bf16: mma.sync for decode, whose few rows no larger product fits."""
+    """The kernels of Llama-3-8B in bf16. Decode has mma.sync everywhere: its few rows fit no larger product."""
+    product = {"sm_80": "mma.sync.aligned.m16n8k16", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}[arch]
+    found = set()
     for spec, kind in needed(llama(), DrySite(132, arch)).items():
-        if kind == "paged_decode" and spec.name == "decode":
+        if spec.name == "decode":
             asm = assembled(spec, architecture(arch)).asm["ptx"]
             assert "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32" in asm
             assert ("cp.async.bulk.tensor" if arch != "sm_80" else "cp.async.cg") in asm
+        elif spec.name == "prefill":
+            asm = assembled(spec, architecture(arch)).asm["ptx"]
+            assert product in asm and "cp.async.cg" in asm
+        found.add(kind)
+    assert {"paged_decode", "paged_prefill"} <= found
