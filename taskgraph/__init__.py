@@ -98,6 +98,7 @@ _MODULES = {
     "dtypes": "taskgraph.runtime.dtypes",
     "embed": "taskgraph.embed",
     "gpu": "taskgraph.runtime.gpu.public",
+    "network": "taskgraph.network",
     "observe": "taskgraph.observe",
     "ops": "taskgraph.ops",
     "record": "taskgraph.record",

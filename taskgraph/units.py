@@ -8,6 +8,7 @@ from taskgraph.record import number, shown
 
 _PREFIX = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "p": 1e15}
 _BINARY = {"ki": 2.0**10, "mi": 2.0**20, "gi": 2.0**30, "ti": 2.0**40}
+_SECONDS = {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
 _QUANTITY = re.compile(r"^\s*([-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[-+]?[0-9]+)?)\s*([a-z/]*)\s*$", re.IGNORECASE)
 
 
@@ -19,6 +20,14 @@ def parse_bytes(value: str | float) -> float:
 def parse_rate(value: str | float) -> float:
     """Bytes per second from a number or a text such as "20GB/s"."""
     return _parse(value, "B/s", "20GB/s")
+
+
+def parse_seconds(value: str | float) -> float:
+    """Seconds from a number or a text such as "500ns", "2 us", "1.5ms"."""
+    amount, text = _split(value, "2us")
+    if text not in _SECONDS:
+        raise DemandError(f"cannot read {value!r} as seconds; write it like '2us'.")
+    return _checked(amount * _SECONDS[text], value, "2us")
 
 
 def _parse(value: str | float, unit: str, example: str) -> float:

@@ -12,6 +12,7 @@ from rich.table import Table
 import taskgraph as tg
 from taskgraph.cli.console import paragraphs, screen, status
 from taskgraph.cli.serve import known, limits_of
+from taskgraph.cli.steps import ALGORITHM, NETWORK, ROUTING, Links
 from taskgraph.errors import PlanError, RequestError
 
 if TYPE_CHECKING:
@@ -35,7 +36,12 @@ def bench_serve(
     requests: Annotated[int, typer.Option(min=1, help="how many to draw")] = 1000,
     rate: Annotated[float, typer.Option(min=0, help="requests a second that are drawn; 0: all at once")] = 0.0,
     device: Annotated[str, typer.Option(help="cpu runs the model (measured); others, see `devices`, simulate")] = "cpu",
-    ranks: Annotated[int, typer.Option(min=1, help="tensor-parallel devices, or on the cpu processes")] = 1,
+    ranks: Annotated[
+        int, typer.Option("--ranks", "--tensor-parallel", min=1, help="devices, or on the cpu processes")
+    ] = 1,
+    network: Annotated[str, NETWORK] = "",
+    routing: Annotated[str, ROUTING] = "",
+    algorithm: Annotated[str, ALGORITHM] = "",
     context: Annotated[int, typer.Option(min=1, help="most tokens of a request")] = 4096,
     sequences: Annotated[int, typer.Option(min=0, help="most sequences in a step; 0 chooses: cpu 32, else 1024")] = 0,
     step_tokens: Annotated[int, typer.Option(min=0, help="most tokens in a step; 0 chooses: cpu 256, else 2048")] = 0,
@@ -65,19 +71,23 @@ def bench_serve(
     from taskgraph.serving.options import Hardware
 
     arrivals, target = _arrivals(trace, dataset, requests, rate, context, seed), Hardware(device, ranks)
+    links = Links(network, routing, algorithm)
     if device == "cpu":
+        if links != Links():
+            raise PlanError("a network is simulated, and the cpu runs the model; give another --device.")
         limits = limits_of(sequences or 32, step_tokens or 256, context)
         report = _measured(model, arrivals, limits, target, dtype, known(plans, remembered, target), seed)
     else:
         if plans:
             raise PlanError("--plan is for steps that run; a simulated replay plans its own. Leave it out.")
         limits = limits_of(sequences or 1024, step_tokens or 2048, context)
-        report = _simulated(model, arrivals, limits, target, variant, plan_seconds, seed)
+        report = _simulated(model, arrivals, limits, target, links, variant, (plan_seconds, seed))
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(report)))
     else:
         here = "this machine" if ranks == 1 else f"{ranks} ranks of this machine"
-        where = here if device == "cpu" else f"{ranks} x {device}, {variant}"
+        over = f" on {network}{f' by {routing}' if routing else ''}" if network else ""
+        where = here if device == "cpu" else f"{ranks} x {device}{over}, {variant}"
         screen.print(_table(report, f"{model} on {where} ({report.kind})"))
 
 
@@ -108,8 +118,8 @@ def _measured(
 
 
 def _simulated(
-    model: str, arrivals: "list[Arrival]", limits: "Limits", target: "Hardware", variant: str, plan_seconds: float,
-    seed: int,
+    model: str, arrivals: "list[Arrival]", limits: "Limits", target: "Hardware", links: Links, variant: str,
+    search: tuple[float, int],
 ) -> "Replay":  # fmt: skip
     from taskgraph.models.config import load_config
     from taskgraph.serving.simulate.runner import pages_of, simulated_engine
@@ -120,8 +130,9 @@ def _simulated(
     limits = dataclasses.replace(limits, chunks=64, context=min(limits.context, config.max_context))
     mean = sum(a.input_tokens for a in arrivals) / len(arrivals)
     share = config.share(target.ranks)
-    grid = StepGrid(share, target.device, prompt_tokens=mean, budget_s=plan_seconds, seed=seed)
-    pages = pages_of(config, target.device, tensor_parallel=target.ranks)
+    device, (plan_seconds, seed) = links.of(tg.devices.get(target.device), target.ranks), search
+    grid = StepGrid(share, device, prompt_tokens=mean, budget_s=plan_seconds, seed=seed)
+    pages = pages_of(config, device, tensor_parallel=target.ranks)
     engine = simulated_engine(config, grid.of(variant), pages=pages, limits=limits)
     with engine, status.status("plan and replay"):
         return replay(engine, arrivals, "simulated", vocabulary=config.vocab_size, seed=seed)

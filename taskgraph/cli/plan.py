@@ -8,10 +8,12 @@ import typer
 
 import taskgraph as tg
 from taskgraph.cli.console import check_outputs, planning, screen
-from taskgraph.cli.steps import StepSize, advice, graph_of, named
+from taskgraph.cli.steps import ALGORITHM, NETWORK, RANKS, ROUTING, Links, StepSize, advice, graph_of, named
 
 EPILOG = """
 taskgraph plan llama-3-70b --ranks 8 --batch 256 --context 1024
+
+taskgraph plan llama-3-70b --tensor-parallel 16 --network machines:2x8
 
 taskgraph plan llama-3-8b --device a100_sxm --tokens 512 --context 512 --batch 4 --dtype f16
 
@@ -48,7 +50,10 @@ def plan(
     dtype: Annotated[
         str, typer.Option(help="of weights, cache and products: bf16, f16, f32, or auto: bf16, on cpu the faster here")
     ] = "auto",
-    ranks: Annotated[int, typer.Option(min=1, help="devices that share every layer (tensor parallel)")] = 1,
+    ranks: Annotated[int, RANKS] = 1,
+    network: Annotated[str, NETWORK] = "",
+    routing: Annotated[str, ROUTING] = "",
+    algorithm: Annotated[str, ALGORITHM] = "",
     expert_parallel: Annotated[
         bool, typer.Option("--expert-parallel", help="ranks hold whole experts, not a part of each")
     ] = False,
@@ -71,12 +76,13 @@ def plan(
     begin = time.perf_counter()
     with planning():
         graph = graph_of(model, size)
-        made = tg.plan(graph, device, scheduler)
+        made = tg.plan(graph, Links(network, routing, algorithm).of(tg.devices.get(device), ranks), scheduler)
         tg.verify(made, graph, memory=False)
     seconds = time.perf_counter() - begin
     screen.print(tg.explain(made), markup=False)
     rate = 1 / made.makespan_s if torch else batch * tokens / made.makespan_s
-    on = f"one {made.device.name}" if ranks == 1 else f"{ranks} x {made.device.name}"
+    over = "" if made.device.network is None else f" on {made.device.network.name}"
+    on = f"one {made.device.name}" if ranks == 1 else f"{ranks} x {made.device.name}{over}"
     screen.print(
         f"{rate:,.0f} {'calls' if torch else 'tokens'}/s (simulated, {on}); planned and verified in {seconds:.2f} s"
     )

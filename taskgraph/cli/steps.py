@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import typer
+
 import taskgraph as tg
 
 if TYPE_CHECKING:
@@ -35,6 +37,31 @@ class StepSize:
             raise tg.PlanError(f"dtype is one of {', '.join(DTYPES)}; got {self.dtype!r}.")
         if self.whole_experts and self.ranks < 2:
             raise tg.PlanError("experts are shared out between ranks, and there is one; give --ranks 2 or more.")
+
+
+@dataclass(frozen=True, slots=True)
+class Links:
+    """What ranks talk over: a network as for `devices.networked`, or nothing, the device's own links."""
+
+    network: str = ""
+    routing: str = ""
+    algorithm: str = ""
+
+    def of(self, device: "tg.Device", ranks: int) -> "tg.Device":
+        """The device on the network; PlanError for a routing or an algorithm without one, or one rank alone on it."""
+        if not self.network:
+            if self.routing or self.algorithm:
+                raise tg.PlanError("a routing and an algorithm are those of a network; give --network too.")
+            return device
+        if ranks < 2:
+            raise tg.PlanError("a network is what ranks talk over, and there is one; give --tensor-parallel 2 or more.")
+        return tg.devices.networked(device, self.network, self.routing, self.algorithm)
+
+
+RANKS = typer.Option("--ranks", "--tensor-parallel", min=1, help="devices that share every layer (tensor parallel)")
+NETWORK = typer.Option(help="what they talk over, as torus:4x4x4, switch:8 or machines:2x8@450GB/s,500ns+50GB/s,2us")
+ROUTING = typer.Option(help="dimension-order, valiant, minimal-adaptive or goal")
+ALGORITHM = typer.Option(help="of collectives: ring, tree, halving, doubling, direct, dimensions, or auto: the fastest")
 
 
 def graph_of(model: str, size: StepSize) -> "tg.Graph":

@@ -9,7 +9,7 @@ from rich.table import Table
 
 import taskgraph as tg
 from taskgraph.cli.console import planning, screen
-from taskgraph.cli.steps import StepSize, graph_of, named
+from taskgraph.cli.steps import ALGORITHM, NETWORK, RANKS, ROUTING, Links, StepSize, graph_of, named
 from taskgraph.units import format_seconds
 
 RESOURCES: Mapping[str, tuple[str, ...]] = {
@@ -30,6 +30,9 @@ class Outcome:
     device: "tg.Device"
     plan: "tg.Plan"
     tokens_per_s: float
+
+
+OWN_LINKS = Links()
 
 
 def scaled(device: "tg.Device", factors: Mapping[str, float]) -> "tg.Device":
@@ -67,20 +70,15 @@ def parse_factor(text: str) -> float:
 
 
 def what_if(
-    model: str,
-    device: "tg.Device",
-    factors: Mapping[str, float],
-    *,
-    batch: int,
-    context: int,
-    tokens: int,
-    scheduler: str,
-) -> tuple[Outcome, Outcome]:
-    """The outcome on `device` and on its scaled twin."""
-    graph = graph_of(model, StepSize(batch, context, tokens))
+    model: str, device: "tg.Device", factors: Mapping[str, float], size: StepSize, scheduler: str = "auto",
+    links: Links = OWN_LINKS,
+) -> tuple[Outcome, Outcome]:  # fmt: skip
+    """The outcome on `device` and on its scaled twin, with what its ranks talk over."""
+    graph = graph_of(model, size)
+    other = links.of(scaled(device, factors) if factors or not links.network else device, size.ranks)
     before, after = (
-        Outcome(target, made, batch * tokens / made.makespan_s)
-        for target in (device, scaled(device, factors))
+        Outcome(target, made, size.batch * size.tokens / made.makespan_s)
+        for target in (device, other)
         for made in (tg.plan(graph, target, scheduler),)
     )
     return before, after
@@ -105,18 +103,27 @@ def whatif(
     batch: Annotated[int, typer.Option(min=1, help="sequences in the step")] = 256,
     context: Annotated[int, typer.Option(min=1, help="tokens that each sequence has in its cache")] = 1024,
     tokens: Annotated[int, typer.Option(min=1, help="new tokens a sequence")] = 1,
+    ranks: Annotated[int, RANKS] = 1,
+    network: Annotated[str, NETWORK] = "",
+    routing: Annotated[str, ROUTING] = "",
+    algorithm: Annotated[str, ALGORITHM] = "",
     scheduler: Annotated[str, typer.Option(help="as for `plan`")] = "auto",
 ) -> None:
-    """How the best plan of a step and its bounds move on a device with more or less of something (simulated)."""
+    """How the best plan of a step and its bounds move on a device with more or less of something, or whose ranks talk
+    over a network (simulated).
+
+    taskgraph whatif llama-3-70b --tensor-parallel 8 --network torus:4x4x4 --routing goal
+    """
     model = named(model, torch)
     given = {"sm": sm, "flops": flops, "hbm": hbm, "link": link, "pcie": pcie}
     factors = {name: factor for name, text in given.items() if (factor := parse_factor(text)) != 1.0}
-    sizes = {"batch": batch, "context": context, "tokens": tokens}
+    step = StepSize(batch, context, tokens, ranks=ranks)
     with planning():
-        pair = what_if(model, tg.devices.get(device), factors, **sizes, scheduler=scheduler)
-    size = "" if torch else f", {batch} x {tokens} tokens, context {context}"
+        pair = what_if(model, tg.devices.get(device), factors, step, scheduler, Links(network, routing, algorithm))
+    shared = f", each of {ranks} ranks" if ranks > 1 else ""
+    size = "" if torch else f", {batch} x {tokens} tokens, context {context}{shared}"
     table = Table(title=f"{model}{size} (simulated)", title_justify="left")
-    for column in ("", *(outcome.device.name for outcome in pair), "change"):
+    for column in ("", *(_named(outcome.device) for outcome in pair), "change"):
         table.add_column(column, overflow="fold")
 
     def row(what: str, number: Callable[[Outcome], float], show: Callable[[float], str]) -> None:
@@ -131,4 +138,16 @@ def whatif(
     table.add_row("binding bound", *(o.plan.bounds.binding for o in pair), "")
     table.add_row("verdict", *(f"{o.plan.verdict.choice}, {o.plan.verdict.gain:.2f}x" for o in pair), "")
     table.add_row("error band", *(f"±{100 * o.plan.verdict.error_band:.0f} %" for o in pair), "")
+    if pair[1].device.network is not None:
+        table.add_row("collectives by", *(", ".join(_algorithms(o.plan)) for o in pair), "")
     screen.print(table)
+
+
+def _named(device: "tg.Device") -> str:
+    return device.name if device.network is None else f"{device.name} on {device.network.name}"
+
+
+def _algorithms(plan: "tg.Plan") -> list[str]:
+    """The algorithms of collectives that the sources of a plan's times name."""
+    told = [source for source in plan.timeline.origin.split(" + ") if "fluid model" in source]
+    return sorted({source.rpartition(", ")[2] for source in told}) or ["the device's links"]

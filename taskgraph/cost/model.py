@@ -15,6 +15,7 @@ from taskgraph.cost.families.gemm import GEMM, GemmCoefficients, GemmShape, libr
 from taskgraph.cost.families.stream import StreamCoefficients
 from taskgraph.cost.family import Kernel, blocks
 from taskgraph.cost.fitted import UNFITTED_BAND, DeviceModel, model_of
+from taskgraph.cost.links import is_collective, on_network
 from taskgraph.cost.roofline import roofline
 from taskgraph.errors import DemandError
 from taskgraph.graph.device import Device
@@ -128,9 +129,11 @@ def _table(
     if fitted:
         asked = _left_to(kernels, np.append(size, device.sm_count))
         seconds, use, band, sources = _by_family(kernels, fitted, asked)
+        _over_network(kernels, device, fitted, asked, (seconds, band, sources))
         seconds, use = _at_clocks(seconds, energy, together)[:, :-1], np.minimum(use[:, :-1], useful)
     else:
         seconds, use, band, sources = _by_roofline(kernels, device, useful)
+        _over_network(kernels, device, None, useful, (seconds, band, sources))
     moves = kernels.works[:, 1:]
     whole = np.array([device.hbm_bytes_per_s, device.h2d_bytes_per_s, device.d2h_bytes_per_s, device.link_bytes_per_s])
     least = np.divide(moves, whole, out=np.zeros(moves.shape), where=moves > 0)  # a benchmark's cache is not ours
@@ -161,6 +164,20 @@ def own_product_pays(op: Op, tensors: Mapping[str, Tensor], device: Device, sms:
     shape = GemmShape(*(np.array([[x]], np.float64) for x in kernel.shape))
     given = shape, model.spec(kernel.dtype), c, np.array([float(sms)])
     return bool((own_seconds(*given) < library_seconds(*given))[0, 0])
+
+
+def _over_network(
+    kernels: _Kernels, device: Device, model: DeviceModel | None, sms: np.ndarray,
+    found: tuple[np.ndarray, np.ndarray, list[str]],
+) -> None:  # fmt: skip
+    """Where the device names a network, set seconds, bands and sources of its collectives to those of the network."""
+    if device.network is None:
+        return
+    seconds, band, sources = found
+    for i, kernel in enumerate(kernels.each):
+        if is_collective(kernel):
+            seconds[i], sources[i] = on_network(kernel, device.network, model, sms[i].astype(np.float64))
+            band[i] = UNFITTED_BAND
 
 
 def fitted_model(device: Device) -> DeviceModel | None:

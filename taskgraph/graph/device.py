@@ -3,12 +3,13 @@
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
 from taskgraph.errors import DeviceError
+from taskgraph.network.cluster import Network, network
 from taskgraph.record import convert, decode, integer, read_text, shown, text, typed
 
 KINDS = ("gpu", "cpu")
@@ -67,6 +68,7 @@ class Device:
     is the measured share of the full compute rate on k SMs; empty means linear. `calibration` names the
     fitted coefficients that the cost model uses, those of the device or of its nearest relation, or is the path
     of a file of them (NAME.json); empty is a plain roofline. `l2_bytes` is the last-level cache, 0 if unknown.
+    `network` is what collectives run over; None prices them by `link_bytes_per_s` alone.
     DeviceError, naming the field, for what is no such number, contradicts another one, or lies beyond every device
     (MOST_SMS, MOST_RATE).
     """
@@ -89,8 +91,9 @@ class Device:
     sources: tuple[tuple[str, str], ...] = ()
     l2_bytes: int = 0
     calibration: str = ""
+    network: Network | None = field(default=None, repr=False)
 
-    _LATER: ClassVar[frozenset[str]] = frozenset({"l2_bytes", "calibration"})
+    _LATER: ClassVar[frozenset[str]] = frozenset({"l2_bytes", "calibration", "network"})
 
     def __post_init__(self) -> None:
         typed(self, DeviceError)
@@ -123,6 +126,8 @@ class Device:
                 raise DeviceError(
                     f"device {self.name!r}: {name} is {getattr(self, name)}; it must be from 0 to {MOST_SECONDS:g}."
                 )
+        if self.network is not None and not self.link_bytes_per_s:
+            raise DeviceError(f"device {self.name!r} is on a network; link_bytes_per_s must be what it sends there.")
         if self.compute_scaling and len(self.compute_scaling) != self.sm_count:
             raise DeviceError(f"device {self.name!r}: compute_scaling needs one entry an SM, {self.sm_count} in all.")
         if not all(LEAST_SHARE <= share <= 1 for share in self.compute_scaling):
@@ -320,7 +325,8 @@ def read_device(path: str | Path) -> Device:
 def make(base: str | Device, name: str | None = None, **changes: Any) -> Device:
     """A hypothetical device: `make("h100_sxm", sm_count=144, hbm_bytes_per_s=4e12)`; the rest is as in `base`.
 
-    Rates by dtype may be a dict. DeviceError for a field that a device has not, or a value that it cannot have."""
+    Rates by dtype may be a dict, `network` a text as for `networked`. DeviceError for a field that a device has not, or
+    a value that it cannot have."""
     origin = get(base)
     if name is not None:
         text("the name of a device", name, DeviceError)
@@ -328,9 +334,26 @@ def make(base: str | Device, name: str | None = None, **changes: Any) -> Device:
     if unknown:
         raise DeviceError(f"a device has no {', '.join(sorted(unknown))}.")
     changes = {key: tuple(value.items()) if isinstance(value, dict) else value for key, value in changes.items()}
+    if changes.get("network") is not None:
+        origin = networked(origin, changes.pop("network"))
     given = dict(origin.sources) | dict.fromkeys(sorted(changes), f"hypothetical, from {origin.name}")
     sources = tuple(given.items())
     return replace(origin, name=name or f"{origin.name}*", **{"sources": sources, "compute_scaling": (), **changes})
+
+
+def networked(device: str | Device, value: "str | Network", routing: str = "", algorithm: str = "") -> Device:
+    """The device on a network, whose times collectives take then: `networked("h100_sxm", "torus:4x4x4", "goal")`. A
+    text is as for `taskgraph.network.network`; without rates in it the device's link is shared out to its links there.
+    `link_bytes_per_s` becomes what all of them send. NetworkError for what is no network."""
+    origin = get(device)
+    made = network(value, routing, algorithm, origin.link_bytes_per_s)
+    told = {**dict(origin.sources), "network": f"hypothetical: {made.name}"}
+    return replace(
+        origin,
+        network=made,
+        link_bytes_per_s=made.topology.injection_bytes_per_s(),
+        sources=tuple(told.items()),
+    )
 
 
 def iter_specs() -> Iterator[Device]:

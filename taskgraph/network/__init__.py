@@ -1,28 +1,39 @@
-"""Networks under collectives: topologies as values, routings, traffic, and a simulator of links."""
+"""Networks under collectives: topologies as values, routings, a simulator of links, and collectives on them."""
 
-from taskgraph.network.bounds import capacity, throughput_bound
-from taskgraph.network.routing import ROUTINGS, Routing
-from taskgraph.network.simulate import Outcome, Routers, saturation, simulate
-from taskgraph.network.topology import Topology, fat_tree, from_links, mesh, ring, switch, torus
-from taskgraph.network.traffic import PATTERNS, Traffic, traffic
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "PATTERNS",
-    "ROUTINGS",
-    "Outcome",
-    "Routers",
-    "Routing",
-    "Topology",
-    "Traffic",
-    "capacity",
-    "fat_tree",
-    "from_links",
-    "mesh",
-    "ring",
-    "saturation",
-    "simulate",
-    "switch",
-    "throughput_bound",
-    "torus",
-    "traffic",
-]
+if TYPE_CHECKING:
+    from taskgraph.network.bounds import capacity, throughput_bound
+    from taskgraph.network.cluster import Network, network
+    from taskgraph.network.collectives import ALGORITHMS, COLLECTIVES, Schedule, schedule
+    from taskgraph.network.fluid import Cost, collective_cost, fluid_cost
+    from taskgraph.network.packets import Run, packet_run
+    from taskgraph.network.patterns import PATTERNS, Traffic, permutation, traffic
+    from taskgraph.network.routing import ROUTINGS, Routing
+    from taskgraph.network.simulator import Outcome, Routers, saturation, simulate
+    from taskgraph.network.topology import Topology, fat_tree, from_links, machines, mesh, ring, switch, torus
+
+_HOME = {
+    "bounds": "capacity throughput_bound",
+    "cluster": "Network network",
+    "collectives": "ALGORITHMS COLLECTIVES Schedule schedule",
+    "fluid": "Cost collective_cost fluid_cost",
+    "packets": "Run packet_run",
+    "routing": "ROUTINGS Routing",
+    "simulator": "Outcome Routers saturation simulate",
+    "topology": "Topology fat_tree from_links machines mesh ring switch torus",
+    "patterns": "PATTERNS Traffic permutation traffic",
+}
+"""By the module that has them: those with compiled code are imported when they are asked for."""
+_WHERE = {name: module for module, names in _HOME.items() for name in names.split()}
+
+__all__ = sorted(_WHERE)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'taskgraph.network' has no attribute {name!r}")
+    value = getattr(import_module(f"taskgraph.network.{_WHERE[name]}"), name)
+    globals()[name] = value
+    return value

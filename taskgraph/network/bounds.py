@@ -6,15 +6,14 @@ grid a packet makes a hop, but not how many hops from each position it makes in 
 mean of g over the parallel links there is known, and the largest of these means bounds it."""
 
 import math
-from typing import Any
 
 import numpy as np
 
 from taskgraph.errors import NetworkError
-from taskgraph.jit import njit
-from taskgraph.network.routing import Routing, next_ports, routing_for
+from taskgraph.network.flows import Flows, link_loads
+from taskgraph.network.patterns import Traffic, traffic
+from taskgraph.network.routing import Routing, routing_for
 from taskgraph.network.topology import Topology
-from taskgraph.network.traffic import Traffic, traffic
 from taskgraph.record import instance
 
 
@@ -27,7 +26,7 @@ def throughput_bound(topology: Topology, routing: str, pattern: Traffic) -> floa
     if way.adaptive:
         most = _mean_load(topology, way, pairs)
     else:
-        most = float(link_loads(topology, way, pairs).max())
+        most = float(link_loads(topology, way, flows_of(pairs))[0].max())
     return 1.0 / most if most > 0 else math.inf
 
 
@@ -37,32 +36,10 @@ def capacity(topology: Topology) -> float:
     return throughput_bound(topology, "shortest" if topology.links else "dimension-order", traffic(topology, "uniform"))
 
 
-def link_loads(topology: Topology, routing: Routing, pairs: np.ndarray) -> np.ndarray:
-    """(links,) expected packets on each link when every node sends one packet, for a routing that is not adaptive;
-    `pairs` is (nodes, nodes), shares by source and target."""
-    if routing.graphs:
-        return _table_loads(topology, pairs)
-    args: Any = (topology.coordinates(), np.array(topology.shape), topology.heads(), topology.wrap)
-    if not routing.detour:
-        loads: np.ndarray = _loads(pairs, *args)
-        return loads
-    nodes = topology.nodes
-    first = np.repeat(pairs.sum(1, keepdims=True) / nodes, nodes, axis=1)
-    second = np.repeat(pairs.sum(0, keepdims=True) / nodes, nodes, axis=0)
-    both: np.ndarray = _loads(first, *args) + _loads(second, *args)
-    return both
-
-
-def _table_loads(topology: Topology, pairs: np.ndarray) -> np.ndarray:
-    ports, heads = next_ports(topology), topology.heads().reshape(topology.nodes, -1)
-    loads = np.zeros(heads.shape)
-    for source, target in np.argwhere(pairs > 0):
-        node = int(source)
-        while node != target:
-            port = ports[node, target]
-            loads[node, port] += pairs[source, target]
-            node = int(heads[node, port])
-    return loads.reshape(-1)
+def flows_of(pairs: np.ndarray) -> Flows:
+    """The flows of (nodes, nodes) amounts by source and target."""
+    source, target = np.nonzero(pairs)
+    return Flows(source, target, pairs[source, target])
 
 
 def _mean_load(topology: Topology, routing: Routing, pairs: np.ndarray) -> float:
@@ -83,32 +60,3 @@ def _mean_load(topology: Topology, routing: Routing, pairs: np.ndarray) -> float
                     loads[side, (start + j * step) % size] += share * moves[start, end]
         most = max(most, float(loads.max()) * size / topology.nodes)
     return most
-
-
-@njit
-def _loads(pairs: np.ndarray, at: np.ndarray, shape: np.ndarray, heads: np.ndarray, wrap: bool) -> np.ndarray:
-    nodes, n = at.shape
-    loads = np.zeros(heads.size)
-    for source in range(nodes):
-        for target in range(nodes):
-            if pairs[source, target] == 0:
-                continue
-            # Ties are broken dimension by dimension; where a packet turns does not depend on which way round it came.
-            node = source
-            for d in range(n):
-                up = at[target, d] - at[node, d]
-                first = node
-                for side in range(2):
-                    hops, share = (up if side == 0 else -up), 1.0
-                    if wrap:
-                        hops %= shape[d]
-                        share = 0.5 if 2 * hops == shape[d] else (1.0 if 2 * hops < shape[d] else 0.0)
-                    if hops <= 0 or share == 0:
-                        continue
-                    here = first
-                    for _ in range(hops):
-                        link = here * 2 * n + 2 * d + side
-                        loads[link] += share * pairs[source, target]
-                        here = heads[link]
-                    node = here
-    return loads

@@ -1,4 +1,4 @@
-"""The compiled part of the simulator: what every router does in a cycle. `simulate` says what it stands for."""
+"""The compiled part of the simulator: what every router does in a cycle. `simulator` says what it stands for."""
 
 import math
 from typing import NamedTuple
@@ -14,14 +14,18 @@ STUCK = 2000
 
 class Net(NamedTuple):
     """Coordinates (nodes, n), sizes (n,), the head of each link, the links into each node (nodes, most; -1: none),
-    and for a graph the port to each target (nodes, nodes); (0, 0) for a grid."""
+    for a graph the port to each target (nodes, nodes), (0, 0) for a grid, and of each link the cycles of a hop and
+    between two packets; `slow`: these are above 1 somewhere."""
 
     at: np.ndarray
     shape: np.ndarray
     heads: np.ndarray
     into: np.ndarray
     ports: np.ndarray
+    hops: np.ndarray
+    periods: np.ndarray
     wrap: bool
+    slow: bool
 
 
 class Rules(NamedTuple):
@@ -43,7 +47,8 @@ class Rules(NamedTuple):
 class State(NamedTuple):
     """Queues by link and channel (packets, first, length, credits), slots of sources, packets by number (`left`: hops
     with sign by dimension), free numbers, credits to give back, births of the latest delivered by
-    pair, packets inside by node, in queues by link, in slots by node, the next birth by node, counts."""
+    pair, packets inside by node, in queues by link, in slots by node, the next birth by node, the cycle from which each
+    link takes a packet again, counts."""
 
     queue: np.ndarray
     first: np.ndarray
@@ -65,6 +70,7 @@ class State(NamedTuple):
     busy: np.ndarray
     held: np.ndarray
     due: np.ndarray
+    opens: np.ndarray
     counts: np.ndarray
     bins: np.ndarray
     random: np.ndarray
@@ -163,6 +169,28 @@ def _arrived(net: Net, rules: Rules, state: State, packet: int, node: int) -> bo
 
 
 @inner
+def enter(
+    net: Net, rules: Rules, state: State, node: int, slot: int, final: int, born: int, now: int, warm_up: int
+) -> None:
+    """Put a packet to `final` into the slot; one to the node itself is delivered at once."""
+    packet = state.free[state.counts[USED]]
+    state.counts[USED] += 1
+    state.counts[CREATED] += 1
+    state.source[packet], state.final[packet], state.alive[packet] = node, final, 1
+    state.born[packet] = born
+    to = final
+    if rules.detour:
+        to = int(_draw(state) * net.at.shape[0])
+    _aim(net, rules, state, packet, node, to)
+    if _arrived(net, rules, state, packet, node):
+        _deliver(state, packet, now, warm_up)
+    else:
+        state.slots[node, slot] = packet
+        state.inside[node] += 1
+        state.held[node] += 1
+
+
+@inner
 def _create(
     net: Net, rules: Rules, targets: np.ndarray, state: State, node: int, slot: int, now: int, warm_up: int
 ) -> None:
@@ -170,25 +198,11 @@ def _create(
     if state.births[node, slot] < 0:
         state.births[node, slot] = _gap(state, rules) - 1
     while state.slots[node, slot] < 0 and state.births[node, slot] <= now:
-        counts = state.counts
-        packet = state.free[counts[USED]]
-        counts[USED] += 1
-        counts[CREATED] += 1
         m = targets.shape[1]
         final = targets[node, 0] if m == 1 else targets[node, int(_draw(state) * m)]
-        state.source[packet], state.final[packet], state.alive[packet] = node, final, 1
-        state.born[packet] = state.births[node, slot]
+        born = state.births[node, slot]
         state.births[node, slot] += _gap(state, rules)
-        to = final
-        if rules.detour:
-            to = int(_draw(state) * targets.shape[0])
-        _aim(net, rules, state, packet, node, to)
-        if _arrived(net, rules, state, packet, node):
-            _deliver(state, packet, now, warm_up)
-        else:
-            state.slots[node, slot] = packet
-            state.inside[node] += 1
-            state.held[node] += 1
+        enter(net, rules, state, node, slot, final, born, now, warm_up)
 
 
 @inner
@@ -281,13 +295,17 @@ def _pop(rules: Rules, state: State, queue: int) -> None:
 
 
 @inner
-def _serve(net: Net, rules: Rules, state: State, node: int, now: int, warm_up: int, waiting: int) -> int:
+def serve(net: Net, rules: Rules, state: State, node: int, now: int, warm_up: int, waiting: int) -> int:
     """One cycle of one node; how many packets left an input of it. `waiting`: how many left before in it."""
     most, channels = net.heads.size // net.into.shape[0], rules.channels
     ports = 0
     while ports < net.into.shape[1] and net.into[node, ports] >= 0:
         ports += 1
     taken, moved, groups = 0, 0, ports + 1
+    if net.slow:
+        for side in range(most):
+            if state.opens[node * most + side] > now:
+                taken |= 1 << side
     start, turn = (now + node) % groups, now // groups
     for g in range(groups):
         port = start + g if start + g < groups else start + g - groups
@@ -339,7 +357,9 @@ def _serve(net: Net, rules: Rules, state: State, node: int, now: int, warm_up: i
                 state.left[packet, 0] += 1
             else:
                 state.left[packet, side // 2] += -1 if side % 2 == 0 else 1
-            state.ready[packet] = now + rules.hop_cycles
+            state.ready[packet] = now + net.hops[link]
+            if net.slow:
+                state.opens[link] = now + net.periods[link]
             place = state.first[to_queue] + state.length[to_queue]
             state.queue[to_queue, place if place < rules.room else place - rules.room] = packet
             state.length[to_queue] += 1
@@ -347,6 +367,14 @@ def _serve(net: Net, rules: Rules, state: State, node: int, now: int, warm_up: i
             head = net.heads[link]
             state.inside[head] += 1
     return moved
+
+
+@inner
+def give_back(state: State, moved: int) -> None:
+    """The credits of what moved in a cycle, at its end."""
+    for j in range(moved):
+        if state.freed[j] >= 0:
+            state.credits[state.freed[j]] += 1
 
 
 @kernel
@@ -368,10 +396,8 @@ def run(net: Net, rules: Rules, targets: np.ndarray, state: State, warm_up: int,
             state.due[node] = due
         for node in range(nodes):
             if state.inside[node] > 0:
-                moved += _serve(net, rules, state, node, now, warm_up, moved)
-        for j in range(moved):
-            if state.freed[j] >= 0:
-                state.credits[state.freed[j]] += 1
+                moved += serve(net, rules, state, node, now, warm_up, moved)
+        give_back(state, moved)
         if moved > 0 or state.counts[USED] == 0:
             idle = 0
         else:

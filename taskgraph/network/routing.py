@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import networkx as nx
 import numpy as np
 
 from taskgraph.errors import NetworkError
@@ -89,6 +88,8 @@ def next_ports(topology: Topology) -> np.ndarray:
 def hop_classes(topology: Topology) -> int:
     """1 where the links of the table of a graph cannot wait for each other in a circle, else the hops of its longest
     way between hosts."""
+    import networkx as nx  # a third of a second, for graphs alone
+
     ports, heads = next_ports(topology), topology.heads().reshape(topology.nodes, -1)
     follows: nx.DiGraph[tuple[int, int]] = nx.DiGraph()
     longest = 0

@@ -1,8 +1,9 @@
-"""Topologies as values: grids of one or more dimensions, and graphs given by their links; all links are alike."""
+"""Topologies as values: grids of one or more dimensions, whose links are alike, and graphs given by their links."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -26,7 +27,9 @@ class Topology:
     is below 2, there are more than 4096 nodes, or a rate is not above 0.
 
     A graph instead has shape (), `links` as (from, to) and `hosts`: nodes 0 to hosts - 1 are hosts, the others
-    switches; a node has at most 62 links out. NetworkError where a host cannot reach another."""
+    switches; a node has at most 62 links out. `rates` and `latencies` are those of each link where they are not alike;
+    `bytes_per_s` is the fastest. `tiers` says that hosts in their order are so many groups of so many: machines and
+    their devices, say. NetworkError where a host cannot reach another."""
 
     name: str
     shape: tuple[int, ...]
@@ -35,14 +38,24 @@ class Topology:
     latency_s: float = LATENCY_S
     links: tuple[tuple[int, int], ...] = ()
     hosts: int = 0
+    rates: tuple[float, ...] = ()
+    latencies: tuple[float, ...] = ()
+    tiers: tuple[int, ...] = ()
+
+    _LATER: ClassVar[frozenset[str]] = frozenset({"links", "hosts", "rates", "latencies", "tiers"})
 
     def __post_init__(self) -> None:
+        self._check()
+
+    def _check(self) -> None:
         text("the topology's name", self.name, NetworkError)
         number(f"bytes_per_s of {self.name!r}", self.bytes_per_s, NetworkError, 0, above=True)
         number(f"latency_s of {self.name!r}", self.latency_s, NetworkError, 0)
         if self.links:
             self._check_graph()
             return
+        if self.rates or self.latencies or self.tiers:
+            raise NetworkError(f"{self.name!r} is a grid, whose links are alike; leave rates, latencies and tiers out.")
         sizes = sequence(f"the shape of {self.name!r}", self.shape, NetworkError)
         if not sizes:
             raise NetworkError(f"the shape of {self.name!r} is empty; give a size for each dimension, such as (8, 8).")
@@ -71,6 +84,7 @@ class Topology:
         if len(set(made)) < len(made):
             raise NetworkError(f"{self.name!r} has a link twice; give each pair once.")
         integer(f"hosts of {self.name!r}", self.hosts, NetworkError, 2, self.nodes)
+        self._check_links()
         most = int(np.bincount([tail for tail, _ in made]).max())
         if most > MOST_PORTS:
             raise NetworkError(
@@ -82,6 +96,20 @@ class Topology:
             raise NetworkError(
                 f"{self.name!r} is not connected: host {apart[0][0]} cannot reach host {apart[0][1]}. Add links."
             )
+
+    def _check_links(self) -> None:
+        for field, low in (("rates", True), ("latencies", False)):
+            found = sequence(f"{field} of {self.name!r}", getattr(self, field), NetworkError)
+            if found and len(found) != len(self.links):
+                raise NetworkError(
+                    f"{self.name!r} has {len(self.links)} links and {len(found)} {field}; give one each."
+                )
+            made = tuple(number(f"one of the {field} of {self.name!r}", x, NetworkError, 0, above=low) for x in found)
+            object.__setattr__(self, field, made)
+        if self.rates and max(self.rates) != self.bytes_per_s:
+            raise NetworkError(f"bytes_per_s of {self.name!r} is {self.bytes_per_s}; its fastest link is another.")
+        if self.tiers and math.prod(self.tiers) != self.hosts:
+            raise NetworkError(f"the tiers {self.tiers} of {self.name!r} are not its {self.hosts} hosts.")
 
     @property
     def nodes(self) -> int:
@@ -137,6 +165,29 @@ class Topology:
                 heads[:, 2 * d + side] = np.where(gone & (not self.wrap), -1, found)
         return heads.reshape(-1)
 
+    def rates_by_place(self) -> np.ndarray:
+        """(links,) bytes/s of each link, by the places of `heads`."""
+        return self._by_place(self.rates, self.bytes_per_s)
+
+    def latencies_by_place(self) -> np.ndarray:
+        """(links,) seconds of each link, by the places of `heads`."""
+        return self._by_place(self.latencies, self.latency_s)
+
+    def _by_place(self, values: tuple[float, ...], every: float) -> np.ndarray:
+        made = np.full(self.heads().size, every)
+        if values:
+            most = made.size // self.nodes
+            used = [0] * self.nodes
+            for (tail, _), value in zip(self.links, values, strict=True):
+                made[tail * most + used[tail]] = value
+                used[tail] += 1
+        return made
+
+    def injection_bytes_per_s(self) -> float:
+        """What the first host sends at most, by all its links."""
+        most = self.heads().size // self.nodes
+        return float(self.rates_by_place()[:most][self.heads()[:most] >= 0].sum())
+
     def place(self, ranks: int) -> range:
         """The hosts of `ranks` ranks, in order; NetworkError where there are more ranks than hosts."""
         integer("ranks", ranks, NetworkError, 1)
@@ -161,13 +212,31 @@ def mesh(*shape: int, bytes_per_s: float = RATE, latency_s: float = LATENCY_S) -
 
 
 def from_links(
-    name: str, hosts: int, links: Iterable[tuple[int, int]], bytes_per_s: float = RATE, latency_s: float = LATENCY_S
+    name: str,
+    hosts: int,
+    links: Iterable[tuple[int, int]],
+    bytes_per_s: float | Sequence[float] = RATE,
+    latency_s: float | Sequence[float] = LATENCY_S,
+    tiers: tuple[int, ...] = (),
 ) -> Topology:
-    """A graph of at most 512 nodes; each pair of `links` is joined both ways. Nodes 0 to hosts - 1 are hosts."""
-    both = [end for a, b in links for end in ((a, b), (b, a))]
+    """A graph of at most 512 nodes; each pair of `links` is joined both ways. Nodes 0 to hosts - 1 are hosts. Rates and
+    latencies are one for all, or one for each pair."""
+    pairs = list(links)
+    both = [end for a, b in pairs for end in ((a, b), (b, a))]
     if not both:
         raise NetworkError(f"{name!r} has no links; give pairs of nodes, such as [(0, 1)].")
-    return Topology(name, (), False, bytes_per_s, latency_s, tuple(both), hosts)
+    rates, latencies = (_each_way(what, len(pairs)) for what in (bytes_per_s, latency_s))
+    one = bytes_per_s if not isinstance(bytes_per_s, Sequence) else max(bytes_per_s)
+    least = latency_s if not isinstance(latency_s, Sequence) else min(latency_s)
+    return Topology(name, (), False, one, least, tuple(both), hosts, rates, latencies, tiers)
+
+
+def _each_way(values: float | Sequence[float], pairs: int) -> tuple[float, ...]:
+    if not isinstance(values, Sequence):
+        return ()
+    if len(values) != pairs:
+        raise NetworkError(f"there are {pairs} pairs of nodes and {len(values)} rates or latencies; give one each.")
+    return tuple(value for value in values for _ in range(2))
 
 
 def switch(hosts: int, bytes_per_s: float = RATE, latency_s: float = LATENCY_S) -> Topology:
@@ -185,4 +254,24 @@ def fat_tree(
     hosts = leaves * hosts_a_leaf
     down = [(i, hosts + i // hosts_a_leaf) for i in range(hosts)]
     up = [(hosts + leaf, hosts + leaves + spine) for leaf in range(leaves) for spine in range(spines)]
-    return from_links(f"fat-tree:{leaves}x{hosts_a_leaf}+{spines}", hosts, down + up, bytes_per_s, latency_s)
+    name, tiers = f"fat-tree:{leaves}x{hosts_a_leaf}+{spines}", (leaves, hosts_a_leaf)
+    return from_links(name, hosts, down + up, bytes_per_s, latency_s, tiers)
+
+
+def machines(
+    count: int,
+    devices: int,
+    inner: tuple[float, float] = (RATE, LATENCY_S),
+    outer: tuple[float, float] = (RATE, LATENCY_S),
+) -> Topology:
+    """`count` machines of `devices`, each machine with a switch between its devices (NVLink), and each device with a
+    link of its own (its NIC) to a network between the machines that has room for all, one switch a device's number.
+
+    `inner` and `outer` are (bytes/s, seconds) of a link; a way through a switch is two of them."""
+    for name, value in (("count", count), ("devices", devices)):
+        integer(name, value, NetworkError, 2, MOST_PORTS)
+    hosts = count * devices
+    pairs = [(i, hosts + i // devices) for i in range(hosts)]
+    pairs += [(i, hosts + count + i % devices) for i in range(hosts)]
+    rates, latencies = ([inner[k]] * hosts + [outer[k]] * hosts for k in range(2))
+    return from_links(f"machines:{count}x{devices}", hosts, pairs, rates, latencies, (count, devices))

@@ -252,6 +252,8 @@ class Plan:
         """A digest of all that the plan says, but for the seal."""
         made = hashlib.blake2b(digest_size=12)
         spans = self.timeline.spans
+        if self.device.network is not None:
+            made.update(repr(self.device.network).encode())
         for part in (
             (self.graph, self.graph_name, self.device, self.geometries, self.lanes, self.arena_bytes, self.schema),
             (

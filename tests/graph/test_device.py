@@ -20,7 +20,7 @@ from taskgraph.runtime.cpu import load, probe
 from tests.strategies import devices
 
 SPECS = list(specs.iter_specs())
-NUMERIC = {f.name for f in fields(Device)} - {"name", "kind", "compute_scaling", "sources", "calibration"}
+NUMERIC = {f.name for f in fields(Device)} - {"name", "kind", "compute_scaling", "sources", "calibration", "network"}
 
 
 def test_the_published_devices_are_there() -> None:

@@ -27,8 +27,9 @@ from taskgraph.network import (
     torus,
     traffic,
 )
-from taskgraph.network.bounds import link_loads
-from taskgraph.network.traffic import permutation
+from taskgraph.network.bounds import flows_of
+from taskgraph.network.flows import link_loads
+from taskgraph.network.patterns import permutation
 
 FEW = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 OF_GRIDS = sorted(name for name, each in ROUTINGS.items() if not each.graphs)
@@ -102,7 +103,7 @@ def test_shortest_ways_have_the_hops_of_the_graph(shape: tuple[int, ...], wrap: 
     topology = (torus if wrap else mesh)(*shape)
     pattern = permutation(topology, np.random.default_rng(seed).permutation(topology.nodes))
     far = sum(distances(topology, i)[int(to)] for i, to in enumerate(pattern.targets[:, 0]))
-    loads = link_loads(topology, ROUTINGS["dimension-order"], pattern.pairs())
+    loads = link_loads(topology, ROUTINGS["dimension-order"], flows_of(pattern.pairs()))[0]
     assert loads.sum() == pytest.approx(far)
     assert loads[topology.heads() < 0].sum() == 0
 

@@ -14,10 +14,10 @@ import numpy as np
 
 from taskgraph.errors import NetworkError
 from taskgraph.network.bounds import capacity
+from taskgraph.network.patterns import Traffic
 from taskgraph.network.router import Counts, Net, Rules, State, run
 from taskgraph.network.routing import Routing, next_ports, routing_for
 from taskgraph.network.topology import Topology
-from taskgraph.network.traffic import Traffic
 from taskgraph.record import instance, integer, number, one_of
 
 CHOICES = ("credits", "random", "pair")
@@ -109,8 +109,12 @@ def simulate(
             f"routing {routing!r} needs {needed} virtual channels on {topology.name!r} to be free of deadlock; routers "
             f"have {routers.channels}. Give them more channels."
         )
-    net, rules = _net(topology), _rules(topology, way, routers, load / offers)
-    state = _state(topology, routers, offers, seed)
+    if topology.rates or topology.latencies:
+        raise NetworkError(
+            f"the links of {topology.name!r} differ; loads are packets a cycle of one link. Use links that are alike."
+        )
+    net, rules = net_of(topology, routers.hop_cycles), rules_of(topology, way, routers, load / offers)
+    state = state_of(topology, routers, offers, seed)
     run(net, rules, np.ascontiguousarray(pattern.targets), state, warm_up, warm_up + cycles)
     return _outcome(topology, state, load, cycles)
 
@@ -134,7 +138,8 @@ def saturation(
     return low / full
 
 
-def _net(topology: Topology) -> Net:
+def net_of(topology: Topology, hop_cycles: int | np.ndarray, periods: int | np.ndarray = 1) -> Net:
+    """The network as the router takes it: cycles of a hop, and between two packets, for all links or each (links,)."""
     heads = topology.heads()
     nodes = topology.nodes
     into = np.full((nodes, int(np.bincount(heads[heads >= 0]).max())), -1, np.int64)
@@ -144,10 +149,13 @@ def _net(topology: Topology) -> Net:
         into[head, used[head]] = link
         used[head] += 1
     ports = next_ports(topology) if topology.links else np.zeros((0, 0), np.int64)
-    return Net(topology.coordinates(), np.array(topology.shape, np.int64), heads, into, ports, topology.wrap)
+    hops, every = (np.zeros(heads.size, np.int64) + each for each in (hop_cycles, periods))
+    at, shape = topology.coordinates(), np.array(topology.shape, np.int64)
+    return Net(at, shape, heads, into, ports, hops, every, topology.wrap, bool((every > 1).any()))
 
 
-def _rules(topology: Topology, way: Routing, routers: Routers, rate: float) -> Rules:
+def rules_of(topology: Topology, way: Routing, routers: Routers, rate: float) -> Rules:
+    """Routing and routers as the router takes them; `rate`: packets a cycle of each slot."""
     base = way.classes(topology) if way.graphs else 2 if topology.wrap else 1
     log_idle = math.log1p(-rate) if rate < 1 else -math.inf
     return Rules(
@@ -156,7 +164,8 @@ def _rules(topology: Topology, way: Routing, routers: Routers, rate: float) -> R
     )  # fmt: skip
 
 
-def _state(topology: Topology, routers: Routers, offers: int, seed: int) -> State:
+def state_of(topology: Topology, routers: Routers, offers: int, seed: int) -> State:
+    """The state of an empty network with `offers` slots at each host."""
     nodes, n = topology.nodes, max(1, len(topology.shape))
     queues = topology.heads().size * routers.channels
     packets = queues * routers.room + nodes * offers + 1
@@ -171,7 +180,8 @@ def _state(topology: Topology, routers: Routers, offers: int, seed: int) -> Stat
         source=zeros(packets), target=zeros(packets), final=zeros(packets), born=zeros(packets), ready=zeros(packets),
         left=zeros(packets, n), alive=zeros(packets), free=np.arange(packets, dtype=np.int64),
         freed=zeros(packets), latest=zeros(nodes, nodes) - 1, inside=zeros(nodes),
-        busy=zeros(queues // routers.channels), held=zeros(nodes), due=zeros(nodes), counts=zeros(len(Counts._fields)),
+        busy=zeros(queues // routers.channels), held=zeros(nodes), due=zeros(nodes),
+        opens=zeros(queues // routers.channels), counts=zeros(len(Counts._fields)),
         bins=zeros(BINS), random=whole,
     )  # fmt: skip
 
