@@ -57,6 +57,9 @@ def plan(
     expert_parallel: Annotated[
         bool, typer.Option("--expert-parallel", help="ranks hold whole experts, not a part of each")
     ] = False,
+    open_collectives: Annotated[
+        bool, typer.Option("--open-collectives", help="search what all-reduces are made of and run by, too (longer)")
+    ] = False,
     scheduler: Annotated[str, typer.Option(help="auto, sequential, list, search or exact")] = "auto",
     out: Annotated[Path | None, typer.Option(help="write the plan as JSON here")] = None,
     trace: Annotated[Path | None, typer.Option(help="write a Perfetto trace here")] = None,
@@ -76,7 +79,9 @@ def plan(
     begin = time.perf_counter()
     with planning():
         graph = graph_of(model, size)
-        made = tg.plan(graph, Links(network, routing, algorithm).of(tg.devices.get(device), ranks), scheduler)
+        target = Links(network, routing, algorithm).of(tg.devices.get(device), ranks)
+        chosen = tg.plan_collectives(graph, target, scheduler) if open_collectives else None
+        graph, made = (graph, tg.plan(graph, target, scheduler)) if chosen is None else (chosen.graph, chosen.plan)
         tg.verify(made, graph, memory=False)
     seconds = time.perf_counter() - begin
     screen.print(tg.explain(made), markup=False)
@@ -86,6 +91,9 @@ def plan(
     screen.print(
         f"{rate:,.0f} {'calls' if torch else 'tokens'}/s (simulated, {on}); planned and verified in {seconds:.2f} s"
     )
+    if chosen is not None:
+        worst = max(chosen.makespans_s.values()) / made.makespan_s
+        screen.print(f"collectives: {chosen.label}; the worst of {len(chosen.makespans_s)} choices takes {worst:.2f}x")
     held, room = resident_bytes(made, graph), made.device.memory_bytes
     each = "the step" if ranks == 1 else f"each of {ranks} ranks"
     if held > room:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from taskgraph.jit import kernel
-from taskgraph.network.router import DELIVERED, Net, Rules, State, enter, give_back, serve
+from taskgraph.network.router import DELIVERED, TURN, Net, Rules, State, enter, give_back, serve
 
 
 class Sends(NamedTuple):
@@ -19,7 +19,7 @@ class Sends(NamedTuple):
 @kernel
 def drain(net: Net, rules: Rules, sends: Sends, lanes: int, state: State, now: int, patience: int) -> int:
     """The cycle after `now` in which the last packet arrives; -1 where none moves for `patience` cycles. A message has
-    `lanes` slots of its host, so that none waits behind another."""
+    `lanes` slots of its host, so that none waits behind another. Its packets have their number for `TURN`."""
     nodes = net.at.shape[0]
     total = 0
     for m in range(sends.left.size):
@@ -33,6 +33,7 @@ def drain(net: Net, rules: Rules, sends: Sends, lanes: int, state: State, now: i
                 slot = (m - sends.first[node]) * lanes
                 for lane in range(slot, slot + lanes):
                     if sends.left[m] > 0 and state.slots[node, lane] < 0:
+                        state.counts[TURN] = sends.left[m]
                         enter(net, rules, state, node, lane, sends.targets[m], now, now, now)
                         sends.left[m] -= 1
         for node in range(nodes):

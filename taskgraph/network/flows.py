@@ -15,7 +15,7 @@ _MOST_ORDERS = 3
 """Dimensions up to which an adaptive routing is taken to use all orders of them alike; beyond it, all rotations."""
 
 
-_PACKETS = 4
+_PACKETS = 2
 """Packets of a flow that try how long ways can be."""
 
 

@@ -14,7 +14,7 @@ from taskgraph.record import number
 
 NEAR = 0.8
 """Share of the latency of a phase's longest way that no full link hides; fitted to the simulator of packets."""
-DRAWN_REACH = 0.9
+DRAWN_REACH = 0.86
 """Share of its rate that a link reaches where ways are drawn at random, packet by packet; fitted likewise."""
 
 

@@ -48,7 +48,7 @@ def packet_run(
     classes = way.classes(topology)
     channels = min(64, 8 * classes)
     room = int(max(16, hops.max()))
-    routers = Routers(channels, room, int(hops.max()))
+    routers = Routers(channels, room, int(hops.max()), choice="turns")
     lanes = 1 if way.graphs else 2
     phases = [_sends(flows_in(p, nodes, made.chunk_share), nbytes, packet_bytes, topology.nodes) for p in made.phases]
     offers = lanes * max((int(np.diff(sends.first).max()) for sends in phases), default=1)

@@ -89,9 +89,10 @@ class Counts(NamedTuple):
     stalled: int
     stuck: int
     used: int
+    turn: int
 
 
-CREATED, DELIVERED, MEASURED, WAITED, DOUBLED, UNORDERED, HOPS, STALLED, STUCK_AT, USED = range(10)
+CREATED, DELIVERED, MEASURED, WAITED, DOUBLED, UNORDERED, HOPS, STALLED, STUCK_AT, USED, TURN = range(11)
 
 
 @inner
@@ -130,7 +131,12 @@ def _aim(net: Net, rules: Rules, state: State, packet: int, node: int, to: int) 
                 if _draw(state) * size < up:
                     up -= size
             elif 2 * up == size:
-                down = (net.at[node].sum() & 1) == 1 if rules.choice == 2 else _draw(state) < 0.5
+                if rules.choice == 2:
+                    down = (net.at[node].sum() & 1) == 1
+                elif rules.choice == 3:
+                    down = (state.counts[TURN] >> d) & 1 == 1
+                else:
+                    down = _draw(state) < 0.5
                 if down:
                     up -= size
             elif 2 * up > size:

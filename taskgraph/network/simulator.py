@@ -20,7 +20,7 @@ from taskgraph.network.routing import Routing, next_ports, routing_for
 from taskgraph.network.topology import Topology
 from taskgraph.record import instance, integer, number, one_of
 
-CHOICES = ("credits", "random", "pair")
+CHOICES = ("credits", "random", "pair", "turns")
 BINS = 4096
 
 
@@ -28,9 +28,10 @@ BINS = 4096
 class Routers:
     """What every node's router has: virtual channels a link, packets of room in each, cycles of a hop, packets that
     its host may offer at once (0: two a link), and how a channel of a class is chosen: the one with most "credits",
-    one at "random", or by the "pair" of source and target. With "pair" and one offered at once, packets of a pair
-    stay in order under dimension order. Channels are shared out evenly to the classes that a routing needs; what is
-    over after two classes for the way out of an adaptive routing is its free class."""
+    one at "random", or by the "pair" of source and target; "turns" is "credits" for messages, whose packets go both
+    ways in turns where both are as short. With "pair" and one offered at once, packets of a pair stay in order under
+    dimension order. Channels are shared out evenly to the classes that a routing needs; what is over after two classes
+    for the way out of an adaptive routing is its free class."""
 
     channels: int = 8
     room: int = 8
@@ -95,6 +96,8 @@ def simulate(
     integer("cycles", cycles, NetworkError, 1, 2**40)
     integer("warm_up", warm_up, NetworkError, 0, 2**40)
     integer("seed", seed, NetworkError, 0)
+    if routers.choice == "turns":
+        raise NetworkError("turns are those of a message's packets; for a load use credits, random or pair.")
     way = routing_for(topology, routing)
     links = 2 * len(topology.shape) or 1
     offers = routers.offers or 2 * links
