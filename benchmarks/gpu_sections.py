@@ -82,7 +82,8 @@ class _Bed:
     @classmethod
     def of(cls, asked: Asked) -> "_Bed":
         gpu = Gpu.open(asked.device)
-        return cls(gpu, planning_target(gpu, asked.device), Rig(gpu), Fast())
+        device = planning_target(gpu, asked.device)
+        return cls(gpu, device, Rig(gpu), cases.verified(gpu, device))
 
     def timed(self, case: Case, lane: PartitionStream) -> tuple[float, cases.CaseRunner]:
         """Seconds of one launch, and what was launched."""

@@ -249,7 +249,7 @@ def measured(step: Step, size: Size, plan: tg.Plan, graph: tg.Graph, budget: Bud
         return {"measured": None, "why": "no packing was found"}
     sequential = tg.plan(graph, plan.device, "sequential")
     with ExitStack() as stack:
-        stack.enter_context(_fast_kernels())
+        _leave_out_what_is_wrong()
         values = _values(graph, step.places(graph, size))
         opened = [stack.enter_context(tg.compile(graph, each, backend="cuda")) for each in (sequential, packed)]
         for executable in opened:
@@ -278,17 +278,13 @@ def _in_turns(opened: Sequence[Any]) -> list[list[float]]:
     return rows
 
 
-def _fast_kernels() -> Any:
-    """The kernels that gpu-check captures whole plans with, where this GPU gives right results with them."""
+def _leave_out_what_is_wrong() -> None:
+    """Of the kernels that are compiled ahead, those that do not give right results on this GPU."""
     from taskgraph.runtime.gpu.driver import Gpu
     from taskgraph.runtime.gpu.spec import planning_device
     from taskgraph.tune.gpucheck import cases
-    from taskgraph.tune.gpucheck.fast import Fast
 
-    fast = Fast()
-    if fast.runs:
-        fast.verify(cases.examples(Gpu.open(), planning_device()))
-    return fast.in_plans()
+    cases.verified(Gpu.open(), planning_device())
 
 
 def _values(graph: tg.Graph, given: Mapping[str, "torch.Tensor"]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from taskgraph.errors import CalibrationError, DeviceError
 from taskgraph.graph import device as specs
 from taskgraph.runtime.gpu import driver, kinds, spec
 from taskgraph.runtime.gpu.driver import Capability
+from taskgraph.tune.fill import fill
 from taskgraph.tune.gpucheck import cases, checks, fast, power, rig
 from taskgraph.tune.gpucheck import run as running
 from tests.conftest import Call, virtual_process
@@ -362,27 +363,45 @@ def read_power(folder: Path) -> None:
         running.run("virtual:h100_sxm", folder / "r.json", minutes=60)
 
 
-def test_an_implementation_that_is_wrong_or_breaks_is_left_out() -> None:
-    found, x = fast.Fast(), torch.randn(4, 16)
+def test_a_kind_that_is_wrong_or_breaks_is_left_out() -> None:
+    x, out = torch.randn(4, 16), torch.empty(4, 8)
     op = cases.elementwise_case(cases.SMALL, "swiglu", 4).graph.ops[0]
     gate, up = x.chunk(2, -1)
 
-    def right(op: tg.Op, ins: fast.Tensors, out: torch.Tensor) -> None:
+    def right() -> None:
         out.copy_(torch.nn.functional.silu(gate) * up)
 
-    def wrong(op: tg.Op, ins: fast.Tensors, out: torch.Tensor) -> None:
+    def wrong() -> None:
         out.copy_(gate * up)
 
-    def breaks(op: tg.Op, ins: fast.Tensors, out: torch.Tensor) -> None:
+    def breaks() -> None:
         raise ValueError("no\ncompiler")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "synchronize", lambda: None)
-        for run, why in ((right, ""), (wrong, "swiglu: differs by"), (breaks, "swiglu: ValueError: no compiler")):
-            found.runs, found.left_out, found._triton = {}, [], {"swiglu": run}
-            found.verify({"swiglu": (op, [x], torch.empty(4, 8))})
-            assert (found.runs == {"swiglu": run}) is not bool(why)
-            assert "".join(found.left_out).startswith(why)
+        for run, why in ((right, ""), (wrong, "differs by"), (breaks, "ValueError: no compiler")):
+            found, left_out = fast.Fast(), dict[str, str]()
+            found.verify({"swiglu": fast.Example(op, [x], out, run)}, left_out)
+            assert bool(left_out) is bool(why) and left_out.get("swiglu", "").startswith(why)
+            assert [text.partition(": ")[0] for text in found.left_out] == ["swiglu"] * len(left_out)
+
+
+def test_references_know_every_case_of_a_step() -> None:
+    """Each against the cpu backend, on the values that gpu-check draws."""
+    s = cases.SMALL
+    small = [cases.rope_case(s, 6), cases.embedding_case(s, 9), cases.slice_case(s, 9), cases.experts_case(s, 9, 16, 2)]
+    small += [cases.elementwise_case(s, kind, 9) for kind in ("swiglu", "rmsnorm", "argmax", "add")]
+    small += [cases.decode_case(s, 5, 70), cases.prefill_case(s, 3, 40, 88, "chunks")]
+    assert {case.graph.ops[0].kind for case in small} == {*fast.REFERENCES}
+    for case in small:
+        (op,) = case.graph.ops
+        if op.kind.startswith("paged_"):
+            continue  # pages of the cpu backend lie otherwise
+        values = {**fill(case.graph.flat(), {}, seed=1), **case.given}
+        with tg.compile(case.graph, tg.plan(case.graph, "cpu", "list"), "cpu") as exe:
+            wanted = exe({name: value.clone() for name, value in values.items()})[op.outputs[0]]
+        made = fast.REFERENCES[op.kind](op, [values[name] for name in op.inputs], wanted)
+        torch.testing.assert_close(made.reshape(wanted.shape).float(), wanted.float(), rtol=2e-2, atol=4e-2)
 
 
 # ---------------------------------------------------------------------------------------------- files

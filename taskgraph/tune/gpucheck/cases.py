@@ -1,13 +1,13 @@
 """What gpu-check times: graphs of one op each, named as the tables name kernels, and how they are run.
 
-Where torch has the GPU, products run by cuBLAS and other kinds by Triton or torch, as fast.py knows them. Everything
-else, and everything on a virtual device, runs our own kernels.
+Where torch has the GPU, products run by cuBLAS; all else runs by what is registered: functions that are compiled ahead,
+and on a virtual device the kernels in cuda/kernels.
 """
 
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,17 +20,17 @@ from taskgraph.cost.model import predict
 from taskgraph.errors import BackendUnavailable, CalibrationError
 from taskgraph.graph.device import Device
 from taskgraph.graph.graph import Graph, GraphBuilder
-from taskgraph.graph.op import Op, Work, demand, spec
+from taskgraph.graph.op import Work, demand, spec
 from taskgraph.runtime.cpu.kinds import TORCH_DTYPE
 from taskgraph.runtime.gpu import driver
 from taskgraph.runtime.gpu.ahead.products import gemm_launches
 from taskgraph.runtime.gpu.driver import Gpu, Memory
 from taskgraph.runtime.gpu.interop import torch_stream
-from taskgraph.runtime.gpu.kinds import TRITON, Buffer, CopyLaunch, Launches, Rule
+from taskgraph.runtime.gpu.kinds import AHEAD_KINDS, TRITON, Buffer, CopyLaunch, Launches, Rule
 from taskgraph.runtime.gpu.sites import LaneSite
 from taskgraph.runtime.gpu.standard import launches
-from taskgraph.tune.gpucheck.fast import Fast
-from taskgraph.tune.gpucheck.rig import PartitionStream
+from taskgraph.tune.gpucheck.fast import Example, Fast
+from taskgraph.tune.gpucheck.rig import PartitionStream, Rig
 
 _ROTATED_BYTES = 192 << 20
 """Weights take turns until so many bytes lie between two uses of one: more than any L2 holds."""
@@ -304,11 +304,12 @@ class CaseRunner:
         self._made: dict[int, list[Launches]] = {}
         self._torch = torch.cuda.is_available() and not gpu.capability.virtual
         self._fast = fast.runs.get(self._op.kind)
-        self.choice = fast.name_of(self._op.kind) if case.rule is None else TRITON
+        arch = gpu.ahead(self._op.kind)
+        self.choice = fast.name_of(self._op.kind, arch) if case.rule is None else TRITON
         self._sides: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []
         self._places: list[tuple[list[Buffer], list[Buffer]]] = []
 
-        if self._torch and fast.lacks(self._op.kind):
+        if self._torch and fast.lacks(self._op.kind, arch):
             raise BackendUnavailable(f"{self.name}: no {self._op.kind} kernel here runs at the speed of plans.")
         self._fill()
 
@@ -415,22 +416,30 @@ def runner(case: Case, gpu: Gpu, device: Device, fast: Fast) -> Iterator[CaseRun
         made.close()
 
 
-class _Any(Fast):
-    """Takes every kind, to draw the examples that others are verified by."""
-
-    def lacks(self, kind: str) -> bool:
-        return False
-
-
-def examples(gpu: Gpu, device: Device) -> dict[str, tuple[Op, list[torch.Tensor], torch.Tensor]]:
-    """An op of every kind that has a Triton kernel, with inputs and an output on the device."""
-    s = SMALL
-    chosen = [decode_case(s, 5, 70), prefill_case(s, 3, 40, 88, "chunks"), rope_case(s, 6)]
-    chosen += [elementwise_case(s, kind, 9) for kind in ("swiglu", "rmsnorm")]
-    found = {}
-    for case in chosen:
-        made = CaseRunner(case, gpu, device, _Any())
-        (op,) = case.graph.ops
-        ins, outs = made.tensors()
-        found[op.kind] = (op, ins, outs[0])
+def verified(gpu: Gpu, device: Device) -> Fast:
+    """What runs each kind here, after an example of each was compared with its reference."""
+    found = Fast()
+    if gpu.capability.virtual or not found.runs:
+        return found
+    with Rig(gpu).lanes(gpu.capability.sm_count) as (lane,), ExitStack() as stack:
+        found.verify(dict(_examples(gpu, device, lane, stack)), gpu.left_out)
     return found
+
+
+def _examples(gpu: Gpu, device: Device, lane: PartitionStream, stack: ExitStack) -> Iterator[tuple[str, Example]]:
+    """An op of every kind that has a reference, with inputs and an output on the device."""
+    s = SMALL
+    chosen = [decode_case(s, 5, 70), prefill_case(s, 3, 40, 88, "chunks"), rope_case(s, 6), embedding_case(s, 9)]
+    chosen += [elementwise_case(s, kind, 9) for kind in ("swiglu", "rmsnorm", "argmax", "add")]
+    chosen += [experts_case(s, 9, 16, 2), slice_case(s, 9)]
+    for case in chosen:
+        (op,) = case.graph.ops
+        if op.kind in AHEAD_KINDS and gpu.ahead(op.kind):
+            made = stack.enter_context(runner(case, gpu, device, Fast()))
+            ins, outs = made.tensors()
+
+            def run(made: CaseRunner = made) -> None:
+                made.launch(lane, 0)
+                lane.stream.sync()
+
+            yield op.kind, Example(op, ins, outs[0], run)

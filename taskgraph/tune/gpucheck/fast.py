@@ -1,18 +1,18 @@
-"""Implementations at the speed that plans assume, for a GPU that torch has: cuBLAS, Triton, and torch with `out=`.
+"""What gpu-check times, and whether it is right: cuBLAS for products, and the functions that are compiled ahead.
 
-gpu-check times ops through them and captures whole plans with them, after each has been compared with a plain torch
-reference on that GPU; a kind that has none, or whose implementation fails there, runs through our own kernels.
+Each kind that has a plain torch reference here is compared with it on that GPU first; one that is wrong, or fails, is
+left out: then ops of it run by the kernels in cuda/kernels, in captured plans too.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from importlib import import_module, util
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from taskgraph.graph.op import Op
 from taskgraph.runtime.gpu import torch_ops
+from taskgraph.runtime.gpu.kinds import AHEAD_KINDS, CU, TRITON
 
 Tensors = Sequence[torch.Tensor]
 Run = Callable[[Op, Tensors, torch.Tensor], None]
@@ -20,82 +20,48 @@ TOLERANCE = 2e-2
 """Largest difference from the reference, relative to its largest entry, in bf16."""
 
 
-def _add(op: Op, ins: Tensors, out: torch.Tensor) -> None:
-    torch.add(ins[0], ins[1], out=out)
+@dataclass(frozen=True, slots=True)
+class Example:
+    """An op with its inputs, an output, and what fills it."""
 
-
-def _concat_rows(op: Op, ins: Tensors, out: torch.Tensor) -> None:
-    torch.cat(list(ins), out=out)
-
-
-def _embedding(op: Op, ins: Tensors, out: torch.Tensor) -> None:
-    torch.index_select(ins[1], 0, ins[0], out=out)
-
-
-def _argmax(op: Op, ins: Tensors, out: torch.Tensor) -> None:
-    torch.argmax(ins[0], dim=-1, out=out)
-
-
-BY_TORCH: Mapping[str, Run] = {
-    "gemm": torch_ops.gemm, "add": _add, "concat_rows": _concat_rows, "embedding": _embedding, "argmax": _argmax,
-}  # fmt: skip
-"""kind -> what fills the output from the inputs on the current stream."""
+    op: Op
+    ins: Tensors
+    out: torch.Tensor
+    run: Callable[[], None]
 
 
 class Fast:
-    """The implementations that are used on one device, by kind, and why others are not."""
+    """What runs each kind on one device, and why some do not run as they should."""
 
     def __init__(self) -> None:
-        self.runs: dict[str, Run] = {}
+        self.runs: dict[str, Run] = {"gemm": torch_ops.gemm} if torch.cuda.is_available() else {}
         self.left_out: list[str] = []
-        self._triton: Mapping[str, Run] = {}
-        if not torch.cuda.is_available():
-            return
-        self.runs |= BY_TORCH
-        if util.find_spec("triton") is not None:
-            try:
-                self._triton = import_module("taskgraph.tune.gpucheck.triton_kernels").KERNELS
-            except Exception as error:  # a Triton of another version: our own kernels run
-                self.left_out.append(f"Triton: {' '.join(f'{type(error).__name__}: {error}'.split())}")
 
-    def verify(self, examples: Mapping[str, tuple[Op, Tensors, torch.Tensor]]) -> None:
-        """Take the Triton kernels that equal their reference on an example of their kind: an op, inputs, and an output
-        to fill."""
-        for kind, run in self._triton.items():
-            op, ins, out = examples[kind]
+    def verify(self, examples: Mapping[str, Example], left_out: MutableMapping[str, str]) -> None:
+        """Put the kinds whose example does not equal its reference, with the reason, into `left_out`."""
+        for kind, example in examples.items():
             try:
-                wanted = REFERENCES[kind](op, [t.clone() for t in ins], out)
-                run(op, ins, out)
+                wanted = REFERENCES[kind](example.op, [t.clone() for t in example.ins], example.out)
+                example.run()
                 torch.cuda.synchronize()
-                worst = float((out.float() - wanted.float()).abs().max() / wanted.float().abs().max())
+                worst = float((example.out.float() - wanted.float()).abs().max() / wanted.float().abs().max())
                 if worst <= TOLERANCE:
-                    self.runs[kind] = run
-                else:
-                    self.left_out.append(f"{kind}: differs by {worst:.1e} of the largest entry")
+                    continue
+                left_out[kind] = f"differs by {worst:.1e} of the largest entry"
             except Exception as error:  # a compiler of another version: the run goes on without this kernel
-                self.left_out.append(f"{kind}: {' '.join(f'{type(error).__name__}: {error}'.split())[:300]}")
+                left_out[kind] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            self.left_out.append(f"{kind}: {left_out[kind]}")
 
-    def lacks(self, kind: str) -> bool:
-        """Whether a kind that should have an implementation here has none: our own kernel takes up to 370 times as
-        long, which would be measured in its place."""
-        return kind in REFERENCES and kind not in self.runs
+    def lacks(self, kind: str, arch: str) -> bool:
+        """Whether a kind that should be compiled ahead is not, on a device of `arch` ("" where it is left out): our own
+        kernel takes up to 370 times as long, which would be measured in its place."""
+        return kind in REFERENCES and not (arch and kind in AHEAD_KINDS)
 
-    def name_of(self, kind: str) -> str:
-        """What runs a kind, for people."""
-        if kind not in self.runs:
-            return "cuda/kernels"
-        return "cuBLAS" if kind == "gemm" else "torch" if kind in BY_TORCH else "Triton"
-
-    @contextmanager
-    def in_plans(self) -> Iterator[None]:
-        """Within the block captured plans run these instead of our own kernels."""
-        kept = dict(torch_ops.TORCH_OPS)
-        torch_ops.TORCH_OPS.update(self.runs)
-        try:
-            yield
-        finally:
-            torch_ops.TORCH_OPS.clear()
-            torch_ops.TORCH_OPS.update(kept)
+    def name_of(self, kind: str, arch: str) -> str:
+        """What runs a kind on a device of `arch`, for people."""
+        if kind in self.runs:
+            return "cuBLAS"
+        return TRITON if arch and kind in AHEAD_KINDS else CU
 
 
 # ------------------------------------------------------------------------------------------ references
@@ -158,7 +124,30 @@ def _rmsnorm(op: Op, ins: Tensors, out: torch.Tensor) -> torch.Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + op.number("eps")) * ins[1].float()
 
 
+def _argmax(op: Op, ins: Tensors, out: torch.Tensor) -> torch.Tensor:
+    return ins[0].float().argmax(-1)
+
+
+def _add(op: Op, ins: Tensors, out: torch.Tensor) -> torch.Tensor:
+    return ins[0].float() + ins[1].float()
+
+
+def _embedding(op: Op, ins: Tensors, out: torch.Tensor) -> torch.Tensor:
+    return ins[1][ins[0].long()].float()
+
+
+def _slice_rows(op: Op, ins: Tensors, out: torch.Tensor) -> torch.Tensor:
+    return ins[0][op.integer("start") : op.integer("stop") : op.integer("step")].float()
+
+
+def _experts(op: Op, ins: Tensors, out: torch.Tensor) -> torch.Tensor:
+    x, routing, up, down = (t.float() for t in ins[:4])
+    gate, inner = torch.einsum("th,eih->tei", x, up).chunk(2, -1)
+    return torch.einsum("tei,ehi,te->th", torch.nn.functional.silu(gate) * inner, down, routing)
+
+
 REFERENCES: Mapping[str, Callable[[Op, Tensors, torch.Tensor], torch.Tensor]] = {
     "paged_decode": _decode, "paged_prefill": _prefill, "paged_rope": _rope, "swiglu": _swiglu, "rmsnorm": _rmsnorm,
+    "argmax": _argmax, "add": _add, "embedding": _embedding, "slice_rows": _slice_rows, "experts": _experts,
 }  # fmt: skip
 """kind -> its output in f32."""

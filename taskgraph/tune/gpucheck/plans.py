@@ -76,7 +76,6 @@ class Planning:
         folder.mkdir(exist_ok=True)
         write_atomically(folder / f"{name}.graph.json", graph.to_json() + "\n")
         with ExitStack() as stack:
-            stack.enter_context(run.fast.in_plans())
             values = _values(run, graph)
             opened: list[tuple[int, Plan, CudaExecutable]] = []
             for i, plan in enumerate(plans):

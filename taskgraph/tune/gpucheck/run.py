@@ -22,7 +22,7 @@ from taskgraph.runtime.gpu.driver import Capability, Gpu
 from taskgraph.runtime.gpu.spec import planning_device
 from taskgraph.tune.gpucheck import cases, overlaps, rates, tables
 from taskgraph.tune.gpucheck.checks import CHECKS, Bench, checked
-from taskgraph.tune.gpucheck.fast import Fast
+from taskgraph.tune.gpucheck.fast import REFERENCES, Fast
 from taskgraph.tune.gpucheck.plans import Planning
 from taskgraph.tune.gpucheck.power import Meter
 from taskgraph.tune.gpucheck.rig import Rig
@@ -157,11 +157,11 @@ def _overlaps(run: Run) -> str:
 
 def _kernels(run: Run) -> str:
     """Which implementations are right on this device; the virtual one runs our own."""
-    if run.gpu.capability.virtual or not run.fast.runs:
+    run.fast = cases.verified(run.gpu, run.device)
+    if run.gpu.capability.virtual:
         return "our own kernels"
-    run.fast.verify(cases.examples(run.gpu, run.device))
     told = "".join(f"; left out {why}" for why in run.fast.left_out)
-    return ", ".join(f"{kind} by {run.fast.name_of(kind)}" for kind in run.fast.runs) + told
+    return ", ".join(f"{k} by {run.fast.name_of(k, run.gpu.ahead(k))}" for k in ("gemm", *REFERENCES)) + told
 
 
 SECTIONS: tuple[tuple[str, Callable[[Run], str], float], ...] = (
