@@ -24,7 +24,7 @@ from taskgraph.runtime.gpu import captures, driver, torch_ops, virtual
 from taskgraph.runtime.gpu.arrays import DeviceArray, DeviceExtent, device_buffer
 from taskgraph.runtime.gpu.collectives import collective
 from taskgraph.runtime.gpu.driver import Gpu, Memory
-from taskgraph.runtime.gpu.kinds import Buffer, CopyLaunch, Launch, Launches, made_by, seen
+from taskgraph.runtime.gpu.kinds import Buffer, CopyLaunch, DrySite, Launch, Launches, made_by, runs_ahead, seen
 from taskgraph.runtime.gpu.lanes import Lanes
 from taskgraph.runtime.gpu.on_stream import bound_call, named_error
 from taskgraph.runtime.gpu.readback import compare
@@ -244,7 +244,7 @@ class CudaExecutable(TensorExecutable[Buffer]):
         if op.kind in COLLECTIVES and self._group is not None and op.integer("ranks") > 1:
             self._by.add((op.kind, "group"))
             return collective(op, DeviceArray(ins[0], self), DeviceArray(outs[0], self), self._group)
-        if self._torch and op.kind in torch_ops.TORCH_OPS and not self._own_product(op, self._plan.sms(i)):
+        if self._torch and op.kind in torch_ops.TORCH_OPS and not self._own_product(i, op, ins, outs):
             self._by.add((op.kind, "torch"))
             sides = [[DeviceArray(b, self) for b in side] for side in (ins, outs)]
             with self._lanes.pool.used():
@@ -260,12 +260,11 @@ class CudaExecutable(TensorExecutable[Buffer]):
         self._by.add((op.kind, made_by(made)))
         return made
 
-    def _own_product(self, op: Op, sms: int) -> bool:
-        """Whether a product runs by our own persistent kernel though a library has one: where its partition is a part
-        of the device and its cost said so."""
-        if op.kind != "gemm" or not self._gpu.ahead(op.kind):
-            return False
-        return own_product_pays(op, self._graph.tensor, self._plan.device, sms)
+    def _own_product(self, i: int, op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer]) -> bool:
+        """Whether a product runs by our own persistent kernel though a library has one."""
+        site = DrySite(self._plan.sms(i), self._gpu.ahead(op.kind))
+        pays = own_product_pays(op, self._graph.tensor, self._plan.device, site.sm_count)
+        return pays and bool(site.arch) and runs_ahead(op, ins, outs, site)
 
     def capture(self) -> None:
         """Capture, compare, instantiate now; else the first replay does it, and one after `bind` moved a buffer.
