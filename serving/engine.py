@@ -9,7 +9,7 @@ a stop token is noticed one step late, which costs one token.
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -306,12 +306,13 @@ class Engine(AbstractContextManager["Engine"]):
     # -- life ------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Wait for the batch that runs and free everything; requests that have not ended are dropped."""
+        """Wait for the batches that run and free everything; requests that have not ended are dropped."""
         self._running = None
         try:
             while self._under_way:
                 self._under_way -= 1
-                self.runner.wait()
+                with suppress(Exception) if self._failed else nullcontext():  # a step has told its error already
+                    self.runner.wait()
         finally:
             if self.cache.disk is not None:
                 self.cache.disk.close()

@@ -24,7 +24,7 @@ def drawn(row: list[float], temperature: float, top_k: int, top_p: float, unifor
         return row.index(peak)
     heat = np.float32(temperature)
     scaled = [float(np.exp((np.float32(x) - np.float32(peak)) / heat)) for x in row]
-    weights = [int(x * 2**40 + 0.5) for x in scaled]
+    weights = [int(x * 2**40) for x in scaled]
     order = list(range(len(row)))
     if top_k > 0 or top_p < 1.0:
         order.sort(key=lambda i: (-row[i], i))

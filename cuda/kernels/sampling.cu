@@ -1,6 +1,6 @@
 // Tokens from logits at a temperature, cut to top-k and top-p, and the feed of tokens that were drawn before.
 //
-// Weights are whole numbers, round(2^40 exp((x - max) / temperature)), so that sums do not depend on their order: a draw
+// Weights are whole numbers, floor(2^40 exp((x - max) / temperature)), so that sums do not depend on their order: a draw
 // is the same on every backend, but for the last bit of an exponential. A cut row is not sorted. The place where sums of
 // the likeliest entries cross a border is found digit by digit of the entries' bits, as a radix sort would go.
 #include "common.cuh"
@@ -32,7 +32,7 @@ struct Row {
     float peak, temperature;
 
     __device__ Weight weight(float x) const {
-        return static_cast<Weight>(static_cast<double>(expf((x - peak) / temperature)) * 1099511627776.0 + 0.5);
+        return static_cast<Weight>(expf((x - peak) / temperature) * 1099511627776.0f);  // by a power of two: exact
     }
     // Whole numbers in the order of the likeliest first; equal for equal entries.
     __device__ static unsigned key(float x) {

@@ -1,7 +1,7 @@
 """From logits to the next step's tokens without the host: draws at a temperature, cut to top-k and top-p, and the feed
 of what was drawn last.
 
-A draw is exact arithmetic on whole numbers but for one exponential: token i has the weight round(2^40 exp((x_i - max x)
+A draw is exact arithmetic on whole numbers but for one exponential: token i has the weight floor(2^40 exp((x_i - max x)
 / temperature)), sums of weights do not depend on their order, and so one uniform number gives one token, on every
 backend and in every batch.
 """

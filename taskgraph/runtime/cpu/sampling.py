@@ -1,5 +1,7 @@
 """How tokens are drawn, and fed to the next step, on a CPU: by torch, a handful of calls a batch."""
 
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -36,30 +38,51 @@ def draw(
         return result
     if len(drawn) < len(values):
         values, peak = values[drawn], peak[drawn]
-    scaled = (values - peak).div_(torch.from_numpy(temperature[drawn].astype(np.float32))[:, None])
-    weights = scaled.exp_().double().mul_(_ONE).add_(0.5).long()  # whole numbers: their sums have no order
-    result[drawn] = _drawn(values, weights, top_k[drawn], top_p[drawn], uniform[drawn])
+    heat = torch.from_numpy(temperature[drawn].astype(np.float32))[:, None]
+    result[drawn] = _drawn(_Rows(values, peak, heat), top_k[drawn], top_p[drawn], uniform[drawn])
     return result
 
 
-def _drawn(values: torch.Tensor, weights: torch.Tensor, top_k: Ints, top_p: Floats, uniform: Floats) -> Ints:
-    result = np.empty(len(top_k), np.int64)
+class _Rows(NamedTuple):
+    """Rows of logits, the largest of each, and their temperatures, (rows, 1) both."""
+
+    values: torch.Tensor
+    peak: torch.Tensor
+    heat: torch.Tensor
+
+    def of(self, which: Ints) -> "_Rows":
+        """Some of them."""
+        return self if len(which) == len(self.values) else _Rows(*(t[which] for t in self))
+
+    def weights(self, values: torch.Tensor) -> torch.Tensor:
+        """The weights of some of the logits of each row: whole numbers, whose sums have no order."""
+        return (values - self.peak).div_(self.heat).exp_().mul_(_ONE).long()
+
+
+def _drawn(rows: _Rows, top_k: Ints, top_p: Floats, uniform: Floats) -> Ints:
+    result, columns = np.empty(len(top_k), np.int64), rows.values.shape[1]
     cut = (top_k > 0) | (top_p < 1.0)
     free = np.flatnonzero(~cut)
     if len(free):
-        result[free] = _crossing(weights[free].cumsum(1), uniform[free])
-    rows = np.flatnonzero(cut)
-    width = min(_FEW, weights.shape[1])
-    while len(rows):
-        best = torch.topk(values[rows], width)
-        heavy = weights[rows].gather(1, best.indices)
-        whole = weights[rows].sum(1).numpy().astype(np.float64)
-        most = np.where(top_p[rows] < 1.0, np.ceil(top_p[rows] * whole), np.inf)
-        kept = _kept(heavy, top_k[rows], np.clip(most, 1.0, 2.0**62).astype(np.int64))
-        enough = ~kept[:, -1].numpy() | (width == weights.shape[1]) | (top_k[rows] == width)
-        which = _crossing(torch.where(kept, heavy, 0).cumsum(1), uniform[rows])
-        result[rows[enough]] = _tokens(values[rows], best, which)[enough]
-        rows, width = rows[~enough], weights.shape[1]
+        some = rows.of(free)
+        result[free] = _crossing(some.weights(some.values).cumsum(1), uniform[free])
+    most = np.full(len(top_k), 2**62)
+    shared = np.flatnonzero(top_p < 1.0)
+    if len(shared):
+        some = rows.of(shared)
+        whole = some.weights(some.values).sum(1).numpy().astype(np.float64)
+        most[shared] = np.maximum(np.ceil(top_p[shared] * whole), 1.0).astype(np.int64)
+    left = np.flatnonzero(cut)
+    width = min(_FEW, columns)
+    while len(left):
+        some = rows.of(left)
+        best = torch.topk(some.values, width)
+        heavy = some.weights(best.values)
+        kept = _kept(heavy, top_k[left], most[left])
+        enough = ~kept[:, -1].numpy() | (width == columns) | (top_k[left] == width)
+        which = _crossing(torch.where(kept, heavy, 0).cumsum(1), uniform[left])
+        result[left[enough]] = _tokens(some.values, best, which)[enough]
+        left, width = left[~enough], columns
     return result
 
 

@@ -203,6 +203,9 @@ def raising(weights: Weights) -> None:
         assert engine.cache.device.held == 0
         assert engine.run([Request([1, 2, 3], 12)])[0].tokens == wanted.tokens
         assert number == 1
+        engine.submit(Request([1, 2, 3], 12))
+        for _ in range(4):
+            engine.step()  # closed with a step under way
 
 
 # ---------------------------------------------------------------------------------------- warm engines
