@@ -167,7 +167,7 @@ def tiles(asked: Asked) -> Iterator[Found]:
         yield {"tiles": {"skipped": "a virtual device has one time for all tile shapes"}}
         return
     limit, (_, size, *_) = shared_bytes(bed.gpu.arch), _sizes(bed)
-    fits = [t for t in TILINGS if t.rows >= 64 and t.shared_bytes(0) <= limit]
+    fits = [t for t in TILINGS if t.rows >= 64 and t.fits(0, limit)]
     with bed.rig.lanes(size) as (lane,):
         for case in cases.gemm_cases(cases.LARGE):
             rows: dict[str, float] = {}
@@ -179,7 +179,7 @@ def tiles(asked: Asked) -> Iterator[Found]:
 
 
 def _told(tile: Tiling) -> str:
-    return f"{tile.rows}x{tile.columns}x{tile.depth}, {tile.warps} warps, {tile.stages} stages"
+    return f"{tile.rows}x{tile.columns}x{tile.depth}, {tile.warps} warps, {tile.stages} stages, {tile.blocks} an SM"
 
 
 # -------------------------------------------------------------------------------------------------- engine

@@ -30,7 +30,8 @@ _KINDS = {("f32",) * 3, ("bf16",) * 3, ("bf16", "bf16", "f32"), ("f32", "bf16", 
 @dataclass(frozen=True, slots=True)
 class Tiling:
     """A tile of the output (rows, columns), its step along k, warps, and the steps whose loads are under way at once.
-    `share`: assumed part of the SM's peak that its multiply-adds reach."""
+    `share`: assumed part of the SM's peak that its multiply-adds reach. `blocks` of it an SM: one multiplies while the
+    other writes."""
 
     rows: int
     columns: int
@@ -38,20 +39,27 @@ class Tiling:
     warps: int
     stages: int
     share: float
+    blocks: int = 1
 
     def shared_bytes(self, extra: int, itemsize: int = 2) -> int:
         """Shared memory of its operands, and of the output's half and `extra` more of such."""
         halves = (1 + extra) * self.rows * self.columns // 2
         return RESERVED_BYTES + itemsize * (self.stages * self.depth * (self.rows + self.columns) + halves)
 
+    def fits(self, extra: int, limit: int) -> bool:
+        """Whether an SM with so much shared memory holds its blocks."""
+        return self.blocks * self.shared_bytes(extra) <= limit
+
     def seconds(self, m: int, n: int, sms: int) -> float:
         """Relative time: rounds of tiles on `sms` SMs, each as long as its multiply-adds."""
         tiles = -(-m // self.rows) * -(-n // self.columns)
-        return -(-tiles // sms) * self.rows * self.columns / self.share
+        rounds = -(-tiles // (sms * self.blocks)) * self.blocks
+        return rounds * self.rows * self.columns / self.share
 
 
 TILINGS: Final = (
     Tiling(128, 256, 64, 8, 4, 0.85), Tiling(128, 256, 64, 8, 3, 0.84), Tiling(128, 128, 64, 4, 4, 0.78),
+    Tiling(128, 128, 64, 4, 3, 0.8, blocks=2),
     Tiling(64, 256, 64, 4, 4, 0.72), Tiling(128, 128, 32, 8, 4, 0.68), Tiling(64, 128, 64, 4, 5, 0.62),
     Tiling(64, 128, 64, 4, 3, 0.6), Tiling(64, 64, 128, 4, 4, 0.5), Tiling(32, 64, 128, 4, 5, 0.28),
     Tiling(32, 64, 64, 4, 4, 0.25), Tiling(16, 64, 128, 4, 5, 0.15), Tiling(16, 64, 64, 4, 5, 0.13),
@@ -72,7 +80,7 @@ def shared_bytes(arch: str) -> int:
 def tiling(m: int, n: int, sms: int, extra: int, limit: int, most: int = _LARGEST) -> Tiling:
     """The tiling of an (m, n) output in bf16 that takes the fewest and cheapest rounds on `sms` SMs; `extra`: how many
     operands more the size of the output there are; `limit`: shared memory of a block; `most`: entries of a tile."""
-    fits = [t for t in TILINGS if t.shared_bytes(extra) <= limit and t.rows * t.columns <= most]
+    fits = [t for t in TILINGS if t.fits(extra, limit) and t.rows * t.columns <= most]
     return min((t for t in fits if t.rows <= 16 or t.rows < 2 * m), key=lambda t: t.seconds(m, n, sms))
 
 
@@ -96,7 +104,7 @@ def gemm_launches(
     chosen = tiling(m, n, site.sm_count, extra_tiles, shared_bytes(site.arch), most) if half else _PLAIN
     tile = tile or chosen
     tiles = -(-m // tile.rows) * -(-n // tile.columns)
-    grid = (max(1, min(tiles, site.sm_count)),)
+    grid = (max(1, min(tiles, site.sm_count * tile.blocks)),)
     given: dict[str, Argument] = {
         "x": x, "w": w, "bias": bias, "residual": residual, "out": outs[0], "m": np.int32(m), "N": n, "K": k,
         "TRANSPOSED": bool(op.attr("transpose_w")), "BM": tile.rows, "BN": tile.columns, "BK": tile.depth,
