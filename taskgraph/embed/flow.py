@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import torch
 from torch import fx
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -32,6 +33,7 @@ _NOTHING: Final = frozenset({
     "_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size",
 })  # fmt: skip
 """Operators that say something of shapes and types, which are fixed here."""
+_BY_DATA: Final = frozenset({"cond", "while_loop", "scan", "associative_scan"})
 _SAME: Final = frozenset({"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"})
 """Operators that give back their first argument where they draw nothing; under inference_mode they are calls too."""
 
@@ -251,6 +253,11 @@ class _Tracer:
             isinstance(v, (torch.Tensor, fx.GraphModule)) for v in leaves((args, kwargs))
         ):
             return target(*args, **kwargs)
+        if isinstance(target, HigherOrderOperator) and name in _BY_DATA:
+            raise Unsupported(
+                f"{node.name} is torch.{name}, which chooses by data what runs, and a plan has one order of ops; write "
+                "it with torch.where, or as a Python `if` or loop, at which torch.compile breaks the graph."
+            )
         what = "autocast" if "autocast" in name else f"{name!r}, which is no operator of torch"
         raise Unsupported(
             f"{node.name} calls {what}; run that part outside, or let torch.compile break the graph there."

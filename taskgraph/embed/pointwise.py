@@ -11,8 +11,8 @@ from typing import Final
 import torch
 
 import taskgraph as tg
-from taskgraph.embed.calls import our_dtype
-from taskgraph.embed.flow import Use
+from taskgraph.embed.calls import Layout, our_dtype
+from taskgraph.embed.flow import Leaf, Use, View
 from taskgraph.embed.lower import Match, Site, named, viewed
 from taskgraph.embed.match import Matcher
 from taskgraph.errors import GraphError
@@ -24,6 +24,8 @@ VIEWED: Final = "aten.elementwise"
 _FLOATS: Final = (torch.float32, torch.bfloat16, torch.float16)
 _ROUNDS: Final = {torch.bfloat16: "bf16", torch.float16: "f16"}
 """The step that rounds as torch does after each call."""
+_CHANNEL: Final = "@"
+"""Before the name of an argument that has an element a channel."""
 _MOST_STEPS: Final = MOST_STEPS // 2
 
 Words = tuple[tuple[str, ...], ...]
@@ -102,6 +104,31 @@ def _clamp(m: Matcher, i: int) -> Words | None:
     return tuple(steps)
 
 
+def _batch_norm(m: Matcher, i: int) -> Words | None:
+    """(x - mean) / sqrt(var + eps) * weight + bias, each channel its own (Ioffe and Szegedy 2015), as in inference."""
+    if m.arg(i, "training") or m.arg(i, "running_mean") is None or len(m.layout(m.arg(i, "input")).size) < 2:
+        return None
+    steps = [
+        ("add", f"{_CHANNEL}running_var", repr(float(m.arg(i, "eps")))), ("rsqrt", "<"),
+        ("sub", "input", f"{_CHANNEL}running_mean"), ("mul", "<", "<<"),
+    ]  # fmt: skip
+    for name, step in (("weight", "mul"), ("bias", "add")):
+        if m.arg(i, name) is not None:
+            steps.append((step, "<", _CHANNEL + name))
+    return tuple(steps)
+
+
+def _per_channel(m: Matcher, i: int, name: str) -> Use:
+    """An argument (channels,) of call i as a view that broadcasts along the second axis of its result."""
+    use: Use = m.arg(i, name)
+    count = m.layout(use).elements
+    size = (count, *(1 for _ in m.layout(m.out(i)).size[2:]))
+    layout = Layout(size, tuple(1 for _ in size), m.layout(use).dtype)
+    view = View(use.leaf, torch.ops.aten.view.default, ([*size],), {})
+    m.flow.leaves.append(Leaf(m.storage(use), layout, view, m.flow.leaves[use.leaf].offset))
+    return Use(len(m.flow.leaves) - 1, use.version)
+
+
 def _to(m: Matcher, i: int) -> Words | None:
     made = m.layout(m.out(i)).dtype
     return ((_ROUNDS.get(made, "copy"), "self"),)
@@ -116,6 +143,7 @@ _RULES: Final[Mapping[str, Callable[[Matcher, int], Words | None]]] = {
         "silu", "floor", "ceil",
     )},
     **{name: _two(name) for name in ("eq", "ne", "lt", "le", "gt", "ge")},
+    "batch_norm": _batch_norm,
     "logical_and": _truths("and"), "__and__": _truths("and"), "bitwise_and": _truths("and"),
     "logical_or": _truths("or"), "__or__": _truths("or"), "bitwise_or": _truths("or"),
     "logical_not": _truths("not"), "bitwise_not": _truths("not"),
@@ -222,7 +250,7 @@ def _append(m: Matcher, i: int, root: int, chain: _Chain, alone: bool = False) -
     for word in dict.fromkeys(w for step in words for w in step[1:]):
         if word[0] in "<-0123456789":
             continue
-        value = m.arg(i, word)
+        value = _per_channel(m, i, word[1:]) if word[0] == _CHANNEL else m.arg(i, word)
         if isinstance(value, Use):
             names[word] = _operand(m, value, i, root, chain, alone)
         elif isinstance(value, (bool, int, float)):

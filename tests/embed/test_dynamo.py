@@ -137,6 +137,25 @@ def test_graph_breaks_and_data_dependent_control() -> None:
         close(fast(x), pruned(x))
 
 
+def test_torch_cond_is_torchs_and_an_if_is_a_plan_on_either_side() -> None:
+    def chosen(x: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = torch.cond(x.sum() > 0, lambda x: x.sin() * 2, lambda x: x.cos() - 1, (x * 3,))
+        return made
+
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        total, y = x.sum(), x * 3
+        return y.sin() * 2 if total > 0 else y.cos() - 1
+
+    fast = [compiled(chosen), compiled(broken)]
+    with pytest.warns(FallbackWarning, match=r"torch\.cond, which chooses by data.*torch\.where"):
+        fast[0](torch.ones(4))
+    for f, function in zip(fast, (chosen, broken), strict=True):
+        for x in (torch.rand(4), -torch.rand(4), torch.rand(4)):
+            close(f(x), function(x))
+    assert report(fast[0]).hit_rate == 0.0
+    assert report(fast[1]).hit_rate == 1.0
+
+
 def test_training_is_torchs() -> None:
     module = Mlp()
     fast = compiled(module)

@@ -87,6 +87,29 @@ def module_of(name: str) -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
     return module, given[:1]
 
 
+@pytest.mark.parametrize(
+    ("norm", "x"),
+    [
+        (torch.nn.BatchNorm2d(4), r(2, 4, 3, 5)),
+        (torch.nn.BatchNorm2d(4), r(2, 4, 3, 5).to(memory_format=torch.channels_last)),
+        (torch.nn.BatchNorm1d(5, affine=False), r(7, 5)),
+        (torch.nn.BatchNorm1d(5), r(7, 5, 3).bfloat16()),
+    ],
+)
+def test_batch_norms_join_pointwise_chains(norm: torch.nn.Module, x: torch.Tensor) -> None:
+    for tensor in (*norm.parameters(), *norm.buffers()):
+        if tensor.dtype.is_floating_point:
+            torch.nn.init.uniform_(tensor, 0.5, 2.0)
+    module = torch.nn.Sequential(norm, torch.nn.ReLU()).eval().to(x.dtype)
+    with torch.no_grad():
+        got, wanted = run(module, x), module(x)
+    assert got.stride() == wanted.stride()
+    near = 2e-2 if x.dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(got, wanted, rtol=near, atol=near)
+    (op,) = tg.from_torch(module, (x,)).graph.ops
+    assert op.kind in ("elementwise", "aten.elementwise")
+
+
 OURS = [name for name, case in CASES.items() if not any(kind.startswith("aten") for kind in case[0])]
 
 
