@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
 
 from taskgraph.graph.op import ITEMSIZE, Op
+from taskgraph.runtime.gpu import attention as _reference  # noqa: F401 - its kernels are registered first
 from taskgraph.runtime.gpu.ahead.cubins import architecture
 from taskgraph.runtime.gpu.ahead.launching import ALIGNMENT, Argument, Pointer, launch, with_descriptors
 from taskgraph.runtime.gpu.kinds import Buffer, GpuSite, Launches, register_ahead
@@ -29,14 +30,22 @@ def padded(count: int, least: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Cache:
-    """Keys and values in pages (count, kv heads, rows, wide). `lengths` of sequences in i32, or positions in i64, or
-    None: all have `limit` keys. Without `tables` page i is sequence i's."""
+    """Keys and values in pages (count, kv heads, rows, wide), or (count, rows, kv heads, dim) where heads lie `beside`
+    each other. `lengths` of sequences in i32, or positions in i64, or None: all have `limit` keys. Without `tables`
+    page i is sequence i's."""
 
     keys: Buffer
     values: Buffer
     lengths: Buffer | None
     tables: Buffer | None
     limit: int
+    beside: bool = False
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Pages, kv heads, rows, elements from row to row."""
+        pages, a, b, wide = self.keys.shape
+        return (pages, b, a, b * wide) if self.beside else (pages, a, b, wide)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +77,9 @@ def _tile(dtype: str, channels: int, heads: int, rows: int, arch: int) -> _Tile:
 def _decode(op: Op, q: Buffer, cache: _Cache, out: Buffer, site: GpuSite) -> Launches:
     """As many blocks as its SMs hold at a time, each with an equal part of the keys, and a step that joins what was
     cut between two of them."""
-    (batch, heads, dim), (count, kv, rows, wide) = q.shape, cache.keys.shape
+    (batch, heads, dim), (count, kv, rows, wide) = q.shape, cache.sizes
     group, channels = heads // kv, padded(dim, 32)
-    tile = _tile(q.dtype, channels, padded(group, 8), rows, architecture(site.arch))
+    tile = _tile(q.dtype, channels, padded(group, 8), rows if cache.tables else 32, architecture(site.arch))
     sms = min(site.sm_count, op.demand.sm[1]) if op.demand.sm else site.sm_count
     most = -(-batch * kv * -(-cache.limit // tile.keys) // _LEAST_TILES)
     blocks = max(1, min(sms * tile.held, most))
@@ -84,7 +93,7 @@ def _decode(op: Op, q: Buffer, cache: _Cache, out: Buffer, site: GpuSite) -> Lau
         "limit": np.int32(cache.limit), "each": np.int32(pages_each), "count": np.int32(count),
         "scale": np.float32(_LOG2_E / math.sqrt(dim)), "KV": kv, **of_group, "ROWS": rows, "WIDE": wide,
         "POSITIONS": cache.lengths is not None and cache.lengths.dtype == "i64", "N": tile.keys, "SCAN": _SCAN,
-        "APART": tile.apart,
+        "APART": tile.apart, "BESIDE": cache.beside,
     }  # fmt: skip
     made = launch(f"{_JIT}.decode:decode", (blocks,), arguments, warps=tile.warps, stages=tile.stages)
     joined: dict[str, Argument] = {"parts": parts, "cut": cut, "out": out, **of_group}
@@ -137,23 +146,40 @@ def _rows(dtype: str, channels: int, arch: int) -> _Rows:
     return _Rows(128, 64 if arch == _HOPPER else 32, 8, 3, 1)
 
 
-def paged_prefill_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSite) -> Launches:
+@dataclass(frozen=True, slots=True)
+class _Chunks:
+    """Where the rows of chunks begin, and where the last ones end; `each` rows of every chunk where the cache has
+    positions, else 0."""
+
+    count: int
+    starts: Buffer | Pointer
+    each: int = 0
+
+
+def _prefill(op: Op, q: Buffer, chunked: _Chunks, cache: _Cache, out: Buffer, site: GpuSite) -> Launches:
     """No more blocks than its SMs hold at a time, each with tiles of rows from the longest to the shortest."""
-    q, starts, lengths, tables, keys, values = ins
-    (tokens, heads, dim), (count, kv, page, wide) = q.shape, keys.shape
-    group, channels, chunks = heads // kv, padded(dim, 32), lengths.shape[0]
+    (tokens, heads, dim), (count, kv, page, wide) = q.shape, cache.sizes
+    group, channels, chunks, each = heads // kv, padded(dim, 32), chunked.count, chunked.each
+    tables = cache.tables
     tile = _rows(q.dtype, channels, architecture(site.arch))
     rows = tile.rows // padded(group, 1)
     sms = min(site.sm_count, op.demand.sm[1]) if op.demand.sm else site.sm_count
     blocks = max(1, min(sms * tile.held, (-(-tokens // rows) + chunks) * kv))
     arguments: dict[str, Argument] = {
-        "q": q, "starts": starts, "lengths": lengths, "tables": tables, "keys": keys, "values": values, "out": outs[0],
-        "fault": Pointer(site.fault(), "i64"), "tokens": np.int32(tokens), "chunks": np.int32(chunks),
-        "each": np.int32(tables.shape[1]), "count": np.int32(count), "scale": np.float32(_LOG2_E / math.sqrt(dim)),
+        "q": q, "starts": chunked.starts, "lengths": cache.lengths, "tables": tables, "keys": cache.keys,
+        "values": cache.values, "out": out, "fault": Pointer(site.fault(), "i64"), "tokens": np.int32(tokens),
+        "chunks": np.int32(chunks), "each": np.int32(tables.shape[1] if tables else 1), "count": np.int32(count),
+        "scale": np.float32(_LOG2_E / math.sqrt(dim)),
         "KV": kv, "GROUP": group, "PADDED": padded(group, 1), "DIM": dim, "CHANNELS": channels, "ROWS": page,
-        "WIDE": wide, "TOKENS": rows, "N": tile.keys, "ALL": padded(heads * dim, 32),
+        "WIDE": wide, "TOKENS": rows, "N": tile.keys, "ALL": padded(heads * dim, 32), "POSITIONS": each,
     }  # fmt: skip
     return [launch(f"{_JIT}.prefill:prefill", (blocks,), arguments, warps=tile.warps, stages=tile.stages)]
+
+
+def paged_prefill_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSite) -> Launches:
+    q, starts, lengths, tables, keys, values = ins
+    cache = _Cache(keys, values, lengths, tables, tables.shape[1] * keys.shape[2])
+    return _prefill(op, q, _Chunks(lengths.shape[0], starts), cache, outs[0], site)
 
 
 def paged_prefill_taken(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer]) -> bool:
@@ -166,5 +192,45 @@ def paged_decode_taken(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer]) ->
     return _attends(q, keys, values, outs[0]) and keys.shape[2] % 16 == 0
 
 
+def attention_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSite) -> Launches:
+    """A cache of its own is a page a sequence, and its tokens a chunk a sequence."""
+    q, positions, keys, values = ins
+    batch, tokens = keys.shape[0], q.shape[0]
+    cache = _Cache(keys, values, positions, None, keys.shape[2])
+    if tokens == batch:
+        return _decode(op, q, cache, outs[0], site)
+    each = tokens // batch
+    starts = Pointer(site.constant(np.arange(0, tokens + 1, each, dtype=np.int32)), "i32")
+    return _prefill(op, q, _Chunks(batch, starts, each), cache, outs[0], site)
+
+
+def attention_taken(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer]) -> bool:
+    q, positions, keys, values = ins
+    return positions.dtype == "i64" and _attends(q, keys, values, outs[0])
+
+
+def decode_attention_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSite) -> Launches:
+    q, kv = ins
+    return _decode(op, q, _Cache(*_halves(kv), None, None, kv.shape[2], beside=True), outs[0], site)
+
+
+def decode_attention_taken(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer]) -> bool:
+    """Sequences one after another, as in a part of a batch; dims that fill the tile, for the next head lies behind."""
+    q, kv = ins
+    _, _, length, heads, dim = kv.shape
+    inner = (length * heads * dim, heads * dim, dim, 1)
+    k, v = (replace(half, shape=(half.shape[0], heads, length, dim)) for half in _halves(kv))
+    return (kv.strides is None or kv.strides[1:] == inner) and padded(dim, 32) == dim and _attends(q, k, v, outs[0])
+
+
+def _halves(kv: Buffer) -> tuple[Buffer, Buffer]:
+    """Keys and values (batch, length, kv heads, dim), whose sequences lie one after another."""
+    apart = (kv.strides or (math.prod(kv.shape[1:]),))[0]
+    keys = Buffer(kv.address, kv.shape[1:], kv.dtype)
+    return keys, replace(keys, address=kv.address + apart * ITEMSIZE[kv.dtype])
+
+
+register_ahead("attention", attention_launches, attention_taken)
+register_ahead("decode_attention", decode_attention_launches, decode_attention_taken)
 register_ahead("paged_decode", paged_decode_launches, paged_decode_taken)
 register_ahead("paged_prefill", paged_prefill_launches, paged_prefill_taken)

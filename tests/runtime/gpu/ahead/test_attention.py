@@ -8,6 +8,9 @@ import torch
 
 import taskgraph as tg
 from taskgraph.graph.graph import Graph
+from taskgraph.graph.op import Rows
+from taskgraph.runtime.gpu.ahead.attention import decode_attention_launches, decode_attention_taken
+from taskgraph.runtime.gpu.kinds import Buffer, DrySite, Launch
 from tests.paged_cases import keys_of, values_of
 from tests.runtime.gpu.ahead.interpreted import Done, Interpret, by_cpu, jobs
 
@@ -244,3 +247,76 @@ def test_prefill_says_what_it_cannot_use(
     wanted = by_cpu(graph, given | good | stored)["mixed.out"]
     torch.testing.assert_close(done.tensors["mixed.out"][:20], wanted[:20], rtol=1.6e-2, atol=1.6e-2)
     assert done.tensors["mixed.out"].isfinite().all()
+
+
+# -------------------------------------------------------------------------------------- caches of their own
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize(
+    "shape, positions, each, length",
+    [
+        (Shape(4, 2, 64), [0, 69, 31], 1, 70),
+        (Shape(8, 2, 128), [5, 200], 1, 201),
+        (Shape(3, 1, 80), [0, 40], 33, 75),
+        (Shape(4, 4, 64), [100], 2, 102),
+    ],
+)
+def test_attention_over_a_cache(
+    interpret: Interpret, shape: Shape, positions: list[int], each: int, length: int, dtype: str
+) -> None:
+    torch.manual_seed(length)
+    batch = len(positions)
+    b = tg.GraphBuilder("cache")
+    q, places = b.input("q", (batch * each, shape.heads, shape.dim), dtype), b.input("positions", (batch,), "i64")
+    kept = [b.state(n, (batch, shape.kv, length, shape.dim), dtype) for n in ("keys", "values")]
+    b.output(tg.ops.attention(q, places, *kept, name="mixed"))
+    graph = b.build()
+    values = {t.name: torch.randn(t.shape).to(TYPES[dtype]) for t in graph.tensors if t.name in ("q", "keys", "values")}
+    values["positions"] = torch.tensor(positions)
+    compared(interpret, graph, values, values, 2)
+
+
+@pytest.mark.parametrize("position", [-1, 70])
+@pytest.mark.parametrize("each", [1, 3])
+def test_attention_says_a_position_outside_its_cache(interpret: Interpret, position: int, each: int) -> None:
+    b = tg.GraphBuilder("cache")
+    q, places = b.input("q", (2 * each, 4, 64), "bf16"), b.input("positions", (2,), "i64")
+    kept = [b.state(n, (2, 2, 70, 64), "bf16") for n in ("keys", "values")]
+    b.output(tg.ops.attention(q, places, *kept, name="mixed"))
+    graph = b.build()
+    values = {t.name: torch.randn(t.shape).bfloat16() for t in graph.tensors if t.name in ("q", "keys", "values")}
+    (job,) = jobs(graph, values | {"positions": torch.tensor([7, position])}, "attention", 2)
+    done = interpret(job)
+    assert not done.torn and done.tensors["mixed.out"].isfinite().all()
+    assert done.fault >> 48 == 2 and done.fault & 0xFFFFFFFFFFFF == position & 0xFFFFFFFFFFFF
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("shape, batch, length", [(Shape(4, 2, 64), 3, 75), (Shape(8, 1, 128), 1, 1)])
+def test_decode_over_keys_of_heads_beside_each_other(
+    interpret: Interpret, shape: Shape, batch: int, length: int, dtype: str
+) -> None:
+    torch.manual_seed(length)
+    b = tg.GraphBuilder("beside")
+    q = b.input("q", (batch, shape.heads, shape.dim), dtype)
+    b.output(tg.ops.decode_attention(q, b.state("kv", (2, batch, length, shape.kv, shape.dim), dtype), name="mixed"))
+    graph = b.build()
+    values = {t.name: torch.randn(t.shape).to(TYPES[dtype]) for t in graph.tensors if t.name in ("q", "kv")}
+    compared(interpret, graph, values, values, 2)
+
+
+def test_a_part_of_a_batch_is_taken_where_it_lies() -> None:
+    """Keys and values of its sequences, at the distance of the whole; not a part of the keys."""
+    b = tg.GraphBuilder("part")
+    b.output(tg.ops.decode_attention(b.input("q", (2, 4, 64), "bf16"), b.state("kv", (2, 2, 70, 2, 64), "bf16")))
+    (op,) = b.build().ops
+    whole = Buffer(1 << 20, (2, 5, 70, 2, 64), "bf16")
+    q, out = Buffer(1 << 24, (2, 4, 64), "bf16"), Buffer(1 << 25, (2, 4, 64), "bf16")
+    part = whole.part(Rows(1, 3, 5))
+    assert decode_attention_taken(op, [q, part], [out])
+    (first, _) = decode_attention_launches(op, [q, part], [out], DrySite(4, "sm_90"))
+    assert isinstance(first, Launch)
+    each = 2 * 70 * 2 * 64
+    assert first.args[1:3] == ((1 << 20) + 3 * each, (1 << 20) + 8 * each)
+    assert not decode_attention_taken(op, [q, whole.part(Rows(2, 0, 35))], [out])

@@ -38,12 +38,24 @@ def attends(heads: int, kv: int, dim: int, rows: int, dtype: str) -> Graph:
     return b.build()
 
 
+def caches(dtype: str) -> Graph:
+    """Attention over caches of their own: one row a sequence, several, and heads beside each other."""
+    b = tg.GraphBuilder(f"caches-{dtype}")
+    kept = [b.state(n, (2, 8, 1000, 128), dtype) for n in ("keys", "values")]
+    for name, rows in (("one", 2), ("many", 128)):
+        q, places = b.input(name, (rows, 32, 128), dtype), b.input(f"{name}_at", (2,), "i64")
+        b.output(tg.ops.attention(q, places, *kept, name=f"{name}_mixed"))
+    beside = b.state("kv", (2, 2, 1000, 8, 128), dtype)
+    b.output(tg.ops.decode_attention(b.input("last", (2, 32, 128), dtype), beside))
+    return b.build()
+
+
 @cache
 def graphs() -> tuple[Graph, ...]:
     """Steps of models, and shapes at the edges of what the rules take."""
     bf16 = [(8, 8, 64, 32), (16, 1, 96, 64), (24, 2, 80, 48), (8, 2, 256, 32)]
     f32 = [(8, 8, 64, 32), (32, 8, 128, 16)]
-    return (llama(), *(attends(*s, "bf16") for s in bf16), *(attends(*s, "f32") for s in f32))
+    return (llama(), caches("bf16"), *(attends(*s, "bf16") for s in bf16), *(attends(*s, "f32") for s in f32))
 
 
 def made_on(arch: str, graph: Graph) -> Iterator[tuple[Launch, Cubin]]:

@@ -21,8 +21,10 @@ _LEAST = tl.constexpr(4)
 def _asked(lengths, row, there, limit, POSITIONS: tl.constexpr):
     """Keys that a sequence is said to have: its length, its position and one more, or all."""
     if lengths is None:
-        return tl.where(there, limit, 0)
-    return tl.load(lengths + row, mask=there, other=-1 if POSITIONS else 0) + (1 if POSITIONS else 0)
+        asked = tl.where(there, limit, 0)
+    else:
+        asked = tl.load(lengths + row, mask=there, other=-1 if POSITIONS else 0) + (1 if POSITIONS else 0)
+    return asked
 
 
 @triton.jit
@@ -73,10 +75,10 @@ def decode(
     q, lengths, tables, keys, values, out, parts, cut, fault, batch, limit, each, count, scale,
     KV: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, CHANNELS: tl.constexpr,
     ROWS: tl.constexpr, WIDE: tl.constexpr, POSITIONS: tl.constexpr, N: tl.constexpr, SCAN: tl.constexpr,
-    APART: tl.constexpr,
+    APART: tl.constexpr, BESIDE: tl.constexpr,
 ):  # fmt: skip
-    """A block an equal part of the tiles of N keys, each in one page (KV, ROWS, WIDE) of `count`; without `tables` page
-    i is sequence i's.
+    """A block an equal part of the tiles of N keys, each in one page of `count`; without `tables` page i is sequence
+    i's. A page is (KV, ROWS, WIDE), or (ROWS, WIDE) with the heads BESIDE each other in a row.
 
     `parts` (blocks, 2, GROUP, CHANNELS + 2): what a block has of the head that was begun before its part, and of the
     one that goes on behind it: mixed values, maximum, sum. `cut` (blocks, 2): the head that is cut where this part
@@ -87,7 +89,7 @@ def decode(
     mine = (g < GROUP)[:, None] & (d < DIM)[None, :]
     spread = g[:, None] * DIM + d[None, :]
     for row in range(block, batch, blocks):
-        asked = _asked(lengths, row, True, limit, POSITIONS)
+        asked = _asked(lengths, row, row < batch, limit, POSITIONS)
         wrong = (asked > limit) | (asked < (1 if POSITIONS else 0))
         report(fault, POSITION if POSITIONS else LENGTH, asked - (1 if POSITIONS else 0), wrong)
         if asked <= 0:
@@ -102,16 +104,20 @@ def decode(
     sequence, before = _sequence_at(lengths, batch, limit, tile // KV, POSITIONS, N, SCAN)
     before = before * KV
     tl.store(cut + 2 * block, -1)
-    key_rows = tl.make_tensor_descriptor(keys, [count * KV * ROWS, DIM], [WIDE, 1], [N, CHANNELS])
-    value_rows = tl.make_tensor_descriptor(values, [count * KV * ROWS, DIM], [WIDE, 1], [N, CHANNELS])
+    height = count * ROWS if BESIDE else count * KV * ROWS
+    across: tl.constexpr = KV * DIM if BESIDE else DIM
+    key_rows = tl.make_tensor_descriptor(keys, [height, across], [WIDE, 1], [N, CHANNELS])
+    value_rows = tl.make_tensor_descriptor(values, [height, across], [WIDE, 1], [N, CHANNELS])
     while tile < end:
-        length = tl.minimum(_asked(lengths, sequence, True, limit, POSITIONS), limit).to(tl.int32)
+        length = tl.minimum(_asked(lengths, sequence, sequence < batch, limit, POSITIONS), limit).to(tl.int32)
         tiles = _tiles(length, limit, N)
         head = (tile - before) // tl.maximum(tiles, 1)
         begin = before + head * tiles
         stop = tl.minimum(begin + tiles, end)
         whole = tl.minimum(stop - begin, length // N) if APART else stop - begin
         item = sequence * KV + head
+        above = 0 if BESIDE else head * ROWS
+        column = head * DIM if BESIDE else 0
         page = sequence
         if tables is not None:
             page = tl.load(tables + sequence * each + (tile - begin) * N // ROWS)
@@ -122,9 +128,9 @@ def decode(
         for t in range(tile - begin, whole):
             wrong = (page < 0) | (page >= count)
             report(fault, NO_PAGE, page, wrong)
-            place = (tl.where(wrong, 0, page) * KV + head) * ROWS + t * N % ROWS
-            score = tl.dot(key_rows.load([place, 0]), x, input_precision="tf32x3") * scale
-            v = value_rows.load([place, 0])
+            place = tl.where(wrong, 0, page) * (ROWS if BESIDE else KV * ROWS) + above + t * N % ROWS
+            score = tl.dot(key_rows.load([place, column]), x, input_precision="tf32x3") * scale
+            v = value_rows.load([place, column])
             if not APART:
                 score = tl.where((t * N + n < length)[:, None], score, _LOWEST)
                 v = tl.where((t * N + n < length)[:, None], v, 0.0)
@@ -134,8 +140,8 @@ def decode(
         if APART and whole < stop - begin:
             wrong = (page < 0) | (page >= count)
             report(fault, NO_PAGE, page, wrong)
-            place = (tl.where(wrong, 0, page).to(tl.int64) * KV + head) * ROWS + whole * N % ROWS
-            rows = (place + n[:, None]) * WIDE + d[None, :]
+            place = tl.where(wrong, 0, page) * (ROWS if BESIDE else KV * ROWS) + above + whole * N % ROWS
+            rows = (place + n[:, None]).to(tl.int64) * WIDE + column + d[None, :]
             there = (whole * N + n < length)[:, None] & (d < DIM)[None, :]
             k = tl.load(keys + rows, mask=there, other=0.0)
             v = tl.load(values + rows, mask=there, other=0.0)

@@ -8,7 +8,7 @@ that go to and fro. Tiles that no row's causal edge crosses are computed without
 import triton
 import triton.language as tl
 
-from taskgraph.runtime.gpu.ahead.jit.faults import CHUNK, LENGTH, report
+from taskgraph.runtime.gpu.ahead.jit.faults import CHUNK, LENGTH, POSITION, report
 from taskgraph.runtime.gpu.ahead.jit.faults import PAGE as NO_PAGE
 
 _LOWEST = tl.constexpr(-1.0e30)
@@ -21,9 +21,18 @@ def _tiles_of(starts, chunk, TOKENS: tl.constexpr):
 
 
 @triton.jit
-def _pages(table, key, each, count, ROWS: tl.constexpr):
-    """The pages of keys, the first in place of one that does not exist."""
-    page = tl.load(table + tl.minimum(key // ROWS, each - 1))
+def _length(lengths, chunk, POSITIONS: tl.constexpr):
+    """Keys of a chunk: its length, or the position of its first row and its POSITIONS rows."""
+    return (tl.load(lengths + chunk) + POSITIONS).to(tl.int32)
+
+
+@triton.jit
+def _pages(tables, chunk, key, each, count, ROWS: tl.constexpr):
+    """The pages of keys, the first in place of one that does not exist; without tables that of the chunk's number."""
+    if tables is None:
+        page = key * 0 + chunk
+    else:
+        page = tl.load(tables + chunk * each + tl.minimum(key // ROWS, each - 1))
     return tl.where((page < 0) | (page >= count), 0, page)
 
 
@@ -38,9 +47,11 @@ def prefill(
     q, starts, lengths, tables, keys, values, out, fault, tokens, chunks, each, count, scale,
     KV: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, CHANNELS: tl.constexpr,
     ROWS: tl.constexpr, WIDE: tl.constexpr, TOKENS: tl.constexpr, N: tl.constexpr, ALL: tl.constexpr,
+    POSITIONS: tl.constexpr,
 ):  # fmt: skip
-    """Pages are (KV, ROWS, WIDE), `count` of them; a tile is TOKENS * PADDED rows by N keys. ALL holds the channels
-    of all heads of a token. Rows of no chunk are given zeros."""
+    """Pages are (KV, ROWS, WIDE), `count` of them; without `tables` page i is chunk i's. A tile is TOKENS * PADDED rows
+    by N keys. ALL holds the channels of all heads of a token. Chunks have `lengths`, or POSITIONS rows each from the
+    positions that stand there. Rows of no chunk are given zeros."""
     block, blocks = tl.program_id(0), tl.num_programs(0)
     M: tl.constexpr = TOKENS * PADDED
     m, d, n = tl.arange(0, M), tl.arange(0, CHANNELS), tl.arange(0, N)
@@ -50,9 +61,13 @@ def prefill(
         total += _tiles_of(starts, chunk, TOKENS)
     if block == 0:
         for chunk in range(0, chunks):
-            begin, stop, length = tl.load(starts + chunk), tl.load(starts + chunk + 1), tl.load(lengths + chunk)
-            report(fault, CHUNK, stop, (stop - begin > length) | (stop > tokens))
-            report(fault, LENGTH, length, (stop > begin) & (length > limit))
+            begin, stop = tl.load(starts + chunk), tl.load(starts + chunk + 1)
+            length = _length(lengths, chunk, POSITIONS)
+            if POSITIONS:
+                report(fault, POSITION, length - POSITIONS, (length < POSITIONS) | (length > limit))
+            else:
+                report(fault, CHUNK, stop, (stop - begin > length) | (stop > tokens))
+                report(fault, LENGTH, length, (stop > begin) & (length > limit))
 
     for turn in range(0, (total * KV + blocks - 1) // blocks):
         item = turn * blocks + tl.where(turn % 2 == 0, block, blocks - 1 - block)
@@ -68,7 +83,8 @@ def prefill(
                 chunk = tl.where(here, other, chunk)
                 before = tl.where(here, reached, before)
                 reached += tiles
-            begin, stop, length = tl.load(starts + chunk), tl.load(starts + chunk + 1), tl.load(lengths + chunk)
+            begin, stop = tl.load(starts + chunk), tl.load(starts + chunk + 1)
+            length = _length(lengths, chunk, POSITIONS)
             first = begin + (tile - before) * TOKENS
             token = first + m // PADDED
             mine = (token < tl.minimum(stop, tokens)) & (token >= 0) & (m % PADDED < GROUP)
@@ -81,9 +97,8 @@ def prefill(
             most = tl.full([M], _LOWEST, tl.float32)
             weights = tl.zeros([M], tl.float32)
             mixed = tl.zeros([M, CHANNELS], tl.float32)
-            table = tables + chunk * each
             full = least // N
-            page = _pages(table, n, each, count, ROWS)
+            page = _pages(tables, chunk, n, each, count, ROWS)
             for t in range(0, full):
                 rows = ((page * KV + head) * ROWS).to(tl.int64)[:, None] * WIDE + _inside(t * N + n, d, ROWS, WIDE)
                 if CHANNELS == DIM:
@@ -99,10 +114,10 @@ def prefill(
                 mixed = tl.dot(weight.to(v.dtype), v, mixed * kept[:, None], input_precision="tf32x3")
                 weights = weights * kept + tl.sum(weight, 1)
                 most = larger
-                page = _pages(table, (t + 1) * N + n, each, count, ROWS)  # a turn ahead of their use
+                page = _pages(tables, chunk, (t + 1) * N + n, each, count, ROWS)  # a turn ahead of their use
             for t in range(full, (most_keys + N - 1) // N):
                 key = t * N + n
-                page = _pages(table, key, each, count, ROWS)
+                page = _pages(tables, chunk, key, each, count, ROWS)
                 rows = ((page * KV + head) * ROWS).to(tl.int64)[:, None] * WIDE + _inside(key, d, ROWS, WIDE)
                 known = (key < most_keys)[:, None] & (d < DIM)[None, :]
                 k = tl.load(keys + rows, mask=known, other=0.0)
@@ -116,9 +131,11 @@ def prefill(
                 weights = weights * kept + tl.sum(weight, 1)
                 most = larger
             tl.store(out + spread, (mixed / weights[:, None]).to(out.dtype.element_ty), mask=there)
-            for t in range(0, (most_keys + ROWS - 1) // ROWS, CHANNELS):
-                asked = tl.load(table + t + d, mask=t + d < (most_keys + ROWS - 1) // ROWS, other=0)
-                report(fault, NO_PAGE, asked, (asked < 0) | (asked >= count))
+            if tables is not None:
+                for t in range(0, (most_keys + ROWS - 1) // ROWS, CHANNELS):
+                    known = t + d < (most_keys + ROWS - 1) // ROWS
+                    asked = tl.load(tables + chunk * each + t + d, mask=known, other=0)
+                    report(fault, NO_PAGE, asked, (asked < 0) | (asked >= count))
 
     ended = tl.minimum(tl.maximum(tl.load(starts + chunks), 0), tokens)
     begun = tl.minimum(tl.maximum(tl.load(starts), 0), ended)
