@@ -125,13 +125,12 @@ def paged_decode_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer],
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """How `prefill` is compiled: rows and keys of a tile, warps of a block, stages, blocks that an SM holds."""
+    """How `prefill` is compiled: rows and keys of a tile, warps of a block, stages. An SM holds one block."""
 
     rows: int
     keys: int
     warps: int
     stages: int
-    held: int
 
 
 def _rows(dtype: str, channels: int, arch: int) -> _Rows:
@@ -140,10 +139,10 @@ def _rows(dtype: str, channels: int, arch: int) -> _Rows:
     take 910 cycles of an SM's schedulers where the products take 1,024 of its tensor cores; 131 KB on their way or in
     use; no spills."""
     if dtype == "f32":
-        return _Rows(32, 16, 8, 2, 1)
+        return _Rows(32, 16, 8, 2)
     if channels > 128 or arch < _HOPPER:
-        return _Rows(64, 32, 8 if channels > 64 else 4, 2, 1)
-    return _Rows(128, 64 if arch == _HOPPER else 32, 8, 3, 1)
+        return _Rows(64, 32, 8 if channels > 64 else 4, 2)
+    return _Rows(128, 64 if arch == _HOPPER else 32, 8, 3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +163,7 @@ def _prefill(op: Op, q: Buffer, chunked: _Chunks, cache: _Cache, out: Buffer, si
     tile = _rows(q.dtype, channels, architecture(site.arch))
     rows = tile.rows // padded(group, 1)
     sms = min(site.sm_count, op.demand.sm[1]) if op.demand.sm else site.sm_count
-    blocks = max(1, min(sms * tile.held, (-(-tokens // rows) + chunks) * kv))
+    blocks = max(1, min(sms, (-(-tokens // rows) + chunks) * kv))
     arguments: dict[str, Argument] = {
         "q": q, "starts": chunked.starts, "lengths": cache.lengths, "tables": tables, "keys": cache.keys,
         "values": cache.values, "out": out, "fault": Pointer(site.fault(), "i64"), "tokens": np.int32(tokens),
