@@ -4,7 +4,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from typing import Any
@@ -15,17 +15,27 @@ import scipy.sparse as sp
 from rich.table import Table
 from scipy.sparse.linalg import splu
 
+import taskgraph as tg
 from benchmarks import count, interleaved, machine, measured_main, one_line, positive
 from examples.cholesky import Factor, fill_reducing, grid_dissection
 from examples.cholesky.problems import poisson
+from taskgraph.cost.profiles import Costs, Profile, measured_costs, shape_key
+from taskgraph.graph.functions import find_function
+from taskgraph.schedule.bounds import lower_bounds
+from taskgraph.schedule.planner import replay_times
+from taskgraph.schedule.problem import make_problem
+from taskgraph.schedule.solve.found import in_sequence
+from taskgraph.tune.measure import on_partition
 
 EPILOG = """\
 Problems: 2d, 3d (Poisson), skewed (2d, one axis weighted 1000), band (a grid 8 points wide in its natural order: its
 tree is a chain). The order is METIS's where pymetis is installed, else nested dissection by geometry. SuperLU has the
 order that it makes itself, CHOLMOD (of cvxopt, where that is installed) has ours. Rounds of the planned graph, its
-sequential plan and the others are interleaved; figures are medians. Bounds: the work of the tree over that of its
-longest path. With --quiet only rounds count before and after which two plain threads gained 1.8x over one, so that no
-other program had a core. It waits for them so many seconds a problem, and says how many there were.
+sequential plan and the others are interleaved; figures are medians. "tree" is the work of the tree over that of its
+longest path. "by CPU s" is what the plan gains, and "at most" what any plan could on these cores, simulated with the
+CPU seconds of the ops on one core; plans are made with these prices, or with --tune by autotune. With --quiet only
+rounds count before and after which two plain threads gained 1.8x over one, so that no other program had a core. It
+waits for them so many seconds a problem, and says how many there were.
 
 example:
   python -m benchmarks.cholesky --unknowns 10000 100000 --problems 2d 3d --json
@@ -105,6 +115,68 @@ def quiet_rounds(
     return (quiet if found else loud), found
 
 
+def cpu_seconds(factor: Factor, rounds: int = 3) -> dict[str, float]:
+    """CPU seconds of each op on one core, by name: the least of some replays. Other programs hardly change them."""
+    graph, one_lane = factor.graph, tg.plan(factor.graph, "cpu", scheduler="sequential")
+    name_of = {factor.tensors[op.inputs[1]].ctypes.data: op.name for op in graph.ops}
+    least: dict[str, float] = {}
+
+    def timed(function: Callable[..., None]) -> Callable[..., None]:
+        def run(values: Any, guide: Any, *tensors: Any) -> None:
+            begin = time.thread_time()
+            function(values, guide, *tensors)
+            took = time.thread_time() - begin
+            name = name_of[guide.data_ptr()]
+            least[name] = min(least.get(name, took), took)
+
+        return run
+
+    functions = {key: timed(find_function(key)) for key in {str(op.attr("function")) for op in graph.ops}}
+    with tg.compile(graph, on_partition(one_lane, graph, 1), backend="cpu", functions=functions) as timing:
+        timing.bind(factor.tensors)
+        for _ in range(rounds):
+            timing.launch()
+    return least
+
+
+def cpu_costs(factor: Factor, took: Mapping[str, float]) -> Costs:
+    """Prices by `cpu_seconds`. Ops that may use all cores are taken to be as many times faster there, which is the best
+    that BLAS could do, and so the best case of one lane: what lanes gain over it is no less."""
+    graph, cores = factor.graph, factor.plan.device.sm_count
+    found: dict[Any, list[float]] = {}
+    wide: dict[Any, float] = {}
+    for op in graph.ops:
+        key = shape_key(op, graph.tensor)
+        found.setdefault(key, []).append(took[op.name])
+        wide[key] = 1.0 if op.demand.sm == (1, 1) else float(cores)
+    times = {key: (statistics.median(row), wide[key]) for key, row in found.items()}
+    points = {key: tuple((c, s if c == 1 else s / w, 0.0) for c in sorted({1, cores})) for key, (s, w) in times.items()}
+    return measured_costs(Profile(points))
+
+
+OTHERS = ("superlu", "cholmod")
+
+
+def cpu_of(run: Callable[[], Any]) -> float:
+    """CPU seconds of this process in a run, the least of three."""
+    took = []
+    for _ in range(3):
+        begin = time.process_time()
+        run()
+        took.append(time.process_time() - begin)
+    return min(took)
+
+
+def simulated(graph: tg.Graph, plan: tg.Plan, costs: Costs) -> dict[str, float]:
+    """By these prices: the gain of the plan over one lane, and the most that any plan could gain."""
+    problem = make_problem(graph, plan.device, None, costs)
+    one_lane = in_sequence(problem).makespan_s
+    return {
+        "gain": one_lane / replay_times(graph, plan, costs).makespan_s,
+        "bound": one_lane / lower_bounds(problem).best_s,
+    }
+
+
 def cholmod_run(matrix: sp.csc_array, order: np.ndarray) -> Callable[[], Any]:
     """A numeric supernodal factorisation by CHOLMOD in our order; the analysis is done."""
     from cvxopt import cholmod, spmatrix
@@ -133,8 +205,12 @@ def measured(kind: str, args: argparse.Namespace, unknowns: int, say: Callable[[
         Factor(matrix, order, grain_flops=args.grain, scheduler="sequential") as alone,
     ):
         declared = (time.perf_counter() - begin) / 2
-        factor.refactor(matrix)
         alone.refactor(matrix)
+        took = cpu_seconds(alone)
+        costs = cpu_costs(alone, took)
+        if not args.tune:
+            factor.replan(tg.plan(factor.graph, "cpu", costs=costs))
+        factor.refactor(matrix)
         found: list[Any] = []
         runs: dict[str, Callable[[], Any]] = {"graph": factor.replay, "one_lane": alone.replay}
         if not args.no_superlu:
@@ -150,6 +226,9 @@ def measured(kind: str, args: argparse.Namespace, unknowns: int, say: Callable[[
             "ops": len(factor.graph.ops),
             "fronts": len(factor.symbolic.flops),
             "lanes": len(factor.plan.lanes),
+            "by_cpu_seconds": simulated(factor.graph, factor.plan, costs),
+            "cpu_s": {"ours": sum(took.values()), **{name: cpu_of(runs[name]) for name in runs if name in OTHERS}},
+            "plan": factor.plan.made_by,
             "quiet_rounds": quiet,
             "gflop": float(factor.symbolic.flops.sum()) / 1e9,
             "factor_entries": len(factor.factor),
@@ -181,28 +260,19 @@ def measure(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, A
 def table_of(result: dict[str, Any]) -> Table:
     """The figures as a table."""
     table = Table(title=f"sparse Cholesky, measured on {result['machine']}")
-    for head in (
-        "problem",
-        "ops / fronts",
-        "GFLOP",
-        "lanes",
-        "graph s",
-        "one lane s",
-        "gain",
-        "threads",
-        "bound",
-        "SuperLU s",
-        "CHOLMOD s",
-    ):
-        table.add_column(head, justify="left" if head == "problem" else "right")
+    heads = ["ops / fronts", "GFLOP", "lanes", "graph s", "one lane s", "SuperLU s", "CHOLMOD s"]
+    table.add_column("problem")
+    for head in (*heads, "gain", "threads", "by CPU s", "at most", "tree"):
+        table.add_column(head, justify="right")
     table.add_column("residual", justify="right")
     for name, row in result["problems"].items():
         s = row["seconds"]
+        shown = (f"{s[key]:.3g}" if key in s else "-" for key in ("graph", "one_lane", "superlu", "cholmod"))
+        cpu = row["by_cpu_seconds"]
+        gains = (row["parallel_gain"], row["plain_threads_gain"], cpu["gain"], cpu["bound"], row["tree_bound"])
         table.add_row(
-            name, f"{row['ops']} / {row['fronts']}", f"{row['gflop']:.3g}", str(row["lanes"]), f"{s['graph']:.4g}",
-            f"{s['one_lane']:.4g}", f"{row['parallel_gain']:.2f}", f"{row['plain_threads_gain']:.2f}",
-            f"{row['tree_bound']:.2f}", f"{s['superlu']:.4g}" if "superlu" in s else "-",
-            f"{s['cholmod']:.4g}" if "cholmod" in s else "-", f"{row['residual']:.1e}",
+            name, f"{row['ops']} / {row['fronts']}", f"{row['gflop']:.3g}", str(row["lanes"]), *shown,
+            *(f"{gain:.2f}" for gain in gains), f"{row['residual']:.1e}",
         )  # fmt: skip
     return table
 

@@ -93,7 +93,10 @@ def measured(kind: str, unknowns: int, args: argparse.Namespace, say: Callable[[
         }
     result["randomized"] = row
     say(f"randomized: {row['iterations']} iterations")
-    others: dict[str, Callable[[], Preconditioner]] = {"spilu": lambda: incomplete(matrix, args.drop)}
+    others: dict[str, Callable[[], Preconditioner]] = {
+        f"spilu {drop:g}": lambda drop=drop: incomplete(matrix, drop)  # type: ignore[misc]
+        for drop in args.drop
+    }
     if find_spec("pyamg"):
         others |= {
             "smoothed aggregation": lambda: multigrid(matrix, "smoothed_aggregation_solver"),
@@ -148,7 +151,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
     parser.add_argument("--unknowns", nargs="+", type=count, default=[10_000], help="about how many (default: 10000)")
     parser.add_argument("--scheduler", default="auto", help="of the graph: as in tg.plan, or autotune (default: auto)")
-    parser.add_argument("--drop", type=positive, default=1e-2, help="drop tolerance of spilu (default: 1e-2)")
+    parser.add_argument(
+        "--drop", type=positive, nargs="*", default=[1e-2, 1e-3], help="drop tolerances of spilu (default: 1e-2 1e-3)"
+    )
     parser.add_argument("--most", type=count, default=500, help="iterations at most (default: 500)")
     return measured_main(parser, argv, measure, table_of, 120)
 

@@ -7,8 +7,8 @@ import scipy.sparse as sp
 
 import taskgraph as tg
 
-from .errors import MatrixError
-from .kernels import factor_branch, factor_front, solve_factored
+from .errors import MatrixError, SingularError
+from .kernels import factor_branch, factor_front, least_pivot, solve_factored
 from .replayed import Replayed
 from .symbolic import Symbolic, analyse, checked
 
@@ -178,9 +178,21 @@ class Factor(Replayed):
         self.capture(graph, {"values": self.values, **weights}, outputs)
 
     def refactor(self, matrix: sp.sparray) -> None:
-        """Replay for the values of `matrix`, which has the pattern of the first and is symmetric."""
-        self.values[:] = self.taken(matrix).data
+        """Replay for the values of `matrix`, which has the pattern of the first and is symmetric.
+
+        NotPositiveDefiniteError where a pivot is not above 0; SingularError, which is one too, where a pivot is nothing
+        but the rounding of what cancelled."""
+        found = self.taken(matrix)
+        self.values[:] = found.data
         self.replay()
+        s = self.symbolic
+        share, column = least_pivot(s.first, s.row_at, s.panel_at, self.factor, found.diagonal()[s.order])
+        if share < 10.0 * np.finfo(np.float64).eps * len(s.order) ** 0.5:
+            self._factored = False
+            raise SingularError(
+                f"the pivot of unknown {s.order[column]} is {share:.0e} of its diagonal entry: to working precision "
+                "the matrix is singular. Fix one unknown of each part that floats, or add a little of the identity."
+            )
 
     def solve(self, rhs: Array) -> Array:
         """x of A x = rhs, f64[n]."""

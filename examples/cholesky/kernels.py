@@ -174,6 +174,20 @@ def factor_front(values: Any, guide: Any, *tensors: Any) -> None:
 
 
 @numba.njit(cache=True, nogil=True)
+def least_pivot(first: Array, row_at: Array, panel_at: Array, factor: Array, diagonal: Array) -> tuple[float, int]:
+    """The least pivot over the diagonal entry that it was, and its column."""
+    least, where = np.inf, 0
+    for s in range(len(first) - 1):
+        c, height = first[s + 1] - first[s], first[s + 1] - first[s] + row_at[s + 1] - row_at[s]
+        for j in range(c):
+            root = factor[panel_at[s] + j * height + j]
+            share = root * root / diagonal[first[s] + j]
+            if share < least:
+                least, where = share, first[s] + j
+    return least, where
+
+
+@numba.njit(cache=True, nogil=True)
 def solve_factored(first: Array, row_at: Array, rows: Array, panel_at: Array, factor: Array, x: Array) -> None:
     """Solve R^T R x = x in place, in the order of elimination."""
     fronts = len(first) - 1

@@ -39,13 +39,22 @@ class Replayed:
 
     def capture(self, graph: tg.Graph, tensors: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
         """Plan and capture; `tensors` and `outputs` are bound where they are."""
-        self.graph = graph
+        self.graph, self.tensors = graph, {**tensors, **outputs}
         if self._scheduler == "autotune":
-            self.plan = tg.autotune(graph, "cpu", self._tune_s, tensors=tensors).plan
+            plan = tg.autotune(graph, "cpu", self._tune_s, tensors=tensors).plan
         else:
-            self.plan = tg.plan(graph, "cpu", scheduler=self._scheduler, costs=tg.costs_known("cpu"))
-        self.executable = tg.compile(graph, self.plan, backend="cpu")
-        self.executable.bind({**tensors, **outputs})
+            plan = tg.plan(graph, "cpu", scheduler=self._scheduler, costs=tg.costs_known("cpu"))
+        self._capture(plan)
+
+    def _capture(self, plan: tg.Plan) -> None:
+        self.plan, self._factored = plan, False
+        self.executable = tg.compile(self.graph, plan, backend="cpu")
+        self.executable.bind(self.tensors)
+
+    def replan(self, plan: tg.Plan) -> None:
+        """Run by another plan of the same graph from now on; there is no factor until the next replay."""
+        self.executable.close()
+        self._capture(plan)
 
     def taken(self, matrix: sp.sparray) -> sp.csc_array:
         """The matrix as canonical CSC; MatrixError unless it has the pattern of the first and is symmetric."""

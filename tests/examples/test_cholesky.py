@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,12 +19,14 @@ from examples.cholesky import (
     Factor,
     MatrixError,
     NotPositiveDefiniteError,
+    SingularError,
     analyse,
     approximate_minimum_degree,
     fill_reducing,
     grid_dissection,
     metis,
     minimum_degree,
+    picture,
 )
 from examples.cholesky.factor import pieces
 from examples.cholesky.problems import poisson
@@ -111,6 +114,15 @@ def test_what_is_no_spd_matrix_is_refused() -> None:
         for shift in (-100.0, -2.0):
             with pytest.raises(NotPositiveDefiniteError, match="positive definite"):
                 factor.refactor(sp.csc_array(matrix + shift * sp.eye_array(36)))
+        laplacian = sp.csc_array(matrix - sp.diags_array(matrix.sum(axis=0)))
+        with pytest.raises((SingularError, NotPositiveDefiniteError), match=r"singular|positive definite"):
+            factor.refactor(laplacian)
+        with pytest.raises(MatrixError, match="refactor"):
+            factor.solve(np.ones(36))
+        nearly = sp.csc_array(laplacian + 1e-9 * sp.eye_array(36))
+        factor.refactor(nearly)
+        x = factor.solve(np.ones(36))
+        assert np.linalg.norm(nearly @ x - 1.0) <= 1e-13 * 8.0 * np.linalg.norm(x)
         factor.refactor(matrix)
         with pytest.raises(MatrixError, match="shape"):
             factor.solve(np.ones(35))
@@ -151,3 +163,19 @@ def test_benchmark_prints_its_figures(capsys: pytest.CaptureFixture[str]) -> Non
     result = json.loads(capsys.readouterr().out.splitlines()[-1])["problems"]
     assert set(result) == {f"{kind}-300" for kind in benchmark.PROBLEMS}
     assert all(row["residual"] <= 1e-10 and row["tree_bound"] >= 1.0 for row in result.values())
+
+
+def test_the_picture_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert picture.main([str(tmp_path / "tree.png"), "--side", "40", "--rounds", "1"]) == 0
+    assert (tmp_path / "tree.png").stat().st_size > 10_000
+
+
+def test_an_op_stands_over_its_children_in_the_picture() -> None:
+    with Factor(poisson((20, 20)), grid_dissection((20, 20)), grain_flops=1e3, scheduler="sequential") as factor:
+        x, depth, edges = picture.places(factor.graph)
+    assert len(edges) == len(x) - 1
+    for child, parent in edges:
+        assert depth[child] == depth[parent] + 1
+        mine = [c for c, p in edges if p == parent]
+        assert min(x[mine]) <= x[parent] <= max(x[mine])

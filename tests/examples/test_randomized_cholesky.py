@@ -140,4 +140,4 @@ def test_benchmark_prints_its_figures(capsys: pytest.CaptureFixture[str]) -> Non
     assert set(result) == {f"{kind}-400" for kind in benchmark.PROBLEMS}
     for row in result.values():
         assert row["randomized"]["converged"] and row["randomized"]["residual"] <= 1.1e-8
-        assert row["spilu"]["iterations"] > 0
+        assert row["spilu 0.01"]["iterations"] > 0

@@ -24,7 +24,7 @@ from taskgraph.models.config import load_config
 from taskgraph.models.llama import step_graph
 from taskgraph.schedule.evaluate import NO_HOLDS, Assignment, Evaluation, Layout, dispatch, evaluate
 from taskgraph.schedule.plan import Plan
-from taskgraph.schedule.planner import candidate, plan, replay_times
+from taskgraph.schedule.planner import candidate, plan, plan_from, replay_times
 from taskgraph.schedule.problem import Budget, make_problem
 from taskgraph.schedule.solve import SCHEDULERS, found, lists, rules
 from taskgraph.schedule.solve.packing import LARGE
@@ -400,3 +400,42 @@ def test_more_ready_ops_than_may_start_wait_in_order() -> None:
     priority = np.random.default_rng(5).integers(0, 40, 300).astype(np.float64)
     chosen, _ = dispatch(problem, Layout.shared(64, 2), priority, np.zeros(300, np.int64), np.zeros(300, np.int64))
     assert chosen.order.tolist() == sorted(range(300), key=lambda i: (-priority[i], i))
+
+
+def wide_then_large(branches: int) -> Graph:
+    """Ops of one core side by side, then one that any number of cores may share."""
+    b = GraphBuilder("tree")
+    x = b.input("x", (8,), "f32")
+    narrow, work = tg.demand(sm=(1, 1)), Work(flops=1e9)
+    sides = [
+        b.call(print, [x], [spec(f"s{i}", (8,), "f32")], work=work, demand=narrow, name=f"side{i}")
+        for i in range(branches)
+    ]
+    top = b.call(print, sides, [spec("top", (8,), "f32")], work=Work(flops=1e9 * branches), name="top")
+    b.output(top)
+    return b.build()
+
+
+@pytest.mark.parametrize("cores", [2, 4])
+def test_the_top_of_a_tree_gets_all_cores_while_nothing_else_runs(cores: int) -> None:
+    scaling = tuple((s + 1) / cores for s in range(cores))
+    device = tg.devices.make("cpu", sm_count=cores, compute_scaling=scaling, name="cores")
+    graph = wide_then_large(2 * cores)
+    problem = make_problem(graph, device)
+    whole = Geometry.of(cores)
+    turns = [each for each in lists.layouts(device) if whole in each.geometries and len(each.geometries) == 2]
+    assert turns
+    for layout in turns:
+        made = lists.pack(problem, layout)
+        assert made is not None
+        p = plan_from(problem, made)
+        tg.verify(p, graph)
+        top = next(i for i, step in enumerate(p.steps) if step.op == "top")
+        assert p.partition(p.steps[top].lane).sm_count == cores
+        assert max(s.end_s for s in p.timeline.spans if s.op != "top") <= p.timeline.spans[top].start_s * (1 + 1e-9)
+    even = next(each for each in turns if each.geometries[0].sizes == (1,) * cores)
+    made = lists.pack(problem, even)
+    assert made is not None
+    best_s = evaluate(problem, made).makespan_s
+    launches = 3 * device.launch_seconds
+    assert best_s <= 4 * 1e9 * cores / device.rate("f32") + launches + 1e-4

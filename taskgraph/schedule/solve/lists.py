@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from taskgraph.graph.device import Device
+from taskgraph.graph.device import Device, Geometry
 from taskgraph.jit import ZERO, kernel, plain
 from taskgraph.schedule import heap
 from taskgraph.schedule.bounds import longest_tail
@@ -15,15 +15,16 @@ from taskgraph.schedule.problem import Problem
 
 
 def layouts(device: Device) -> list[Layout]:
-    """What a list schedule is tried on: two and three lanes that share the device, and each of its splits."""
-    splits = [Layout.isolated(g) for g in device.splits() if len(g.partitions) > 1]
-    return [*(Layout.shared(device.sm_count, lanes) for lanes in (2, 3)), *splits]
+    """What a list schedule is tried on: two and three lanes that share the device, each of its splits, and on a CPU
+    each in turns with the whole device: threads of two ops on the same cores would wait for each other."""
+    parts = [g for g in device.splits() if len(g.partitions) > 1]
+    turns = [Layout.isolated(g, Geometry.of(device.sm_count)) for g in parts] if device.kind == "cpu" else []
+    return [*(Layout.shared(device.sm_count, lanes) for lanes in (2, 3)), *map(Layout.isolated, parts), *turns]
 
 
 def pack(problem: Problem, layout: Layout) -> Assignment | None:
-    """List-schedule onto the lanes of a layout of one geometry, each op on all SMs of its lane's partition.
-
-    None when an op fits no partition.
+    """List-schedule onto the lanes of a layout, each op on all SMs of its lane's partition; lanes of overlapping
+    geometries take turns. None when an op fits no partition.
     """
     clock, lanes, n = clock_of(problem), lanes_of(layout), problem.n
     lane_mode = np.searchsorted(problem.sizes, layout.table[layout.lane_partition, 2])
@@ -82,6 +83,7 @@ def _earliest_finish(clock: Clock, where: Where, rank: np.ndarray, claims: Claim
     seconds, use, capacity, succ_ptr, succ = clock.seconds, clock.use, clock.capacity, clock.succ_ptr, clock.succ
     legal, lane_mode, partition, rows = where.legal, where.mode, where.lanes.partition, where.lanes.table
     free, sms, soft, launch_s = claims.lane, claims.sms, claims.soft, clock.launch_s
+    conflicts = where.lanes.conflicts
     order, lane, earliest, ready, number = queue.order, queue.lane, queue.earliest, queue.heap, queue.number
     missing = queue.missing
     size, count = ZERO, 0
@@ -97,6 +99,9 @@ def _earliest_finish(clock: Clock, where: Where, rank: np.ndarray, claims: Claim
             if not legal[op, mode]:
                 continue
             begin = max(earliest[op], free[i])
+            for j in range(len(lane_mode)):
+                if conflicts[i, j]:
+                    begin = max(begin, free[j])
             took = seconds[op, mode]
             area = took * use[op, mode, 0] / rows[part, 2]
             finish = max(begin + launch_s + took, max(sms[part], begin) + launch_s + area)
