@@ -1,33 +1,32 @@
 """Routings of a torus: saturation by routing and pattern, simulated, beside bounds and what is published."""
 
 import argparse
-import random
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks import count, machine, one_line, print_json, whole
+from benchmarks.network_fluid import choices, fluid_errors
+from taskgraph.errors import ConfigError
 from taskgraph.network import (
-    COLLECTIVES,
     PATTERNS,
     ROUTINGS,
-    Network,
+    Routers,
     Topology,
+    Traffic,
     capacity,
-    fluid_cost,
-    network,
-    packet_run,
     saturation,
     simulate,
     throughput_bound,
     torus,
     traffic,
+    worst_case,
 )
 
 EPILOG = """\
@@ -40,6 +39,7 @@ example:
   python -m benchmarks.network --shape 8 8 --json
 """
 ROUTINGS_OF_A_TORUS = tuple(name for name, each in ROUTINGS.items() if not each.graphs)
+SENT = (*PATTERNS, "worst-case")
 PUBLISHED = {
     "goal over valiant, nearest-neighbour, best case": {
         "value": 4.6,
@@ -48,14 +48,15 @@ PUBLISHED = {
 }
 
 
-def measure(topology: Topology, cycles: int, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """All figures; throughputs and bounds by routing and pattern."""
+def measure(topology: Topology, cycles: int, seed: int, fluid_cases: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """All figures of routings and of the fluid model; throughputs and bounds by routing and pattern."""
     full = capacity(topology)
     found: dict[str, dict[str, float]] = {}
     bounds: dict[str, dict[str, float]] = {}
     for routing in ROUTINGS_OF_A_TORUS:
         say(f"{routing} on {topology.name}")
         sent = {name: traffic(topology, name) for name in PATTERNS}
+        sent["worst-case"] = worst_case(topology, routing)
         found[routing] = {
             name: round(saturation(topology, routing, each, cycles=cycles, seed=seed), 3) for name, each in sent.items()
         }
@@ -68,59 +69,9 @@ def measure(topology: Topology, cycles: int, seed: int, say: Callable[[str], Non
         "bound": bounds,
         "published": PUBLISHED,
         "packets_per_s": min(hops_per_second(topology, routing, cycles) for routing in ROUTINGS_OF_A_TORUS),
-        **fluid_errors(FLUID_CASES, seed, say),
+        **fluid_errors(fluid_cases, seed, say),
         "machine": machine(),
     }
-
-
-FLUID_CASES = 200
-FLUID_TOPOLOGIES = (
-    "torus:4x4", "torus:8x4", "torus:3x5", "torus:4x4x4", "torus:2x4x4", "mesh:4x4", "ring:6", "ring:8", "switch:8",
-    "switch:16", "fat-tree:4x4+2", "fat-tree:4x4+4", "machines:2x8@450GB/s,500ns+50GB/s,2us",
-    "machines:4x4@450GB/s,500ns+50GB/s,2us",
-)  # fmt: skip
-LEAST_BYTES, MOST_BYTES, MOST_CYCLES = 4e3, 64e6, 60_000
-
-
-def fluid_errors(cases: int, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """How far the fluid model is from the simulator of packets, relative, over drawn networks, routings, collectives,
-    algorithms, ranks and sizes (4 KB to 64 MB, less where that takes packets more than 60 000 cycles)."""
-    drawn = random.Random(seed)
-    errors: dict[str, list[float]] = {}
-    for i in range(cases):
-        made, collective, algorithm, ranks = drawn_case(drawn)
-        cost = fluid_cost(made, collective, algorithm, ranks)
-        cycle_s = 4096 / made.topology.bytes_per_s
-        nbytes = LEAST_BYTES * (MOST_BYTES / LEAST_BYTES) ** drawn.random()
-        nbytes *= min(1.0, MOST_CYCLES * cycle_s / cost.seconds(nbytes))
-        seen = packet_run(made, collective, algorithm, ranks, nbytes, packet_of(made, nbytes / ranks**1.5), i)
-        errors.setdefault(made.routing, []).append(abs(cost.seconds(nbytes) / seen.seconds - 1))
-        if i % 50 == 49:
-            say(f"{i + 1} of {cases} collectives")
-    every = [error for some in errors.values() for error in some]
-    return {
-        "fluid_error_p90": round(float(np.quantile(every, 0.9)), 4),
-        "fluid_error_p50": round(float(np.quantile(every, 0.5)), 4),
-        "fluid_error_p90_by_routing": {name: round(float(np.quantile(some, 0.9)), 4) for name, some in errors.items()},
-        "fluid_cases": cases,
-    }
-
-
-def drawn_case(drawn: random.Random) -> tuple[Network, str, str, int]:
-    """A network with a routing, a collective, an algorithm and ranks."""
-    bare = network(drawn.choice(FLUID_TOPOLOGIES))
-    topology = bare.topology
-    fitting = [name for name, each in ROUTINGS.items() if each.graphs == bool(topology.links)]
-    made = Network(topology, drawn.choice([name for name in fitting if topology.wrap or not ROUTINGS[name].weighted]))
-    ranks = max(2, topology.hosts // drawn.choice((1, 1, 2, 4)))
-    collective = drawn.choice(COLLECTIVES)
-    return made, collective, drawn.choice(made.algorithms(collective, ranks)), ranks
-
-
-def packet_of(made: Network, message: float) -> float:
-    """Bytes of a packet: a sixteenth of a message, from 256 to 4096, and a hop of at most 200 of its cycles."""
-    least = max(256.0, float((made.topology.rates_by_place() * made.topology.latencies_by_place()).max()) / 200)
-    return max(least, min(message / 16, 4096.0))
 
 
 def hops_per_second(topology: Topology, routing: str, cycles: int) -> float:
@@ -139,11 +90,65 @@ def table_of(result: dict[str, Any]) -> Table:
     """A row a routing, a column a pattern: simulated, and the bound behind it."""
     table = Table(title=f"throughput / bound: {result['throughput_kind']}", caption=result["machine"])
     table.add_column("routing")
-    for pattern in PATTERNS:
+    for pattern in SENT:
         table.add_column(pattern, justify="right")
     for routing, row in result["throughput"].items():
-        table.add_row(routing, *(f"{row[name]:.2f} / {result['bound'][routing][name]:.2f}" for name in PATTERNS))
+        table.add_row(routing, *(f"{row[name]:.2f} / {result['bound'][routing][name]:.2f}" for name in SENT))
     return table
+
+
+def a_million_cycles(seed: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """The 4-ary 2-cube under more than it can carry, with the fewest channels and room for one packet in each: packets
+    delivered, and the most cycles in a row in which none moved. A deadlock is a NetworkError."""
+    topology, found = torus(4, 4), {}
+    for routing in ROUTINGS_OF_A_TORUS:
+        say(f"{routing}, a million cycles")
+        routers = Routers(ROUTINGS[routing].classes(topology), room=1)
+        seen = simulate(topology, routing, traffic(topology, "uniform"), 4.0, 1_000_000, 0, routers, seed)
+        found[routing] = {"delivered": seen.delivered, "stalled_cycles": seen.stalled_cycles}
+    return found
+
+
+CURVES = ("uniform", "transpose", "tornado")
+
+
+def draw_curves(topology: Topology, cycles: int, seed: int, path: Path, say: Callable[[str], None]) -> None:
+    """Mean latency over offered load, a panel a pattern and a line a routing, up to where less than 97 % arrives."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError("pictures need matplotlib; install the extra `docs`.") from None
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    full = capacity(topology)
+    for panel, pattern in zip(figure.subplots(1, len(CURVES), sharey=True), CURVES, strict=True):
+        for routing, marker in zip(ROUTINGS_OF_A_TORUS, "osd^", strict=True):
+            say(f"{routing}, {pattern}")
+            points = curve(topology, routing, traffic(topology, pattern), full, (cycles, seed))
+            panel.plot(*zip(*points, strict=True), marker=marker, markersize=3, linewidth=1, label=routing)
+        panel.set(title=pattern, xlabel="offered load, fraction of capacity", xlim=(0, 1), ylim=(0, 60))
+        panel.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("mean latency, cycles")
+    figure.axes[-1].legend(fontsize="small", loc="upper right")
+    figure.suptitle(f"{topology.name}, simulated, {cycles} cycles, seed {seed}", fontsize="medium")
+    figure.savefig(path, dpi=130)
+
+
+def curve(
+    topology: Topology, routing: str, sent: Traffic, full: float, run: tuple[int, int]
+) -> list[tuple[float, float]]:
+    """(load, latency) at steps of 4 % of capacity, the last where packets begin to pile up."""
+    points = []
+    for step in range(1, 26):
+        seen = simulate(topology, routing, sent, 0.04 * step * full, run[0], run[0], seed=run[1])
+        points.append((0.04 * step, seen.latency_cycles))
+        if seen.accepted < 0.97 * seen.offered:
+            break
+    return points
+
+
+def say(text: str) -> None:
+    """Progress, beside the results."""
+    print(text, file=sys.stderr)
 
 
 @one_line
@@ -158,13 +163,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--shape", type=count, nargs="+", default=[8, 8], help="sizes of the torus, all equal (8 8)")
     parser.add_argument("--cycles", type=count, default=2000, help="cycles measured a run (2000)")
     parser.add_argument("--seed", type=whole, default=0)
+    parser.add_argument("--fluid-cases", type=count, default=200, help="collectives drawn for the fluid model (200)")
+    parser.add_argument("--million", action="store_true", help="look for deadlocks in a million cycles, too (minutes)")
+    parser.add_argument("--choices", action="store_true", help="plan a 70B step with its collectives open, too")
+    parser.add_argument("--device", default="h200_sxm", help="that --choices plans for (h200_sxm)")
+    parser.add_argument("--curves", type=Path, help="write a picture of latency over load here, and nothing else")
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     args = parser.parse_args(argv)
-    result = measure(torus(*args.shape), args.cycles, args.seed, lambda text: print(text, file=sys.stderr))
+    topology = torus(*args.shape)
+    if args.curves is not None:
+        draw_curves(topology, args.cycles, args.seed, args.curves, say)
+        return 0
+    result = measure(topology, args.cycles, args.seed, args.fluid_cases, say)
+    if args.million:
+        result["million_cycles"] = a_million_cycles(args.seed, say)
+    if args.choices:
+        result |= choices(args.device, 0.5, say)
     if args.json:
         print_json(result)
     else:
         Console().print(table_of(result))
+        Console().print(f"fluid model: {100 * result['fluid_error_p90']:.1f} % off at the 90th percentile")
         Console().print(f"{result['packets_per_s'] / 1e6:.1f} million hops of packets a second of CPU time (measured)")
     return 0
 

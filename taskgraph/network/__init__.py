@@ -75,6 +75,7 @@ if TYPE_CHECKING:
     from taskgraph.network.topology import (
         torus as torus,
     )
+    from taskgraph.network.worst import worst_case as worst_case
 
 _HOME = {
     "bounds": "capacity throughput_bound",
@@ -86,6 +87,7 @@ _HOME = {
     "simulator": "Outcome Routers saturation simulate",
     "topology": "Topology fat_tree from_links machines mesh ring switch torus",
     "patterns": "PATTERNS Traffic permutation traffic",
+    "worst": "worst_case",
 }
 """By the module that has them: those with compiled code are imported when they are asked for."""
 _WHERE = {name: module for module, names in _HOME.items() for name in names.split()}

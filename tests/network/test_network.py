@@ -16,6 +16,7 @@ from taskgraph.network import (
     Routers,
     Routing,
     Topology,
+    Traffic,
     capacity,
     fat_tree,
     from_links,
@@ -26,6 +27,7 @@ from taskgraph.network import (
     throughput_bound,
     torus,
     traffic,
+    worst_case,
 )
 from taskgraph.network.bounds import flows_of
 from taskgraph.network.flows import link_loads
@@ -246,3 +248,51 @@ def test_spines_limit_a_fat_tree() -> None:
 def test_every_pattern_sends_as_much_to_each_node(pattern: str) -> None:
     pairs = traffic(torus(4, 4), pattern).pairs()
     assert pairs.sum(0) == pytest.approx(1.0) and pairs.sum(1) == pytest.approx(1.0)
+
+
+@FEW
+@given(st.one_of(cases(), st.tuples(graphs(), st.just("shortest"))), st.integers(0, 2**32), st.floats(0.2, 1.0))
+def test_no_more_crosses_a_cut_than_its_links_carry(case: tuple[Topology, str], seed: int, load: float) -> None:
+    """Bisections among them: every packet goes from one side to the other, over a link of the cut once at least."""
+    topology, routing = case
+    drawn = np.random.default_rng(seed)
+    side = drawn.integers(0, 2, topology.nodes)
+    side[: topology.hosts][[0, -1]] = 0, 1
+    there = np.flatnonzero(side[: topology.hosts] == 1)
+    sends = (side == 0) & (np.arange(topology.nodes) < topology.hosts)
+    targets = np.where(sends, drawn.choice(there, topology.nodes), -1)
+    heads = topology.heads()
+    tails = np.repeat(np.arange(topology.nodes), heads.size // topology.nodes)
+    cut = int(((heads >= 0) & (side[tails] == 0) & (side[heads] == 1)).sum())
+    seen = simulate(topology, routing, Traffic("across", targets.reshape(-1, 1)), load, 500, 0, seed=seed)
+    assert seen.delivered <= cut * 500
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("routing", OF_GRIDS)
+def test_no_deadlock_in_a_million_cycles(routing: str) -> None:
+    """More than links can carry, with room for one packet a channel: where packets hold each other up most. In a ring
+    for the time that it takes; `python -m benchmarks.network --million` is the 4-ary 2-cube."""
+    topology = ring(4)
+    routers = Routers(ROUTINGS[routing].classes(topology), room=1)
+    seen = simulate(topology, routing, traffic(topology, "uniform"), 2.0, 1_000_000, 0, routers)
+    assert seen.stalled_cycles <= 2
+    assert seen.created == seen.delivered + seen.inside > 1_000_000
+
+
+@FEW
+@given(st.integers(2, 5), st.integers(2, 4))
+def test_no_permutation_is_bounded_lower_than_the_worst(a: int, b: int) -> None:
+    topology = torus(a, b)
+    worst = throughput_bound(topology, "dimension-order", worst_case(topology, "dimension-order"))
+    for seed in range(5):
+        other = permutation(topology, np.random.default_rng(seed).permutation(a * b))
+        assert worst <= throughput_bound(topology, "dimension-order", other) * (1 + 1e-9)
+    halves = throughput_bound(topology, "valiant", worst_case(topology, "valiant"))
+    assert halves >= 0.5 * capacity(topology) * (1 - 1e-9)
+
+
+def test_the_worst_for_dimension_order_is_no_better_than_transpose() -> None:
+    topology = torus(8, 8)
+    worst = throughput_bound(topology, "dimension-order", worst_case(topology, "dimension-order"))
+    assert worst <= throughput_bound(topology, "dimension-order", traffic(topology, "transpose"))
