@@ -11,8 +11,8 @@ import numpy as np
 
 from taskgraph.graph.op import ITEMSIZE, Op
 from taskgraph.runtime.gpu import experts as _registered_first  # noqa: F401
-from taskgraph.runtime.gpu.ahead.launching import Argument, Pointer, launch
-from taskgraph.runtime.gpu.ahead.products import RESERVED_BYTES, shared_bytes
+from taskgraph.runtime.gpu.ahead.launching import Argument, Pointer, launch, with_descriptors
+from taskgraph.runtime.gpu.ahead.products import RESERVED_BYTES, by_descriptors, shared_bytes
 from taskgraph.runtime.gpu.ahead.rows import floats, padded, programs
 from taskgraph.runtime.gpu.kinds import Buffer, GpuSite, Launches, register_ahead
 
@@ -69,7 +69,8 @@ def experts_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site
     made = Pointer(site.scratch(4 * room * hidden), "f32", aligned=True)
     tile = _tile(kind, room / held, site.arch)
     experts: dict[str, Argument] = {"HELD": held, "HELD_PADDED": padded(held), "HIDDEN": hidden, "INNER": inner}
-    blocks: dict[str, Argument] = {"BM": tile.rows, "BN": tile.columns, "BK": tile.depth}
+    bulk = by_descriptors((gate_up, down), down)
+    blocks: dict[str, Argument] = {"BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "BULK": bulk}
     most, room_given = room // tile.rows + held, np.int32(room)
     up_grid, down_grid = (programs(most * -(-n // tile.columns), 16, site) for n in (inner, hidden))
     wide = min(padded(hidden), 1024)
@@ -95,10 +96,13 @@ def experts_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site
         "residual": residual[0] if residual else None, "out": outs[0], "rows": np.int32(rows), "room": room_given,
         "HELD": held, "HELD_PADDED": padded(held), "HIDDEN": hidden, "N": wide,
     }  # fmt: skip
-    return [
-        launch(_JIT + "expert_lists", (held,), lists, 4, 1),
+    products = (
         launch(_JIT + "expert_up", up_grid, up, tile.warps, tile.stages),
         launch(_JIT + "expert_down", down_grid, down_given, tile.warps, tile.stages),
+    )
+    return [
+        launch(_JIT + "expert_lists", (held,), lists, 4, 1),
+        *(with_descriptors(one, 1, site) if bulk else one for one in products),
         launch(_JIT + "expert_sum", programs(rows * -(-hidden // wide), 4, site), summed, 4, 1),
     ]
 

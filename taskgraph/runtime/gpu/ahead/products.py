@@ -59,15 +59,15 @@ class Tiling:
 
 TILINGS: Final = (
     Tiling(128, 256, 64, 8, 4, 0.85), Tiling(128, 256, 64, 8, 3, 0.84), Tiling(128, 128, 64, 4, 4, 0.78),
-    Tiling(128, 128, 64, 4, 3, 0.8, blocks=2),
-    Tiling(64, 256, 64, 4, 4, 0.72), Tiling(128, 128, 32, 8, 4, 0.68), Tiling(64, 128, 64, 4, 5, 0.62),
-    Tiling(64, 128, 64, 4, 3, 0.6), Tiling(64, 64, 128, 4, 4, 0.5), Tiling(32, 64, 128, 4, 5, 0.28),
-    Tiling(32, 64, 64, 4, 4, 0.25), Tiling(16, 64, 128, 4, 5, 0.15), Tiling(16, 64, 64, 4, 5, 0.13),
-    Tiling(16, 32, 256, 4, 5, 0.1),
+    Tiling(128, 128, 64, 4, 3, 0.8, blocks=2), Tiling(64, 256, 64, 4, 4, 0.72), Tiling(128, 128, 32, 8, 4, 0.68),
+    Tiling(64, 128, 64, 4, 5, 0.62), Tiling(64, 128, 64, 4, 3, 0.6), Tiling(64, 64, 128, 4, 4, 0.5),
+    Tiling(64, 64, 64, 4, 4, 0.48), Tiling(32, 64, 128, 4, 5, 0.28), Tiling(32, 64, 64, 4, 4, 0.25),
+    Tiling(16, 64, 128, 4, 5, 0.15), Tiling(16, 64, 64, 4, 5, 0.13), Tiling(16, 32, 256, 4, 5, 0.1),
 )  # fmt: skip
 """What is tried, by what compiled code shows: no spills, at most 174 registers of a thread with a residual."""
-_LARGEST, _LARGEST_BY_LOADS = 128 * 256, 64 * 64
-"""Entries of a tile. Without bulk copies the addresses of a larger one take more registers than there are."""
+_BY_LOADS = 64
+"""Rows, columns and depth of a tile without bulk copies: the addresses of a larger one take more registers than there
+are."""
 _PLAIN = Tiling(64, 64, 32, 8, 3, 1.0)
 """Where an operand is f32, which has no tensor cores at its precision."""
 
@@ -77,17 +77,19 @@ def shared_bytes(arch: str) -> int:
     return _SHARED_KB.get(architecture(arch), _LEAST_SHARED_KB) << 10
 
 
-def tiling(m: int, n: int, sms: int, extra: int, limit: int, most: int = _LARGEST) -> Tiling:
+def tiling(m: int, n: int, sms: int, extra: int, limit: int, bulk: bool = True) -> Tiling:
     """The tiling of an (m, n) output in bf16 that takes the fewest and cheapest rounds on `sms` SMs; `extra`: how many
-    operands more the size of the output there are; `limit`: shared memory of a block; `most`: entries of a tile."""
-    fits = [t for t in TILINGS if t.fits(extra, limit) and t.rows * t.columns <= most]
+    operands more the size of the output there are; `limit`: shared memory of a block; `bulk`: whether there
+    are bulk copies."""
+    fits = [t for t in TILINGS if t.fits(extra, limit) and (bulk or max(t.rows, t.columns, t.depth) <= _BY_LOADS)]
     return min((t for t in fits if t.rows <= 16 or t.rows < 2 * m), key=lambda t: t.seconds(m, n, sms))
 
 
-def _by_descriptors(ins: Sequence[Buffer], out: Buffer) -> bool:
-    """Whether bulk copies can move all operands: every row, and so every address, a multiple of 16 bytes."""
-    aligned = all(b.address % 16 == 0 for b in (*ins, out))
-    return aligned and all(b.shape[-1] * ITEMSIZE[b.dtype] % 16 == 0 for b in (*ins, out))
+def by_descriptors(ins: Sequence[Buffer], out: Buffer) -> bool:
+    """Whether bulk copies can move all operands: factors in bf16, and every row, so every address, a multiple of 16
+    bytes."""
+    aligned = all(b.address % 16 == 0 and b.shape[-1] * ITEMSIZE[b.dtype] % 16 == 0 for b in (*ins, out))
+    return aligned and ins[0].dtype == ins[1].dtype == "bf16"
 
 
 def gemm_launches(
@@ -98,10 +100,9 @@ def gemm_launches(
     (m, k), n = x.shape, outs[0].shape[1]
     bias = extra[0] if op.attr("bias") else None
     residual = extra[-1] if op.attr("residual") else None
-    half, bulk = x.dtype == w.dtype == "bf16", _by_descriptors(ins, outs[0])
-    most = _LARGEST if bulk else _LARGEST_BY_LOADS
+    half, bulk = x.dtype == w.dtype == "bf16", by_descriptors(ins, outs[0])
     extra_tiles = int(residual is not None)
-    chosen = tiling(m, n, site.sm_count, extra_tiles, shared_bytes(site.arch), most) if half else _PLAIN
+    chosen = tiling(m, n, site.sm_count, extra_tiles, shared_bytes(site.arch), bulk) if half else _PLAIN
     tile = tile or chosen
     tiles = -(-m // tile.rows) * -(-n // tile.columns)
     grid = (max(1, min(tiles, site.sm_count * tile.blocks)),)
@@ -110,7 +111,7 @@ def gemm_launches(
         "TRANSPOSED": bool(op.attr("transpose_w")), "BM": tile.rows, "BN": tile.columns, "BK": tile.depth,
         "GROUP": GROUP,
     }  # fmt: skip
-    if half and bulk:
+    if bulk:
         made = launch(_JIT + "product_by_tiles", grid, given, tile.warps, tile.stages)
         return [with_descriptors(made, 4 if residual else 3, site)]
     return [launch(_JIT + "product", grid, given, tile.warps, tile.stages)]

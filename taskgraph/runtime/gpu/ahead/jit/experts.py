@@ -44,10 +44,13 @@ def _tile(number, counts, expert, ACROSS: tl.constexpr, BM: tl.constexpr):
 def expert_up(
     x, gate_up, tokens, counts, active, rows, room,
     HELD: tl.constexpr, HELD_PADDED: tl.constexpr, HIDDEN: tl.constexpr, INNER: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
-    """silu(gate) * up of the rows of every expert, gate first in gate_up (HELD, 2 INNER, HIDDEN), into `active`."""
+    """silu(gate) * up of the rows of every expert, gate first in gate_up (HELD, 2 INNER, HIDDEN), into `active`. BULK:
+    weights come by bulk copies, of whose tiles some reach into rows of others, which nobody keeps."""
     ACROSS: tl.constexpr = (INNER + BN - 1) // BN
+    if BULK:
+        weights = tl.make_tensor_descriptor(gate_up, [HELD * 2 * INNER, HIDDEN], [HIDDEN, 1], [BN, BK])
     each = tl.arange(0, HELD_PADDED)
     count_of = tl.load(counts + each, mask=each < HELD, other=0)
     total = tl.sum((count_of + BM - 1) // BM, 0) * ACROSS
@@ -61,11 +64,16 @@ def expert_up(
         for step in range(0, HIDDEN, BK):
             inner = step + tl.arange(0, BK)
             left = tl.load(line + inner[None, :], mask=(r < count)[:, None] & (inner < HIDDEN)[None, :], other=0.0)
-            there = (inner < HIDDEN)[:, None] & (column < INNER)[None, :]
-            right = tl.load(weight + inner[:, None], mask=there, other=0.0)
-            gate = tl.dot(left, right, gate, input_precision="ieee")
-            right = tl.load(weight + INNER * HIDDEN + inner[:, None], mask=there, other=0.0)
-            up = tl.dot(left, right, up, input_precision="ieee")
+            if BULK:
+                line_of = expert * (2 * INNER) + tile_column * BN
+                gate = tl.dot(left, weights.load([line_of, step]).T, gate)
+                up = tl.dot(left, weights.load([line_of + INNER, step]).T, up)
+            else:
+                there = (inner < HIDDEN)[:, None] & (column < INNER)[None, :]
+                right = tl.load(weight + inner[:, None], mask=there, other=0.0)
+                gate = tl.dot(left, right, gate, input_precision="ieee")
+                right = tl.load(weight + INNER * HIDDEN + inner[:, None], mask=there, other=0.0)
+                up = tl.dot(left, right, up, input_precision="ieee")
         made = gate / (1.0 + tl.exp(-gate)) * up
         target = (begin + r).to(tl.int64)
         fits = (r < count) & (target < room)
@@ -77,10 +85,12 @@ def expert_up(
 def expert_down(
     active, down, counts, made, room,
     HELD: tl.constexpr, HELD_PADDED: tl.constexpr, HIDDEN: tl.constexpr, INNER: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
-    """Those rows times down (HELD, HIDDEN, INNER), into `made`."""
+    """Those rows times down (HELD, HIDDEN, INNER), into `made`; BULK as above."""
     ACROSS: tl.constexpr = (HIDDEN + BN - 1) // BN
+    if BULK:
+        weights = tl.make_tensor_descriptor(down, [HELD * HIDDEN, INNER], [INNER, 1], [BN, BK])
     each = tl.arange(0, HELD_PADDED)
     count_of = tl.load(counts + each, mask=each < HELD, other=0)
     total = tl.sum((count_of + BM - 1) // BM, 0) * ACROSS
@@ -95,9 +105,12 @@ def expert_down(
             inner = step + tl.arange(0, BK)
             there = fits[:, None] & (inner < INNER)[None, :]
             left = tl.load(active + target[:, None] * INNER + inner[None, :], mask=there, other=0.0)
-            there = (inner < INNER)[:, None] & (column < HIDDEN)[None, :]
-            right = tl.load(weight + inner[:, None], mask=there, other=0.0)
-            total_of = tl.dot(left, right, total_of, input_precision="ieee")
+            if BULK:
+                total_of = tl.dot(left, weights.load([expert * HIDDEN + tile_column * BN, step]).T, total_of)
+            else:
+                there = (inner < INNER)[:, None] & (column < HIDDEN)[None, :]
+                right = tl.load(weight + inner[:, None], mask=there, other=0.0)
+                total_of = tl.dot(left, right, total_of, input_precision="ieee")
         here = fits[:, None] & (column < HIDDEN)[None, :]
         tl.store(made + target[:, None] * HIDDEN + column[None, :], total_of, mask=here)
 
