@@ -353,8 +353,8 @@ class Gpu:
             made = obtain(spec, self.arch)
             with driver_errors(f"load kernel {spec.describe()}"):
                 kernel = ObjectCode.from_cubin(made.code).get_kernel(made.name)
-                if made.shared_bytes > _STATIC_SHARED_BYTES:
-                    kernel.attributes.max_dynamic_shared_size_bytes = made.shared_bytes
+            if made.shared_bytes > _STATIC_SHARED_BYTES:
+                _allow_shared(kernel, made.shared_bytes)
             self._cubins[spec] = kernel, made
         return self._cubins[spec]
 
@@ -444,6 +444,14 @@ class Gpu:
 
 
 # -------------------------------------------------------------------------------------------------- work
+
+
+def _allow_shared(kernel: Any, nbytes: int) -> None:
+    """Let launches of a kernel have so much dynamic shared memory a block; cuda.core can only read that."""
+    from cuda.bindings import driver as cu
+
+    attribute = cu.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    check(f"allow {nbytes} bytes of shared memory", cu.cuKernelSetAttribute(attribute, nbytes, kernel.handle, 0))
 
 
 def launch_kernel(

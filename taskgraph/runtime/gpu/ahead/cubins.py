@@ -91,6 +91,7 @@ def architecture(name: str) -> int:
     return int(found[1])
 
 
+@lru_cache(maxsize=1)
 def triton_version() -> str:
     """The installed Triton's version, "" without one."""
     try:
@@ -101,7 +102,13 @@ def triton_version() -> str:
 
 def obtainable(spec: Specialisation, arch: str) -> bool:
     """Whether there is a cubin, or a Triton that makes it."""
-    return bool(triton_version()) or kept(spec, arch) is not None
+    return bool(triton_version()) or _kept_before(spec, arch, str(cache.user_folder()))
+
+
+@lru_cache(maxsize=4096)
+def _kept_before(spec: Specialisation, arch: str, folder: str) -> bool:
+    """Whether the cubin was kept in `folder` when this process first asked."""
+    return kept(spec, arch) is not None
 
 
 def obtain(spec: Specialisation, arch: str) -> Cubin:

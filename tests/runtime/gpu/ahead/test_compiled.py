@@ -53,8 +53,8 @@ def caches(dtype: str) -> Graph:
 @cache
 def graphs() -> tuple[Graph, ...]:
     """Steps of models, and shapes at the edges of what the rules take."""
-    bf16 = [(8, 8, 64, 32), (16, 1, 96, 64), (24, 2, 80, 48), (8, 2, 256, 32)]
-    f32 = [(8, 8, 64, 32), (32, 8, 128, 16)]
+    bf16 = [(8, 8, 64, 32), (16, 1, 96, 64), (8, 2, 256, 32)]
+    f32 = [(32, 8, 128, 16)]
     return (llama(), caches("bf16"), *(attends(*s, "bf16") for s in bf16), *(attends(*s, "f32") for s in f32))
 
 

@@ -217,6 +217,40 @@ def test_what_is_sent(folder: Path, op: Op, monkeypatch: pytest.MonkeyPatch) -> 
         gpu.load(made)
 
 
+def test_more_shared_memory_than_a_kernel_has_unasked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked for once, of the driver: cuda.core's view of a kernel's attributes cannot be written."""
+    from cuda.bindings import driver as cu
+
+    class FakeCode:
+        @staticmethod
+        def from_cubin(code: bytes) -> "FakeCode":
+            return FakeCode()
+
+        def get_kernel(self, name: str) -> "FakeKernel":
+            return FakeKernel()
+
+    class FakeKernel:
+        handle = 7
+
+    asked: list[tuple[Any, ...]] = []
+
+    def answer(*given: Any) -> tuple[cu.CUresult]:
+        asked.append(given)
+        return (cu.CUresult.CUDA_SUCCESS,)
+
+    monkeypatch.setattr("cuda.core.ObjectCode", FakeCode)
+    monkeypatch.setattr(cu, "cuKernelSetAttribute", answer)
+    gpu, spec = Gpu(Capability("NVIDIA H200", 13000, 132, (9, 0), True), None), spec_of(sample())
+    gpu.cubin(spec)
+    assert not asked
+    large = replace(obtain(spec, "sm_90"), shared_bytes=131_072)
+    monkeypatch.setattr(driver, "obtain", lambda spec, arch: large)
+    other = replace(spec, stages=2)
+    assert gpu.cubin(other) is gpu.cubin(other)
+    attribute = cu.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    assert asked == [(attribute, 131_072, 7, 0)]
+
+
 def test_registering_twice_or_without_a_reference(op: Op) -> None:
     kinds.register_ahead("add", _by_triton, _f32_alone)
     with pytest.raises(GraphError, match="'add' has Triton functions already"):
