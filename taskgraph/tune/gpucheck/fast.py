@@ -125,7 +125,10 @@ def _rmsnorm(op: Op, ins: Tensors, out: torch.Tensor) -> torch.Tensor:
 
 
 def _argmax(op: Op, ins: Tensors, out: torch.Tensor) -> torch.Tensor:
-    return ins[0].float().argmax(-1)
+    """The first of equals: torch leaves open which it takes."""
+    x = ins[0].float()
+    places = torch.arange(x.shape[-1], device=x.device)
+    return torch.where(x == x.amax(-1, keepdim=True), places, x.shape[-1]).amin(-1)
 
 
 def _add(op: Op, ins: Tensors, out: torch.Tensor) -> torch.Tensor:

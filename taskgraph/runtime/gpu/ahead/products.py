@@ -101,7 +101,7 @@ def gemm_launches(
     bias = extra[0] if op.attr("bias") else None
     residual = extra[-1] if op.attr("residual") else None
     half, bulk = x.dtype == w.dtype == "bf16", by_descriptors(ins, outs[0])
-    extra_tiles = int(residual is not None)
+    extra_tiles = (residual is not None) + ITEMSIZE[outs[0].dtype] // 2 - 1  # of two bytes an entry
     chosen = tiling(m, n, site.sm_count, extra_tiles, shared_bytes(site.arch), bulk) if half else _PLAIN
     tile = tile or chosen
     tiles = -(-m // tile.rows) * -(-n // tile.columns)

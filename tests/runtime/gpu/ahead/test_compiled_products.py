@@ -24,8 +24,14 @@ def graph(make: Callable[[tg.GraphBuilder], Value]) -> Graph:
     return b.build()
 
 
-def product(m: int, n: int, k: int) -> Graph:
-    """With a residual, as the second product of a block has."""
+def product(m: int, n: int, k: int, out: str = "bf16") -> Graph:
+    """With a residual, as the second product of a block has, or into f32, as that of the vocabulary."""
+    if out == "f32":
+        return graph(
+            lambda b: ops.gemm(
+                b.input("x", (m, k), "bf16"), b.weight("w", (n, k), "bf16"), transpose_w=True, out_dtype="f32"
+            )
+        )
     return graph(
         lambda b: ops.gemm(
             b.input("x", (m, k), "bf16"), b.weight("w", (n, k), "bf16"), residual=b.input("r", (m, n), "bf16"),
@@ -51,7 +57,8 @@ def test_products_on_96_sms_and_experts(arch: str) -> None:
     """Many rows by the largest instruction of the architecture; the 16 rows of a decode step fit too."""
     assert GPU_KINDS
     plain = product(16, 4096, 4096), product(2048, 4096, 4094)  # few rows; rows that no bulk copy can move
-    for made, many in ((product(2048, 4096, 4096), True), (routed(2048), True), *((each, False) for each in plain)):
+    large = product(2048, 4096, 4096), product(2048, 4096, 4096, "f32"), routed(2048)
+    for made, many in (*((each, True) for each in large), *((each, False) for each in plain)):
         for spec in needed(made, DrySite(96, arch)):
             cubin = obtain(spec, arch)
             assert cubin.stack_bytes == 0, f"{spec.describe()} spills: {cubin.registers} registers"
