@@ -25,7 +25,7 @@ Sections, each within its time and, on a real GPU, in a process of its own; what
 "sections", and the others go on:
 
   checks        every op kind against the cpu backend on this device, by gpu-check's own checks
-  kernels       every kernel of a step: seconds, rate, share of the published limit, and what ran it
+  kernels       every kernel of a step: seconds, rate, share of what the published rates allow, and what ran it
   products      the four products of an 8B layer by SMs: cuBLAS's ("library") and our own persistent ones ("own");
                 "of_full" is speed over that of the whole device by the library; the aim on 96 of 132 SMs is 0.70
   tiles         our own products on 96 SMs by every tile shape that fits (real GPUs)
@@ -101,7 +101,11 @@ def table(found: Mapping[str, Any]) -> Table:
     """For people."""
     made = Table("what", "value", "by", title=f"{found['device']} ({found['kind']})")
     for name, row in found["kernels"].items():
-        made.add_row(name, f"{row['seconds'] * 1e6:.1f} us, {row['rate']}, {row['share']:.2f} of the limit", row["by"])
+        made.add_row(
+            name,
+            f"{row['seconds'] * 1e6:.1f} us, {row['rate']}, {row['share']:.2f} of what {row['limit']} allows",
+            row["by"],
+        )
     for name, choices in found["products"].items():
         for choice, row in choices.items():
             speeds = ", ".join(f"{sms}: {share:.2f}" for sms, share in row["of_full"].items())

@@ -106,7 +106,8 @@ def run_checks(asked: Asked) -> Iterator[Found]:
 
 
 def kernels(asked: Asked) -> Iterator[Found]:
-    """Every kernel of a step on the whole device; those of memory against its bandwidth, others against peak."""
+    """Every kernel of a step on the whole device; `share` is the least time that the published rates of arithmetic and
+    memory allow over the time that it took: above 1 where the L2 holds what it reads."""
     bed = _Bed.of(asked)
     every = [*cases.rate_cases(cases.LARGE), *cases.step_cases(cases.LARGE), *cases.gemm_cases(cases.LARGE)]
     with bed.rig.lanes(bed.gpu.capability.sm_count) as (lane,):
@@ -124,9 +125,10 @@ def kernels(asked: Asked) -> Iterator[Found]:
             (op,) = case.graph.ops
             flops = case.fills in ("dense", "blocks")
             done = op.work.flops if flops else op.work.hbm_bytes
-            limit = bed.device.rate("bf16") if flops else bed.device.hbm_bytes_per_s
+            least = op.work.flops / bed.device.rate("bf16"), op.work.hbm_bytes / bed.device.hbm_bytes_per_s
             row = {"seconds": seconds, "per_s": done / seconds, "unit": "FLOP/s" if flops else "B/s"}
-            row |= {"rate": made.rate(seconds), "share": done / seconds / limit, "by": made.choice}
+            row |= {"rate": made.rate(seconds), "share": max(least) / seconds, "by": made.choice}
+            row["limit"] = "arithmetic" if least[0] > least[1] else "memory"
             yield {"kernels": {case.name: row}}
 
 
