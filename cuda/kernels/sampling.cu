@@ -114,18 +114,19 @@ struct Level {
 
 template <class T>
 __device__ Level descend(Bins& bins, const Row<T>& row, unsigned most, Weight heaviest) {
-    constexpr int SHIFTS[] = {21, 10, 0}, WIDTHS[] = {11, 11, 10};
     unsigned key = 0, before = 0;
     Weight weight_before = 0;
     Found at{};
-    for (int level = 0; level < 3; level++) {
-        fill(bins, row, SHIFTS[level], WIDTHS[level], key);
+#pragma unroll 1
+    for (int shift = 21; shift >= 0; shift = shift == 21 ? 10 : shift - 10) {
+        int bits = shift ? BITS : 10;
+        fill(bins, row, shift, bits, key);
         sum(bins);
         at = find(bins, most == NO_COUNT ? NO_COUNT : most - before, heaviest == NO_WEIGHT ? NO_WEIGHT : heaviest - weight_before);
         if (at.bin == BINS) return Level{true, 0, at};
         before += at.before;
         weight_before += at.weight_before;
-        key = key << WIDTHS[level] | static_cast<unsigned>(at.bin);
+        key = key << bits | static_cast<unsigned>(at.bin);
     }
     at.before = before;
     at.weight_before = weight_before;
@@ -230,14 +231,15 @@ __device__ void draw(Block block, const T* logits, const long long* likeliest, c
     if (kept) kept[r] = token;
 }
 
-#define OF_TYPE(T, NAME)                                                                                                  \
-    extern "C" __global__ void draw_##NAME(const T* logits, const long long* likeliest, const float* temperature,         \
-                                           const int* top_k, const double* top_p, const double* uniform, long long* out,  \
-                                           long long* kept, int columns, long long* fault, int nx, int ny, int nz) {      \
-        each_block(nx, ny, nz, [&](Block block) {                                                                         \
-            draw(block, logits, likeliest, temperature, top_k, top_p, uniform, out, kept, columns, fault);                \
-        });                                                                                                               \
-    }                                                                                                                     \
+#define OF_TYPE(T, NAME)                                                                                              \
+    extern "C" __global__ void __launch_bounds__(DRAWERS)                                                             \
+        draw_##NAME(const T* logits, const long long* likeliest, const float* temperature, const int* top_k,          \
+                    const double* top_p, const double* uniform, long long* out, long long* kept, int columns,         \
+                    long long* fault, int nx, int ny, int nz) {                                                       \
+        each_block(nx, ny, nz, [&](Block block) {                                                                     \
+            draw(block, logits, likeliest, temperature, top_k, top_p, uniform, out, kept, columns, fault);            \
+        });                                                                                                           \
+    }                                                                                                                 \
     EXPORT(draw_##NAME)
 OF_TYPE(float, f32)
 OF_TYPE(bf16, bf16)

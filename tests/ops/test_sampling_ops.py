@@ -1,5 +1,9 @@
 """Draws on a GPU: token by token those of the cpu backend, which are those of the definition."""
 
+import re
+import subprocess
+import tempfile
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +11,7 @@ import torch
 import taskgraph as tg
 from taskgraph import ops
 from taskgraph.graph.graph import Graph, GraphBuilder
+from taskgraph.runtime.gpu import driver
 from tests.cases_sampling import drawn
 from tests.conftest import Call
 
@@ -78,3 +83,20 @@ def wrong_places() -> None:
         assert exe(t=two[0], s=two[1], k=kept_now)["fed.out"].tolist() == [0, 9]
         with pytest.raises(tg.ExecutionError, match=r"'fed' was given the index 3"):
             exe(t=two[0], s=torch.tensor([-1, 3], dtype=torch.int32), k=kept_now)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_a_block_of_drawers_fits_the_registers_of_an_sm(arch: str) -> None:
+    """512 threads of the 65,536 registers (CUDA Programming Guide, compute capabilities), none of them spilled; a
+    division may be a call, with a few bytes of stack."""
+    knobs = pytest.importorskip("triton").knobs  # which brings cuobjdump
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(driver.compiled(driver.kernel_folder() / "sampling.cu", arch))
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = re.findall(r"Function draw_\w+:\s+REG:(\d+) STACK:(\d+)", text)
+    assert len(found) == 2
+    for registers, stack in found:
+        assert 512 * int(registers) <= 65536
+        assert int(stack) <= 16
