@@ -20,7 +20,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from taskgraph import cache
+from taskgraph import cache, compiling
 from taskgraph.errors import BackendUnavailable
 
 Constant = int | float | bool | str | None
@@ -118,6 +118,7 @@ def obtain(spec: Specialisation, arch: str) -> Cubin:
     with _compiling:
         found = kept(spec, arch)
         if found is None:
+            compiling.begin(spec.name)
             found = _compiled(spec, arch)
             _keep(spec, found)
         return found

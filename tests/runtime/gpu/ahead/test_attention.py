@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import taskgraph as tg
 from taskgraph.graph.graph import Graph
@@ -86,9 +88,9 @@ def decoded(
     tables, count = tables_for(lengths, shape.rows)
     stored, plain = pools(shape, count, dtype)
     q = torch.randn(len(lengths), shape.heads, shape.dim).to(TYPES[dtype])
-    given = {"q": q, "lengths": torch.tensor(lengths, dtype=torch.int32), "tables": tables}
+    values = {"q": q, "lengths": torch.tensor(lengths, dtype=torch.int32), "tables": tables}
     graph = decode_graph(shape, len(lengths), tables.shape[1], count, dtype)
-    return compared(interpret, graph, given | stored, given | plain, sms, arch)
+    return compared(interpret, graph, values | stored, values | plain, sms, arch)
 
 
 CASES = [
@@ -143,6 +145,17 @@ def test_decode_says_what_it_cannot_use(
     wanted = by_cpu(decode_graph(shape, 2, 3, count, "bf16"), given | good | stored)["mixed.out"]
     torch.testing.assert_close(done.tensors["mixed.out"][0], wanted[0], rtol=1.6e-2, atol=1.6e-2)
     assert done.tensors["mixed.out"].isfinite().all()
+
+
+@settings(max_examples=12, deadline=None)
+@given(data=st.data())
+def test_decode_of_any_lengths_on_any_sms(interpret: Interpret, data: st.DataObject) -> None:
+    """However the line of work is cut."""
+    kv = data.draw(st.integers(1, 3))
+    shape = Shape(kv * data.draw(st.integers(1, 3)), kv, 32, data.draw(st.sampled_from([32, 64])))
+    lengths = data.draw(st.lists(st.integers(0, 400), min_size=1, max_size=6))
+    arch = data.draw(st.sampled_from(["sm_80", "sm_90"]))
+    decoded(interpret, shape, lengths, "bf16", data.draw(st.integers(1, 9)), arch)
 
 
 # ----------------------------------------------------------------------------------------------- prefill
@@ -211,6 +224,18 @@ def test_prefill_in_f32(interpret: Interpret, shape: Shape, chunks: Chunks, sms:
 @pytest.mark.parametrize("shape, chunks, sms", CHUNKS)
 def test_prefill_in_bf16(interpret: Interpret, shape: Shape, chunks: Chunks, sms: int) -> None:
     prefilled(interpret, shape, chunks, "bf16", sms)
+
+
+@settings(max_examples=12, deadline=None)
+@given(data=st.data())
+def test_prefill_of_any_chunks_on_any_sms(interpret: Interpret, data: st.DataObject) -> None:
+    kv = data.draw(st.integers(1, 2))
+    shape = Shape(kv * data.draw(st.integers(1, 3)), kv, 32, data.draw(st.sampled_from([32, 64])))
+    rows = data.draw(st.lists(st.integers(0, 90), min_size=1, max_size=4).filter(any))
+    keys = [n and n + data.draw(st.integers(0, 150)) for n in rows]
+    chunks = Chunks(tuple(rows), tuple(keys), behind=data.draw(st.integers(0, 3)))
+    arch = data.draw(st.sampled_from(["sm_80", "sm_90"]))
+    prefilled(interpret, shape, chunks, "bf16", data.draw(st.integers(1, 9)), arch)
 
 
 def test_prefill_with_tiles_of_an_older_gpu(interpret: Interpret) -> None:

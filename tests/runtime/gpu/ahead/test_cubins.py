@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import taskgraph as tg
+from taskgraph import compiling
 from taskgraph.errors import BackendUnavailable, GraphError
 from taskgraph.graph.op import Op
 from taskgraph.runtime.gpu import driver, kinds
@@ -61,9 +62,12 @@ def test_arguments_say_the_specialisation() -> None:
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
 def test_a_cubin_is_kept_and_needs_no_triton_then(folder: Path, monkeypatch: pytest.MonkeyPatch, arch: str) -> None:
-    spec = spec_of(sample())
+    spec, told = spec_of(sample()), []
     assert kept(spec, arch) is None
+    others = compiling.listen(lambda name, before: told.append(name))
     made = obtain(spec, arch)
+    compiling.listen(others)
+    assert told == ["scaled"], "whoever shows progress is told"
     assert made.name == "scaled" and made.arch == arch and made.warps == 2 and made.code[:4] == b"\x7fELF"
     assert made.parameters == (8, 8, 4, 4, 8, 8) and made.registers > 0 and made.stack_bytes == 0
     assert not list(folder.rglob("*.ptx"))
