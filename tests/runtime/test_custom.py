@@ -139,6 +139,30 @@ def test_what_an_op_must_not_do_names_it_at_every_replay(function: Any, dtype: s
             KEPT.clear()
 
 
+@pytest.mark.parametrize("by_torch", [True, False])
+@pytest.mark.parametrize("function", REFUSED, ids=lambda f: f.__name__)
+def test_what_an_op_does_only_later_is_noticed_too(function: Any, by_torch: bool) -> None:
+    """After calls that did nothing wrong, whether torch counted their writes or NumPy made them unseen."""
+    calls: list[int] = []
+
+    def at_last(x: Any, s: Any, out: Any) -> Any:
+        calls.append(1)
+        if len(calls) > 3:
+            return function(x, s, out)
+        if by_torch:
+            out.copy_(x)
+        else:
+            out.numpy()[:] = x.numpy()
+        return None
+
+    with compiled(at_last) as exe:
+        for _ in range(3):
+            assert torch.equal(exe(x=torch.ones(2, 3))["y"], torch.ones(2, 3))
+        with pytest.raises(ExecutionError, match=f"op 'mine'.*({REFUSED[function]})"):
+            exe(x=torch.ones(2, 3))
+        KEPT.clear()
+
+
 def returns_its_output(x: Any, s: Any, out: Any) -> Any:
     return torch.mul(x, 2, out=out)
 
