@@ -13,7 +13,7 @@ from taskgraph.graph.graph import Graph, GraphBuilder
 from taskgraph.models.config import ModelConfig, Yarn
 from taskgraph.models.llama import step_graph
 from taskgraph.runtime.cpu.kinds import TORCH_DTYPE
-from taskgraph.runtime.gpu.kinds import Buffer
+from taskgraph.runtime.gpu.kinds import Buffer, DrySite
 from taskgraph.runtime.gpu.standard import launches
 from tests.conftest import Call
 from tests.ops.test_experts import LATENT_TINY, MOE_TINY
@@ -99,4 +99,4 @@ def test_what_the_kernels_do_not_do_is_refused() -> None:
     b.output(ops.route(b.input("l", (1, 600), "f32"), spec=ops.RouteSpec(2)))
     (op,) = b.build().ops
     with pytest.raises(BackendUnavailable, match="512 experts; got 600"):
-        launches(op, [Buffer(0, (1, 600), "f32")], [Buffer(0, (1, 600), "f32")], None)  # type: ignore[arg-type]
+        launches(op, [Buffer(0, (1, 600), "f32")], [Buffer(0, (1, 600), "f32")], DrySite(132, ""))
