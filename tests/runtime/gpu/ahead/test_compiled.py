@@ -101,3 +101,17 @@ def test_attention_multiplies_on_tensor_cores_and_copies_in_bulk(arch: str) -> N
             assert product in asm and "cp.async.cg" in asm
         found.add(kind)
     assert {"paged_decode", "paged_prefill"} <= found
+
+
+@pytest.mark.slow
+def test_decode_keeps_enough_bytes_on_their_way() -> None:
+    """All blocks of its grid are on the SMs at a time, and one tile of keys and values each, at the least, is what
+    110 GB/s an SM take over a round trip of 0.7 us."""
+    launch, cubin = next((made, c) for made, c in made_on("sm_90", llama()) if c.name == "decode")
+    assert isinstance(launch.source, Specialisation)
+    blocks = launch.grid[0] / 132
+    registers = -(-cubin.registers // 8) * 8 * 32 * cubin.warps
+    assert blocks * (cubin.shared_bytes + 1024) <= 228 * 1024 and blocks * registers <= 65536
+    constants = dict(launch.source.constants)
+    tile = 2 * 2 * int(constants["N"] or 0) * int(constants["CHANNELS"] or 0)
+    assert blocks * tile >= 110e9 * 0.7e-6
