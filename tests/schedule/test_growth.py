@@ -6,11 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from hypothesis import given
-from hypothesis import strategies as st
 
 import taskgraph as tg
-from taskgraph.schedule.verify import Claims
 
 SMALL, LARGE = 1_000, 8_000
 
@@ -63,12 +60,3 @@ def test_declaring_planning_and_checking_a_large_graph_is_about_linear() -> None
     times = LARGE / SMALL
     for what, seconds in took[LARGE].items():
         assert seconds < 3 * times * took[SMALL][what] + 0.01, (what, took)  # a quadratic one takes 8 times as many
-
-
-@given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 20)), max_size=30))
-def test_claims_are_those_of_every_byte(ranges: list[tuple[int, int]]) -> None:
-    claims, owner = Claims(), [""] * 64
-    for i, (start, size) in enumerate(ranges):
-        had = {who for who in owner[start : start + size] if who}
-        assert set(claims.take(start, start + size, str(i))) == had
-        owner[start : start + size] = [str(i)] * size

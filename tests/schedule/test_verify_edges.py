@@ -16,7 +16,7 @@ from taskgraph.graph.graph import Graph, GraphBuilder
 from taskgraph.graph.op import Demand, Work, spec
 from taskgraph.schedule.plan import Bounds, Lane, Period, Plan, Slot, Span, Step, Timeline, Verdict
 from taskgraph.schedule.sliced import resident_bytes, verify
-from taskgraph.schedule.verify import check_readable, check_timeline, collectives_in_order
+from taskgraph.schedule.verify import Claims, check_readable, check_timeline, collectives_in_order
 from tests.schedule.test_verify import H100, diamond, packed, sequential, with_slot, with_span, with_step
 
 WORK = Work(flops=1.0)
@@ -382,3 +382,12 @@ def test_a_plan_passes_just_when_no_pair_of_steps_or_tensors_is_wrong(
         assert wrong in refused(plan, graph)
     else:
         verify(plan, graph)
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 20)), max_size=30))
+def test_claims_are_those_of_every_byte(ranges: list[tuple[int, int]]) -> None:
+    claims, owner = Claims(), [""] * 64
+    for i, (start, size) in enumerate(ranges):
+        had = {who for who in owner[start : start + size] if who}
+        assert set(claims.take(start, start + size, str(i))) == had
+        owner[start : start + size] = [str(i)] * size
