@@ -107,6 +107,7 @@ class Compiled:
     """A graph of Dynamo's: what torch.compile calls in its place."""
 
     def __init__(self, gm: fx.GraphModule, examples: Sequence[Any], options: Options, reason: str) -> None:
+        getattr(gm, "real_recompile", list)()  # torch writes the code late; `forward` would look at each call for it
         self.eager: Callable[..., Any] = gm.forward
         self._gm, self._options, self.reason = gm, options, reason
         self._static = [_is_static(node, ex) for node, ex in zip(_placeholders(gm), examples, strict=True)]
