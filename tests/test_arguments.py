@@ -253,6 +253,7 @@ def value_calls() -> dict[str, Call]:
         "Verdict": (tg.Verdict, verdict),
         "Plan": (tg.Plan, plan),
         "Tuned": (tg.Tuned, tuned),
+        "Chosen": (tg.Chosen, {"label": "as given", "graph": GRAPH, "plan": PLAN, "makespans_s": {"as given": 1.0}}),
     }  # fmt: skip
 
 
@@ -281,6 +282,9 @@ def function_calls(s: Shop) -> dict[str, Call]:
         "Plan.partition": (PLAN.partition, {"lane": 0}),
         "Plan.sms": (PLAN.sms, {"step": 0}),
         "plan": (tg.plan, {"graph": GRAPH, "device": "h100_sxm", "scheduler": "list", **search}),
+        "plan_collectives": (tg.plan_collectives, {"graph": GRAPH, "device": "h100_sxm", "scheduler": "list", **search}),
+        "devices.networked": (tg.devices.networked, {"device": "h100_sxm", "value": "torus:2x2", "routing": "goal",
+                                                     "algorithm": "ring"}),
         "verify": (tg.verify, {"plan": PLAN, "graph": GRAPH, "memory": True}),
         "audit": (tg.audit, {"plan": PLAN, "graph": GRAPH}),
         "compile": (tg.compile, {"graph": GRAPH, "plan": PLAN, "backend": "sim", **made}),

@@ -2,18 +2,18 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from taskgraph.cost.model import op_table
-from taskgraph.errors import GraphError
+from taskgraph.errors import GraphError, PlanError
 from taskgraph.graph.device import Device, get
 from taskgraph.graph.graph import Graph
 from taskgraph.network.collectives import ALGORITHMS, lacking
 from taskgraph.ops import COLLECTIVES
-from taskgraph.record import instance
+from taskgraph.record import function, instance, typed
 from taskgraph.rewrite.collectives import collective_variants
 from taskgraph.schedule.plan import Plan
 from taskgraph.schedule.planner import plan
+from taskgraph.schedule.problem import Costs
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +27,21 @@ class Chosen:
     plan: Plan
     makespans_s: Mapping[str, float]
 
+    def __post_init__(self) -> None:
+        typed(self, PlanError)
 
-def plan_collectives(graph: Graph, device: str | Device = "cpu", scheduler: str = "auto", **options: Any) -> Chosen:
-    """Plan every choice of collectives as `plan` would (`options` are its), and keep the shortest.
+
+def plan_collectives(
+    graph: Graph,
+    device: str | Device = "cpu",
+    scheduler: str = "auto",
+    *,
+    budget_s: float = 1.0,
+    seed: int = 0,
+    nano_batches: bool = True,
+    costs: Costs = op_table,
+) -> Chosen:
+    """Plan every choice of collectives as `plan` would, by its arguments, and keep the shortest.
 
     A choice is a rewrite (`rewrite.collective_variants`: a gather takes weights sharded by columns) and, on a device
     with a network, an algorithm for all collectives, or for each the one that is fastest alone. So the result is never
@@ -37,17 +49,21 @@ def plan_collectives(graph: Graph, device: str | Device = "cpu", scheduler: str 
     same seconds are planned once. Raises what `plan` raises."""
     instance("the graph", graph, Graph, GraphError, "Take what GraphBuilder.build returned.")
     target = get(device)
+    function("costs", costs, PlanError)
     variants = {"as given": graph, **collective_variants(graph)}
     found: dict[str, tuple[Graph, Plan]] = {}
     for variant, made in variants.items():
         seen = set[tuple[float, ...]]()
         for label, on in _algorithms(made, target):
-            times = _collective_seconds(made, on)
+            times = _collective_seconds(made, on, costs)
             if times not in seen:
                 seen.add(times)
-                found[f"{variant}{label}"] = made, plan(made, on, scheduler, **options)
-    label, (best, planned) = min(found.items(), key=lambda each: each[1][1].makespan_s)
-    return Chosen(label, best, planned, {name: each.makespan_s for name, (_, each) in found.items()})
+                planned = plan(
+                    made, on, scheduler, budget_s=budget_s, seed=seed, nano_batches=nano_batches, costs=costs
+                )
+                found[f"{variant}{label}"] = made, planned
+    label, (best, shortest) = min(found.items(), key=lambda each: each[1][1].makespan_s)
+    return Chosen(label, best, shortest, {name: each.makespan_s for name, (_, each) in found.items()})
 
 
 def _algorithms(graph: Graph, device: Device) -> Iterator[tuple[str, Device]]:
@@ -62,8 +78,8 @@ def _algorithms(graph: Graph, device: Device) -> Iterator[tuple[str, Device]]:
             yield f", by {name}", replace(device, network=replace(network, algorithm=name))
 
 
-def _collective_seconds(graph: Graph, device: Device) -> tuple[float, ...]:
+def _collective_seconds(graph: Graph, device: Device, costs: Costs) -> tuple[float, ...]:
     """Seconds of every collective on each legal partition: what an algorithm changes."""
-    table = op_table(graph.flat(), device, device.partition_sizes())
+    table = costs(graph.flat(), device, device.partition_sizes())
     rows = [i for i, op in enumerate(graph.flat().ops) if op.kind in COLLECTIVES]
     return tuple(table.seconds[rows].reshape(-1).tolist())
