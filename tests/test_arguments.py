@@ -262,6 +262,7 @@ def function_calls(s: Shop) -> dict[str, Call]:
     sim = SimExecutable(GRAPH, PLAN)
     report = {"facts": {"a": "b"}, "table": [("x", "y"), ("1", "2")], "utilisation": {"sm": [(0.0, 0.5)]}}
     search = {"budget_s": 0.01, "seed": 0, "nano_batches": True}
+    planned = {"graph": GRAPH, "device": "h100_sxm", "scheduler": "list", **search}
     tune = {"backend": "sim", "budget_s": 0.2, "device": "h100_sxm", "seed": 0, "database": store, "tensors": {},
             "functions": {}, "fresh": True, "progress": None}  # fmt: skip
     changes = {"sm_count": 64, "flops_per_s": {"f32": 1e12}}
@@ -281,8 +282,8 @@ def function_calls(s: Shop) -> dict[str, Call]:
         "Plan.save": (PLAN.save, {"path": s.folder / "plan.json"}),
         "Plan.partition": (PLAN.partition, {"lane": 0}),
         "Plan.sms": (PLAN.sms, {"step": 0}),
-        "plan": (tg.plan, {"graph": GRAPH, "device": "h100_sxm", "scheduler": "list", **search}),
-        "plan_collectives": (tg.plan_collectives, {"graph": GRAPH, "device": "h100_sxm", "scheduler": "list", **search}),
+        "plan": (tg.plan, planned),
+        "plan_collectives": (tg.plan_collectives, planned),
         "devices.networked": (tg.devices.networked, {"device": "h100_sxm", "value": "torus:2x2", "routing": "goal",
                                                      "algorithm": "ring"}),
         "verify": (tg.verify, {"plan": PLAN, "graph": GRAPH, "memory": True}),
