@@ -86,6 +86,7 @@ class Decoder(Compiled):
 
     def __init__(self, gm: fx.GraphModule, examples: Sequence[Any], options: Options, reason: str) -> None:
         super().__init__(gm, examples, options, reason)
+        self.unpadded = {}  # tokens are padded by what vLLM says of them, not by a proof
         nodes = gm.graph.find_nodes(op="placeholder")
         seen = [node.meta.get("example_value", ex) for node, ex in zip(nodes, examples, strict=True)]
         self._counts = [i for i, value in enumerate(seen) if isinstance(value, torch.SymInt)]
