@@ -26,7 +26,7 @@ _ATEN: Final = ("default", "out")
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class Strided:
     """How a tensor lies in its memory, from the first byte on: sizes and strides in elements, as torch has them."""
 
     size: tuple[int, ...]
@@ -36,10 +36,10 @@ class Layout:
     """Whether torch conjugates or negates the elements only when it reads them."""
 
     @staticmethod
-    def of(tensor: torch.Tensor) -> "Layout":
+    def of(tensor: torch.Tensor) -> "Strided":
         """The layout of a tensor; its offset is not part of it."""
         lazy = tensor.is_conj() or tensor.is_neg()
-        return Layout(tuple(map(int, tensor.shape)), tuple(map(int, tensor.stride())), tensor.dtype, lazy)
+        return Strided(tuple(map(int, tensor.shape)), tuple(map(int, tensor.stride())), tensor.dtype, lazy)
 
     @property
     def elements(self) -> int:
@@ -106,9 +106,9 @@ class Layout:
         return [list(self.size), list(self.stride), str(self.dtype).removeprefix("torch.")]
 
     @staticmethod
-    def from_json(body: list[Any]) -> "Layout":
+    def from_json(body: list[Any]) -> "Strided":
         """What `to_json` wrote."""
-        return Layout(tuple(body[0]), tuple(body[1]), getattr(torch, body[2]))
+        return Strided(tuple(body[0]), tuple(body[1]), getattr(torch, body[2]))
 
 
 def our_dtype(dtype: torch.dtype) -> str | None:

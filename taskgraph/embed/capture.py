@@ -7,9 +7,9 @@ from typing import Any, Final
 import torch
 
 import taskgraph as tg
-from taskgraph.embed.calls import Layout, leaves, mapped
+from taskgraph.embed.calls import Strided, leaves, mapped
 from taskgraph.embed.kinds import ATEN
-from taskgraph.embed.lower import Lowered, Place, memory_of
+from taskgraph.embed.lower import Lowered, Residence, memory_of
 from taskgraph.embed.padding_rules import Rows
 from taskgraph.embed.planning import planned
 
@@ -93,14 +93,14 @@ class Captured:
         """What makes the results of a call: copies of what `cut` leaves of outputs, and arguments that are returned."""
         outputs, roles = self.lowered.outputs, {t.name: t.role for t in self.lowered.graph.tensors}
         made, source_of = self._exe.outputs, {p.tensor: i for i, p in enumerate(self.lowered.sources) if p is not None}
-        places = [p.tensor for p in leaves(outputs) if isinstance(p, Place)]
+        places = [p.tensor for p in leaves(outputs) if isinstance(p, Residence)]
         plain: list[tuple[Any, ...]] = []
         for number, p in enumerate(leaves(outputs)):
-            if not isinstance(p, Place):
+            if not isinstance(p, Residence):
                 plain.append((0, p))
             elif roles.get(p.tensor, "input") == "activation":
                 view = p.of(made[p.tensor])
-                simple = places.count(p.tensor) == 1 and Layout.of(view).dense
+                simple = places.count(p.tensor) == 1 and Strided.of(view).dense
                 plain.append((1, cut(number, view)) if simple else (2, p, number))
             else:
                 plain.append((3, p, number, source_of.get(p.tensor)))

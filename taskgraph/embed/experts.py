@@ -8,7 +8,7 @@ from typing import Any, Final
 import torch
 
 import taskgraph as tg
-from taskgraph.embed.calls import Layout, text_of
+from taskgraph.embed.calls import Strided, text_of
 from taskgraph.embed.flow import Use
 from taskgraph.embed.lower import Match, NoFit, Recognised, Site, operand_texts
 from taskgraph.embed.match import Matcher
@@ -109,7 +109,7 @@ def _routing(site: Site, found: _Found, shape: tuple[int, int], name: str) -> tg
     """A matrix (t, experts) of the weights, zero where a token does not go."""
     rows = (shape[0], found.top_k)
     values, body = operand_texts(site, [found.places, found.weights], [rows, rows])
-    body["out"] = [Layout(shape, (shape[1], 1), torch.float32).to_json()]
+    body["out"] = [Strided(shape, (shape[1], 1), torch.float32).to_json()]
     work = tg.Work(flops=float(rows[0] * rows[1]), hbm_bytes=float(4 * shape[0] * shape[1] + 16 * rows[0] * rows[1]))
     spec = tg.spec(f"{name}.out", shape, "f32")
     (made,) = site.builder.op((ROUTING, {"program": text_of(body)}), values, [spec], work, name)

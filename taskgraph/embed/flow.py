@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
-from taskgraph.embed.calls import Layout, OpOverload, leaves, mapped, written_arguments
+from taskgraph.embed.calls import OpOverload, Strided, leaves, mapped, written_arguments
 from taskgraph.errors import GraphError
 
 MOST_CONSTANT_BYTES: Final = 64 << 20
@@ -68,7 +68,7 @@ class Leaf:
     the storage)."""
 
     storage: int
-    layout: Layout
+    layout: Strided
     view: View | None = None
     offset: int = 0
 
@@ -126,7 +126,7 @@ class Flow:
         self.sources: list[int | None] = []
         """The leaf of each placeholder; None for one that is no tensor."""
 
-    def layout(self, use: Use) -> Layout:
+    def layout(self, use: Use) -> Strided:
         """The layout of a leaf."""
         return self.leaves[use.leaf].layout
 
@@ -138,7 +138,7 @@ class Flow:
         """Whether it is all of its storage, as it lies."""
         return self.leaves[use.leaf].view is None
 
-    def fresh(self, name: str, layout: Layout, role: str = "activation") -> int:
+    def fresh(self, name: str, layout: Strided, role: str = "activation") -> int:
         """The leaf of new memory."""
         self.leaves.append(Leaf(len(self.storages), layout))
         self.storages.append(Storage(name, role, len(self.leaves) - 1))
@@ -158,7 +158,7 @@ def flow_of(graph: fx.GraphModule, sources: Sequence[Source], *, fold: bool = Tr
 
 def faked(mode: FakeTensorMode, value: torch.Tensor) -> torch.Tensor:
     """A fake of the tensor over memory of its own, from its first byte on; row by row if it is not dense."""
-    layout = Layout.of(value)
+    layout = Strided.of(value)
     stride = layout.stride if layout.dense and not layout.lazy else torch.empty(layout.size, device="meta").stride()
     with mode:
         return torch.empty_strided(layout.size, stride, dtype=value.dtype, device=value.device)
@@ -266,7 +266,7 @@ class _Tracer:
     # -- calls -----------------------------------------------------------------------------------
 
     def _enter(self, name: str, fake: torch.Tensor, role: str = "activation") -> int:
-        leaf = self.flow.fresh(name, Layout.of(fake), role)
+        leaf = self.flow.fresh(name, Strided.of(fake), role)
         self._know(fake, leaf)
         self._storage[_memory(fake)] = self.flow.leaves[leaf].storage
         return leaf
@@ -328,13 +328,13 @@ class _Tracer:
         for i, fake in enumerate(results):
             if id(fake) in self._known:
                 continue
-            if Layout.of(fake) == Layout.of(here) and fake.storage_offset() == here.storage_offset():
+            if Strided.of(fake) == Strided.of(here) and fake.storage_offset() == here.storage_offset():
                 self._know(fake, base.leaf)  # the same tensor by another name
                 continue
             self.flow.leaves.append(
                 Leaf(
                     self.flow.leaves[base.leaf].storage,
-                    Layout.of(fake),
+                    Strided.of(fake),
                     View(base.leaf, target, tuple(args[1:]), kwargs, None if single else i),
                     int(fake.storage_offset()),
                 )

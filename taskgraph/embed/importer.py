@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 import taskgraph as tg
 from taskgraph.embed.calls import leaves, mapped
 from taskgraph.embed.flow import Flow, Source, Unsupported, flow_of
-from taskgraph.embed.lower import Lowered, Place, Recognised, lower
+from taskgraph.embed.lower import Lowered, Recognised, Residence, lower
 from taskgraph.embed.patterns import recognise
 from taskgraph.errors import GraphError
 
@@ -29,7 +29,7 @@ class Imported:
     outputs: tuple[str, ...]
     recognised: tuple[Recognised, ...] = field(repr=False, default=())
     _lowered: Lowered | None = field(repr=False, default=None)
-    _inputs: tuple[tuple[int, Place], ...] = field(repr=False, default=())
+    _inputs: tuple[tuple[int, Residence], ...] = field(repr=False, default=())
     _in_tree: Any = field(repr=False, default=None)
     _out_tree: Any = field(repr=False, default=None)
 
@@ -44,7 +44,7 @@ class Imported:
             )
         return {place.tensor: self._fits(place, flat[i]) for i, place in self._inputs}
 
-    def _fits(self, place: Place, value: Any) -> torch.Tensor:
+    def _fits(self, place: Residence, value: Any) -> torch.Tensor:
         wanted = place.layout
         if not isinstance(value, torch.Tensor) or (tuple(value.shape), value.dtype) != (wanted.size, wanted.dtype):
             got = f"{value.dtype}{list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
@@ -64,7 +64,7 @@ class Imported:
         have = {**self.tensors, **(given or {}), **made}
 
         def one(value: Any) -> Any:
-            if not isinstance(value, Place):
+            if not isinstance(value, Residence):
                 return value
             if value.tensor not in have:
                 raise GraphError(f"the module returns its argument {value.tensor!r}; give results() what feed() made.")
@@ -163,7 +163,7 @@ def _imported(program: torch.export.ExportedProgram, flow: Flow, lowered: Lowere
             number += 1
     call = program.call_spec
     used = {t.name for t in lowered.graph.tensors}
-    outputs = tuple(dict.fromkeys(p.tensor for p in leaves(lowered.outputs) if isinstance(p, Place)))
+    outputs = tuple(dict.fromkeys(p.tensor for p in leaves(lowered.outputs) if isinstance(p, Residence)))
     return Imported(
         lowered.graph,
         lowered.tensors,

@@ -17,7 +17,7 @@ from taskgraph.cost.families.attention import DecodeShape, PrefillShape
 from taskgraph.cost.families.gemm import GemmShape
 from taskgraph.cost.family import Kernel
 from taskgraph.embed import kernels
-from taskgraph.embed.calls import Layout, decoded, leaves, mapped, out_variant, target_of
+from taskgraph.embed.calls import Strided, decoded, leaves, mapped, out_variant, target_of
 from taskgraph.errors import BackendUnavailable
 from taskgraph.graph.op import ITEMSIZE, Op, Work
 from taskgraph.ops.kinds import Kind, Output, register
@@ -55,8 +55,8 @@ def taken(base: torch.Tensor, views: list[Any]) -> torch.Tensor:
 def bind_aten(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
     """The call, with its views taken of these buffers, writing straight into the output where torch can."""
     body = json.loads(str(op.attr("program")))
-    given = [Layout.from_json(text).on(t) for text, t in zip(body["in"], ins, strict=True)]
-    made = [Layout.from_json(text).on(t) for text, t in zip(body["out"], outs, strict=True)]
+    given = [Strided.from_json(text).on(t) for text, t in zip(body["in"], ins, strict=True)]
+    made = [Strided.from_json(text).on(t) for text, t in zip(body["out"], outs, strict=True)]
 
     def tensor(text: dict[str, Any]) -> torch.Tensor:
         base = given[text["i"]] if "i" in text else made[text["o"]]
@@ -149,10 +149,10 @@ register_on_cpu(ATEN, bind_aten, TORCH)
 def operands_of(op: Op, ins: Tensors, outs: Tensors) -> tuple[list[torch.Tensor], torch.Tensor]:
     """The operands of an op of this room, as views of its inputs, and its output as torch has it."""
     body = json.loads(str(op.attr("program")))
-    given = [Layout.from_json(text).on(t) for text, t in zip(body["in"], ins, strict=True)]
+    given = [Strided.from_json(text).on(t) for text, t in zip(body["in"], ins, strict=True)]
     views = [taken(given[text["i"]], text["v"]) for text in body["operands"]]
     views = [t.view(text["as"]) if "as" in text else t for t, text in zip(views, body["operands"], strict=True)]
-    return views, Layout.from_json(body["out"][0]).on(outs[0])
+    return views, Strided.from_json(body["out"][0]).on(outs[0])
 
 
 def stated_kind(name: str, attrs: Mapping[str, str], bind: Any, by: str) -> None:

@@ -13,7 +13,7 @@ import torch
 
 import taskgraph as tg
 from taskgraph.embed import work
-from taskgraph.embed.calls import Layout, encoded, leaves, mapped, name_of, our_dtype, text_of
+from taskgraph.embed.calls import Strided, encoded, leaves, mapped, name_of, our_dtype, text_of
 from taskgraph.embed.flow import Call, Flow, Unsupported, Use
 from taskgraph.embed.kinds import ATEN
 from taskgraph.errors import GraphError
@@ -24,11 +24,11 @@ Buffer = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Residence:
     """Where a result is: the tensor of the graph, how it lies there, and the views to take of it, the first first."""
 
     tensor: str
-    layout: Layout
+    layout: Strided
     shape: tuple[int, ...]
     views: tuple[tuple[Any, ...], ...] = ()
 
@@ -57,7 +57,7 @@ class Lowered:
     graph: tg.Graph
     tensors: dict[str, torch.Tensor]
     """Weights, states and constants by name, as the graph's tensors have them."""
-    sources: list[Place | None]
+    sources: list[Residence | None]
     outputs: Any
     """As the module returns it: Places, and values that are no tensors."""
     recognised: tuple[Recognised, ...] = ()
@@ -82,7 +82,7 @@ class Site:
         """The graph's tensor that a use lies in."""
         return self.values[self.buffer(use)]
 
-    def root(self, use: Use) -> Layout:
+    def root(self, use: Use) -> Strided:
         """How the whole of a use's storage lies in the graph's tensor."""
         return self.flow.leaves[self.flow.storage(use).whole].layout
 
@@ -116,7 +116,7 @@ def lower(name: str, flow: Flow, matches: Sequence["Match"] = ()) -> Lowered:
             emit_call(site, flow.calls[i])
     outputs = _outputs(site)
     graph = site.builder.build()
-    used = {n for op in graph.ops for n in op.inputs} | {p.tensor for p in leaves(outputs) if isinstance(p, Place)}
+    used = {n for op in graph.ops for n in op.inputs} | {p.tensor for p in leaves(outputs) if isinstance(p, Residence)}
     kept = tuple(t for t in graph.tensors if t.role == "activation" or t.name in used or t.name in graph.outputs)
     graph = tg.Graph(graph.name, kept, graph.ops, graph.outputs)
     sources = [p if p is not None and p.tensor in graph.tensor else None for p in sources]
@@ -171,7 +171,7 @@ def _alive(flow: Flow, covered: set[int], at: dict[int, "Match"]) -> list[int]:
 # -------------------------------------------------------------------------------------------- declaring
 
 
-def _declare(site: Site) -> tuple[dict[str, torch.Tensor], list[Place | None]]:
+def _declare(site: Site) -> tuple[dict[str, torch.Tensor], list[Residence | None]]:
     """Inputs, weights, states and constants."""
     flow, builder = site.flow, site.builder
     tensors: dict[str, torch.Tensor] = {}
@@ -195,12 +195,12 @@ def _declare(site: Site) -> tuple[dict[str, torch.Tensor], list[Place | None]]:
     return tensors, sources
 
 
-def memory_of(tensor: torch.Tensor, layout: Layout, shape: tuple[int, ...]) -> torch.Tensor:
+def memory_of(tensor: torch.Tensor, layout: Strided, shape: tuple[int, ...]) -> torch.Tensor:
     """The memory of a tensor as the graph's tensor of `layout` and `shape` has it: a view, or a copy where it is not
     dense."""
     if not layout.elements:
         return torch.zeros(shape, dtype=torch.uint8, device=tensor.device)
-    here = Layout.of(tensor)
+    here = Strided.of(tensor)
     if here != layout:
         made = torch.empty_strided(layout.size, layout.stride, dtype=tensor.dtype, device=tensor.device)
         tensor = made.copy_(tensor.detach())
@@ -210,14 +210,14 @@ def memory_of(tensor: torch.Tensor, layout: Layout, shape: tuple[int, ...]) -> t
     return flat.view(shape) if layout.dense and our_dtype(layout.dtype) else flat.view(torch.uint8)
 
 
-def _place(site: Site, use: Use) -> Place:
+def _place(site: Site, use: Use) -> Residence:
     views = []
     flow, leaf = site.flow, use.leaf
     while (view := flow.leaves[leaf].view) is not None:
         views.append((view.target, view.args, view.kwargs, view.item))
         leaf = view.base
     value = site.value(use)
-    return Place(value.name, flow.leaves[leaf].layout, value.shape, tuple(views[::-1]))
+    return Residence(value.name, flow.leaves[leaf].layout, value.shape, tuple(views[::-1]))
 
 
 def _outputs(site: Site) -> Any:
@@ -297,7 +297,7 @@ def viewed(
     """Append an op of a kind of this room: its operands are views of its inputs, which its text says, in these shapes
     if any are given."""
     flow, values = site.flow, list[tg.Value]()
-    layouts, operands = list[Layout](), list[Any]()
+    layouts, operands = list[Strided](), list[Any]()
     for use in uses:
         value = site.value(use)
         if value not in values:
@@ -318,7 +318,7 @@ def operand_texts(
     site: Site, uses: Sequence[Use], shapes: Sequence[tuple[int, ...]] = ()
 ) -> tuple[list[tg.Value], dict[str, Any]]:
     """The inputs of an op whose operands are views of them, and what its text says of both."""
-    values, layouts, operands = list[tg.Value](), list[Layout](), list[Any]()
+    values, layouts, operands = list[tg.Value](), list[Strided](), list[Any]()
     for use in uses:
         value = site.value(use)
         if value not in values:
@@ -337,9 +337,9 @@ def emit_call(site: Site, call: Call) -> None:
     """Append the call as it is."""
     flow, order = site.flow, list[tg.Value]()
     changed = dict(call.changes)
-    inputs: list[tuple[tg.Value, Layout, bool]] = []
+    inputs: list[tuple[tg.Value, Strided, bool]] = []
     index: dict[str, int] = {}
-    outs: list[tuple[str, Layout, int, int]] = []
+    outs: list[tuple[str, Strided, int, int]] = []
     versions: dict[int, int] = {}
     copies: list[list[int]] = []
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from taskgraph.embed.calls import Layout, argument, leaves
+from taskgraph.embed.calls import Strided, argument, leaves
 from taskgraph.embed.flow import Call, Flow, Use
 from taskgraph.embed.lower import Match
 
@@ -52,7 +52,7 @@ class Matcher:
         (leaf,) = (r for r in self.flow.calls[i].results if r is not None)
         return Use(leaf, 0)
 
-    def layout(self, use: Use) -> Layout:
+    def layout(self, use: Use) -> Strided:
         """The layout of a tensor."""
         return self.flow.layout(use)
 

@@ -11,7 +11,7 @@ of its own. Two sizes are enough, as all that a graph computes of a size are mul
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from taskgraph.embed.calls import Layout, by_name, leaves
+from taskgraph.embed.calls import Strided, by_name, leaves
 from taskgraph.embed.flow import Call, Flow, Leaf, Use
 from taskgraph.embed.padding_rules import CREATORS, RULES, SHAPE_ARGUMENTS, Rows, Unpadded
 
@@ -130,7 +130,7 @@ class _Proof:
         whole = self.flow.storages[storage].whole
         return self._differing(self.flow.leaves[whole].layout, self.other.leaves[whole].layout)
 
-    def _differing(self, one: Layout, two: Layout) -> Rows | None:
+    def _differing(self, one: Strided, two: Strided) -> Rows | None:
         if len(one.size) != len(two.size) or one.dtype != two.dtype:
             raise Unpadded("a tensor is another for another size")
         axes = [axis for axis, (n, k) in enumerate(zip(one.size, two.size, strict=True)) if n != k]
@@ -149,7 +149,7 @@ def _outline(flow: Flow) -> Any:
     return calls, [(leaf.storage, leaf.view and leaf.view.base) for leaf in flow.leaves]
 
 
-def _seen(whole: Layout, base: Rows, leaf: Leaf, rows: Rows | None) -> Any:
+def _seen(whole: Strided, base: Rows, leaf: Leaf, rows: Rows | None) -> Any:
     """How a view lies in memory of which an axis has rows, in terms that no size is part of.
 
     Unpadded if one of its rows is not one of the memory's: if it has rows, row i of it must be of row i there; if it

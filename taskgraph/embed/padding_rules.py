@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from taskgraph.embed.calls import Layout
+from taskgraph.embed.calls import Strided
 from taskgraph.embed.flow import Flow, Use
 
 
@@ -27,7 +27,7 @@ class Rows:
 
 Given = Mapping[tuple[int, int], Rows | None]
 """The rows of the tensors that a call is given, by leaf and version."""
-Rule = Callable[[Flow, Mapping[str, Any], Given, Layout], Rows | None]
+Rule = Callable[[Flow, Mapping[str, Any], Given, Strided], Rows | None]
 
 
 def _rows(given: Given, use: Any) -> Rows | None:
@@ -44,7 +44,7 @@ def _only(found: list[Rows | None]) -> Rows | None:
     return told.pop() if len(told) == 1 else None
 
 
-def pointwise(flow: Flow, args: Mapping[str, Any], given: Given, out: Layout) -> Rows | None:
+def pointwise(flow: Flow, args: Mapping[str, Any], given: Given, out: Strided) -> Rows | None:
     """Element by element; operands are aligned at their last axes."""
     found = [
         Rows(rows.axis - _rank(flow, use) + len(out.size), rows.unit)
@@ -69,28 +69,28 @@ def _axes(flow: Flow, args: Mapping[str, Any], key: str) -> set[int]:
     return {axis % rank for axis in ([dim] if isinstance(dim, int) else dim)}
 
 
-def normal(flow: Flow, args: Mapping[str, Any], given: Given, out: Layout) -> Rows | None:
+def normal(flow: Flow, args: Mapping[str, Any], given: Given, out: Strided) -> Rows | None:
     """Softmax, a cumulative sum: along an axis, which stays."""
     return _along(flow, args, given, "self", _axes(flow, args, "self"), True)
 
 
-def reduction(flow: Flow, args: Mapping[str, Any], given: Given, out: Layout) -> Rows | None:
+def reduction(flow: Flow, args: Mapping[str, Any], given: Given, out: Strided) -> Rows | None:
     """Sums, means and extremes of axes."""
     return _along(flow, args, given, "self", _axes(flow, args, "self"), bool(args.get("keepdim")))
 
 
-def top(flow: Flow, args: Mapping[str, Any], given: Given, out: Layout) -> Rows | None:
+def top(flow: Flow, args: Mapping[str, Any], given: Given, out: Strided) -> Rows | None:
     """The largest along an axis, the last unless it says another."""
     return _along(flow, args, given, "self", {args.get("dim", -1) % _rank(flow, args["self"])}, True)
 
 
-def last_norm(flow: Flow, args: Mapping[str, Any], given: Given, out: Layout) -> Rows | None:
+def last_norm(flow: Flow, args: Mapping[str, Any], given: Given, out: Strided) -> Rows | None:
     """A norm over the last axes."""
     rank = _rank(flow, args["input"])
     return _along(flow, args, given, "input", set(range(rank - len(args["normalized_shape"]), rank)), True)
 
 
-def product(flow: Flow, args: Mapping[str, Any], given: Given, out: Layout) -> Rows | None:
+def product(flow: Flow, args: Mapping[str, Any], given: Given, out: Strided) -> Rows | None:
     """A matrix product: the axis that is summed over has no rows."""
     first, second = ("self", "other") if "other" in args else ("self", "mat2")
     if "mat1" in args or "batch1" in args:
@@ -111,17 +111,17 @@ def product(flow: Flow, args: Mapping[str, Any], given: Given, out: Layout) -> R
     return _only(found)
 
 
-def linear(flow: Flow, args: Mapping[str, Any], given: Given, out: Layout) -> Rows | None:
+def linear(flow: Flow, args: Mapping[str, Any], given: Given, out: Strided) -> Rows | None:
     """x W^T + bias."""
     return _along(flow, args, given, "input", {_rank(flow, args["input"]) - 1}, True)
 
 
-def look_up(flow: Flow, args: Mapping[str, Any], given: Given, out: Layout) -> Rows | None:
+def look_up(flow: Flow, args: Mapping[str, Any], given: Given, out: Strided) -> Rows | None:
     """Rows of a table by indices."""
     return _along(flow, args, given, "indices", set(), True)
 
 
-def index(flow: Flow, args: Mapping[str, Any], given: Given, out: Layout) -> Rows | None:
+def index(flow: Flow, args: Mapping[str, Any], given: Given, out: Strided) -> Rows | None:
     """A table at one tensor of indices, along its first axis."""
     (where, *more) = args["indices"]
     if more or _rows(given, args["self"]) is not None or not isinstance(where, Use):
@@ -129,21 +129,21 @@ def index(flow: Flow, args: Mapping[str, Any], given: Given, out: Layout) -> Row
     return _rows(given, where)
 
 
-def join(flow: Flow, args: Mapping[str, Any], given: Given, out: Layout) -> Rows | None:
+def join(flow: Flow, args: Mapping[str, Any], given: Given, out: Strided) -> Rows | None:
     """torch.cat along an axis that has no rows."""
     rows = _only([_rows(given, use) for use in args["tensors"]])
     axis = args.get("dim", 0) % len(out.size)
     return None if rows is None or rows.axis == axis else rows
 
 
-def stack(flow: Flow, args: Mapping[str, Any], given: Given, out: Layout) -> Rows | None:
+def stack(flow: Flow, args: Mapping[str, Any], given: Given, out: Strided) -> Rows | None:
     """torch.stack."""
     rows = _only([_rows(given, use) for use in args["tensors"]])
     axis = args.get("dim", 0) % len(out.size)
     return None if rows is None else Rows(rows.axis + (axis <= rows.axis), rows.unit)
 
 
-def attention(flow: Flow, args: Mapping[str, Any], given: Given, out: Layout) -> Rows | None:
+def attention(flow: Flow, args: Mapping[str, Any], given: Given, out: Strided) -> Rows | None:
     """Sequences apart from each other, queries apart from each other, and all tokens of causal attention, where none
     sees what comes after it."""
     q, k, v, mask = (args.get(name) for name in ("query", "key", "value", "attn_mask"))
@@ -162,7 +162,7 @@ def attention(flow: Flow, args: Mapping[str, Any], given: Given, out: Layout) ->
     return None
 
 
-def samples(flow: Flow, args: Mapping[str, Any], given: Given, out: Layout) -> Rows | None:
+def samples(flow: Flow, args: Mapping[str, Any], given: Given, out: Strided) -> Rows | None:
     """A convolution, pooling or norm of images: samples apart from each other."""
     if args.get("training"):
         return None
@@ -171,7 +171,7 @@ def samples(flow: Flow, args: Mapping[str, Any], given: Given, out: Layout) -> R
     return _along(flow, args, given, key, set(range(1, rank)), True) if len(out.size) == rank else None
 
 
-def copy(flow: Flow, args: Mapping[str, Any], given: Given, out: Layout) -> Rows | None:
+def copy(flow: Flow, args: Mapping[str, Any], given: Given, out: Strided) -> Rows | None:
     """All elements in order, in another shape."""
     (use,) = (u for u in args.values() if isinstance(u, Use))
     rows, size = _rows(given, use), flow.layout(use).size

@@ -11,7 +11,7 @@ from typing import Final
 import torch
 
 import taskgraph as tg
-from taskgraph.embed.calls import Layout, our_dtype
+from taskgraph.embed.calls import Strided, our_dtype
 from taskgraph.embed.flow import Leaf, Use, View
 from taskgraph.embed.lower import Match, Site, named, viewed
 from taskgraph.embed.match import Matcher
@@ -123,7 +123,7 @@ def _per_channel(m: Matcher, i: int, name: str) -> Use:
     use: Use = m.arg(i, name)
     count = m.layout(use).elements
     size = (count, *(1 for _ in m.layout(m.out(i)).size[2:]))
-    layout = Layout(size, tuple(1 for _ in size), m.layout(use).dtype)
+    layout = Strided(size, tuple(1 for _ in size), m.layout(use).dtype)
     view = View(use.leaf, torch.ops.aten.view.default, ([*size],), {})
     m.flow.leaves.append(Leaf(m.storage(use), layout, view, m.flow.leaves[use.leaf].offset))
     return Use(len(m.flow.leaves) - 1, use.version)

@@ -8,7 +8,7 @@ import torch
 from torch.utils import flop_counter
 
 import taskgraph as tg
-from taskgraph.embed.calls import Layout, by_name, mapped
+from taskgraph.embed.calls import Strided, by_name, mapped
 from taskgraph.embed.flow import Call, Flow, Use
 
 _FREE = frozenset(
@@ -32,7 +32,7 @@ def of_call(flow: Flow, call: Call) -> tg.Work:
     return tg.Work(flops=max(_flops(flow, call, made), 0.0), hbm_bytes=max(moved, 1.0))
 
 
-def seen_bytes(layout: Layout) -> int:
+def seen_bytes(layout: Strided) -> int:
     """Bytes that a reader of the tensor touches: expanded axes once."""
     touched = math.prod(n for n, step in zip(layout.size, layout.stride, strict=True) if step != 0)
     return int(touched * layout.dtype.itemsize)
@@ -50,7 +50,7 @@ def _indexed(flow: Flow, call: Call) -> float | None:
     return None
 
 
-def _flops(flow: Flow, call: Call, made: list[Layout]) -> float:
+def _flops(flow: Flow, call: Call, made: list[Strided]) -> float:
     given: dict[str, Any] = mapped(
         by_name(call.target, call.args, call.kwargs), lambda v: _meta(flow.layout(v)) if isinstance(v, Use) else v
     )
@@ -102,5 +102,5 @@ _DEPTHS: dict[str, Callable[[dict[str, Any], float], float]] = {
 """Multiplications of composite calls, which torch's counter sees only in parts."""
 
 
-def _meta(layout: Layout) -> torch.Tensor:
+def _meta(layout: Strided) -> torch.Tensor:
     return torch.empty_strided(layout.size, layout.stride, dtype=layout.dtype, device="meta")

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from taskgraph.errors import NetworkError
-from taskgraph.network.collectives import ALGORITHMS, COLLECTIVES, Place, lacking
+from taskgraph.network.collectives import ALGORITHMS, COLLECTIVES, Ranks, lacking
 from taskgraph.network.routing import routing_for
 from taskgraph.network.topology import (
     LATENCY_S,
@@ -77,7 +77,7 @@ class Network:
             )
         return placed[: len(placed) // ranks * ranks].reshape(-1, ranks)
 
-    def place(self, ranks: int) -> Place:
+    def place(self, ranks: int) -> Ranks:
         """Where a group's ranks are: in a grid, where the hosts in their order fill one."""
         sizes = self.topology.shape or self.topology.tiers
         grid: list[int] = []
@@ -86,7 +86,7 @@ class Network:
             grid.insert(0, math.gcd(left, size) if left < size or left % size == 0 else 0)
             left //= max(grid[0], 1)
         box = () if self.hosts or left != 1 or math.prod(grid) != ranks else tuple(k for k in grid if k > 1)
-        return Place(ranks, box, bool(self.topology.shape))
+        return Ranks(ranks, box, bool(self.topology.shape))
 
     def algorithms(self, collective: str, ranks: int) -> tuple[str, ...]:
         """The algorithms that may be used: the one that is fixed, or all that there are for the collective and the

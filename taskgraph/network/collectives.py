@@ -45,7 +45,7 @@ class Schedule:
     phases: tuple[Phase, ...]
 
 
-class Place(NamedTuple):
+class Ranks(NamedTuple):
     """Where ranks are: how many, and their places in a grid with the last dimension fastest; () where they are in
     none. `torus`: they are in a torus or mesh, where it pays to begin with each dimension."""
 
@@ -54,7 +54,7 @@ class Place(NamedTuple):
     torus: bool = False
 
 
-Maker = Callable[[Place], list[Phase]]
+Maker = Callable[[Ranks], list[Phase]]
 
 
 class Rule(NamedTuple):
@@ -73,7 +73,7 @@ class Algorithm(NamedTuple):
 
     rules: dict[str, Rule]
     source: str
-    fits: Callable[[Place], str] = lambda place: ""
+    fits: Callable[[Ranks], str] = lambda place: ""
 
 
 def schedule(collective: str, algorithm: str, ranks: int, grid: tuple[int, ...] = (), torus: bool = False) -> Schedule:
@@ -81,7 +81,7 @@ def schedule(collective: str, algorithm: str, ranks: int, grid: tuple[int, ...] 
     one_of("collective", collective, COLLECTIVES, NetworkError)
     one_of("algorithm", algorithm, ALGORITHMS, NetworkError)
     integer("ranks", ranks, NetworkError, 1, MOST_RANKS)
-    place = Place(ranks, tuple(grid), torus)
+    place = Ranks(ranks, tuple(grid), torus)
     lacks = lacking(collective, algorithm, place)
     if lacks:
         others = ", ".join(name for name in ALGORITHMS if not lacking(collective, name, place))
@@ -89,7 +89,7 @@ def schedule(collective: str, algorithm: str, ranks: int, grid: tuple[int, ...] 
     return _scheduled(collective, algorithm, place)
 
 
-def lacking(collective: str, algorithm: str, place: Place) -> str:
+def lacking(collective: str, algorithm: str, place: Ranks) -> str:
     """Why the algorithm has no schedule for it; empty where it has."""
     made = ALGORITHMS[algorithm]
     if collective not in made.rules:
@@ -98,7 +98,7 @@ def lacking(collective: str, algorithm: str, place: Place) -> str:
 
 
 @lru_cache(maxsize=64)
-def _scheduled(collective: str, algorithm: str, place: Place) -> Schedule:
+def _scheduled(collective: str, algorithm: str, place: Ranks) -> Schedule:
     rule = ALGORITHMS[algorithm].rules[collective]
     parts = len(_ways(place)) if rule.parts == WAYS else rule.parts
     share = 1.0 / (parts * place.ranks) if parts else 1.0
@@ -109,7 +109,7 @@ def _scheduled(collective: str, algorithm: str, place: Place) -> Schedule:
 # ------------------------------------------------------------------------------------------- ring
 
 
-def _ring_gather(place: Place) -> list[Phase]:
+def _ring_gather(place: Ranks) -> list[Phase]:
     """Two rings in opposite directions, half of the message each (Patarasuk and Yuan 2009)."""
     n = place.ranks
     return [
@@ -122,7 +122,7 @@ def _ring_gather(place: Place) -> list[Phase]:
     ]
 
 
-def _ring_scatter(place: Place) -> list[Phase]:
+def _ring_scatter(place: Ranks) -> list[Phase]:
     n = place.ranks
     return [
         tuple(
@@ -134,7 +134,7 @@ def _ring_scatter(place: Place) -> list[Phase]:
     ]
 
 
-def _ring_exchange(place: Place) -> list[Phase]:
+def _ring_exchange(place: Ranks) -> list[Phase]:
     """What is for rank s + d goes up for d <= n / 2 and down for the others, from neighbour to neighbour; at n / 2 half
     of the ranks send down."""
     n = place.ranks
@@ -158,7 +158,7 @@ def _ring_exchange(place: Place) -> list[Phase]:
 # ----------------------------------------------------------------------------- halving and doubling
 
 
-def _doubling_gather(place: Place) -> list[Phase]:
+def _doubling_gather(place: Ranks) -> list[Phase]:
     """Recursive doubling (Thakur, Rabenseifner and Gropp 2005): partners a power of two apart swap all they have."""
     n = place.ranks
     return [
@@ -167,7 +167,7 @@ def _doubling_gather(place: Place) -> list[Phase]:
     ]
 
 
-def _halving_scatter(place: Place) -> list[Phase]:
+def _halving_scatter(place: Ranks) -> list[Phase]:
     """Recursive halving: the gather backwards."""
     n = place.ranks
     return [
@@ -181,13 +181,13 @@ def _block(i: int, k: int, n: int) -> range:
     return range(first, min(first + (1 << k), n))
 
 
-def _doubling_reduce(place: Place) -> list[Phase]:
+def _doubling_reduce(place: Ranks) -> list[Phase]:
     """The whole message in each of log2(ranks) phases: least latency."""
     n = place.ranks
     return [tuple(Message(i, i ^ 1 << k, (0,), True) for i in range(n)) for k in range(n.bit_length() - 1)]
 
 
-def _doubling_exchange(place: Place) -> list[Phase]:
+def _doubling_exchange(place: Ranks) -> list[Phase]:
     """Through a cube: in each dimension what is for the other half (Johnsson and Ho 1989)."""
     n = place.ranks
     phases = []
@@ -204,7 +204,7 @@ def _doubling_exchange(place: Place) -> list[Phase]:
 # -------------------------------------------------------------------------------------------- trees
 
 
-def _tree_gather(place: Place) -> list[Phase]:
+def _tree_gather(place: Ranks) -> list[Phase]:
     """A binomial tree to rank 0, and all back down it."""
     n = place.ranks
     up = [
@@ -214,12 +214,12 @@ def _tree_gather(place: Place) -> list[Phase]:
     return up + _down(n, lambda i, k: tuple(range(n)))
 
 
-def _tree_scatter(place: Place) -> list[Phase]:
+def _tree_scatter(place: Ranks) -> list[Phase]:
     n = place.ranks
     return _up(n, tuple(range(n))) + _down(n, lambda i, k: tuple(_block(i, k, n)))
 
 
-def _tree_reduce(place: Place) -> list[Phase]:
+def _tree_reduce(place: Ranks) -> list[Phase]:
     return _up(place.ranks, (0,)) + _down(place.ranks, lambda i, k: (0,))
 
 
@@ -244,20 +244,20 @@ def _pairs(n: int) -> Iterable[tuple[int, int]]:
     return ((i, (i + d) % n) for i in range(n) for d in range(1, n))
 
 
-def _direct_gather(place: Place) -> list[Phase]:
+def _direct_gather(place: Ranks) -> list[Phase]:
     """Everybody to everybody at once."""
     return [tuple(Message(i, j, (i,), False) for i, j in _pairs(place.ranks))]
 
 
-def _direct_scatter(place: Place) -> list[Phase]:
+def _direct_scatter(place: Ranks) -> list[Phase]:
     return [tuple(Message(i, j, (j,), True) for i, j in _pairs(place.ranks))]
 
 
-def _direct_exchange(place: Place) -> list[Phase]:
+def _direct_exchange(place: Ranks) -> list[Phase]:
     return [tuple(Message(i, j, (i * place.ranks + j,), False) for i, j in _pairs(place.ranks))]
 
 
-def _shifted_exchange(place: Place) -> list[Phase]:
+def _shifted_exchange(place: Ranks) -> list[Phase]:
     """In phase d everybody to the d-th next."""
     n = place.ranks
     return [tuple(Message(i, (i + d) % n, (i * n + (i + d) % n,), False) for i in range(n)) for d in range(1, n)]
@@ -266,7 +266,7 @@ def _shifted_exchange(place: Place) -> list[Phase]:
 # ------------------------------------------------------------------------------- dimension by dimension
 
 
-def _ways(place: Place) -> list[tuple[tuple[int, ...], int]]:
+def _ways(place: Ranks) -> list[tuple[tuple[int, ...], int]]:
     """The order of the dimensions, inner first, and the direction of each part of the message. In a torus a part begins
     with each dimension and goes each way, so that all links are in use at once (Jain and Sabharwal 2010)."""
     n = len(place.grid)
@@ -280,7 +280,7 @@ def _together(parts: Iterable[list[Phase]]) -> list[Phase]:
     return [tuple(message for phase in some for message in phase) for some in zip_longest(*parts, fillvalue=())]
 
 
-def _positions(place: Place) -> np.ndarray:
+def _positions(place: Ranks) -> np.ndarray:
     return np.arange(place.ranks).reshape(place.grid)
 
 
@@ -295,12 +295,12 @@ def _moved(at: tuple[int, ...], d: int, by: int, size: int) -> tuple[int, ...]:
     return (*at[:d], (at[d] + by) % size, *at[d + 1 :])
 
 
-def _grid_gather(place: Place) -> list[Phase]:
+def _grid_gather(place: Ranks) -> list[Phase]:
     """Rings along one dimension after another, each passing on what those before have gathered."""
     return _together(_gather_part(place, part, order, step) for part, (order, step) in enumerate(_ways(place)))
 
 
-def _gather_part(place: Place, part: int, order: tuple[int, ...], step: int) -> list[Phase]:
+def _gather_part(place: Ranks, part: int, order: tuple[int, ...], step: int) -> list[Phase]:
     places, first, phases = _positions(place), part * place.ranks, []
     for stage, d in enumerate(order):
         size, fixed = place.grid[d], order[stage:]
@@ -314,11 +314,11 @@ def _gather_part(place: Place, part: int, order: tuple[int, ...], step: int) -> 
     return phases
 
 
-def _grid_scatter(place: Place) -> list[Phase]:
+def _grid_scatter(place: Ranks) -> list[Phase]:
     return _together(_scatter_part(place, part, order, step) for part, (order, step) in enumerate(_ways(place)))
 
 
-def _scatter_part(place: Place, part: int, order: tuple[int, ...], step: int) -> list[Phase]:
+def _scatter_part(place: Ranks, part: int, order: tuple[int, ...], step: int) -> list[Phase]:
     places, first, phases = _positions(place), part * place.ranks, []
     for stage, d in enumerate(order):
         size, fixed = place.grid[d], order[: stage + 1]
@@ -332,7 +332,7 @@ def _scatter_part(place: Place, part: int, order: tuple[int, ...], step: int) ->
     return phases
 
 
-def _grid_reduce(place: Place) -> list[Phase]:
+def _grid_reduce(place: Ranks) -> list[Phase]:
     """Each part scattered dimension by dimension, then gathered the same way back."""
     return _together(
         _scatter_part(place, part, order, step) + _gather_part(place, part, order[::-1], step)
@@ -340,12 +340,12 @@ def _grid_reduce(place: Place) -> list[Phase]:
     )
 
 
-def _grid_exchange(place: Place) -> list[Phase]:
+def _grid_exchange(place: Ranks) -> list[Phase]:
     """In one dimension after another everything to the place of its target there."""
     return _together(_exchange_part(place, part, order, step) for part, (order, step) in enumerate(_ways(place)))
 
 
-def _exchange_part(place: Place, part: int, order: tuple[int, ...], step: int) -> list[Phase]:
+def _exchange_part(place: Ranks, part: int, order: tuple[int, ...], step: int) -> list[Phase]:
     places, n, phases = _positions(place), place.ranks, []
     for stage, d in enumerate(order):
         size, done, todo = place.grid[d], order[:stage], order[stage:]
@@ -367,17 +367,17 @@ def _both(scatter: Maker, gather: Maker) -> Maker:
     return lambda place: scatter(place) + gather(place)
 
 
-def _powers(place: Place) -> str:
+def _powers(place: Ranks) -> str:
     return "" if place.ranks & (place.ranks - 1) == 0 else f"needs a power of two of ranks, not {place.ranks}"
 
 
-def _few(place: Place) -> str:
+def _few(place: Ranks) -> str:
     if place.torus:
         return "is not made for tori and meshes, where packets of all pairs at once hold each other up"
     return "" if place.ranks <= MOST_DIRECT else f"is for at most {MOST_DIRECT} ranks, not {place.ranks}"
 
 
-def _grids(place: Place) -> str:
+def _grids(place: Ranks) -> str:
     return "" if sum(size > 1 for size in place.grid) > 1 else "needs ranks in a grid of two dimensions or more"
 
 

@@ -23,7 +23,7 @@ from taskgraph.network import (
     switch,
     torus,
 )
-from taskgraph.network.collectives import Place, lacking
+from taskgraph.network.collectives import Ranks, lacking
 
 FEW = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -33,7 +33,7 @@ def schedules(draw: st.DrawFn) -> Schedule:
     grid = tuple(draw(st.lists(st.integers(1, 4), min_size=1, max_size=3)))
     ranks, wrap = math.prod(grid), draw(st.booleans())
     collective = draw(st.sampled_from(COLLECTIVES))
-    known = [name for name in ALGORITHMS if not lacking(collective, name, Place(ranks, grid, wrap))]
+    known = [name for name in ALGORITHMS if not lacking(collective, name, Ranks(ranks, grid, wrap))]
     return schedule(collective, draw(st.sampled_from(known)), ranks, grid, wrap)
 
 
