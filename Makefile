@@ -46,8 +46,10 @@ browser:
 	    --no-install-recommends chromium chromium-driver) >/dev/null 2>&1 </dev/null \
 	  || echo "== no Chromium could be installed; the test of the page will be skipped"; fi
 
+# Test files run beside each other in JOBS processes; JOBS=0 runs them one after another in one.
+JOBS := 2
 test: develop browser lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 # One-place changes of eleven files, which their own tests must notice (half an hour on two cores; MUTANTS='--file ...').
 mutants: develop
@@ -55,7 +57,7 @@ mutants: develop
 
 # The tests as on a processor without AVX-512 (tests/avx2 says what is told so, and what is not).
 test-avx2: develop
-	$(BIN)/python -m tests.avx2 $(abspath $(BIN))/python -m pytest
+	$(BIN)/python -m tests.avx2 $(abspath $(BIN))/python -m pytest -n $(JOBS) --dist loadfile
 
 # Greedy tokens of vLLM's CPU build with and without us, in an environment of its own; not part of `make test`. The
 # builds of torchvision, torchaudio and torchcodec that it resolves do not fit PyTorch for CPUs.

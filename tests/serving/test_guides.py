@@ -133,7 +133,10 @@ def test_a_schema_that_cannot_be_used_is_refused(served: Served, schema: Any, sa
     assert "\n" not in error["message"] and len(error["message"]) < 400
 
 
-@pytest.mark.parametrize("schema", [5, "x", [1], {"a": float("nan")}, {"a": object()}], ids=str)
+NO_SCHEMAS = {"number": 5, "text": "x", "list": [1], "nan": {"a": float("nan")}, "object": {"a": object()}}
+
+
+@pytest.mark.parametrize("schema", NO_SCHEMAS.values(), ids=NO_SCHEMAS)
 def test_what_is_no_schema_from_python(schema: Any) -> None:
     with pytest.raises(RequestError, match="schema cannot be used"):
         Guides(byte_tokenizer(), 258).json(schema)
