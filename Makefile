@@ -49,7 +49,7 @@ browser:
 # Test files run beside each other in JOBS processes; JOBS=0 runs them one after another in one.
 JOBS := 2
 test: develop browser lint
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # One-place changes of eleven files, which their own tests must notice (half an hour on two cores; MUTANTS='--file ...').
 mutants: develop
@@ -57,7 +57,7 @@ mutants: develop
 
 # The tests as on a processor without AVX-512 (tests/avx2 says what is told so, and what is not).
 test-avx2: develop
-	$(BIN)/python -m tests.avx2 $(abspath $(BIN))/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python -m tests.avx2 $(abspath $(BIN))/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # Greedy tokens of vLLM's CPU build with and without us, in an environment of its own; not part of `make test`. The
 # builds of torchvision, torchaudio and torchcodec that it resolves do not fit PyTorch for CPUs.

@@ -91,7 +91,6 @@ def test_plan_of_70b_without_weights(
         (["plan", "llama-3-8b", "--tokens", "8", "--context", "4"], "context"),
         (["plan", "llama-3-8b", "--batch", "0"], "batch"),
         (["run", "/no/such/file.gguf"], "/no/such/file.gguf"),
-        (["run", "smollm2", "--backend", "cuda"], "cuda"),
         (["run", "smollm2", "--dtype", "f8"], "f8"),
     ],
 )
@@ -101,6 +100,22 @@ def test_bad_input_is_exit_2(
     assert call(monkeypatch, *arguments) == 2
     error = capsys.readouterr().err
     assert word in error and "Traceback" not in error
+
+
+@pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="this machine has a GPU")
+def test_run_on_a_gpu_that_is_not_here_is_exit_2() -> None:
+    """In a process of its own: in this one another test may have loaded the virtual driver."""
+    command = [
+        sys.executable,
+        "-c",
+        "from taskgraph.cli.main import main; main()",
+        "run",
+        "smollm2",
+        "--backend",
+        "cuda",
+    ]
+    made = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert made.returncode == 2 and "cuda" in made.stderr and "Traceback" not in made.stderr, made.stderr
 
 
 @pytest.mark.parametrize("option", ["--out", "--trace", "--report"])
