@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from taskgraph.jit import kernel
-from taskgraph.network.router import DELIVERED, TURN, Net, Rules, State, enter, give_back, serve
+from taskgraph.network.router import DELIVERED, TURN, Net, Rules, Sent, State, enter, give_back, serve
 
 
 class Sends(NamedTuple):
@@ -34,7 +34,7 @@ def drain(net: Net, rules: Rules, sends: Sends, lanes: int, state: State, now: i
                 for lane in range(slot, slot + lanes):
                     if sends.left[m] > 0 and state.slots[node, lane] < 0:
                         state.counts[TURN] = sends.left[m]
-                        enter(net, rules, state, node, lane, sends.targets[m], now, now, now)
+                        enter(net, rules, state, node, lane, Sent(sends.targets[m], now), now, now)
                         sends.left[m] -= 1
         for node in range(nodes):
             if state.inside[node] > 0:

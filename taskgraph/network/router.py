@@ -174,17 +174,22 @@ def _arrived(net: Net, rules: Rules, state: State, packet: int, node: int) -> bo
     return True
 
 
+class Sent(NamedTuple):
+    """A packet as its source makes it: the node that it is for, and the cycle in which it was made."""
+
+    final: int
+    born: int
+
+
 @inner
-def enter(
-    net: Net, rules: Rules, state: State, node: int, slot: int, final: int, born: int, now: int, warm_up: int
-) -> None:
-    """Put a packet to `final` into the slot; one to the node itself is delivered at once."""
+def enter(net: Net, rules: Rules, state: State, node: int, slot: int, sent: Sent, now: int, warm_up: int) -> None:
+    """Put a packet into the slot; one to the node itself is delivered at once."""
     packet = state.free[state.counts[USED]]
     state.counts[USED] += 1
     state.counts[CREATED] += 1
-    state.source[packet], state.final[packet], state.alive[packet] = node, final, 1
-    state.born[packet] = born
-    to = final
+    state.source[packet], state.final[packet], state.alive[packet] = node, sent.final, 1
+    state.born[packet] = sent.born
+    to = sent.final
     if rules.detour:
         to = int(_draw(state) * net.at.shape[0])
     _aim(net, rules, state, packet, node, to)
@@ -208,7 +213,7 @@ def _create(
         final = targets[node, 0] if m == 1 else targets[node, int(_draw(state) * m)]
         born = state.births[node, slot]
         state.births[node, slot] += _gap(state, rules)
-        enter(net, rules, state, node, slot, final, born, now, warm_up)
+        enter(net, rules, state, node, slot, Sent(final, born), now, warm_up)
 
 
 @inner
