@@ -9,24 +9,36 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from taskgraph.embed.border import FallbackWarning
-    from taskgraph.embed.dynamo import Options
+    from taskgraph.embed.direct import wrap
     from taskgraph.embed.entry import backend
     from taskgraph.embed.importer import Imported, from_torch
     from taskgraph.embed.named_attention import register_attention
     from taskgraph.embed.report import Report, report
+    from taskgraph.embed.variants import Options
 
 _WHERE = {
     "FallbackWarning": "border",
     "Imported": "importer",
-    "Options": "dynamo",
+    "Options": "variants",
     "Report": "report",
     "backend": "entry",
     "from_torch": "importer",
     "register_attention": "named_attention",
     "report": "report",
+    "wrap": "direct",
 }
 
-__all__ = ["FallbackWarning", "Imported", "Options", "Report", "backend", "from_torch", "register_attention", "report"]
+__all__ = [
+    "FallbackWarning",
+    "Imported",
+    "Options",
+    "Report",
+    "backend",
+    "from_torch",
+    "register_attention",
+    "report",
+    "wrap",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -96,8 +96,8 @@ def from_torch(module: torch.nn.Module, example_inputs: Any, *, dynamic: Any = N
     GraphError for a module that cannot be exported, whose shapes depend on data, or that draws random numbers.
     """
     args, kwargs = arguments(example_inputs)
-    program = _exported(module, args, kwargs, dynamic)
-    flow = flow_of(program.graph_module, _sources(program, args, kwargs))
+    program = exported(module, args, kwargs, dynamic)
+    flow = flow_of(program.graph_module, sources_of(program, args, kwargs))
     lowered = lower(_name(module), flow, recognise(flow))
     return _imported(program, flow, lowered)
 
@@ -119,7 +119,10 @@ def _name(module: Any) -> str:
     return type(module).__name__
 
 
-def _exported(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any) -> torch.export.ExportedProgram:
+def exported(
+    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any = None
+) -> torch.export.ExportedProgram:
+    """What torch.export makes of a module without gradients. Unsupported if it cannot."""
     if isinstance(module, torch.export.ExportedProgram):
         return module
     if not isinstance(module, torch.nn.Module):
@@ -137,7 +140,7 @@ def _exported(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dynami
         ) from error
 
 
-def _sources(program: torch.export.ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Source]:
+def sources_of(program: torch.export.ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Source]:
     """A source for each placeholder: parameters and buffers by their names in the module, then the arguments."""
     found, state = [], {**program.state_dict, **program.constants}
     given = program.example_inputs

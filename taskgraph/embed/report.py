@@ -7,7 +7,8 @@ import torch
 
 from taskgraph.embed.border import owner_of
 from taskgraph.embed.capture import Padded
-from taskgraph.embed.dynamo import ALL, Compiled, Variant
+from taskgraph.embed.dynamo import ALL
+from taskgraph.embed.variants import Shapes, Variant
 from taskgraph.units import format_seconds
 
 
@@ -62,12 +63,14 @@ class Report:
 
 
 def report(compiled: Any = None) -> Report:
-    """The pieces of `compiled`, a module that torch.compile returned and that was called; None: of all there are.
+    """The pieces of `compiled`, a module that torch.compile or `wrap` returned and that was called; None: of all.
 
     Pieces of a module are known by the weights that they use. Those without any belong to all modules of the class that
     they were compiled for, as Dynamo shares them so, and those of a function to it."""
     chosen = [each for each in ALL if not each.orphaned]
-    if compiled is not None:
+    if isinstance(compiled, Shapes):
+        chosen = [compiled]
+    elif compiled is not None:
         module = getattr(compiled, "_orig_mod", compiled)
         own = set()
         if isinstance(module, torch.nn.Module):
@@ -79,20 +82,20 @@ def report(compiled: Any = None) -> Report:
     return Report(pieces, sum(c.captures for c in chosen), tuple(dict.fromkeys(notes)))
 
 
-def _belongs(compiled: Compiled, own: set[int], whose: Any, of_module: bool) -> bool:
+def _belongs(compiled: Shapes, own: set[int], whose: Any, of_module: bool) -> bool:
     if compiled.addresses and of_module:
         return not compiled.addresses.isdisjoint(own)
     return compiled.owner is whose or (compiled.owner is None and not compiled.addresses)
 
 
-def _variants(compiled: Compiled) -> list[tuple[Any, Variant]]:
+def _variants(compiled: Shapes) -> list[tuple[Any, Variant]]:
     return [*compiled.variants.items()] or [((), Variant(None, compiled.reason, decided=True))]
 
 
-def _piece(compiled: Compiled, key: Any, v: Variant) -> Piece:
+def _piece(compiled: Shapes, key: Any, v: Variant) -> Piece:
     captured = v.captured
     return Piece(
-        shape=key,
+        shape=compiled.sizes(key),
         way="eager" if captured is None else "plan",
         reason=v.reason,
         calls=v.calls,

@@ -22,11 +22,12 @@ from torch._ops import OpOverload, OpOverloadPacket
 from taskgraph.embed import dynamo
 from taskgraph.embed.border import refusal, to_aten, warn
 from taskgraph.embed.capture import Captured
-from taskgraph.embed.dynamo import Compiled, Options
+from taskgraph.embed.dynamo import Compiled
 from taskgraph.embed.flow import Source, Unsupported, flow_of
 from taskgraph.embed.lower import Lowered, lower
 from taskgraph.embed.patterns import recognise
 from taskgraph.embed.sizes import bucket_of
+from taskgraph.embed.variants import Options, Variant
 
 SUPPORTED: Final = ("0.32",)
 """Releases of vLLM whose graphs and operators these are; others are left to torch."""
@@ -93,7 +94,7 @@ class Decoder(Compiled):
         self._moving = [i for i, value in enumerate(seen) if _grows(value)]
         self._sliced = [isinstance(r, fx.Node) and _grows(r.meta.get("example_value")) for r in _results(gm)]
 
-    def _variant(self, args: tuple[Any, ...]) -> dynamo.Variant:
+    def _variant(self, args: tuple[Any, ...]) -> Variant:
         return self._kept(self._key(args), args)
 
     def _key(self, args: Sequence[Any]) -> Any:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import taskgraph as tg
-from taskgraph.embed import FallbackWarning, backend, dynamo, report
+from taskgraph.embed import FallbackWarning, backend, dynamo, report, variants
 
 PLAN = {"verdict": "plan"}
 
@@ -194,9 +194,10 @@ def test_transforms_of_functions_give_eager_results() -> None:
 def test_the_slower_way_is_given_up_by_measurement() -> None:
     fast = torch.compile(torch.nn.Tanh(), backend=backend)
     x = torch.randn(2)
-    for _ in range(12):
+    calls = 3 * variants.MOST_TRIAL_CALLS
+    for _ in range(calls):
         close(fast(x), torch.tanh(x))
-    (piece,) = [p for p in report(fast).pieces if p.calls == 12]
+    (piece,) = [p for p in report(fast).pieces if p.calls == calls]
     assert piece.plan_s > 0
     assert piece.eager_s > 0
     assert (piece.way == "eager") == ("eager torch" in piece.reason)
@@ -242,19 +243,20 @@ def test_no_warning_without_reason() -> None:
 
 
 def test_every_way_of_a_trial_gives_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
-    from taskgraph.embed import dynamo, planning
+    from taskgraph.embed import planning
 
     monkeypatch.setattr(planning, "MOST_ALONE_S", 0.0)  # so that the first plan has all cores
+    monkeypatch.setattr(variants, "MOST_TRIAL_CALLS", variants.TRIAL_CALLS)
     module = Mlp()
     fast = torch.compile(module, backend=backend, options={"quiet": True})
     cores = tg.devices.get("cpu").sm_count
-    for i in range(4 * dynamo.TRIAL_CALLS):
+    for i in range(4 * variants.TRIAL_CALLS):
         x = torch.randn(3, 16)
         close(fast(x), module(x))
         own = {p.data_ptr() for p in module.parameters()}
         (variant,) = [v for c in dynamo.ALL if c.addresses & own for v in c.variants.values()]
         assert variant.calls == i + 1
-        assert variant.decided == (i + 1 >= (2 + (cores > 1)) * dynamo.TRIAL_CALLS)
+        assert variant.decided == (i + 1 >= (2 + (cores > 1)) * variants.TRIAL_CALLS)
         assert variant.rival is None or not variant.decided
 
 

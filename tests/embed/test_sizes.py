@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from taskgraph.embed import FallbackWarning, Report, backend, report
-from taskgraph.embed.dynamo import MOST_TURNS
 from taskgraph.embed.sizes import bucket_of
+from taskgraph.embed.variants import MOST_TURNS
 
 SIZES = (2, 3, 9, 10, 11, 12, 17, 20)
 
