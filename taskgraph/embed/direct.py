@@ -51,9 +51,8 @@ class Wrapped(Shapes):
 
     def __init__(self, module: torch.nn.Module, options: Options) -> None:
         super().__init__(options, "as asked")
-        self.module, self.owner = module, type(module)
-        tensors = (*module.parameters(), *module.buffers())
-        self.addresses = frozenset(t.data_ptr() for t in tensors if t.device.type != "meta")
+        self.module = module
+        self.owner = self  # its pieces are no module's that torch.compile returned
         self._rests: float = math.inf if options.verdict == "eager" else 0
         """How many calls go to eager torch without a look."""
         self._rested = 0
