@@ -18,6 +18,7 @@ from benchmarks import (
     interleaved,
     nanoflow_table,
     network,
+    network_published,
     overhead,
     schedule,
     serve,
@@ -105,6 +106,17 @@ def test_the_peer_respects_dependencies_and_lanes() -> None:
     for lane in (0, 1):
         spans = sorted((begin[name], end) for name, (where, end) in placed.items() if where == lane)
         assert all(before[1] <= after[0] for before, after in pairwise(spans))
+
+
+def test_what_is_published_of_oblivious_routings_is_derived() -> None:
+    """Within the two digits in which the abstracts give it."""
+    bound = {
+        "dimension-order": {"worst-case": 2 / 7},
+        "valiant": {"nearest-neighbour": 0.5, "worst-case": 0.5},
+        "minimal-adaptive": {"nearest-neighbour": 4.0},
+    }
+    for name, claim in network_published._of_oblivious(bound).items():
+        assert next(iter(claim.here.values())) == pytest.approx(claim.value, rel=0.01), name
 
 
 def test_network_stays_within_its_bounds(capsys: pytest.CaptureFixture[str]) -> None:
