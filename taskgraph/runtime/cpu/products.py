@@ -156,6 +156,11 @@ def _panels(w: torch.Tensor) -> npt.NDArray[Any]:
     return kernels.pack_weight(bits((w.float() if w.dtype == torch.float16 else w).contiguous()))
 
 
+def in_panels(w: torch.Tensor) -> "_Packed":
+    """A weight that stays in panels, shared by all who have it so; `panels` are good while what this returns lives."""
+    return _packed(w, _panels)
+
+
 def _blocked(w: torch.Tensor) -> torch.Tensor:
     """oneDNN's layout for 256 rows serves other numbers of rows as well (measured, 96 to 512)."""
     made: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(w.contiguous(), 256)
