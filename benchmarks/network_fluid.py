@@ -15,7 +15,8 @@ FLUID_CASES = 200
 FLUID_TOPOLOGIES = (
     "torus:4x4", "torus:8x4", "torus:3x5", "torus:4x4x4", "torus:2x4x4", "mesh:4x4", "ring:6", "ring:8", "switch:8",
     "switch:16", "fat-tree:4x4+2", "fat-tree:4x4+4", "machines:2x8@450GB/s,500ns+50GB/s,2us",
-    "machines:4x4@450GB/s,500ns+50GB/s,2us",
+    "machines:4x4@450GB/s,500ns+50GB/s,2us", "switch:2*8@450GB/s,500ns+50GB/s,2us",
+    "torus:2x4*4@450GB/s,500ns+50GB/s,2us",
 )  # fmt: skip
 LEAST_BYTES, MOST_BYTES, MOST_CYCLES = 4e3, 64e6, 30_000
 

@@ -24,7 +24,8 @@ from taskgraph.record import shown
 class ModelConfig:
     """The shapes of a decoder of the Llama family, dense or with experts, with grouped or latent attention.
 
-    With `ranks` above 1 it is one rank's share of a model, as `share` makes it.
+    With `ranks` above 1 it is one rank's share of a model, as `share` makes it; each of its key-value heads is then
+    that of `kv_copies` ranks.
     """
 
     name: str
@@ -44,6 +45,7 @@ class ModelConfig:
     experts: Experts | None = None
     latent: Latent | None = None
     ranks: int = 1
+    kv_copies: int = 1
 
     @property
     def record(self) -> ModelFamily:
@@ -65,27 +67,34 @@ class ModelConfig:
     def share(self, ranks: int, expert_rank: int | None = None) -> "ModelConfig":
         """The share of one of `ranks` tensor-parallel ranks: its heads and features. Graphs of it are that rank's.
 
-        Every rank has its features of all experts, or with `expert_rank` whole experts, those of that rank.
+        Every rank has its features of all experts, or with `expert_rank` whole experts, those of that rank. Of more
+        ranks than key-value heads several neighbours have the same one (Megatron-LM).
         GraphError when there is something that the ranks cannot share equally, and for a share of a share.
         """
         if self.ranks > 1:
             raise GraphError(f"{self.name} is the share of one of {self.ranks} ranks already; share the whole model.")
         e, whole = self.experts, expert_rank is not None
-        parts = {"heads": self.heads, "kv heads": self.kv_heads, "features": self.intermediate_size}
+        copies = max(ranks // self.kv_heads, 1)
+        parts = {"heads": self.heads, "kv heads": self.kv_heads * copies, "features": self.intermediate_size}
         parts |= {"vocabulary": self.vocab_size, "hidden size": self.hidden_size}
         if e is not None:
             parts |= {"shared features": e.shared_size}
             parts |= {"experts": e.count} if whole else {"expert features": e.inner_size}
         odd = next((name for name, number in parts.items() if ranks < 1 or number % ranks), None)
         if odd is not None:
+            if odd == "kv heads":
+                raise GraphError(
+                    f"{self.name} has {self.kv_heads} kv heads, which {ranks} ranks cannot share; choose a divisor, or "
+                    "a multiple, of which several ranks have the same head."
+                )
             raise GraphError(f"{self.name} has {parts[odd]} {odd}, which {ranks} ranks cannot share; choose a divisor.")
         if e is not None and whole:
             e = replace(e, shared_size=e.shared_size // ranks, ranks=ranks, rank=expert_rank or 0)
         elif e is not None:
             e = replace(e, shared_size=e.shared_size // ranks, inner_size=e.inner_size // ranks)
         return replace(
-            self, heads=self.heads // ranks, kv_heads=self.kv_heads // ranks, experts=e,
-            intermediate_size=self.intermediate_size // ranks, ranks=ranks,
+            self, heads=self.heads // ranks, kv_heads=self.kv_heads * copies // ranks, experts=e,
+            intermediate_size=self.intermediate_size // ranks, ranks=ranks, kv_copies=copies,
         )  # fmt: skip
 
     @property

@@ -25,7 +25,8 @@ class Shard:
     """A TensorSource of the part that rank `rank` of `ranks` has of each tensor of another `source`.
 
     With `whole_experts` the tensors of routed experts are not cut, because each rank has some experts and no others.
-    `axes` overrides AXES. With `tied` the embedding is the output head too: its shard is "lm_head.weight".
+    `axes` overrides AXES. With `tied` the embedding is the output head too: its shard is "lm_head.weight". With
+    `kv_copies` above 1 so many neighbouring ranks have the same part of the keys' and values' products.
     """
 
     source: llama.TensorSource
@@ -34,26 +35,30 @@ class Shard:
     whole_experts: bool = False
     axes: Mapping[str, int] | None = None
     tied: bool = False
+    kv_copies: int = 1
 
     @property
     def identity(self) -> str | None:
         """What the shard is, if the source says what it is itself."""
         whole = getattr(self.source, "identity", None)
         part = (self.rank, self.ranks, self.whole_experts, sorted((self.axes or {}).items()), self.tied)
+        part += (self.kv_copies,) if self.kv_copies > 1 else ()
         return None if whole is None else f"{whole} {part}"
 
     def tensor(self, name: str) -> "torch.Tensor":
         """This rank's part of the tensor of that name; WeightsError if the ranks cannot share it."""
         found = self.source.tensor("model.embed_tokens.weight" if self.tied and name == "lm_head.weight" else name)
-        axis = (AXES | dict(self.axes or {})).get(name.split(".")[-2])
+        module = name.split(".")[-2]
+        axis = (AXES | dict(self.axes or {})).get(module)
         if axis is None or (self.whole_experts and ".experts." in name):
             return found
-        size = found.shape[axis]
-        if size % self.ranks:
+        copies = self.kv_copies if module in ("k_proj", "v_proj") else 1
+        size, parts = found.shape[axis], self.ranks // copies
+        if size % parts:
             raise tg.WeightsError(
-                f"{name!r} has {size} {'columns' if axis else 'rows'}, which {self.ranks} ranks cannot share."
+                f"{name!r} has {size} {'columns' if axis else 'rows'}, which {parts} ranks cannot share."
             )
-        return found.narrow(axis, self.rank * (size // self.ranks), size // self.ranks).clone()
+        return found.narrow(axis, self.rank // copies * (size // parts), size // parts).clone()
 
 
 def load_shard(
@@ -72,7 +77,7 @@ def load_shard(
     axes = {f"{name}_proj": 0 for name in gathered}
     e = config.experts
     whole_experts = e is not None and e.ranks > 1
-    shard = Shard(source, rank, config.ranks, whole_experts, axes, config.tie_embeddings)
+    shard = Shard(source, rank, config.ranks, whole_experts, axes, config.tie_embeddings, config.kv_copies)
     held = replace(e, rank=rank) if e is not None and whole_experts else e
     mine = replace(config, tie_embeddings=False, experts=held)
     weights = llama.load_weights(mine, shard, dtype)

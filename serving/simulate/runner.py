@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -98,7 +98,10 @@ def page_bytes(config: ModelConfig, page_size: int, itemsize: int = 2) -> int:
 def pages_of(
     config: ModelConfig, device: str | tg.Device, *, tensor_parallel: int = 1, page_size: int = 16, share: float = 0.9
 ) -> int:
-    """Pages that `share` of the ranks' memory holds beside the weights in 16 bits; PlanError if there is none."""
+    """Pages that `share` of the ranks' memory holds beside the weights in 16 bits; PlanError if there is none.
+
+    Where several ranks have the same key-value head, it is there several times."""
+    config = replace(config, kv_heads=config.kv_heads * config.share(tensor_parallel).kv_copies)
     memory = share * tensor_parallel * tg.devices.get(device).memory_bytes - 2 * config.parameters
     pages = int(memory // page_bytes(config, page_size))
     if pages < 1:

@@ -59,9 +59,11 @@ class Links:
 
 
 RANKS = typer.Option("--ranks", "--tensor-parallel", min=1, help="devices that share every layer (tensor parallel)")
-NETWORK = typer.Option(help="what they talk over, as torus:4x4x4, switch:8 or machines:2x8@450GB/s,500ns+50GB/s,2us")
+NETWORK = typer.Option(help="what they talk over, as torus:4x4x4, switch:2*8 or machines:2x8@450GB/s,500ns+50GB/s,2us")
 ROUTING = typer.Option(help="dimension-order, valiant, minimal-adaptive or goal")
-ALGORITHM = typer.Option(help="of collectives: ring, tree, halving, doubling, direct, dimensions, or auto: the fastest")
+ALGORITHM = typer.Option(
+    help="of collectives: ring, tree, halving, doubling, direct, dimensions, levels, or auto: the fastest"
+)
 
 
 def graph_of(model: str, size: StepSize) -> "tg.Graph":

@@ -61,6 +61,9 @@ if TYPE_CHECKING:
         from_links as from_links,
     )
     from taskgraph.network.topology import (
+        hosts_of as hosts_of,
+    )
+    from taskgraph.network.topology import (
         machines as machines,
     )
     from taskgraph.network.topology import (
@@ -85,7 +88,7 @@ _HOME = {
     "packets": "Run packet_run",
     "routing": "ROUTINGS Routing",
     "simulator": "Outcome Routers saturation simulate",
-    "topology": "Topology fat_tree from_links machines mesh ring switch torus",
+    "topology": "Topology fat_tree from_links hosts_of machines mesh ring switch torus",
     "patterns": "PATTERNS Traffic permutation traffic",
     "worst": "worst_case",
 }

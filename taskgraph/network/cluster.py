@@ -17,6 +17,7 @@ from taskgraph.network.topology import (
     RATE,
     Topology,
     fat_tree,
+    hosts_of,
     machines,
     mesh,
     ring,
@@ -98,7 +99,10 @@ class Network:
         return tuple(name for name in ALGORITHMS if not lacking(collective, name, place))
 
 
-def _links(word: str) -> tuple[float, float]:
+_Link = tuple[float, float]
+
+
+def _links(word: str) -> _Link:
     """(bytes/s, seconds) from "50GB/s" or "50GB/s,2us"."""
     rate, comma, latency = word.partition(",")
     return parse_rate(rate), parse_seconds(latency) if comma else LATENCY_S
@@ -107,17 +111,21 @@ def _links(word: str) -> tuple[float, float]:
 _KINDS: dict[str, Callable[..., Topology]] = {
     "torus": torus, "mesh": mesh, "ring": ring, "switch": switch, "fat-tree": fat_tree, "machines": machines,
 }  # fmt: skip
-_FORMS = "torus:4x4x4, mesh:8x8, ring:16, switch:8, fat-tree:4x8+4 (leaves x hosts + spines) or machines:2x8"
-_TEXT = re.compile(r"([a-z_-]+):([0-9]+(?:[x+][0-9]+)*)(?:@(.+))?")
+_FORMS = (
+    "torus:4x4x4, mesh:8x8, ring:16, switch:8, fat-tree:4x8+4 (leaves x hosts + spines), machines:2x8, or one of these "
+    "with so many devices in each host, torus:4x4*8"
+)
+_TEXT = re.compile(r"([a-z_-]+):([0-9]+(?:[x+][0-9]+)*)(?:\*([0-9]+))?(?:@(.+))?")
 
 
 def network(value: "str | Network | Topology", routing: str = "", algorithm: str = "", link: float = 0.0) -> Network:
-    """The network of a text such as "torus:4x4x4" or "machines:2x8@450GB/s,500ns+50GB/s,2us": kind, sizes, and after @
-    bytes/s and latency of a link (of machines: within one, then between them).
+    """The network of a text such as "torus:4x4x4", "fat-tree:2x4+2*8" or "machines:2x8@450GB/s,500ns+50GB/s,2us": kind,
+    sizes, after * the devices in each host, and after @ bytes/s and latency of a link (of machines and of hosts with
+    devices: within one, then between them).
 
     Without @ a link has `link` bytes/s shared out to the links of a host (0: 50 GB/s each) and 500 ns; between machines
-    it has 50 GB/s. `routing` and `algorithm`, if given, take the place of those of a Network. NetworkError for what is
-    none."""
+    and between hosts with devices it has 50 GB/s. `routing` and `algorithm`, if given, take the place of those of a
+    Network. NetworkError for what is none."""
     if isinstance(value, str):
         value = _parsed(value, link)
     made = value if isinstance(value, Network) else Network(value)
@@ -134,17 +142,27 @@ def _parsed(word: str, link: float) -> Topology:
     sizes = [int(n) for n in re.split("[x+]", match[2])]
     if any(size > MOST_NODES for size in sizes):
         raise NetworkError(f"{shown(word)} has a size above {MOST_NODES}; use a smaller network.")
-    given = [_links(each) for each in match[3].split("+")] if match[3] else []
+    given = [_links(each) for each in match[4].split("+")] if match[4] else []
+    devices = int(match[3]) if match[3] else 0
+    if len(given) > (2 if devices or kind == "machines" else 1) or (devices and kind == "machines"):
+        raise NetworkError(f"cannot read {shown(word)} as a network; write {_FORMS}.")
+    ports = {"torus": 2 * len(sizes), "mesh": 2 * len(sizes), "ring": 2}.get(kind, 1)
+    own, between = (link or RATE, LATENCY_S), (RATE, LATENCY_S)
     try:
         if kind == "machines":
-            if len(sizes) != 2 or len(given) > 2:
-                raise TypeError
-            inner = given[0] if given else (link or RATE, LATENCY_S)
-            return machines(sizes[0], sizes[1], inner, given[1] if len(given) > 1 else (RATE, LATENCY_S))
-        if len(given) > 1:
-            raise TypeError
-        ports = {"torus": 2 * len(sizes), "mesh": 2 * len(sizes), "ring": 2}.get(kind, 1)
-        rate, latency = given[0] if given else (link / ports or RATE, LATENCY_S)
+            count, each = sizes
+            return machines(count, each, *_or(given, own, between))
+        if devices:
+            inner, outer = _or(given, own, between)
+            return hosts_of(devices, _KINDS[kind](*sizes, bytes_per_s=outer[0], latency_s=outer[1]), inner)
+        (rate, latency), _ = _or(given, (link / ports or RATE, LATENCY_S), between)
         return _KINDS[kind](*sizes, bytes_per_s=rate, latency_s=latency)
-    except TypeError:
+    except (TypeError, ValueError) as error:
+        if isinstance(error, NetworkError):
+            raise
         raise NetworkError(f"cannot read {shown(word)} as a network; write {_FORMS}.") from None
+
+
+def _or(given: list[_Link], first: _Link, second: _Link) -> tuple[_Link, _Link]:
+    """What is given in place of the two."""
+    return (given or [first])[0], given[1] if len(given) > 1 else second

@@ -360,6 +360,59 @@ def _exchange_part(place: Ranks, part: int, order: tuple[int, ...], step: int) -
     return phases
 
 
+# ----------------------------------------------------------------------------------- level by level
+
+
+def _levels_gather(place: Ranks) -> list[Phase]:
+    """Within the innermost groups everybody to everybody at once, then so between these groups, and on outwards."""
+    places, order = _positions(place), tuple(reversed(range(len(place.grid))))
+    return [
+        _to_all(place, d, lambda at, to, stage=stage: _alike(places, at, order[stage:]).tolist(), False)
+        for stage, d in enumerate(order)
+    ]
+
+
+def _levels_scatter(place: Ranks) -> list[Phase]:
+    places, order = _positions(place), tuple(reversed(range(len(place.grid))))
+    return [
+        _to_all(place, d, lambda at, to, stage=stage: _alike(places, to, order[: stage + 1]).tolist(), True)
+        for stage, d in enumerate(order)
+    ]
+
+
+def _levels_reduce(place: Ranks) -> list[Phase]:
+    """Scattered level by level, then gathered the same way back."""
+    places, inward = _positions(place), tuple(range(len(place.grid)))
+    back = [
+        _to_all(place, d, lambda at, to, stage=stage: _alike(places, at, inward[stage:]).tolist(), False)
+        for stage, d in enumerate(inward)
+    ]
+    return _levels_scatter(place) + back
+
+
+def _levels_exchange(place: Ranks) -> list[Phase]:
+    places, n, order = _positions(place), place.ranks, tuple(reversed(range(len(place.grid))))
+
+    def chunks(at: tuple[int, ...], to: tuple[int, ...], stage: int) -> list[int]:
+        sources = _alike(places, at, order[stage:])
+        targets = _alike(places, to, order[: stage + 1])
+        return [int(c) for c in (sources[:, None] * n + targets[None, :]).reshape(-1)]
+
+    return [
+        _to_all(place, d, lambda at, to, stage=stage: chunks(at, to, stage), False) for stage, d in enumerate(order)
+    ]
+
+
+def _to_all(place: Ranks, d: int, chunks: Callable[[tuple[int, ...], tuple[int, ...]], list[int]], adds: bool) -> Phase:
+    """From each place to all that differ from it in dimension `d` alone."""
+    places = _positions(place)
+    return tuple(
+        Message(int(places[at]), int(places[to]), tuple(chunks(at, to)), adds)
+        for at in np.ndindex(*place.grid)
+        for to in (_moved(at, d, k, place.grid[d]) for k in range(1, place.grid[d]))
+    )
+
+
 # ------------------------------------------------------------------------------------------- all of them
 
 
@@ -379,6 +432,10 @@ def _few(place: Ranks) -> str:
 
 def _grids(place: Ranks) -> str:
     return "" if sum(size > 1 for size in place.grid) > 1 else "needs ranks in a grid of two dimensions or more"
+
+
+def _groups(place: Ranks) -> str:
+    return _few(place) or _grids(place)
 
 
 def _rules(parts: int, scatter: Maker, gather: Maker, exchange: Rule, reduce: Maker | None = None) -> dict[str, Rule]:
@@ -412,8 +469,12 @@ ALGORITHMS: dict[str, Algorithm] = {
         _rules(WAYS, _grid_scatter, _grid_gather, Rule(WAYS, _grid_exchange), _grid_reduce),
         "Jain and Sabharwal 2010", _grids,
     ),
+    "levels": Algorithm(
+        _rules(1, _levels_scatter, _levels_gather, Rule(1, _levels_exchange), _levels_reduce), "Karonis et al. 2000",
+        _groups,
+    ),
 }  # fmt: skip
 """By name. ring: from neighbour to neighbour; tree: binomial; halving: recursive halving, then doubling; doubling: the
 whole message to partners a power of two apart; direct: everybody to everybody at once; shifts: to the d-th next in
 phase d; dimensions: rings along one dimension of a grid after another, all of a torus at once, or within machines and
-then between them."""
+then between them; levels: everybody to everybody within machines, then between them."""

@@ -114,6 +114,22 @@ def _steps(topology: Topology, table: _Table, flows: Flows) -> list[tuple[np.nda
         node[now] = table.heads[links]
 
 
+def around_s(topology: Topology, flows: Flows, full: np.ndarray) -> float:
+    """Seconds of latency that the links of a graph marked in `full` (links,) neither begin nor end without: to the
+    first that comes to one, and on from it for what has furthest to go."""
+    table = _table(topology)
+    steps, passed = _steps(topology, table, flows), np.zeros(len(flows.source))
+    total = np.zeros(len(passed))
+    for links, now in steps:
+        total[now] += table.latencies[links]
+    before, after = np.full(len(full), np.inf), np.zeros(len(full))
+    for links, now in steps:
+        np.minimum.at(before, links, passed[now])
+        np.maximum.at(after, links, total[now] - passed[now])
+        passed[now] += table.latencies[links]
+    return float((before + after)[full].max(initial=0.0))
+
+
 def longest_s(topology: Topology, routing: Routing, flows: Flows) -> float:
     """Seconds of latency of the longest way that packets of the flows take. Where ways are drawn at random it is what
     the largest of so many normal numbers is (Blom 1958) as there are packets, a few a flow, at most the longest."""

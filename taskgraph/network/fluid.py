@@ -8,30 +8,31 @@ import numpy as np
 from taskgraph.errors import NetworkError
 from taskgraph.network.cluster import Network
 from taskgraph.network.collectives import Phase, Schedule, schedule
-from taskgraph.network.flows import Flows, link_loads, longest_s
+from taskgraph.network.flows import Flows, around_s, link_loads, longest_s
 from taskgraph.network.routing import ROUTINGS
 from taskgraph.record import number
 
 NEAR = 0.8
-"""Share of the latency of a phase's longest way that no full link hides; fitted to the simulator of packets."""
+"""Share of the latency of a phase's longest way in a grid that no full link hides; fitted to the packets."""
 DRAWN_REACH = 0.86
 """Share of its rate that a link reaches where ways are drawn at random, packet by packet; fitted likewise."""
 
 
 class Cost(NamedTuple):
-    """Of each kind of phase: how many there are, seconds of latency, and seconds a byte of the whole message by the
-    fullest link and by the fullest of what its own node sends."""
+    """Of each kind of phase: how many there are, seconds of latency, those that the fullest link does not hide, and
+    seconds a byte of the whole message by the fullest link and by the fullest of what its own node sends."""
 
     times: np.ndarray
     latency_s: np.ndarray
+    around_s: np.ndarray
     fullest: np.ndarray
     own: np.ndarray
 
     def seconds(self, nbytes: float) -> float:
         """A phase ends when the packets that leave last have gone their way, and not before the fullest link has
-        taken all of its own, which begin to come and have still to go `NEAR` of the longest way."""
+        taken all of its own, which have to come there first and then to go on."""
         late = self.latency_s + self.own * nbytes
-        full = NEAR * self.latency_s + self.fullest * nbytes
+        full = self.around_s + self.fullest * nbytes
         return float(self.times @ np.maximum(late, full))
 
 
@@ -56,10 +57,14 @@ def fluid_cost(network: Network, collective: str, algorithm: str, ranks: int) ->
         key = tuple(each.tobytes() for each in flows)
         if key not in known:
             reached = rates * (DRAWN_REACH if way.detour or way.weighted else 1.0)
-            fullest, own = (link_loads(network.topology, way, flows) / reached).max(1).tolist()
-            known[key] = [0.0, longest_s(network.topology, way, flows), fullest, own]
+            loads = link_loads(network.topology, way, flows) / reached
+            fullest, own = loads.max(1).tolist()
+            late_s = longest_s(network.topology, way, flows)
+            full = loads[0] >= fullest * (1 - 1e-9)
+            around = around_s(network.topology, flows, full) if way.graphs else NEAR * late_s
+            known[key] = [0.0, late_s, around, fullest, own]
         known[key][0] += 1.0
-    return Cost(*np.array(list(known.values())).reshape(-1, 4).T)
+    return Cost(*np.array(list(known.values())).reshape(-1, 5).T)
 
 
 def placed(network: Network, collective: str, algorithm: str, ranks: int) -> tuple[Schedule, np.ndarray]:

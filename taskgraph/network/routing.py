@@ -79,9 +79,10 @@ def next_ports(topology: Topology) -> np.ndarray:
     ports = np.full(far.shape, -1, np.int64)
     for node, there in enumerate(heads):
         used = np.flatnonzero(there >= 0)
-        for target in np.flatnonzero(far[node] > 0):
-            closer = used[far[there[used], target] == far[node, target] - 1]
-            ports[node, target] = closer[target % len(closer)]
+        closer = far[there[used]] == far[node] - 1
+        wanted = np.arange(len(far)) % np.maximum(closer.sum(0), 1) + 1
+        found = used[(np.cumsum(closer, 0) == wanted).argmax(0)]
+        ports[node] = np.where(far[node] > 0, found, -1)
     return ports
 
 
@@ -91,15 +92,12 @@ def hop_classes(topology: Topology) -> int:
     import networkx as nx  # a third of a second, for graphs alone
 
     ports, heads = next_ports(topology), topology.heads().reshape(topology.nodes, -1)
-    follows: nx.DiGraph[tuple[int, int]] = nx.DiGraph()
-    longest = 0
-    for source in range(topology.hosts):
-        for target in range(topology.hosts):
-            node, before, hops = source, (-1, -1), 0
-            while node != target:
-                link = (node, int(ports[node, target]))
-                if hops:
-                    follows.add_edge(before, link)
-                node, before, hops = int(heads[link]), link, hops + 1
-            longest = max(longest, hops)
-    return 1 if nx.is_directed_acyclic_graph(follows) else longest
+    most, hosts = heads.shape[1], topology.hosts
+    node, target = (each.reshape(-1) for each in np.indices((hosts, hosts)))
+    before, hops, pairs = np.full(len(node), -1), 0, set[tuple[int, int]]()
+    while len(left := np.flatnonzero(node != target)):
+        node, target, before = node[left], target[left], before[left]
+        link = node * most + ports[node, target]
+        pairs |= set(map(tuple, np.unique(np.stack([before, link], 1), axis=0).tolist())) if hops else set()
+        node, before, hops = heads[node, ports[node, target]], link, hops + 1
+    return 1 if nx.is_directed_acyclic_graph(nx.DiGraph(sorted(pairs))) else hops

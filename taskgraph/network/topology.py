@@ -8,10 +8,10 @@ from typing import ClassVar
 import numpy as np
 
 from taskgraph.errors import NetworkError
-from taskgraph.record import integer, number, sequence, text
+from taskgraph.record import instance, integer, number, sequence, text
 
 MOST_NODES = 4096
-MOST_GRAPH = 512
+MOST_GRAPH = 1024
 MOST_PORTS = 62
 RATE = 50e9
 """Bytes per second and direction of a link whose rate nobody gave."""
@@ -29,7 +29,7 @@ class Topology:
     A graph instead has shape (), `links` as (from, to) and `hosts`: nodes 0 to hosts - 1 are hosts, the others
     switches; a node has at most 62 links out. `rates` and `latencies` are those of each link where they are not alike;
     `bytes_per_s` is the fastest. `tiers` says that hosts in their order are so many groups of so many: machines and
-    their devices, say. NetworkError where a host cannot reach another."""
+    their devices (`machines`, `hosts_of`), say. NetworkError where a host cannot reach another."""
 
     name: str
     shape: tuple[int, ...]
@@ -219,8 +219,8 @@ def from_links(
     latency_s: float | Sequence[float] = LATENCY_S,
     tiers: tuple[int, ...] = (),
 ) -> Topology:
-    """A graph of at most 512 nodes; each pair of `links` is joined both ways. Nodes 0 to hosts - 1 are hosts. Rates and
-    latencies are one for all, or one for each pair."""
+    """A graph of at most 1024 nodes; each pair of `links` is joined both ways. Nodes 0 to hosts - 1 are hosts. Rates
+    and latencies are one for all, or one for each pair."""
     pairs = list(links)
     both = [end for a, b in pairs for end in ((a, b), (b, a))]
     if not both:
@@ -275,3 +275,30 @@ def machines(
     pairs += [(i, hosts + count + i % devices) for i in range(hosts)]
     rates, latencies = ([inner[k]] * hosts + [outer[k]] * hosts for k in range(2))
     return from_links(f"machines:{count}x{devices}", hosts, pairs, rates, latencies, (count, devices))
+
+
+def hosts_of(devices: int, outer: Topology, inner: tuple[float, float] = (RATE, LATENCY_S)) -> Topology:
+    """`outer` with `devices` in each of its hosts: a graph in which a switch takes the host's place, with the host's
+    links, which its devices share, and a link of `inner` (bytes/s, seconds) to each device."""
+    instance("outer", outer, Topology, NetworkError, "Make one by torus(4, 4) or fat_tree(2, 4, 2).")
+    integer("devices", devices, NetworkError, 2, MOST_PORTS)
+    hosts = outer.hosts * devices
+    if hosts + outer.nodes > MOST_GRAPH:
+        raise NetworkError(
+            f"{devices} devices in each of {outer.hosts} hosts make a graph of {hosts + outer.nodes} nodes; use a "
+            f"network of at most {MOST_GRAPH}."
+        )
+    heads, most = outer.heads(), outer.heads().size // outer.nodes
+    pairs = [(i, hosts + i // devices) for i in range(hosts)]
+    rates = dict.fromkeys([end for a, b in pairs for end in ((a, b), (b, a))], inner[0])
+    latencies = dict.fromkeys(rates, inner[1])
+    kinds = zip(heads.tolist(), outer.rates_by_place().tolist(), outer.latencies_by_place().tolist(), strict=True)
+    for place, (head, rate, latency) in enumerate(kinds):
+        if head >= 0:
+            link = hosts + place // most, hosts + head
+            rates[link] = rates.get(link, 0.0) + rate  # a torus has two links between two nodes of a dimension of 2
+            latencies[link] = latency
+    return Topology(
+        f"{outer.name}*{devices}", (), False, max(rates.values()), min(latencies.values()), tuple(rates), hosts,
+        tuple(rates.values()), tuple(latencies.values()), (*(outer.shape or outer.tiers or (outer.hosts,)), devices),
+    )  # fmt: skip

@@ -21,15 +21,17 @@ def test_whatif_on_a_torus_by_goal_and_by_dimension_order(
         assert "collectives by" in text and "the device's links" in text
 
 
-def test_a_plan_of_ranks_of_two_machines(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+@pytest.mark.parametrize("text", ["machines:2x8", "switch:2*8", "fat-tree:2x1+2*8"])
+def test_a_plan_of_16_ranks_of_two_machines(
+    text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
+    """Twice as many as the model has key-value heads."""
     out = tmp_path / "plan.json"
-    arguments = ["--network", "machines:2x4", *SIZE, "--out", str(out)]
+    arguments = ["--network", text, "--ranks", "16", "--batch", "64", "--scheduler", "list", "--out", str(out)]
     assert call(monkeypatch, "plan", "llama-3-70b", *arguments) == 0
-    assert "8 x h100_sxm on machines:2x4 by shortest" in " ".join(capsys.readouterr().out.split())
+    assert f"16 x h100_sxm on {text} by shortest" in " ".join(capsys.readouterr().out.split())
     network = tg.Plan.load(out).device.network
-    assert network is not None and network.topology.tiers == (2, 4)
+    assert network is not None and network.topology.tiers[-1] == 8 and network.topology.hosts == 16
 
 
 def test_a_trace_is_replayed_on_a_network(
@@ -52,6 +54,7 @@ def test_a_trace_is_replayed_on_a_network(
         ("whatif", ["--routing", "goal", *SIZE], "give --network too"),
         ("whatif", ["--network", "cube", *SIZE], "write torus:4x4x4"),
         ("plan", ["--network", "switch:8", "--routing", "goal", *SIZE], "made for tori and meshes"),
+        ("plan", ["--network", "torus:4x4*8", "--routing", "goal", *SIZE], "made for tori and meshes"),
         ("plan", ["--network", "switch:4", *SIZE], "8 ranks on 'switch:4', which has 4 hosts; use a larger network"),
     ],
 )

@@ -81,13 +81,14 @@ def test_greedy_tokens_and_logits_equal_transformers(smollm2: tuple[Session, Any
 # --------------------------------------------------------------------------- every family, tiny
 
 
-def tiny(family: str) -> Any:
+def tiny(family: str, **changes: int) -> Any:
     """A random two-layer model of the family from transformers, with its scalings and biases random too."""
     import transformers as hf
 
     shape: dict[str, Any] = {
         "vocab_size": 160, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "rms_norm_eps": 1e-5,
+        **changes,
     }  # fmt: skip
     llama3 = {
         "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

@@ -18,7 +18,7 @@ from taskgraph.errors import BackendUnavailable, ExecutionError, GraphError, Pla
 from taskgraph.models import llama
 from taskgraph.models.config import load_config
 from taskgraph.models.parallel import Decode, Prefill, mixed_step
-from taskgraph.models.shards import load_shard
+from taskgraph.models.shards import Shard, load_shard
 from taskgraph.models.weights import open_checkpoint
 from taskgraph.runtime.cpu.kinds import TORCH_DTYPE
 from taskgraph.runtime.distributed import Group, connect, group, one_plan
@@ -188,8 +188,11 @@ def test_collectives_follow_their_definition(
 
 
 def saved(case: str, folder: Path) -> None:
-    test = test_families if case in test_families.CASES else test_llama
-    test.tiny(case).save_pretrained(folder)
+    family, _, few = case.partition(", ")
+    if family in test_families.CASES:
+        test_families.tiny(family).save_pretrained(folder)
+    else:
+        test_llama.tiny(family, **({"num_key_value_heads": 1} if few else {})).save_pretrained(folder)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +200,9 @@ def saved(case: str, folder: Path) -> None:
     [
         ("llama", False, {}),
         ("llama", False, {"o": "gather", "down": "scatter"}),
+        ("llama, one kv head", False, {"o": "gather"}),
         ("qwen2", False, {}),
+        ("qwen2, one kv head", False, {}),
         ("qwen3", False, {"down": "gather"}),
         ("mixtral", False, {}),
         ("mixtral", True, {}),
@@ -220,13 +225,35 @@ def test_two_ranks_equal_one(
     parts = ranks.call("mixed", tmp_path, given, whole_experts, collectives)
     for name, right in whole.items():
         shared = name.endswith(("keys", "values"))
-        if not shared:
+        if not shared or config.kv_heads == 1:
             assert torch.equal(parts[0][name], parts[1][name])  # every rank samples the same token
-        mine = torch.cat([part[name] for part in parts], 1) if shared else parts[0][name]
+        mine = torch.cat([part[name] for part in parts[: config.kv_heads]], 1) if shared else parts[0][name]
         torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("case", ["llama", "mixtral"])
+@pytest.mark.parametrize(("heads", "ranks"), [(2, 4), (2, 8), (4, 2), (1, 8)])
+def test_each_kv_head_is_on_the_ranks_whose_queries_take_it(heads: int, ranks: int) -> None:
+    """Rank r of `ranks` has 16 / ranks of 16 query heads; query head q takes key-value head q // (16 / heads)."""
+
+    class Numbered:
+        """Every row of a product has the number of its head."""
+
+        def tensor(self, name: str) -> torch.Tensor:
+            count = heads if name.split(".")[-2] in ("k_proj", "v_proj") else 16
+            return torch.arange(count).repeat_interleave(4)
+
+    whole = replace(load_config("llama-3-8b"), heads=16, kv_heads=heads)
+    share = whole.share(ranks)
+    assert share.kv_copies * heads == max(ranks, heads) and share.kv_heads == max(heads // ranks, 1)
+    for rank in range(ranks):
+        shard = Shard(Numbered(), rank, ranks, kv_copies=share.kv_copies)
+        q, k, v = (shard.tensor(f"layers.0.self_attn.{n}_proj.weight")[::4].tolist() for n in "qkv")
+        assert k == v == sorted({each // (16 // heads) for each in q})
+        assert (len(q), len(k)) == (share.heads, share.kv_heads)
+    assert share.heads % share.kv_heads == 0
+
+
+@pytest.mark.parametrize("case", ["llama", "mixtral", "llama, one kv head"])
 def test_a_session_of_two_ranks_generates_what_one_does(case: str, ranks: Ranks, tmp_path: Path) -> None:
     saved(case, tmp_path)
     with open_checkpoint(tmp_path) as checkpoint:

@@ -16,6 +16,7 @@ from taskgraph.network import (
     collective_cost,
     fluid_cost,
     from_links,
+    hosts_of,
     machines,
     network,
     packet_run,
@@ -112,12 +113,36 @@ def test_the_slow_links_between_machines_take_the_rank_sums_alone() -> None:
     inside, between = 2 * 7 / 8 / 400e9, 2 * 1 / 2 / 8 / 50e9
     assert cost.seconds(1e9) - cost.seconds(0.0) == pytest.approx((inside + between) * 1e9, rel=0.01)
     assert cost.seconds(1e9) < fluid_cost(made, "all_reduce", "ring", 16).seconds(1e9)
-    assert collective_cost(made, "all_reduce", 16, 1e9)[0] == "dimensions"
+    assert collective_cost(made, "all_reduce", 16, 1e9)[0] in ("dimensions", "levels")
+
+
+def test_devices_of_a_host_share_its_link() -> None:
+    """All of the message over the links of devices, and over the one link of a host to the other host only once."""
+    made = network("switch:2*8@400GB/s,0.5us+50GB/s,2us")
+    cost = fluid_cost(made, "all_reduce", "levels", 16)
+    inside, between = 2 * 7 / 8 / 400e9, 2 * 1 / 2 / 50e9
+    assert cost.seconds(1e9) - cost.seconds(0.0) == pytest.approx((inside + between) * 1e9, rel=0.01)
+    # two links in each phase within a host and four between, to and from devices; latencies of phases that wait
+    assert cost.seconds(0.0) == pytest.approx(2 * (2 * 0.5e-6) + 2 * (2 * 0.5e-6 + 2 * 2e-6))
+    assert collective_cost(made, "all_reduce", 16, 1e6)[0] == "levels"
+
+
+@pytest.mark.parametrize("outer", ["torus:2x3", "mesh:3x2", "ring:4", "switch:3", "fat-tree:2x2+2"])
+def test_hosts_with_devices_have_the_ways_of_their_hosts(outer: str) -> None:
+    """A device is one link from its host's switch; between hosts are the hops of the network between them."""
+    alone, made = network(outer).topology, hosts_of(3, network(outer).topology, (1e11, 1e-6))
+    far, between = made.distances(), alone.distances()
+    for a in range(made.hosts):
+        for b in range(made.hosts):
+            assert far[a, b] == (0 if a == b else 2 + between[a // 3, b // 3])
+    assert (made.hosts, made.tiers[-1]) == (3 * alone.hosts, 3)
+    up, out = made.rates_by_place()[made.heads() >= 0].sum(), alone.rates_by_place()[alone.heads() >= 0].sum()
+    assert up == pytest.approx(out + 2 * made.hosts * 1e11)
 
 
 @FEW
 @given(
-    st.sampled_from(["torus:4x4", "mesh:4x3", "ring:6", "switch:8", "fat-tree:2x4+2", "machines:2x4"]),
+    st.sampled_from(["torus:4x4", "mesh:4x3", "ring:6", "switch:8", "fat-tree:2x4+2", "machines:2x4", "ring:3*2"]),
     st.sampled_from(COLLECTIVES), st.floats(0, 1e8), st.floats(1.01, 3.0), st.integers(2, 8),
 )  # fmt: skip
 def test_the_best_algorithm_is_never_slower_than_a_fixed_one(
@@ -141,6 +166,9 @@ def test_the_best_algorithm_is_never_slower_than_a_fixed_one(
         ("switch:8", "reduce_scatter", "direct", 8),
         ("fat-tree:4x4+2", "all_reduce", "halving", 16),
         ("machines:2x4@400GB/s,500ns+50GB/s,2us", "all_reduce", "dimensions", 8),
+        ("switch:2*4@400GB/s,500ns+50GB/s,2us", "all_reduce", "levels", 8),
+        ("torus:2x3*4@400GB/s,500ns+50GB/s,2us", "all_gather", "dimensions", 24),
+        ("fat-tree:2x2+1*4@100GB/s,500ns+50GB/s,1us", "all_to_all", "levels", 16),
     ],
 )
 @pytest.mark.parametrize("nbytes", [2e5, 4e6])
@@ -201,6 +229,10 @@ def test_groups_share_the_links() -> None:
         (lambda: schedule("broadcast", "ring", 6), "use one of all_reduce"),
         (lambda: from_links("odd", 2, [(0, 1)], [1e9, 1e9]), "give one each"),
         (lambda: machines(1, 8), "from 2|at least 2"),
+        (lambda: hosts_of(1, torus(4, 4)), "from 2|at least 2"),
+        (lambda: hosts_of(62, torus(4, 4, 4)), "at most 1024"),
+        (lambda: network("machines:2x8*2"), "write torus:4x4x4"),
+        (lambda: network("torus:4x4*8", "goal"), "made for tori"),
     ],
 )
 def test_what_is_wrong_is_refused_with_a_way_out(wrong: object, says: str) -> None:
