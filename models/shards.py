@@ -41,8 +41,7 @@ class Shard:
     def identity(self) -> str | None:
         """What the shard is, if the source says what it is itself."""
         whole = getattr(self.source, "identity", None)
-        part = (self.rank, self.ranks, self.whole_experts, sorted((self.axes or {}).items()), self.tied)
-        part += (self.kv_copies,) if self.kv_copies > 1 else ()
+        part = (self.rank, self.ranks, self.whole_experts, sorted((self.axes or {}).items()), self.tied, self.kv_copies)
         return None if whole is None else f"{whole} {part}"
 
     def tensor(self, name: str) -> "torch.Tensor":

@@ -365,52 +365,50 @@ def _exchange_part(place: Ranks, part: int, order: tuple[int, ...], step: int) -
 
 def _levels_gather(place: Ranks) -> list[Phase]:
     """Within the innermost groups everybody to everybody at once, then so between these groups, and on outwards."""
-    places, order = _positions(place), tuple(reversed(range(len(place.grid))))
-    return [
-        _to_all(place, d, lambda at, to, stage=stage: _alike(places, at, order[stage:]).tolist(), False)
-        for stage, d in enumerate(order)
-    ]
+    return _gathered(place, _outwards(place))
 
 
 def _levels_scatter(place: Ranks) -> list[Phase]:
-    places, order = _positions(place), tuple(reversed(range(len(place.grid))))
-    return [
-        _to_all(place, d, lambda at, to, stage=stage: _alike(places, to, order[: stage + 1]).tolist(), True)
-        for stage, d in enumerate(order)
-    ]
+    places, order, phases = _positions(place), _outwards(place), []
+    for stage, d in enumerate(order):
+        sent = [(at, to, _alike(places, to, order[: stage + 1])) for at, to in _along(place, d)]
+        phases.append(tuple(Message(int(places[at]), int(places[to]), tuple(c.tolist()), True) for at, to, c in sent))
+    return phases
 
 
 def _levels_reduce(place: Ranks) -> list[Phase]:
     """Scattered level by level, then gathered the same way back."""
-    places, inward = _positions(place), tuple(range(len(place.grid)))
-    back = [
-        _to_all(place, d, lambda at, to, stage=stage: _alike(places, at, inward[stage:]).tolist(), False)
-        for stage, d in enumerate(inward)
-    ]
-    return _levels_scatter(place) + back
+    return _levels_scatter(place) + _gathered(place, _outwards(place)[::-1])
 
 
 def _levels_exchange(place: Ranks) -> list[Phase]:
-    places, n, order = _positions(place), place.ranks, tuple(reversed(range(len(place.grid))))
+    places, n, order, phases = _positions(place), place.ranks, _outwards(place), []
+    for stage, d in enumerate(order):
+        sent = []
+        for at, to in _along(place, d):
+            sources, targets = _alike(places, at, order[stage:]), _alike(places, to, order[: stage + 1])
+            chunks = (sources[:, None] * n + targets[None, :]).reshape(-1)
+            sent.append(Message(int(places[at]), int(places[to]), tuple(chunks.tolist()), False))
+        phases.append(tuple(sent))
+    return phases
 
-    def chunks(at: tuple[int, ...], to: tuple[int, ...], stage: int) -> list[int]:
-        sources = _alike(places, at, order[stage:])
-        targets = _alike(places, to, order[: stage + 1])
-        return [int(c) for c in (sources[:, None] * n + targets[None, :]).reshape(-1)]
 
-    return [
-        _to_all(place, d, lambda at, to, stage=stage: chunks(at, to, stage), False) for stage, d in enumerate(order)
-    ]
+def _gathered(place: Ranks, order: tuple[int, ...]) -> list[Phase]:
+    places, phases = _positions(place), []
+    for stage, d in enumerate(order):
+        sent = [(at, to, _alike(places, at, order[stage:])) for at, to in _along(place, d)]
+        phases.append(tuple(Message(int(places[at]), int(places[to]), tuple(c.tolist()), False) for at, to, c in sent))
+    return phases
 
 
-def _to_all(place: Ranks, d: int, chunks: Callable[[tuple[int, ...], tuple[int, ...]], list[int]], adds: bool) -> Phase:
-    """From each place to all that differ from it in dimension `d` alone."""
-    places = _positions(place)
-    return tuple(
-        Message(int(places[at]), int(places[to]), tuple(chunks(at, to)), adds)
-        for at in np.ndindex(*place.grid)
-        for to in (_moved(at, d, k, place.grid[d]) for k in range(1, place.grid[d]))
-    )
+def _outwards(place: Ranks) -> tuple[int, ...]:
+    return tuple(reversed(range(len(place.grid))))
+
+
+def _along(place: Ranks, d: int) -> Iterable[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Each place with all that differ from it in dimension `d` alone."""
+    size = place.grid[d]
+    return ((at, _moved(at, d, k, size)) for at in np.ndindex(*place.grid) for k in range(1, size))
 
 
 # ------------------------------------------------------------------------------------------- all of them
