@@ -148,6 +148,4 @@ def _named(device: "tg.Device") -> str:
 
 
 def _algorithms(plan: "tg.Plan") -> list[str]:
-    """The algorithms of collectives that the sources of a plan's times name."""
-    told = [source for source in plan.timeline.origin.split(" + ") if "fluid model" in source]
-    return sorted({source.rpartition(", ")[2] for source in told}) or ["the device's links"]
+    return sorted({each.algorithm for each in plan.collectives}) or ["the device's links"]

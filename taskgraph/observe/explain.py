@@ -201,15 +201,19 @@ def explain(plan: Plan, color: bool = False, measured_s: float | None = None) ->
 
 
 def counts(plan: Plan) -> dict[str, str]:
-    """How many ops, lanes, partitions and geometries the plan has, and the size of its arena."""
+    """How many ops, lanes, partitions and geometries the plan has, the size of its arena, and on a network how
+    collectives go."""
     partitions = sum(len(g.partitions) for g in plan.geometries)
     sizes = " | ".join("+".join(map(str, g.sizes)) for g in plan.geometries)
+    ways = {f"{stem(each.op)} by {each.algorithm}": None for each in plan.collectives}
+    over = {"collectives": ", ".join(ways)} if ways else {}
     return {
         "ops": f"{len(plan.steps):,}",
         "lanes": str(len(plan.lanes)),
         "partitions": f"{partitions} ({sizes} of {plan.device.sm_count} {unit_of(plan)})",
         "geometries": str(len(plan.geometries)),
         "arena": format_quantity(plan.arena_bytes, "B"),
+        **over,
     }
 
 

@@ -181,11 +181,23 @@ class Slot:
 
 
 @dataclass(frozen=True, slots=True)
+class Collective:
+    """The collective `op` goes over the network of the plan's device by `algorithm`."""
+
+    op: str
+    algorithm: str
+
+    def __post_init__(self) -> None:
+        typed(self, PlanError)
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """A schedule of one graph on one device. `graph` is the fingerprint of the graph it was made for;
     steps name the ops of that graph, split by `split`, written out (`Graph.flat()`), in an order that respects every
-    wait. `period` is there when the graph repeats a body. `seal` is what `sealed` puts there; a plan that is made by
-    hand may do without."""
+    wait. `period` is there when the graph repeats a body. `collectives` says of each collective between ranks, in the
+    steps' order, how it goes over the network that the device names; () where it names none. `seal` is what `sealed`
+    puts there; a plan that is made by hand may do without."""
 
     graph: str
     graph_name: str
@@ -203,8 +215,9 @@ class Plan:
     period: Period | None = None
     schema: int = SCHEMA
     seal: str = ""
+    collectives: tuple[Collective, ...] = ()
 
-    _LATER: ClassVar[frozenset[str]] = frozenset({"schema", "seal"})
+    _LATER: ClassVar[frozenset[str]] = frozenset({"schema", "seal", "collectives"})
 
     def __post_init__(self) -> None:
         typed(self, PlanError)
@@ -253,7 +266,7 @@ class Plan:
         made = hashlib.blake2b(digest_size=12)
         spans = self.timeline.spans
         if self.device.network is not None:
-            made.update(repr(self.device.network).encode())
+            made.update(repr((self.device.network, self.collectives)).encode())
         for part in (
             (self.graph, self.graph_name, self.device, self.geometries, self.lanes, self.arena_bytes, self.schema),
             (

@@ -6,20 +6,22 @@ from typing import NamedTuple
 
 import numpy as np
 
+from taskgraph.cost.families import kernel_of
+from taskgraph.cost.links import algorithm_on
 from taskgraph.cost.model import op_table
 from taskgraph.errors import GraphError, PlanError
 from taskgraph.graph.device import Device, get
 from taskgraph.graph.graph import Graph
 from taskgraph.graph.op import RESOURCES
 from taskgraph.jit import kernel, plain
-from taskgraph.ops import check_op
+from taskgraph.ops import COLLECTIVES, check_op
 from taskgraph.record import from_columns, instance, integer, number
 from taskgraph.record import function as called
 from taskgraph.schedule.arena import assign
 from taskgraph.schedule.band import error_band
 from taskgraph.schedule.bounds import lower_bounds
 from taskgraph.schedule.evaluate import Assignment, Evaluation, Layout, evaluate
-from taskgraph.schedule.plan import Lane, Period, Plan, Span, Step, Timeline, Verdict, uncollected
+from taskgraph.schedule.plan import Collective, Lane, Period, Plan, Span, Step, Timeline, Verdict, uncollected
 from taskgraph.schedule.problem import Budget, Costs, Problem, make_problem
 from taskgraph.schedule.sliced import sliced
 from taskgraph.schedule.solve import SCHEDULERS
@@ -220,7 +222,17 @@ def _plan_of(graph: Graph, found: Found, verdict: Verdict, made_by: str) -> Plan
         made_by=made_by,
         split=assignment.split,
         period=_period(problem.graph, times.start_s, times.end_s),
+        collectives=_collectives(problem, order.tolist()),
     ).sealed()
+
+
+def _collectives(problem: Problem, order: list[int]) -> tuple[Collective, ...]:
+    """By which algorithm each collective between ranks goes over the device's network: that of its seconds."""
+    network, flat = problem.device.network, problem.graph.flat()
+    if network is None:
+        return ()
+    shared = [op for op in map(flat.ops.__getitem__, order) if op.kind in COLLECTIVES and op.integer("ranks") > 1]
+    return tuple(Collective(op.name, algorithm_on(kernel_of(op, flat.tensor), network)) for op in shared)
 
 
 def _period(graph: Graph, start_s: np.ndarray, end_s: np.ndarray) -> Period | None:

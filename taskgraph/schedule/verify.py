@@ -243,6 +243,27 @@ def _timeline_possible(plan: Plan, graph: Graph) -> None:
         )
 
 
+def _collectives_known(plan: Plan, graph: Graph) -> None:
+    """Each collective between ranks goes over the device's network by an algorithm that may be used there."""
+    network, ops = plan.device.network, {op.name: op for op in graph.ops}
+    shared = [s.op for s in plan.steps if ops[s.op].kind in COLLECTIVES and ops[s.op].integer("ranks") > 1]
+    wanted = shared if network is not None else []
+    if [each.op for each in plan.collectives] != wanted:
+        over = "no network" if network is None else network.name
+        raise PlanError(
+            f"the plan says of {len(plan.collectives)} collectives how they go over a network; over {over} it must of "
+            f"{len(wanted)}, in the steps' order. Plan again."
+        )
+    for each in plan.collectives:
+        assert network is not None
+        op = ops[each.op]
+        allowed = network.algorithms(op.kind, op.integer("ranks"))
+        if each.algorithm not in allowed:
+            raise PlanError(
+                f"collective {each.op!r} goes by {each.algorithm!r}; {network.name} has {', '.join(allowed)} for it."
+            )
+
+
 def collectives_in_order(plan: Plan, graph: Graph) -> None:
     """Collectives between ranks run one after another, in the plan's order, so that all ranks issue them alike.
 
@@ -348,4 +369,5 @@ _RULES: tuple[Callable[[Plan, Graph], None], ...] = (
     _timeline_possible,
     _verdict_agrees,
     _no_alias_in_arena,
+    _collectives_known,
 )

@@ -1,6 +1,7 @@
 """The search over collectives: with the choice open a plan is never worse than with any choice fixed."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -10,7 +11,8 @@ import taskgraph as tg
 from taskgraph import rewrite
 from taskgraph.models.config import load_config
 from taskgraph.models.parallel import Decode, Prefill, mixed_step
-from taskgraph.network import ALGORITHMS
+from taskgraph.network import ALGORITHMS, collective_cost
+from taskgraph.schedule.plan import Collective
 
 FEW = settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -39,6 +41,44 @@ def test_never_worse_than_a_fixed_choice(text: str, tokens: int, seed: int) -> N
             except tg.NetworkError:
                 continue  # the algorithm has no schedule for a collective of the variant
             assert best.plan.makespan_s <= made.makespan_s
+
+
+def test_a_saved_plan_knows_how_its_collectives_go(tmp_path: Path) -> None:
+    """By the algorithm of their prices, the fastest of all for each, also of a graph that a search has cut."""
+    graph, device = layer(16), tg.devices.networked("h100_sxm", "machines:2x4")
+    best = tg.plan_collectives(graph, device, "list")
+    best.plan.save(tmp_path / "plan.json")
+    made = tg.Plan.load(tmp_path / "plan.json")
+    tg.verify(made, best.graph)
+    network, flat = made.device.network, best.graph.flat()
+    assert network is not None
+    shared = {op.name: op for op in flat.ops if op.kind in tg.ops.COLLECTIVES}
+    assert [each.op for each in made.collectives] == [step.op for step in made.steps if step.op in shared]
+    for each in made.collectives:
+        op = shared[each.op]
+        nbytes = max(sum(flat.tensor[name].nbytes for name in side) for side in (op.inputs, op.outputs))
+        assert each.algorithm == collective_cost(network, op.kind, 8, nbytes)[0]
+        assert f" by {each.algorithm}" in tg.explain(made)
+    assert tg.plan(graph, "h100_sxm", "list").collectives == ()
+
+
+def test_other_ways_of_collectives_are_refused() -> None:
+    graph, device = layer(16), tg.devices.networked("h100_sxm", "switch:8")
+    made = tg.plan(graph, device, "list")
+    first = made.collectives[0]
+
+    def broken(*ways: Collective) -> tg.Plan:
+        return replace(made, collectives=ways).sealed()
+
+    for wrong, says in (
+        (broken(), "says of 0 collectives"),
+        (broken(*made.collectives[::-1]), "in the steps' order"),
+        (broken(replace(first, algorithm="dimensions"), *made.collectives[1:]), "switch:8 by shortest has ring"),
+        (replace(made, collectives=(replace(first, algorithm="ring"), *made.collectives[1:])), "changed after it was"),
+        (replace(made, device=tg.devices.get("h100_sxm")).sealed(), "over no network"),
+    ):
+        with pytest.raises(tg.PlanError, match=says):
+            tg.verify(wrong, graph)
 
 
 def test_an_algorithm_that_is_fixed_stays() -> None:
