@@ -28,6 +28,7 @@ Sections, each within its time and, on a real GPU, in a process of its own; what
   kernels       every kernel of a step: seconds, rate, share of what the published rates allow, and what ran it
   products      the four products of an 8B layer by SMs: cuBLAS's ("library") and our own persistent ones ("own");
                 "of_full" is speed over that of the whole device by the library; the aim on 96 of 132 SMs is 0.70
+  gaps          small kernels in a chain: begun at the end of the one before, or while it runs (dependent launches)
   tiles         our own products on 96 SMs by every tile shape that fits (real GPUs)
   engine        Llama-3.2-1B shapes with random weights: 256 sequences of 256 tokens in and 64 out; step_s is the
                 median decode step, replay_s the graph alone
@@ -78,7 +79,7 @@ def measure(asked: Asked, names: Sequence[str], minutes: float, say: Callable[[s
     begin, end = time.monotonic(), time.monotonic() + 60.0 * minutes
     found: dict[str, Any] = {
         "kind": "simulated" if asked.virtual else "measured", **gpu_sections.about(asked), "machine": machine(),
-        "kernels": {}, "products": {}, "engine": dict.fromkeys(gpu_sections.ENGINE_KEYS), "sections": {},
+        "kernels": {}, "products": {}, "gaps": {}, "engine": dict.fromkeys(gpu_sections.ENGINE_KEYS), "sections": {},
     }  # fmt: skip
     for i, name in enumerate(names):
         left = max(end - time.monotonic(), 1.0)
@@ -110,6 +111,9 @@ def table(found: Mapping[str, Any]) -> Table:
         for choice, row in choices.items():
             speeds = ", ".join(f"{sms}: {share:.2f}" for sms, share in row["of_full"].items())
             made.add_row(name, f"speed of the whole device's by SMs: {speeds}", choice)
+    for name, row in found["gaps"].items():
+        both = f"{row['after_end_s'] * 1e6:.2f} us after the end, {row['dependent_s'] * 1e6:.2f} us dependent"
+        made.add_row(f"chain of {name}", f"{both}: {row['saved_s'] * 1e6:.2f} us less", "")
     for name, value in found["engine"].items():
         made.add_row(f"engine {name}", f"{value:.5g}" if isinstance(value, float) else str(value), "")
     for name, ended in found["sections"].items():

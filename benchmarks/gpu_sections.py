@@ -30,6 +30,7 @@ from taskgraph.serving.scheduler import Limits
 from taskgraph.tune.gpucheck import cases, checks
 from taskgraph.tune.gpucheck.cases import Case
 from taskgraph.tune.gpucheck.fast import Fast
+from taskgraph.tune.gpucheck.gaps import chained, timed
 from taskgraph.tune.gpucheck.rig import PartitionStream, Rig
 from taskgraph.tune.gpucheck.run import planning_target
 
@@ -130,6 +131,21 @@ def kernels(asked: Asked) -> Iterator[Found]:
             row |= {"rate": made.rate(seconds), "share": max(least) / seconds, "by": made.choice}
             row["limit"] = "arithmetic" if least[0] > least[1] else "memory"
             yield {"kernels": {case.name: row}}
+
+
+def gaps(asked: Asked) -> Iterator[Found]:
+    """Small kernels in a chain: seconds of a launch begun at the end of the one before, and begun while that runs."""
+    bed = _Bed.of(asked)
+    if not bed.gpu.capability.dependent:
+        yield {"gaps": {}}
+        return
+    for case in [None, *chained(cases.SMALL if asked.virtual else cases.LARGE, bool(bed.gpu.ahead("gemm")))]:
+        if asked.over:
+            return
+        row = timed(bed.rig, bed.device, bed.fast, case)
+        saved_s = row.after_end_s - row.dependent_s
+        found = {"after_end_s": row.after_end_s, "dependent_s": row.dependent_s, "saved_s": saved_s}
+        yield {"gaps": {row.kernel: found}}
 
 
 def _sizes(bed: _Bed) -> list[int]:
@@ -330,6 +346,7 @@ SECTIONS: dict[str, Section] = {
     "checks": Section(run_checks, 30.0),
     "kernels": Section(kernels, 45.0),
     "products": Section(products, 30.0),
+    "gaps": Section(gaps, 10.0),
     "engine": Section(engine, 60.0),
     "transformers": Section(transformers, 25.0),
     "tiles": Section(tiles, 25.0),

@@ -4,11 +4,11 @@ Every check makes calls of the driver API by cuda.bindings and looks at what com
 whose driver is the virtual one: `python -m benchmarks.capture --json`.
 """
 
-from benchmarks.capture_rules import capture, graphs, partitions, work
+from benchmarks.capture_rules import capture, dependent, graphs, partitions, work
 from benchmarks.capture_rules.world import RULES, Rule, World
 from taskgraph.runtime.gpu import driver, virtual
 
-__all__ = ["RULES", "Rule", "World", "capture", "check_rules", "graphs", "partitions", "work"]
+__all__ = ["RULES", "Rule", "World", "capture", "check_rules", "dependent", "graphs", "partitions", "work"]
 
 
 def check_rules(control: virtual.Control) -> dict[str, str]:

@@ -113,6 +113,11 @@ class World:
         c.blockDimX, c.blockDimY, c.blockDimZ = config.get("block", 256), 1, 1
         c.sharedMemBytes = config.get("shared", 0)
         c.hStream = stream
+        if config.get("dependent"):
+            early = cu.CUlaunchAttribute()
+            early.id = cu.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            early.value.programmaticStreamSerializationAllowed = 1
+            c.attrs, c.numAttrs = [early], 1
         values = (a, a, out, count)
         kinds = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_longlong)
         function = cu.CUfunction(int(kernel))

@@ -52,6 +52,7 @@ __device__ void gather(const Unit* x, const Number* index, Unit* out, Index n, I
 
 #define MOVE(UNIT, NAME)                                                                                             \
     extern "C" __global__ void move_##NAME(const UNIT* x, UNIT* out, const long long* table, long long total) {      \
+        follow();                                                                                                    \
         move(x, out, table, total);                                                                                  \
     }                                                                                                                \
     EXPORT(move_##NAME)
@@ -65,6 +66,7 @@ MOVE(Sixteen, b16)
     extern "C" __global__ void gather_##NAME##_##NUMBER_NAME(                                                        \
         const UNIT* x, const NUMBER* index, UNIT* out, long long n, long long length, long long inner, int along,    \
         long long total, long long* fault) {                                                                         \
+        follow();                                                                                                    \
         gather(x, index, out, n, length, inner, along, total, fault);                                                \
     }                                                                                                                \
     EXPORT(gather_##NAME##_##NUMBER_NAME)

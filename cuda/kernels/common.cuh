@@ -2,7 +2,17 @@
 #pragma once
 #ifndef EXPORT
 #define EXPORT(NAME)  // a host build lists the kernel here
+#if __CUDA_ARCH__ >= 900
+#define FOLLOW asm volatile("griddepcontrol.wait; griddepcontrol.launch_dependents;" ::: "memory")
+#else
+#define FOLLOW
 #endif
+#endif
+
+// What every kernel does before it touches memory, so that it may be launched while the kernel before it on its lane
+// still runs: it waits until that one has ended and its memory is seen, and lets the next one be launched, which waits
+// in turn. Without such a launch it waits for nothing (PTX ISA, "griddepcontrol").
+__device__ __forceinline__ void follow() { FOLLOW; }
 
 struct bf16 {
     unsigned short bits;
@@ -65,9 +75,11 @@ struct Block {
     int x, y, z;
 };
 
-// The blocks of a grid of nx by ny by nz, as many at a time as were launched: a small launch keeps to few SMs.
+// The blocks of a grid of nx by ny by nz, as many at a time as were launched: a small launch keeps to few SMs. They
+// follow the kernel before.
 template <class Body>
 __device__ __forceinline__ void each_block(int nx, int ny, int nz, Body body) {
+    follow();
     long long count = static_cast<long long>(nx) * ny * nz;
     for (long long i = blockIdx.x; i < count; i += gridDim.x) {
         if (i != blockIdx.x) __syncthreads();  // what the block before had in shared memory has been read

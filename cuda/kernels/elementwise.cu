@@ -79,9 +79,13 @@ __device__ void slice_rows(const Unit* x, Unit* out, Index start, Index step, In
 }
 
 #define OF_TYPE(T, NAME)                                                                                              \
-    extern "C" __global__ void add_##NAME(const T* a, const T* b, T* out, long long count) { add(a, b, out, count); } \
+    extern "C" __global__ void add_##NAME(const T* a, const T* b, T* out, long long count) {                          \
+        follow();                                                                                                     \
+        add(a, b, out, count);                                                                                        \
+    }                                                                                                                 \
     EXPORT(add_##NAME)                                                                                                \
     extern "C" __global__ void swiglu_##NAME(const T* gate_up, T* out, long long rows, int features) {                \
+        follow();                                                                                                     \
         swiglu(gate_up, out, rows, features);                                                                         \
     }                                                                                                                 \
     EXPORT(swiglu_##NAME)                                                                                             \
@@ -115,6 +119,7 @@ EMBEDDING(int, i32, bf16, bf16, float, f32)
 #define SLICE_ROWS(UNIT, NAME)                                                                              \
     extern "C" __global__ void slice_rows_##NAME(const UNIT* x, UNIT* out, long long start, long long step, \
                                                  long long columns, long long rows) {                       \
+        follow();                                                                                           \
         slice_rows(x, out, start, step, columns, rows);                                                     \
     }                                                                                                       \
     EXPORT(slice_rows_##NAME)

@@ -84,6 +84,7 @@ __device__ void route(const T* logits, const float* correction, const int* slots
 
 // One block an expert: the tokens that come to it, in order, how many, and each one's place among them.
 extern "C" __global__ void expert_lists(const float* routing, int* tokens, int* places, int* counts, int rows, int held) {
+    follow();
     __shared__ int before[THREADS + 1];
     int expert = blockIdx.x, share = (rows + THREADS - 1) / THREADS;
     int begin = threadIdx.x * share, end = begin + share < rows ? begin + share : rows, mine = 0;
@@ -107,6 +108,7 @@ EXPORT(expert_lists)
 
 // One thread: where each expert's rows begin among all of them.
 extern "C" __global__ void expert_offsets(const int* counts, int* offsets, int held) {
+    follow();
     int sum = 0;
     for (int e = 0; e < held; e++) offsets[e] = sum, sum += counts[e];
 }
@@ -209,29 +211,34 @@ __device__ void gated_add(const T* x, const T* gate, const T* base, T* out, Inde
     extern "C" __global__ void route_##NAME(const T* logits, const float* correction, const int* slots, float* out,        \
                                             int count, int top_k, int groups, int kept, int first, int held,               \
                                             int sigmoid, int normalize, float scale) {                                     \
+        follow();                                                                                                          \
         route(logits, correction, slots, out, count, top_k, groups, kept, first, held, sigmoid, normalize, scale);         \
     }                                                                                                                      \
     EXPORT(route_##NAME)                                                                                                   \
     extern "C" __global__ void __launch_bounds__(BLOCK) expert_up_##NAME(                                                  \
         const T* x, const T* gate_up, const int* tokens, const int* counts, const int* offsets, T* active, int rows,       \
         int hidden, int inner, int room) {                                                                                 \
+        follow();                                                                                                          \
         expert_up(x, gate_up, tokens, counts, offsets, active, rows, hidden, inner, room);                                 \
     }                                                                                                                      \
     EXPORT(expert_up_##NAME)                                                                                               \
     extern "C" __global__ void __launch_bounds__(BLOCK) expert_down_##NAME(                                                \
         const T* active, const T* down, const int* counts, const int* offsets, float* made, int hidden, int inner,         \
         int room) {                                                                                                        \
+        follow();                                                                                                          \
         expert_down(active, down, counts, offsets, made, hidden, inner, room);                                             \
     }                                                                                                                      \
     EXPORT(expert_down_##NAME)                                                                                             \
     extern "C" __global__ void expert_sum_##NAME(const float* routing, const int* places, const int* offsets,              \
                                                  const float* made, const T* residual, T* out, int held, int hidden,       \
                                                  int room) {                                                               \
+        follow();                                                                                                          \
         expert_sum(routing, places, offsets, made, residual, out, held, hidden, room);                                     \
     }                                                                                                                      \
     EXPORT(expert_sum_##NAME)                                                                                              \
     extern "C" __global__ void gated_add_##NAME(const T* x, const T* gate, const T* base, T* out, long long count,         \
                                                 int columns) {                                                             \
+        follow();                                                                                                          \
         gated_add(x, gate, base, out, count, columns);                                                                     \
     }                                                                                                                      \
     EXPORT(gated_add_##NAME)

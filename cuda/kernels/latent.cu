@@ -170,6 +170,7 @@ __device__ void attention_paged(const T* q, const int* starts, const int* length
                                                   T* latents, const float* inverse, T* out, int heads, int dim, int rank,    \
                                                   int rotary, int each, long long length, float eps, int interleaved,        \
                                                   float size, long long* fault) {                                            \
+        follow();                                                                                                            \
         rope_static(q, kv, norm, positions, latents, inverse, out, heads, dim, rank, rotary, each, length, eps, interleaved, \
                     size, fault);                                                                                            \
     }                                                                                                                        \
@@ -178,6 +179,7 @@ __device__ void attention_paged(const T* q, const int* starts, const int* length
                                                        const T* up, T* out, int heads, int dim, int rank, int rotary,        \
                                                        int values, int each, long long length, float scale,                  \
                                                        long long* fault) {                                                   \
+        follow();                                                                                                            \
         attention_static(q, positions, latents, up, out, heads, dim, rank, rotary, values, each, length, scale, fault);      \
     }                                                                                                                        \
     EXPORT(latent_attention_##NAME)                                                                                          \
@@ -186,6 +188,7 @@ __device__ void attention_paged(const T* q, const int* starts, const int* length
                                                         int heads, int dim, int rank, int rotary, long long slots_end,       \
                                                         int context, float eps, int interleaved, float size,                 \
                                                         long long* fault) {                                                  \
+        follow();                                                                                                            \
         rope_paged(q, kv, norm, positions, slots, latents, inverse, out, heads, dim, rank, rotary, slots_end, context, eps,  \
                    interleaved, size, fault);                                                                                \
     }                                                                                                                        \
@@ -193,6 +196,7 @@ __device__ void attention_paged(const T* q, const int* starts, const int* length
     extern "C" __global__ void paged_latent_attention_##NAME(                                                                \
         const T* q, const int* starts, const int* lengths, const int* pages, const T* latents, const T* up, T* out,          \
         int heads, int dim, int rank, int rotary, int values, int chunks, int page_rows, int pages_each, int page_count, float scale, long long* fault) {      \
+        follow();                                                                                                                                              \
         attention_paged(q, starts, lengths, pages, latents, up, out, heads, dim, rank, rotary, values, chunks, page_rows,    \
                         pages_each, page_count, scale, fault);                                                               \
     }                                                                                                                        \

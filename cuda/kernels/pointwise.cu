@@ -193,6 +193,7 @@ __device__ void pointwise(Operands in, const Index* table, const int* steps, con
         const void* x0, const void* x1, const void* x2, const void* x3, const void* x4, const void* x5,              \
         const void* x6, const void* x7, const long long* table, const int* steps, const C* numbers, void* out,       \
         int count, int inputs, long long total) {                                                                    \
+        follow();                                                                                                    \
         pointwise<C>(Operands{{x0, x1, x2, x3, x4, x5, x6, x7}}, table, steps, numbers, out, count, inputs, total);  \
     }                                                                                                                \
     EXPORT(pointwise_##NAME)

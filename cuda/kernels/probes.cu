@@ -1,5 +1,9 @@
-// Calibration probes: what bandwidth the SMs of a partition draw, and arithmetic that keeps them busy for a set time.
+// Calibration probes: what bandwidth the SMs of a partition draw, arithmetic that keeps them busy for a set time, and
+// nothing.
 #include "common.cuh"
+
+extern "C" __global__ void empty() { follow(); }
+EXPORT(empty)
 
 using Index = long long;
 
@@ -9,6 +13,7 @@ struct alignas(16) Floats4 {
 
 // Reads `units` times 16 bytes `rounds` times; the sum goes out, so that no read is left out.
 extern "C" __global__ void bandwidth_probe(const Floats4* data, float* out, long long units, int rounds) {
+    follow();
     float sum = 0.0f;
     Index stride = static_cast<Index>(gridDim.x) * blockDim.x;
     for (int round = 0; round < rounds; round++)
@@ -22,6 +27,7 @@ constexpr int CHAINS = 8, STEPS = 64;  // independent chains hide the latency of
 
 // Multiplies and adds for `cycles` ticks of the SM's clock; `steps` gets how many FMAs each thread did.
 extern "C" __global__ void fma_probe(float* out, long long* steps, long long cycles) {
+    follow();
     float value[CHAINS];
     for (int c = 0; c < CHAINS; c++) value[c] = static_cast<float>(threadIdx.x + c);
     long long begin = clock64(), done = 0;

@@ -247,6 +247,7 @@ OF_TYPE(bf16, bf16)
 // Tokens, or what was drawn last; -1 there is a token too, for its sequence ends.
 extern "C" __global__ void feed(const long long* tokens, const int* sources, const long long* kept, long long* out,
                                 int count, int kept_count, long long vocabulary, long long* fault) {
+    follow();
     for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < count; i += gridDim.x * blockDim.x) {
         int source = sources[i];
         long long token = tokens[i];

@@ -24,6 +24,7 @@ enum Result : int {
     FILE_NOT_FOUND = 301,
     INVALID_HANDLE = 400,
     ILLEGAL_STATE = 401,
+    LOSSY_QUERY = 402,
     NOT_FOUND = 500,
     NOT_READY = 600,
     ILLEGAL_ADDRESS = 700,
@@ -151,6 +152,7 @@ struct GraphNodeParams {
 struct EdgeData {
     unsigned char from_port, to_port, type, reserved[5];
 };
+constexpr unsigned char DEPENDENCY_PROGRAMMATIC = 1, PORT_PROGRAMMATIC = 1;
 struct InstantiateParams {
     uint64_t flags;
     Handle upload_stream, error_node;
@@ -171,9 +173,10 @@ struct LaunchAttribute {
         char value[64];
         unsigned cluster[3];
         int cooperative;
+        int programmatic;
     };
 };
-constexpr int ATTRIBUTE_COOPERATIVE = 2, ATTRIBUTE_CLUSTER = 4;
+constexpr int ATTRIBUTE_COOPERATIVE = 2, ATTRIBUTE_CLUSTER = 4, ATTRIBUTE_PROGRAMMATIC = 6;
 struct LaunchConfig {
     unsigned grid[3], block[3], shared_bytes;
     Handle stream;

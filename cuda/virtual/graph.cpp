@@ -8,12 +8,24 @@ namespace tgv {
 
 void launch_exec(Exec* exec, Stream* stream);
 
-Node* add_node(Graph* graph, const std::vector<Node*>& deps, Work&& work) {
+static EdgeData checked(const Node* before, const Node* after, const EdgeData* data) {
+    if (!data || (!data->from_port && !data->to_port && !data->type)) return EdgeData{};
+    if (data->to_port || data->type != DEPENDENCY_PROGRAMMATIC || data->from_port != PORT_PROGRAMMATIC)
+        refuse(NOT_SUPPORTED, "edges of type %d from port %d are not offered", data->type, data->from_port);
+    if (before->work.type != NODE_KERNEL || after->work.type != NODE_KERNEL)
+        refuse(INVALID_VALUE, "a programmatic edge leads from a kernel to a kernel");
+    if (machine().settings.cc_major < 9) refuse(NOT_SUPPORTED, "programmatic edges need compute capability 9.0");
+    return *data;
+}
+
+Node* add_node(Graph* graph, const std::vector<Node*>& deps, Work&& work, const EdgeData* data) {
     auto* node = made<Node>();
     node->graph = graph;
     node->work = std::move(work);
     node->index = graph->nodes.size();
-    for (auto* before : deps) {
+    for (size_t i = 0; i < deps.size(); i++) {
+        auto* before = deps[i];
+        node->edges.push_back(checked(before, node, data ? data + i : nullptr));
         if (before->graph != graph) refuse(INVALID_VALUE, "a dependency belongs to another graph");
         if (std::find(node->deps.begin(), node->deps.end(), before) != node->deps.end())
             refuse(INVALID_VALUE, "a dependency is named twice");
@@ -133,7 +145,7 @@ ENTRY(cuGraphDestroy, 10000, 10000, void* handle) {
     return SUCCESS;
 }
 
-ENTRY(cuGraphAddNode, 12020, 12030, void** out, void* graph_handle, void* const* deps, const EdgeData*, size_t count,
+ENTRY(cuGraphAddNode, 12020, 12030, void** out, void* graph_handle, void* const* deps, const EdgeData* data, size_t count,
       GraphNodeParams* p) {
     auto* graph = as<Graph>(graph_handle);
     Work work;
@@ -153,7 +165,7 @@ ENTRY(cuGraphAddNode, 12020, 12030, void** out, void* graph_handle, void* const*
         case NODE_EVENT_RECORD: case NODE_WAIT_EVENT: work.event = as<Event>(p->event.event); break;
         default: refuse(NOT_SUPPORTED, "graph nodes of type %d are not offered", p->type);
     }
-    *out = add_node(graph, nodes_of(deps, count), std::move(work));
+    *out = add_node(graph, nodes_of(deps, count), std::move(work), data);
     return SUCCESS;
 }
 
@@ -169,12 +181,13 @@ ENTRY(cuGraphAddEmptyNode, 10000, 10000, void** out, void* graph, void* const* d
     return SUCCESS;
 }
 
-ENTRY(cuGraphAddDependencies, 10000, 12030, void* graph_handle, void* const* from, void* const* to, const EdgeData*, size_t count) {
+ENTRY(cuGraphAddDependencies, 10000, 12030, void* graph_handle, void* const* from, void* const* to, const EdgeData* data, size_t count) {
     auto* graph = as<Graph>(graph_handle);
     for (size_t i = 0; i < count; i++) {
         auto *a = as<Node>(from[i]), *b = as<Node>(to[i]);
         if (a->graph != graph || b->graph != graph) refuse(INVALID_VALUE, "an edge leaves the graph");
         if (a->index >= b->index) refuse(NOT_SUPPORTED, "edges from a later to an earlier node are not offered");
+        b->edges.push_back(checked(a, b, data ? data + i : nullptr));
         b->deps.push_back(a);
         a->successors.push_back(b);
     }
@@ -189,37 +202,51 @@ ENTRY(cuGraphGetNodes, 10000, 10000, void* handle, void** out, size_t* count) {
     return SUCCESS;
 }
 
+// "If edgeData is NULL and an edge has non-zero data, CUDA_ERROR_LOSSY_QUERY is returned" (cuGraphGetEdges).
+static void tell(const EdgeData& edge, EdgeData* to) {
+    if (!to && edge.type) refuse(LOSSY_QUERY, "an edge has data that was not asked for");
+    if (to) *to = edge;
+}
+
 ENTRY(cuGraphGetEdges, 10000, 12030, void* handle, void** from, void** to, EdgeData* data, size_t* count) {
     size_t room = from ? *count : 0, n = 0;
     for (auto* node : as<Graph>(handle)->nodes)
-        for (auto* before : node->deps) {
+        for (size_t i = 0; i < node->deps.size(); i++, n++)
             if (n < room) {
-                from[n] = before;
+                from[n] = node->deps[i];
                 to[n] = node;
-                if (data) data[n] = EdgeData{};
+                tell(node->edges[i], data ? data + n : nullptr);
             }
-            n++;
-        }
     *count = from ? std::min(room, n) : n;
     return SUCCESS;
 }
 
-static Result list_nodes(const std::vector<Node*>& nodes, void** out, EdgeData* data, size_t* count) {
+static const EdgeData& edge_between(const Node* before, const Node* after) {
+    auto at = std::find(after->deps.begin(), after->deps.end(), before) - after->deps.begin();
+    return after->edges[static_cast<size_t>(at)];
+}
+
+// The neighbours of a node, of which some are before it; without one, nodes without edges.
+static Result list_nodes(const std::vector<Node*>& nodes, void** out, EdgeData* data, size_t* count,
+                         const Node* of = nullptr, bool before = false) {
     size_t room = out ? *count : 0;
     for (size_t i = 0; i < room; i++) {
         out[i] = i < nodes.size() ? nodes[i] : nullptr;
-        if (data) data[i] = EdgeData{};
+        if (of && i < nodes.size())
+            tell(before ? edge_between(nodes[i], of) : edge_between(of, nodes[i]), data ? data + i : nullptr);
+        else if (data)
+            data[i] = EdgeData{};
     }
     *count = out ? std::min(room, nodes.size()) : nodes.size();
     return SUCCESS;
 }
 
 ENTRY(cuGraphNodeGetDependencies, 10000, 12030, void* node, void** out, EdgeData* data, size_t* count) {
-    return list_nodes(as<Node>(node)->deps, out, data, count);
+    return list_nodes(as<Node>(node)->deps, out, data, count, as<Node>(node), true);
 }
 
 ENTRY(cuGraphNodeGetDependentNodes, 10000, 12030, void* node, void** out, EdgeData* data, size_t* count) {
-    return list_nodes(as<Node>(node)->successors, out, data, count);
+    return list_nodes(as<Node>(node)->successors, out, data, count, as<Node>(node));
 }
 
 ENTRY(cuGraphGetRootNodes, 10000, 10000, void* handle, void** out, size_t* count) {
@@ -333,6 +360,7 @@ static std::vector<ExecNode> exec_nodes(Graph* graph) {
         copy.work = node->work;
         copy.source = node;
         for (auto* before : node->deps) {
+            copy.programmatic.push_back(node->edges[copy.deps.size()].type == DEPENDENCY_PROGRAMMATIC);
             copy.deps.push_back(static_cast<uint32_t>(before->index));
             nodes[before->index].successors.push_back(static_cast<uint32_t>(node->index));
         }
@@ -439,7 +467,8 @@ ENTRY(cuGraphExecUpdate, 10020, 12000, void* exec_handle, void* graph_handle, Up
     for (size_t i = 0; i < fresh.size(); i++) {
         int why = UPDATE_OK;
         if (fresh[i].work.type != exec->nodes[i].work.type) failed(UPDATE_NODE_TYPE, i);
-        if (fresh[i].deps != exec->nodes[i].deps) failed(UPDATE_TOPOLOGY, i);
+        if (fresh[i].deps != exec->nodes[i].deps || fresh[i].programmatic != exec->nodes[i].programmatic)
+            failed(UPDATE_TOPOLOGY, i);
         if (!is_pointer_update(exec->nodes[i].work, fresh[i].work, &why)) failed(why, i);
     }
     for (size_t i = 0; i < fresh.size(); i++) {
@@ -470,6 +499,7 @@ ENTRY(cuGraphExecKernelNodeSetParams, 10010, 12000, void* exec, void* node, cons
     fresh.context = params.func ? target.work.context : as<Context>(params.ctx);
     fresh.kernel.cooperative = target.work.kernel.cooperative;
     fresh.kernel.cluster = target.work.kernel.cluster;
+    fresh.kernel.dependent = target.work.kernel.dependent;
     int why = UPDATE_OK;
     if (!is_pointer_update(target.work, fresh, &why)) refuse(INVALID_VALUE, "the owning context of a kernel node cannot change");
     check_launch(fresh.kernel, fresh.context);

@@ -3,6 +3,8 @@
 //
 // Shared memory is static only: `extern __shared__` has no host build.
 #pragma once
+#include <setjmp.h>
+
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -37,6 +39,7 @@ struct Fiber {
     unsigned thread = 0;  // its place in the block
     Index at{};
     uint64_t given = 0;  // what it offers to its warp
+    jmp_buf back;        // where a thread goes on that only starts
 };
 
 constexpr size_t STACK_BYTES = 64 << 10;
@@ -51,6 +54,8 @@ struct Block {
     unsigned threads = 0, next = 0;
     void (*body)(void** params) = nullptr;
     void** params = nullptr;
+    bool only_start = false;  // threads end where they wait for the kernel before
+    size_t waited = 0;        // threads that did
 };
 inline Block block_state;
 
@@ -143,7 +148,8 @@ inline void fiber_main() {
             fiber->thread = b.next++;
             b.of_thread[fiber->thread] = fiber;
             fiber->at = {fiber->thread % b.size.x, fiber->thread / b.size.x % b.size.y, fiber->thread / (b.size.x * b.size.y)};
-            b.body(b.params);
+            if (_setjmp(fiber->back)) block_state.waited++;
+            else b.body(b.params);
         }
         yield(State::done);
     }
@@ -239,7 +245,20 @@ struct Signature<void (*)(A...)> {
         call<K>(params, std::index_sequence_for<A...>{});
     }
     template <void (*K)(A...)>
+    static size_t start(const unsigned grid[3], const unsigned block[3], void** params) {
+        char ignored[160];
+        block_state.only_start = true;
+        block_state.waited = 0;
+        all_blocks<K>(grid, block, params, ignored, sizeof ignored);
+        return block_state.waited;
+    }
+    template <void (*K)(A...)>
     static void run(const unsigned grid[3], const unsigned block[3], void** params, char* error, size_t error_bytes) {
+        block_state.only_start = false;
+        all_blocks<K>(grid, block, params, error, error_bytes);
+    }
+    template <void (*K)(A...)>
+    static void all_blocks(const unsigned grid[3], const unsigned block[3], void** params, char* error, size_t error_bytes) {
         auto& b = block_state;
         b.grid = {grid[0], grid[1], grid[2]};
         b.size = {block[0], block[1], block[2]};
@@ -260,7 +279,7 @@ struct Signature<void (*)(A...)> {
     }
     template <void (*K)(A...)>
     static HostKernel kernel(const char* name) {
-        return {name, sizeof...(A), sizes, kinds, &run<K>};
+        return {name, sizeof...(A), sizes, kinds, &run<K>, &start<K>};
     }
 };
 
@@ -280,6 +299,13 @@ struct Listed {
 #define blockIdx (tgv::block_state.block)
 #define blockDim (tgv::block_state.size)
 #define gridDim (tgv::block_state.grid)
+// What `griddepcontrol.wait` is on a device: see `follow` in common.cuh.
+#define FOLLOW tgv::follow()
+namespace tgv {
+inline void follow() {
+    if (block_state.only_start) _longjmp(block_state.current->back, 1);
+}
+}  // namespace tgv
 inline void __syncthreads() { tgv::yield(tgv::State::at_block); }
 inline void __syncwarp(unsigned = ~0u) { tgv::yield(tgv::State::at_warp); }
 template <class T>

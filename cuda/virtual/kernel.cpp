@@ -190,6 +190,7 @@ void check_launch(const KernelWork& work, const Context* context) {
     if (work.shared_bytes > s.shared_bytes)
         refuse(INVALID_VALUE, "kernel %s: %u bytes of shared memory, at most %u", work.kernel->name.c_str(), work.shared_bytes, s.shared_bytes);
     if (work.cluster > 1 && s.cc_major < 9) refuse(INVALID_VALUE, "clusters need compute capability 9.0");
+    if (work.dependent && s.cc_major < 9) refuse(NOT_SUPPORTED, "dependent launches need compute capability 9.0");
     if (work.cluster > std::min(8u, context->sm_count))
         refuse(INVALID_CLUSTER_SIZE, "a cluster of %u blocks does not fit", work.cluster);
     if (work.cooperative && blocks > 1ull * context->sm_count * (s.sm_threads / threads))
@@ -212,6 +213,7 @@ ENTRY(cuLaunchKernelEx, 11060, 11060, const LaunchConfig* config, void* function
     for (unsigned i = 0; i < config->attr_count; i++) {
         auto& attribute = config->attrs[i];
         if (attribute.id == ATTRIBUTE_COOPERATIVE) k.cooperative = attribute.cooperative != 0;
+        if (attribute.id == ATTRIBUTE_PROGRAMMATIC) k.dependent = attribute.programmatic != 0;
         if (attribute.id == ATTRIBUTE_CLUSTER) k.cluster = attribute.cluster[0] * attribute.cluster[1] * attribute.cluster[2];
     }
     if (host->param_count && !params) refuse(INVALID_VALUE, "kernel %s takes %u parameters", kernel->name.c_str(), host->param_count);
@@ -277,26 +279,47 @@ static void check_pointers(const KernelWork& work, const HostKernel* host) {
     }
 }
 
-void run_kernel(KernelWork& work) {
-    const auto* host = need_host(work.kernel);
-    check_pointers(work, host);
-    std::vector<void*> params;
-    for (auto& arg : work.args) params.push_back(arg.data());
+// Whether `body` ran without touching memory that it may not.
+static bool without_fault(const std::function<void()>& body) {
     struct sigaction action{};
     action.sa_sigaction = on_fault;
     action.sa_flags = SA_SIGINFO | SA_NODEFER;
     sigaction(SIGSEGV, &action, &former);
     sigjmp_buf here_buf;
-    char error[256] = "";
     bool faulted = sigsetjmp(here_buf, 1) != 0;
     if (!faulted) {
         escape = &here_buf;
-        host->run(work.grid, work.block, params.data(), error, sizeof error);
+        body();
     }
     escape = nullptr;
     sigaction(SIGSEGV, &former, nullptr);
+    return !faulted;
+}
+
+// A dependent launch may begin while the kernel before it runs: until its threads wait (`griddepcontrol.wait`) they may
+// touch no memory, and one of them must wait, or this kernel could end, and what follows it begin, before that one has.
+static void check_start(const KernelWork& work, const HostKernel* host, void** params) {
+    size_t waited = 0;
+    protect(true);
+    bool clean = without_fault([&] { waited = host->start(work.grid, work.block, params); });
+    protect(false);
+    if (!clean)
+        refuse(LAUNCH_FAILED, "kernel %s, launched dependent, touches %s before it waits for the kernel before it", host->name,
+               describe(fault_address).c_str());
+    if (!waited) refuse(LAUNCH_FAILED, "kernel %s, launched dependent, never waits for the kernel before it", host->name);
+}
+
+void run_kernel(KernelWork& work) {
+    const auto* host = need_host(work.kernel);
+    check_pointers(work, host);
+    std::vector<void*> params;
+    for (auto& arg : work.args) params.push_back(arg.data());
+    if (work.dependent && !work.start_checked) check_start(work, host, params.data());
+    work.start_checked = true;
+    char error[256] = "";
+    bool clean = without_fault([&] { host->run(work.grid, work.block, params.data(), error, sizeof error); });
     machine().launches++;
-    if (faulted) refuse(ILLEGAL_ADDRESS, "kernel %s: out-of-bounds access at %s", host->name, describe(fault_address).c_str());
+    if (!clean) refuse(ILLEGAL_ADDRESS, "kernel %s: out-of-bounds access at %s", host->name, describe(fault_address).c_str());
     if (error[0]) refuse(LAUNCH_FAILED, "kernel %s: %s", host->name, error);
 }
 

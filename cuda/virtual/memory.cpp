@@ -80,6 +80,16 @@ static void retire(Allocation& a) {
     if (a.kind == 'd') machine().used_bytes -= a.bytes;
 }
 
+// While all memory is protected, whoever touches it faults.
+void protect(bool everything) {
+    size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    for (auto& [end, a] : machine().memory) {
+        if (!a.alive) continue;
+        auto* first = reinterpret_cast<unsigned char*>(reinterpret_cast<uintptr_t>(a.base) / page * page);
+        mprotect(first, a.mapped - 2 * page, everything ? PROT_NONE : PROT_READ | PROT_WRITE);
+    }
+}
+
 void free_everything() {
     for (auto& [end, a] : machine().memory)
         if (a.alive) retire(a);

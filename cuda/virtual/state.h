@@ -130,7 +130,8 @@ struct Kernel : Object {
 struct KernelWork {
     Kernel* kernel = nullptr;
     unsigned grid[3] = {1, 1, 1}, block[3] = {1, 1, 1}, shared_bytes = 0;
-    bool cooperative = false;
+    bool cooperative = false, dependent = false;  // dependent: it may start before the kernel before it has ended
+    bool start_checked = false;
     unsigned cluster = 1;
     std::vector<std::vector<unsigned char>> args;
     std::vector<void*> pointers;  // into args, for callers that ask for kernelParams
@@ -169,6 +170,7 @@ struct Node : Object {
     Graph* graph = nullptr;
     Work work;
     std::vector<Node*> deps, successors;
+    std::vector<EdgeData> edges;  // one a dependency
     size_t index = 0;
     Node() : Object(Kind::node) {}
 };
@@ -186,6 +188,7 @@ struct ExecNode {
     Node* source = nullptr;
     bool enabled = true;
     std::vector<uint32_t> deps, successors;
+    std::vector<bool> programmatic;  // one a dependency
 };
 struct Exec : Object {
     static constexpr Kind KIND = Kind::exec;
@@ -290,7 +293,7 @@ void forget_stream(Stream* stream);
 void drop_captures();
 void forget_graph(Graph* graph);
 // graph.cpp
-Node* add_node(Graph* graph, const std::vector<Node*>& deps, Work&& work);
+Node* add_node(Graph* graph, const std::vector<Node*>& deps, Work&& work, const EdgeData* data = nullptr);
 void destroy_graph(Graph* graph);
 void release_user(void* object, unsigned count);
 // work.cpp
@@ -311,6 +314,7 @@ const HostKernel* host_kernel(const std::string& name);
 const Allocation* allocation_at(uintptr_t address);
 void check_range(uintptr_t address, size_t bytes, const char* what, bool device);
 std::string describe(uintptr_t address);
+void protect(bool everything);
 void free_everything();
 
 // Every entry point registers itself by name, with the driver that brought it and the interface version it speaks.

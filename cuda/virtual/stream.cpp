@@ -67,7 +67,15 @@ bool capturing(Stream* stream, Work&& work) {
     if (capture->invalid) refuse(STREAM_CAPTURE_INVALIDATED, "the capture was invalidated by an earlier call");
     work.context = stream->context;  // a node runs in the context of the stream that captured it
     if (here().next_seconds >= 0) work.seconds = here().next_seconds;
-    auto* node = add_node(capture->graph, stream->deps, std::move(work));
+    // A launch with programmatic stream serialization gets a programmatic edge from the kernel before it on its stream
+    // (CUDA Programming Guide, "Programmatic Dependent Launch: use in CUDA Graphs"). What it gets where it waits for more
+    // is not written there.
+    bool follows = work.type == NODE_KERNEL && work.kernel.dependent && !stream->deps.empty();
+    if (follows && (stream->deps.size() > 1 || stream->deps[0]->work.context != stream->context))
+        refuse(NOT_SUPPORTED, "a dependent launch that follows more than the kernel before it on its stream is not offered");
+    EdgeData edge{PORT_PROGRAMMATIC, 0, DEPENDENCY_PROGRAMMATIC, {}};
+    bool after_kernel = follows && stream->deps[0]->work.type == NODE_KERNEL;  // after all else the edge is full
+    auto* node = add_node(capture->graph, stream->deps, std::move(work), after_kernel ? &edge : nullptr);
     capture->made.insert(node);
     stream->deps = {node};
     return true;

@@ -153,6 +153,10 @@ def _summary(
         row("verdict (simulated)", (f"{p.verdict.choice}, {p.verdict.gain:.2f}x" for p in plans)),
         ("tokens generated", "", f"{count}{clocked if kind == 'measured' else ''}"),
     ]
+    captured = [step.executable.report for step in (prefill, decode) if hasattr(step.executable, "report")]
+    if captured:  # on a GPU
+        rows.insert(5, row("kinds of op run by", (made.runners for made in captured)))
+        rows.insert(6, row("edges, of which dependent", (f"{made.edges}, {made.dependent}" for made in captured)))
     return rows, (measured[0][0], measured[1][0])
 
 

@@ -93,6 +93,19 @@ class PairTime:
 
 
 @dataclass(frozen=True, slots=True)
+class GapTime:
+    """One launch in a chain of one kernel's on a lane: begun at the end of the launch before, and begun while that
+    runs, for which it waits by itself (programmatic dependent launch)."""
+
+    kernel: str
+    after_end_s: float
+    dependent_s: float
+
+    def _check(self) -> None:
+        _check_seconds(self, "after_end_s", "dependent_s")
+
+
+@dataclass(frozen=True, slots=True)
 class KernelRate:
     """One kernel on the whole device, how it was run (`choice`), and its rate in words."""
 
@@ -181,10 +194,11 @@ class GpuReport:
     corun: tuple[PairTime, ...] = ()
     kernels: tuple[KernelRate, ...] = ()
     plans: tuple[PlanTime, ...] = ()
+    gaps: tuple[GapTime, ...] = ()
     overlaps: tuple[Overlap, ...] = ()
     seconds: float = 0.0
 
-    TABLES: ClassVar[tuple[str, ...]] = ("gemm", "kernels_by_sms", "corun", "kernels", "plans")
+    TABLES: ClassVar[tuple[str, ...]] = ("gemm", "kernels_by_sms", "corun", "kernels", "plans", "gaps")
 
     def _check(self) -> None:
         if self.kind not in ("measured", "simulated"):

@@ -30,6 +30,7 @@ COLUMNS = {
     "kernels_by_sms.csv": "kernel,sms,seconds",
     "corun.csv": "a,b,mode,sms_a,sms_b,a_alone_s,b_alone_s,a_beside_b_s,b_beside_a_s",
     "kernels.csv": "kernel,shape,choice,seconds,rate",
+    "gaps.csv": "kernel,after_end_s,dependent_s",
     "plans.csv": "plan,graph,made_by,partitions,lanes,predicted_s,measured_s",
 }
 """Of the measurements that the co-running model is judged by; watts and clocks stand behind them."""
@@ -84,9 +85,9 @@ def test_gpu_check_leaves_a_whole_report_on_every_driver(
     assert len(report.gemm) == 20 and report.plans and report.kernels
     for name, columns in COLUMNS.items():
         rows = list(csv.DictReader((tmp_path / name).read_text().splitlines()))
-        assert [*rows[0]] == [*columns.split(","), "watts", "sm_mhz"]
+        assert [*rows[0]] == [*columns.split(","), *(() if name == "gaps.csv" else ("watts", "sm_mhz"))]
         assert len(rows) == len(getattr(report, name.removesuffix(".csv")))
-        assert {(row["watts"], row["sm_mhz"]) for row in rows} == {("", "")}
+        assert {(row.get("watts", ""), row.get("sm_mhz", "")) for row in rows} == {("", "")}
     plan = tg.Plan.from_json((tmp_path / report.plans[0].plan).read_text())
     graph = tg.Graph.from_json((tmp_path / report.plans[0].graph).read_text())
     tg.verify(plan, graph)

@@ -21,10 +21,12 @@ class NodeFacts:
 
 @dataclass(frozen=True, slots=True)
 class GraphFacts:
-    """A captured graph as the driver gives it back."""
+    """A captured graph as the driver gives it back. `dependent` are those of the `edges` whose kernel may start while
+    the kernel before it runs (programmatic dependent launch)."""
 
     nodes: tuple[NodeFacts, ...]
     edges: tuple[tuple[int, int], ...]
+    dependent: frozenset[tuple[int, int]] = frozenset()
 
 
 class Capture:
@@ -122,7 +124,7 @@ def read_graph(handle: Any) -> GraphFacts:
     kernels: dict[int, str] = {}
 
     def facts(node: Any) -> NodeFacts:
-        kind = check("node type", cu.cuGraphNodeGetType(node)).name.rpartition("TYPE_")[2].lower()
+        kind = _kind(node)
         if kind != "kernel":
             return NodeFacts(int(node), kind)
         params = check("node parameters", cu.cuGraphKernelNodeGetParams(node))
@@ -136,9 +138,24 @@ def read_graph(handle: Any) -> GraphFacts:
     *_, count = check("count edges", cu.cuGraphGetEdges(handle))
     if not count:
         return GraphFacts(nodes, ())
-    begins, ends, _, count = check("list edges", cu.cuGraphGetEdges(handle, count))
+    begins, ends, data, count = check("list edges", cu.cuGraphGetEdges(handle, count))
     edges = tuple((int(a), int(b)) for a, b in zip(begins[:count], ends[:count], strict=True))
-    return GraphFacts(nodes, edges)
+    early = int(cu.CUgraphDependencyType.CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC)
+    dependent = frozenset(edge for edge, told in zip(edges, data[:count], strict=True) if told.type == early)
+    return GraphFacts(nodes, edges, dependent)
+
+
+def _kind(node: Any) -> str:
+    from cuda.bindings import driver as cu
+
+    return str(check("node type", cu.cuGraphNodeGetType(node)).name.rpartition("TYPE_")[2].lower())
+
+
+def is_kernel(node: int) -> bool:
+    """Whether a captured node is a kernel's."""
+    from cuda.bindings import driver as cu
+
+    return _kind(cu.CUgraphNode(node)) == "kernel"
 
 
 def record_external(event: Any, stream: Any) -> None:

@@ -53,6 +53,13 @@ class Capability:
         """Whether a device can be used."""
         return not self.reason
 
+    @property
+    def dependent(self) -> bool:
+        """Whether a kernel can be launched while the kernel before it runs: from compute capability 9.0 on (CUDA
+        Programming Guide, "Programmatic Dependent Launch"). 12.x is left out until it was tried: captures of it were
+        seen to fail there (sgl-project/sglang, pull request 18596)."""
+        return (9, 0) <= self.compute_capability < (12, 0)
+
     def describe(self) -> str:
         """One line for people and results."""
         if self.reason:
@@ -268,6 +275,9 @@ class Gpu:
     _kernels: dict[tuple[Path, str], Any] = field(default_factory=dict)
     _modules: dict[Path, Any] = field(default_factory=dict)
     _cubins: dict[Specialisation, tuple[Any, Cubin]] = field(default_factory=dict)
+    dependent: bool = False
+    """Whether kernels that wait for the kernel before them by themselves are launched while it runs, in captures from
+    now on: where the device can, unless someone says False."""
     left_out: dict[str, str] = field(default_factory=dict)
     """Kinds that do not run by Triton functions on this device, and why not: what a comparison there found wrong."""
     _threads: threading.local = field(default_factory=threading.local)
@@ -292,7 +302,7 @@ class Gpu:
                 )
             from cuda.core import Device
 
-            cls._open = cls(found, Device(0))
+            cls._open = cls(found, Device(0), dependent=found.dependent)
         gpu = cls._open
         if gpu.capability.virtual and not virtual.is_virtual(device) and device is not None:
             raise BackendUnavailable(
@@ -366,14 +376,21 @@ class Gpu:
         else:
             self.kernel(launch.kernel, launch.source)
 
-    def send(self, stream: Any, launch: Launch) -> None:
-        """Launch or capture it."""
+    def follows(self, launch: Launch) -> bool:
+        """Whether its kernel waits by itself, before it touches memory, for the kernel before it."""
+        if isinstance(launch.source, Specialisation):
+            return self.cubin(launch.source)[1].dependent
+        return launch.dependent
+
+    def send(self, stream: Any, launch: Launch, dependent: bool = False) -> None:
+        """Launch or capture it; `dependent`: while the kernel before it may still run."""
         if isinstance(launch.source, Specialisation):
             kernel, made = self.cubin(launch.source)
             args = (*launch.args, launch.scratch, 0)  # Triton's own: global scratch, and that of its profiler
-            launch_kernel(stream, kernel, launch.grid, launch.block, args, made.shared_bytes)
+            launch_kernel(stream, kernel, launch.grid, launch.block, args, made.shared_bytes, dependent)
         else:
-            launch_kernel(stream, self.kernel(launch.kernel, launch.source), launch.grid, launch.block, launch.args)
+            kernel = self.kernel(launch.kernel, launch.source)
+            launch_kernel(stream, kernel, launch.grid, launch.block, launch.args, dependent=dependent)
 
     def stream(self, context: Any = None) -> Any:
         """A non-blocking stream of a context (default: the whole device)."""
@@ -455,13 +472,23 @@ def _allow_shared(kernel: Any, nbytes: int) -> None:
 
 
 def launch_kernel(
-    stream: Any, kernel: Any, grid: tuple[int, ...], block: int, args: Sequence[Any], shared_bytes: int = 0
+    stream: Any,
+    kernel: Any,
+    grid: tuple[int, ...],
+    block: int,
+    args: Sequence[Any],
+    shared_bytes: int = 0,
+    dependent: bool = False,
 ) -> None:
-    """Launch or capture one kernel, with so much dynamic shared memory a block."""
+    """Launch or capture one kernel, with so much dynamic shared memory a block. `dependent`: it may start while the
+    kernel before it on the stream still runs, and must wait for it by itself before it touches memory."""
     from cuda.core import LaunchConfig, launch
 
     with driver_errors("launch a kernel"):
-        launch(stream, LaunchConfig(grid=grid, block=block, shmem_size=shared_bytes), kernel, *args)
+        config = LaunchConfig(
+            grid=grid, block=block, shmem_size=shared_bytes, programmatic_stream_serialization=dependent
+        )
+        launch(stream, config, kernel, *args)
 
 
 def seconds_between(first: Any, second: Any) -> float:

@@ -1,9 +1,10 @@
 """The CUDA backend: a plan becomes one CUDA graph whose nodes sit in the green contexts of its partitions.
 
-Capture forks from an origin stream to every lane by events, runs each op on its lane, and joins all lanes. Then the
-graph is read back from the driver and compared with the plan; a difference is CaptureMismatch, never a wrong graph.
+It is captured (`recording`), read back from the driver and compared with the plan; a difference is CaptureMismatch,
+never a wrong graph.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,15 +25,15 @@ from taskgraph.runtime.gpu import captures, driver, torch_ops, virtual
 from taskgraph.runtime.gpu.arrays import DeviceArray, DeviceExtent, device_buffer
 from taskgraph.runtime.gpu.collectives import collective
 from taskgraph.runtime.gpu.driver import Gpu, Memory
-from taskgraph.runtime.gpu.kinds import Buffer, CopyLaunch, DrySite, Launch, Launches, made_by, runs_ahead, seen
+from taskgraph.runtime.gpu.kinds import Buffer, CopyLaunch, DrySite, made_by, runs_ahead, seen
 from taskgraph.runtime.gpu.lanes import Lanes
-from taskgraph.runtime.gpu.on_stream import bound_call, named_error
+from taskgraph.runtime.gpu.on_stream import bound_call
 from taskgraph.runtime.gpu.readback import compare
+from taskgraph.runtime.gpu.recording import Entry, Marks, Recorded, Recorder, run_now
 from taskgraph.runtime.gpu.shared import Block, Bytes, Lease, SharedMemory, placed
 from taskgraph.runtime.gpu.sites import Faults, LaneSite
 from taskgraph.runtime.gpu.standard import launches
 from taskgraph.runtime.tensors import TensorExecutable
-from taskgraph.runtime.turns import in_op
 from taskgraph.schedule.plan import Plan, Span, Timeline
 from taskgraph.schedule.planner import replay_times
 
@@ -51,6 +52,13 @@ class CaptureReport:
     by: tuple[tuple[str, str], ...] = ()
     """What runs each kind of op: "Triton" (compiled ahead), "cuda/kernels" (the .cu files), "torch", "function" (a
     custom op's), "group" (collectives of several ranks), "copy engine"; a kind with two has two entries."""
+    dependent: int = 0
+    """Edges whose kernel may start while the kernel before it still runs, and waits for it by itself."""
+
+    @property
+    def runners(self) -> str:
+        """What runs how many kinds of op, for people: "Triton 9, torch 1"."""
+        return ", ".join(f"{name} {count}" for name, count in Counter(by for _, by in self.by).most_common())
 
 
 class CudaExecutable(TensorExecutable[Buffer]):
@@ -228,13 +236,13 @@ class CudaExecutable(TensorExecutable[Buffer]):
 
     # -- capture ---------------------------------------------------------------------------------
 
-    def _launches(self) -> list[Launches | Callable[[Any], None]]:
+    def _launches(self) -> list[Entry]:
         """What every step runs, bound to its buffers; scratch and constants are allocated here, before capture."""
         self._check_given()
         self._by = set()
         return [self._bound(i, self._ops[step.op]) for i, step in enumerate(self._plan.steps)]
 
-    def _bound(self, i: int, op: Op) -> Launches | Callable[[Any], None]:
+    def _bound(self, i: int, op: Op) -> Entry:
         ins, outs = seen(op, [self._tensor(n) for n in op.inputs]), [self._tensor(n) for n in op.outputs]
         if op.kind == "call":
             self._by.add((op.kind, "function"))
@@ -284,7 +292,7 @@ class CudaExecutable(TensorExecutable[Buffer]):
             self._begin()
             self._capture()
             if self._definition is None:
-                self._definition, _ = self._captured(self._launches(), None)
+                self._definition = self._recorded(self._launches()).capture
             return int(self._definition.handle)
 
     def _forget_definition(self) -> None:
@@ -297,21 +305,25 @@ class CudaExecutable(TensorExecutable[Buffer]):
         if not self._stale:
             return
         self._forget_definition()
-        bound = self._launches()
-        capture, owners = self._captured(bound, None)
+        made = self._recorded(self._launches())
         try:
-            facts = captures.read_graph(capture.handle)
-            compare(self._plan, facts, owners, self._contexts)
-            self._tell_times(owners)
-            updated = self._renew(capture)
+            facts = captures.read_graph(made.capture.handle)
+            compare(self._plan, facts, made.owners, self._contexts, made.early)
+            self._tell_times(made.owners)
+            updated = self._renew(made.capture)
         finally:
-            capture.close()
+            made.capture.close()
         kernels = sum(node.kind == "kernel" for node in facts.nodes)
         sizes = tuple(size for made in self._partitions for size in made.sm_counts)
         capability = self._gpu.capability.describe()
-        by = tuple(sorted(self._by))
-        self.report = CaptureReport(len(facts.nodes), len(facts.edges), kernels, sizes, capability, updated, by)
+        by, dependent = tuple(sorted(self._by)), len(facts.dependent)
+        self.report = CaptureReport(
+            len(facts.nodes), len(facts.edges), kernels, sizes, capability, updated, by, dependent
+        )
         self._stale = False
+
+    def _recorded(self, bound: Sequence[Entry], marks: Marks | None = None) -> Recorded:
+        return Recorder(self._gpu, self._plan, self.origin, self._lanes.pool).record(self._streams, bound, marks)
 
     def _renew(self, capture: captures.Capture) -> bool:
         """Update the executable graph in place where CUDA allows it (True); else instantiate a new one."""
@@ -326,72 +338,6 @@ class CudaExecutable(TensorExecutable[Buffer]):
                 self._exec.close()
         self._exec = capture.instantiate()
         return False
-
-    def _captured(
-        self, bound: Sequence[Launches | Callable[[Any], None]], marks: Sequence[tuple[Any, Any]] | None
-    ) -> tuple[captures.Capture, list[list[int]]]:
-        """Capture all steps; gives the nodes of each step. `marks` are events around every step."""
-        steps = self._plan.steps
-        wanted = {wait for step in steps for wait in step.waits}
-        done: dict[int, Any] = {}
-        owners: list[list[int]] = []
-        capture = captures.Capture(self.origin)
-        try:
-            fork = self._record(self.origin)
-            entered: set[int] = set()
-            for i, (step, entry) in enumerate(zip(steps, bound, strict=True)):
-                stream = self._streams[step.lane]
-                if step.lane not in entered:
-                    entered.add(step.lane)
-                    self._wait(stream, fork)
-                for wait in step.waits:
-                    self._wait(stream, done[wait])
-                if marks:
-                    captures.record_external(marks[i][0], stream)
-                owners.append(self._run(step.op, entry, stream))
-                if marks:
-                    captures.record_external(marks[i][1], stream)
-                if i in wanted:
-                    done[i] = self._record(stream)
-            for lane in sorted(entered):
-                self._wait(self.origin, self._record(self._streams[lane]))
-            capture.end()
-        except BaseException:
-            capture.close()
-            raise
-        return capture, owners
-
-    def _record(self, stream: Any) -> Any:
-        event = self._gpu.event()
-        with driver.driver_errors("record an event"):
-            stream.record(event)
-        return event
-
-    def _wait(self, stream: Any, event: Any) -> None:
-        with driver.driver_errors("wait for an event"):
-            stream.wait(event)
-
-    def _run(self, op: str, entry: Launches | Callable[[Any], None], stream: Any) -> list[int]:
-        """Launch one step; the nodes it became."""
-        try:
-            if not callable(entry):
-                return [node for launch in entry for node in self._launched(launch, stream)]
-            before = set(captures.captured_handles(stream))
-            with in_op(), self._lanes.pool.used():
-                entry(stream)
-            return [node for node in captures.captured_handles(stream) if node not in before]
-        except Exception as error:
-            raise named_error(op, error, stream) from error
-
-    def _launched(self, launch: Launch | CopyLaunch, stream: Any) -> tuple[int, ...]:
-        self._send(launch, stream)
-        return captures.last_nodes(stream)
-
-    def _send(self, launch: Launch | CopyLaunch, stream: Any) -> None:
-        if isinstance(launch, CopyLaunch):
-            driver.copy_on(stream, launch.target, launch.source, launch.nbytes)
-        else:
-            self._gpu.send(stream, launch)
 
     def _tell_times(self, owners: Sequence[Sequence[int]]) -> None:
         """Give the virtual driver the evaluator's time of every op, in equal parts to the op's nodes."""
@@ -413,21 +359,9 @@ class CudaExecutable(TensorExecutable[Buffer]):
         self._gpu.use()
         bound = self._launches()
         for step, entry in zip(self._plan.steps, bound, strict=True):
-            each(self._ops[step.op], partial(self._run_now, step.op, entry, self._streams[step.lane]))
-
-    def _run_now(self, op: str, entry: Launches | Callable[[Any], None], stream: Any) -> None:
-        """Launch one step outside any capture, and wait for it."""
-        try:
-            if callable(entry):
-                with in_op(), self._lanes.pool.used():
-                    entry(stream)
-            else:
-                for launch in entry:
-                    self._send(launch, stream)
-            stream.sync()
-            self._faults.check()
-        except Exception as error:
-            raise named_error(op, error, None) from error
+            stream, pool = self._streams[step.lane], self._lanes.pool
+            now = partial(run_now, self._gpu, step.op, entry, stream, pool, self._faults.check)
+            each(self._ops[step.op], now)
 
     def _launch(self, stream: object) -> None:
         self._capture()
@@ -476,11 +410,11 @@ class CudaExecutable(TensorExecutable[Buffer]):
         self._capture()
         steps = self._plan.steps
         marks = [(self._gpu.event(timing=True), self._gpu.event(timing=True)) for _ in steps]
-        capture, owners = self._captured(self._launches(), marks)
+        made = self._recorded(self._launches(), marks)
         executable = None
         try:
-            self._tell_times(owners)
-            executable = capture.instantiate()
+            self._tell_times(made.owners)
+            executable = made.capture.instantiate()
             begin = self._gpu.event(timing=True)
             with driver.driver_errors("replay with events"):
                 self.origin.record(begin)
@@ -494,7 +428,7 @@ class CudaExecutable(TensorExecutable[Buffer]):
         finally:
             if executable is not None:
                 executable.close()
-            capture.close()
+            made.capture.close()
         return from_first(self.kind, self._gpu.capability.describe(), spans)
 
     # -- life ------------------------------------------------------------------------------------

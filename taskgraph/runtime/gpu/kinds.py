@@ -69,6 +69,9 @@ class Launch:
     source: Path | Specialisation = Path()
     scratch: int = 0
     """Address of what a Triton function keeps between its own instructions (`Specialisation.scratch_bytes` a block)."""
+    dependent: bool = False
+    """Whether a kernel of a .cu file waits, before it touches memory, for the kernel before it; of a Triton function
+    its code says that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,11 +116,13 @@ Takes = Callable[[Op, Sequence[Buffer], Sequence[Buffer]], bool]
 @dataclass(frozen=True, slots=True)
 class GpuKind:
     """How a kind of op runs on a GPU: `launches` gives the kernels, which are in the .cu file `source`, and their
-    arguments. `strided`: they take the strides of the operands; else all rows lie one after another."""
+    arguments. `strided`: they take the strides of the operands; else all rows lie one after another. `dependent`: they
+    wait for the kernel before (`follow` in common.cuh) before they touch memory."""
 
     launches: Rule
     source: Path
     strided: bool = False
+    dependent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +141,11 @@ AHEAD_KINDS: Final[Mapping[str, AheadKind]] = MappingProxyType(_AHEAD)
 """How each kind that has Triton functions runs by them, by its name."""
 
 
-def register(kind: str, launches: Rule, source: str | Path, *, strided: bool = False) -> None:
+def register(kind: str, launches: Rule, source: str | Path, *, strided: bool = False, dependent: bool = False) -> None:
     """Say how ops of `kind` run on a GPU: `launches` gives their kernels, `source` is the .cu file with them.
+
+    `dependent`: each of them calls `follow()` of common.cuh before it touches memory, as all of this package's do. Only
+    then may it be launched while the kernel before it on its lane still runs.
 
     It is compiled when a kernel of it is first needed: by NVRTC for a real device, by the host's compiler for a virtual
     one. GraphError for a kind that is not registered in `taskgraph.ops` or has other kernels already, and for a file
@@ -146,7 +154,8 @@ def register(kind: str, launches: Rule, source: str | Path, *, strided: bool = F
     path = as_path(source, GraphError, f"the kernels of {kind}").absolute()
     if path.suffix != ".cu" or not path.is_file():
         raise GraphError(f"the kernels of {kind} are in {str(path)!r}, which is no .cu file; give one that exists.")
-    made = GpuKind(function(f"what launches a {kind}", launches, GraphError), path, strided)
+    follows = dependent or path.parent == KERNELS.absolute()
+    made = GpuKind(function(f"what launches a {kind}", launches, GraphError), path, strided, follows)
     if _KINDS.setdefault(kind, made) != made:
         raise GraphError(f"op kind {kind!r} has kernels for the cuda backend already; register another kind.")
 
@@ -185,7 +194,8 @@ def launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSit
             f"op {op.name!r}: the {op.kind} kernel reads dense rows; its view of {strided!r} is not. Copy it first."
         )
     made = kind.launches(op, ins, outs, site)
-    return [replace(one, source=kind.source) if isinstance(one, Launch) else one for one in made]
+    source, follows = kind.source, kind.dependent
+    return [replace(one, source=source, dependent=follows) if isinstance(one, Launch) else one for one in made]
 
 
 def runs_ahead(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: "DrySite") -> bool:

@@ -1,15 +1,22 @@
 """A captured graph against its plan: every node in its partition, the plan's order, no node more or less."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from taskgraph.errors import CaptureMismatch
 from taskgraph.runtime.gpu.captures import GraphFacts
 from taskgraph.schedule.plan import Plan, Step
 
 
-def compare(plan: Plan, facts: GraphFacts, owners: Sequence[Sequence[int]], contexts: Sequence[int]) -> None:
+def compare(
+    plan: Plan,
+    facts: GraphFacts,
+    owners: Sequence[Sequence[int]],
+    contexts: Sequence[int],
+    early: Collection[int] = (),
+) -> None:
     """CaptureMismatch unless the graph is the plan. `owners` are the nodes of each step, `contexts` those of the lanes
-    in which its kernels must be."""
+    in which its kernels must be, `early` the nodes that may start before the kernel before them has ended: they wait
+    for it by themselves, so that it comes before them, and what it waited for too."""
     owner = {node: i for i, nodes in enumerate(owners) for node in nodes}
     empty = next((plan.steps[i].op for i, nodes in enumerate(owners) if not nodes), None)
     if empty is not None:
@@ -23,6 +30,10 @@ def compare(plan: Plan, facts: GraphFacts, owners: Sequence[Sequence[int]], cont
         if node.kind == "kernel" and node.context != contexts[step.lane]:
             size = plan.partition(step.lane).sm_count
             raise CaptureMismatch(f"op {step.op!r} ({node.kernel}) is not in its partition of {size} SMs.", "partition")
+    for a, b in sorted(facts.dependent):
+        if b not in early:
+            after, before = plan.steps[owner[b]].op, plan.steps[owner[a]].op
+            raise CaptureMismatch(f"op {after!r} may start before {before!r} has ended, and does not wait.", "order")
     _compare_order(plan.steps, facts, owner)
 
 

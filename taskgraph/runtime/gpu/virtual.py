@@ -236,6 +236,7 @@ class Control:
 
     def __init__(self, library: ctypes.CDLL, device: Device) -> None:
         self._library, self.device = library, device
+        self._added: set[Path] = set()
         library.tgv_report.restype = ctypes.c_size_t
         library.tgv_node_seconds.restype = ctypes.c_size_t
         library.tgv_simulated_s.restype = ctypes.c_double
@@ -256,9 +257,12 @@ class Control:
         """Build the kernels of a .cu file for the host and make them known. BackendUnavailable when the compiler
         refuses the file, or another file has a kernel of the same name: here they are told apart by name alone."""
         library = kernel_library([source])
+        if library in self._added:  # before the device was reset
+            return
         text = ctypes.create_string_buffer(4096)
         if self._library.tgv_add_kernels(str(library).encode(), text, ctypes.c_size_t(len(text))):
             raise BackendUnavailable(f"the kernels of {str(source)!r} cannot be used here: {text.value.decode()}.")
+        self._added.add(library)
 
     @contextmanager
     def dry(self) -> Iterator[None]:

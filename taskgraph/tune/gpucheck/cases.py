@@ -303,6 +303,8 @@ class CaseRunner:
         self._memory: list[Memory] = []
         self._made: dict[int, list[Launches]] = {}
         self._torch = torch.cuda.is_available() and not gpu.capability.virtual
+        self.dependent = False
+        """Whether its kernels are launched while the kernel before them runs, where they wait for it by themselves."""
         self._fast = fast.runs.get(self._op.kind)
         arch = gpu.ahead(self._op.kind)
         self.choice = fast.name_of(self._op.kind, arch) if case.rule is None else TRITON
@@ -376,7 +378,7 @@ class CaseRunner:
                 if isinstance(made, CopyLaunch):
                     driver.copy_on(lane.stream, made.target, made.source, made.nbytes)
                 else:
-                    self._gpu.send(lane.stream, made)
+                    self._gpu.send(lane.stream, made, self.dependent and self._gpu.follows(made))
 
     def _launches(self, lane: PartitionStream) -> list[Launches]:
         """Those of every turn, made at the first: a capture permits no upload of constants."""

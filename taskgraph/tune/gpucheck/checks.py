@@ -1,7 +1,8 @@
 """What gpu-check holds the cuda backend to: checks against the cpu backend, the plan and the driver."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -46,6 +47,15 @@ class Bench:
         executable = compile(graph, made, "cuda", device=self.name)
         assert isinstance(executable, CudaExecutable)
         return executable
+
+    @contextmanager
+    def launching(self, dependent: bool) -> Iterator[None]:
+        """Within the block kernels that can are launched while the kernel before them runs, or none is."""
+        before, self.gpu.dependent = self.gpu.dependent, dependent and self.gpu.capability.dependent
+        try:
+            yield
+        finally:
+            self.gpu.dependent = before
 
     def isolated(self, graph: Graph, *sizes: int) -> Plan | None:
         """A list schedule on partitions of these sizes."""
@@ -174,6 +184,25 @@ def bf16_standard_ops(bench: Bench) -> str:
 def shared_lanes(bench: Bench) -> str:
     graph = every_kind("f32")
     return _equal(bench, graph, plan(graph, bench.device, "list"))
+
+
+@check("kernels that begin while the one before runs give what they give after its end")
+def dependent_launches(bench: Bench) -> str:
+    """Bit by bit, some replays of each: a kernel that did not wait would read what is not there yet."""
+    if not bench.gpu.capability.dependent:
+        raise NotAsked("this device begins a kernel at the end of the one before")
+    graph = every_kind("bf16")
+    made, given = plan(graph, bench.device, "sequential"), fill(graph.flat(), {}, seed=4)
+    found, edges = [], []
+    for dependent in (False, True):
+        with bench.launching(dependent), bench.open(graph, made) as executable:
+            fresh = {name: value.clone() for name, value in given.items()}
+            found += [executable(fresh), *(executable() for _ in range(3))]
+            edges.append(executable.report.dependent)
+    assert edges[0] == 0 and edges[1] > 0, f"{edges[1]} edges are dependent; some were asked for"
+    for name, value in found[0].items():
+        assert all(torch.equal(value, other[name]) for other in found), f"output {name!r} differs"
+    return f"{edges[1]} edges are dependent; outputs equal bit by bit"
 
 
 @check("nano-batches read and write rows in place")

@@ -43,7 +43,10 @@ def rates(bench: Bench, sizes: Sizes) -> Iterator[tuple[str, float]]:
         yield f"fma_flops_per_s on {sms} SMs", _fma_rate(bench, sizes, sms)
     for direction in ("h2d", "d2h"):
         yield f"{direction}_bytes_per_s", _copy_rate(bench, sizes, direction)
-    yield "graph_node_s", _node_seconds(bench, sizes)
+    for name, dependent in (("graph_node_s", False), ("dependent_node_s", True)):
+        if not dependent or bench.gpu.capability.dependent:
+            with bench.launching(dependent):
+                yield name, _node_seconds(bench, sizes)
 
 
 def _near(device: Device, share: float) -> int:

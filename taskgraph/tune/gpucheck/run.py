@@ -20,7 +20,7 @@ from taskgraph.graph.device import Device, get, make
 from taskgraph.graph.graph import Graph
 from taskgraph.runtime.gpu.driver import Capability, Gpu
 from taskgraph.runtime.gpu.spec import planning_device
-from taskgraph.tune.gpucheck import cases, overlaps, rates, tables
+from taskgraph.tune.gpucheck import cases, gaps, overlaps, rates, tables
 from taskgraph.tune.gpucheck.checks import CHECKS, Bench, checked
 from taskgraph.tune.gpucheck.fast import REFERENCES, Fast
 from taskgraph.tune.gpucheck.plans import Planning
@@ -175,6 +175,7 @@ SECTIONS: tuple[tuple[str, Callable[[Run], str], float], ...] = (
     ("checks", _checks, 25.0),
     ("kernels of a layer", tables.layer_kernels, 8.0),
     ("rates", _rates, 8.0),
+    ("kernels in a chain", gaps.chains, 4.0),
     ("overlap by autotune", _overlaps, 20.0),
 )
 """Name, body, and seconds in a run of four minutes: the weights by which time is shared."""

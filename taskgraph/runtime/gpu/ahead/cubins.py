@@ -69,7 +69,8 @@ class Specialisation:
 @dataclass(frozen=True, slots=True)
 class Cubin:
     """A compiled kernel: its code and what a launch of it must know. `shared_bytes` is dynamic shared memory a block;
-    `stack_bytes` of a thread are where registers are spilled to; `parameters` are the bytes of each."""
+    `stack_bytes` of a thread are where registers are spilled to; `parameters` are the bytes of each. `dependent`: it
+    waits for the kernel before it, before it touches memory (`waits_first`)."""
 
     name: str
     arch: str
@@ -80,6 +81,7 @@ class Cubin:
     stack_bytes: int
     scratch_bytes: int
     parameters: tuple[int, ...]
+    dependent: bool
     code: bytes
 
 
@@ -201,6 +203,7 @@ def _compiled(spec: Specialisation, arch: str) -> Cubin:
         stack_bytes=stack,
         scratch_bytes=told.global_scratch_size,
         parameters=_parameters(made.asm["ptx"]),
+        dependent=waits_first(made.asm["ptx"]),
         code=code,
     )
 
@@ -222,13 +225,17 @@ def assembled(spec: Specialisation, arch: int) -> Any:
     aligned = [function.arg_names.index(name) for name, kind in types.items() if kind.endswith(":16")]
     source = ASTSource(function, signature, constants, {(place,): [["tt.divisibility", 16]] for place in aligned})
     options = {"num_warps": spec.warps, "num_stages": spec.stages, "enable_fp_fusion": True}
+    target = import_module("taskgraph.runtime.gpu.ahead.jit.dependent").target
     with _compiling, _no_cache(), warnings.catch_warnings():
+        before = target.set(arch)
         warnings.simplefilter("ignore")
         try:
             return compile(source, target=GPUTarget("cuda", arch, 32), options=options)
         except Exception as error:  # Triton has no base of its errors
             told = " ".join(f"{type(error).__name__}: {error}".split())
             raise BackendUnavailable(f"Triton cannot compile {spec.describe()} for sm_{arch}: {told}") from error
+        finally:
+            target.reset(before)
 
 
 def _function(spec: Specialisation) -> Any:
@@ -253,6 +260,22 @@ def _parameters(ptx: str) -> tuple[int, ...]:
     """Bytes of the parameters of the entry of a PTX text."""
     head = ptx[ptx.index(".entry") :].partition(")")[0]
     return tuple(int(bits) // 8 for bits in re.findall(r"\.param \.[a-z](\d+)", head))
+
+
+_NOT_BEFORE = re.compile(
+    r"^\s*(@!?%\w+\s+)?(bra|brx|call|ret|exit|ldu?|st|atom|red|cp|prefetchu?|tensormap|tex|suld|sust|multimem)\b"
+    r"(?!(\.volatile|\.relaxed)?\.(param|shared|local))",
+    re.MULTILINE,
+)
+"""Instructions that branch, end a thread, or may touch memory that other blocks see (PTX ISA)."""
+
+
+def waits_first(ptx: str) -> bool:
+    """Whether every thread of the entry of a PTX text waits for the kernel before it (griddepcontrol.wait) before it
+    touches memory that others see: then it may be launched while that kernel runs."""
+    body = ptx[ptx.index(".entry") :].partition("{")[2]
+    before, waits, _ = body.partition("griddepcontrol.wait")
+    return bool(waits) and not _NOT_BEFORE.search(before)
 
 
 def _resources(code: bytes) -> tuple[int, int]:

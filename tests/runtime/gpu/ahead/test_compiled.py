@@ -1,7 +1,10 @@
 """Every Triton function compiles for every architecture, spills nothing, and is what its launch rule launches."""
 
+import re
+import subprocess
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +22,12 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install 'task
 ARCHS = ("sm_80", "sm_90", "sm_100")
 LARGEST = {"sm_80": 163, "sm_90": 227, "sm_100": 227}
 """KB of shared memory that a block can have (CUDA Programming Guide, compute capabilities)."""
+
+
+TOUCHES = frozenset(
+    ("LD", "ST", "LDG", "STG", "LDGSTS", "ATOM", "ATOMG", "RED", "REDG", "UBLKCP", "UBLKRED", "CCTL", "EXIT")
+)  # fmt: skip
+"""Instructions that touch memory which other blocks see, or end a thread (CUDA Binary Utilities, instruction sets)."""
 
 
 def llama() -> Graph:
@@ -77,6 +86,7 @@ def test_every_kernel_compiles_fits_its_launch_and_spills_nothing(graph: Graph, 
         seen.add(cubin.name)
         check_arguments(launch.source, cubin, launch.args)
         assert launch.block == 32 * cubin.warps
+        assert cubin.dependent is (arch != "sm_80"), "it waits for the kernel before it, before it touches memory"
         assert bool(launch.scratch) or not cubin.scratch_bytes, "a launch gives its kernel scratch"
         assert cubin.shared_bytes <= LARGEST[arch] * 1024
         if cubin.stack_bytes:
@@ -101,6 +111,23 @@ def test_attention_multiplies_on_tensor_cores_and_copies_in_bulk(arch: str) -> N
             assert product in asm and "cp.async.cg" in asm
         found.add(kind)
     assert {"paged_decode", "paged_prefill"} <= found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+def test_machine_code_waits_before_it_loads_or_stores(arch: str, tmp_path: Path) -> None:
+    """The assembler, too, leaves the wait (ACQBULK) before all that touches memory of others, and before any end.
+    Products on an sm_100 allocate tensor memory before it, which the kernel before gives back at its end."""
+    from triton import knobs
+
+    for name, code in {cubin.name: cubin.code for _, cubin in made_on(arch, llama())}.items():
+        (tmp_path / name).write_bytes(code)
+        command = [knobs.nvidia.cuobjdump.path, "-sass", str(tmp_path / name)]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        steps = re.findall(r"/\*[0-9a-f]{4}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9]*)", text)
+        before = {step for step in steps[: steps.index("ACQBULK")] if step in TOUCHES or step.startswith("UTMA")}
+        assert not before, name
+        assert "PREEXIT" in steps, "it lets the next kernel be launched"
 
 
 @pytest.mark.slow

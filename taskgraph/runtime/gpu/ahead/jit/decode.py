@@ -9,6 +9,7 @@ them on an SM keep many bytes on their way.
 import triton
 import triton.language as tl
 
+from taskgraph.runtime.gpu.ahead.jit.dependent import follow
 from taskgraph.runtime.gpu.ahead.jit.faults import LENGTH, POSITION, report
 from taskgraph.runtime.gpu.ahead.jit.faults import PAGE as NO_PAGE
 
@@ -84,6 +85,7 @@ def decode(
     one that goes on behind it: mixed values, maximum, sum. `cut` (blocks, 2): the head that is cut where this part
     begins and nowhere before, and the last block that has a part of it; -1 for none. APART: the last tile of a head, of
     which a part is no key, has code of its own, so that the loop masks nothing."""
+    follow()
     block, blocks = tl.program_id(0), tl.num_programs(0)
     g, d, n = tl.arange(0, PADDED), tl.arange(0, CHANNELS), tl.arange(0, N)
     mine = (g < GROUP)[:, None] & (d < DIM)[None, :]
@@ -173,6 +175,7 @@ def join(
     parts, cut, out, GROUP: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """A block a place where `decode` may have cut a head: puts together what there is of it."""
+    follow()
     block = tl.program_id(0)
     item = tl.load(cut + 2 * block)
     if item >= 0:

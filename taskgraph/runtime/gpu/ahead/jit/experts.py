@@ -7,12 +7,14 @@ rows has no tile, so its weights are not read.
 import triton
 import triton.language as tl
 
+from taskgraph.runtime.gpu.ahead.jit.dependent import follow
 from taskgraph.runtime.gpu.ahead.jit.rows import wide
 
 
 @triton.jit
 def expert_lists(routing, tokens, places, counts, rows, HELD: tl.constexpr, N: tl.constexpr):
     """A program an expert: the tokens that come to it, in order, how many, and each one's place among them."""
+    follow()
     expert = tl.program_id(0)
     count = 0
     for first in range(0, rows, N):
@@ -48,6 +50,7 @@ def expert_up(
 ):  # fmt: skip
     """silu(gate) * up of the rows of every expert, gate first in gate_up (HELD, 2 INNER, HIDDEN), into `active`. BULK:
     weights come by bulk copies, of whose tiles some reach into rows of others, which nobody keeps."""
+    follow()
     ACROSS: tl.constexpr = (INNER + BN - 1) // BN
     if BULK:
         weights = tl.make_tensor_descriptor(gate_up, [HELD * 2 * INNER, HIDDEN], [HIDDEN, 1], [BN, BK])
@@ -88,6 +91,7 @@ def expert_down(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
     """Those rows times down (HELD, HIDDEN, INNER), into `made`; BULK as above."""
+    follow()
     ACROSS: tl.constexpr = (HIDDEN + BN - 1) // BN
     if BULK:
         weights = tl.make_tensor_descriptor(down, [HELD * HIDDEN, INNER], [INNER, 1], [BN, BK])
@@ -121,6 +125,7 @@ def expert_sum(
     HELD: tl.constexpr, HELD_PADDED: tl.constexpr, HIDDEN: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """A program N channels of a token: its residual, or nothing, plus the weighted rows of its experts in order."""
+    follow()
     ACROSS: tl.constexpr = (HIDDEN + N - 1) // N
     each = tl.arange(0, HELD_PADDED)
     count_of = tl.load(counts + each, mask=each < HELD, other=0)

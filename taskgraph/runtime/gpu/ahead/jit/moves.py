@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from taskgraph.runtime.gpu.ahead.jit.dependent import follow
 from taskgraph.runtime.gpu.ahead.jit.faults import PAGE, report
 from taskgraph.runtime.gpu.ahead.jit.rows import place_of, tiles_of
 
@@ -10,6 +11,7 @@ from taskgraph.runtime.gpu.ahead.jit.rows import place_of, tiles_of
 @triton.jit
 def slice_rows(x, out, start, step, rows, COLUMNS: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr):
     """Rows start, start + step, ... of a matrix whose rows are COLUMNS units."""
+    follow()
     for block in range(tl.program_id(0), tiles_of(rows, COLUMNS, ROWS, N), tl.num_programs(0)):
         row, column = place_of(block, COLUMNS, ROWS, N)
         there = (row < rows) & (column < COLUMNS)
@@ -24,6 +26,7 @@ def copy_pages(
 ):
     """Page pairs[2i] of `source` becomes page pairs[2i + 1] of `target` for every i with neither below 0; `done` is how
     many. A page that does not exist is reported and left out. A page is UNITS units, and the grid bounds the SMs."""
+    follow()
     program = tl.program_id(0)
     copied = 0
     for i in range(0, count):

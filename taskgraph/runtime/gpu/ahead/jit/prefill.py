@@ -8,6 +8,7 @@ that go to and fro. Tiles that no row's causal edge crosses are computed without
 import triton
 import triton.language as tl
 
+from taskgraph.runtime.gpu.ahead.jit.dependent import follow
 from taskgraph.runtime.gpu.ahead.jit.faults import CHUNK, LENGTH, POSITION, report
 from taskgraph.runtime.gpu.ahead.jit.faults import PAGE as NO_PAGE
 
@@ -52,6 +53,7 @@ def prefill(
     """Pages are (KV, ROWS, WIDE), `count` of them; without `tables` page i is chunk i's. A tile is TOKENS * PADDED rows
     by N keys. ALL holds the channels of all heads of a token. Chunks have `lengths`, or POSITIONS rows each from the
     positions that stand there. Rows of no chunk are given zeros."""
+    follow()
     block, blocks = tl.program_id(0), tl.num_programs(0)
     M: tl.constexpr = TOKENS * PADDED
     m, d, n = tl.arange(0, M), tl.arange(0, CHANNELS), tl.arange(0, N)

@@ -8,6 +8,8 @@ gemm.cu.
 import triton
 import triton.language as tl
 
+from taskgraph.runtime.gpu.ahead.jit.dependent import follow
+
 
 @triton.jit
 def tile_of(number, down, ACROSS: tl.constexpr, GROUP: tl.constexpr):
@@ -26,6 +28,7 @@ def product(
 ):  # fmt: skip
     """out (m, N) = x (m, K) times w (K, N), or (N, K) where TRANSPOSED, plus bias (N) and residual (m, N) unless None;
     any shape and types."""
+    follow()
     ACROSS: tl.constexpr = (N + BN - 1) // BN
     down = tl.cdiv(m, BM)
     for number in tl.range(tl.program_id(0), down * ACROSS, tl.num_programs(0), flatten=True):
@@ -59,6 +62,7 @@ def product_by_tiles(
 ):  # fmt: skip
     """The same by tensor descriptors, which are bulk copies from sm_90 on: for rows of multiples of 16 bytes. A tile is
     written in two halves, for which fewer registers do."""
+    follow()
     HALF: tl.constexpr = BN // 2
     lefts = tl.make_tensor_descriptor(x, [m, K], [K, 1], [BM, BK])
     if TRANSPOSED:

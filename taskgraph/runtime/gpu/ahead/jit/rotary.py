@@ -8,6 +8,7 @@ the power of two that holds them; TOGETHER heads are turned at a time.
 import triton
 import triton.language as tl
 
+from taskgraph.runtime.gpu.ahead.jit.dependent import follow
 from taskgraph.runtime.gpu.ahead.jit.faults import POSITION, SLOT, report
 from taskgraph.runtime.gpu.ahead.jit.rows import wide
 
@@ -92,6 +93,7 @@ def rope(
     TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """Every head of x (tokens, heads, dim)."""
+    follow()
     for token in range(tl.program_id(0), tokens, tl.num_programs(0)):
         at = wide(token) * (HEADS * 2 * HALF)
         c, s = _angles(inverse, tl.load(positions + token), 1.0, HALF, PADDED)
@@ -106,6 +108,7 @@ def rope_kv(
 ):  # fmt: skip
     """A fused row a token, `each` of a sequence one after another from positions[sequence] on. The caches are
     (batch, kv heads, length, dim); a place beyond `length` is reported and left out."""
+    follow()
     DIM: tl.constexpr = 2 * HALF
     for token in range(tl.program_id(0), tokens, tl.num_programs(0)):
         sequence = token // each
@@ -131,6 +134,7 @@ def paged_rope(
 ):  # fmt: skip
     """The same on pages (page, kv head, PAGE, WIDE): token i stands at positions[i] and goes to slots[i], which is
     page * PAGE + row, or below 0 for nowhere; `slots_end` is beyond the last, `context` beyond the last position."""
+    follow()
     DIM: tl.constexpr = 2 * HALF
     for token in range(tl.program_id(0), tokens, tl.num_programs(0)):
         slot, place = tl.load(slots + token).to(tl.int64), tl.load(positions + token)

@@ -6,6 +6,7 @@ A tile is ROWS by N, powers of two; what lies beyond a row of COLUMNS is masked.
 import triton
 import triton.language as tl
 
+from taskgraph.runtime.gpu.ahead.jit.dependent import follow
 from taskgraph.runtime.gpu.ahead.jit.faults import TOKEN, report
 
 
@@ -32,6 +33,7 @@ def tiles_of(rows, COLUMNS: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr):
 @triton.jit
 def add(a, b, out, rows, COLUMNS: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr):
     """a + b, entry by entry."""
+    follow()
     for block in range(tl.program_id(0), tiles_of(rows, COLUMNS, ROWS, N), tl.num_programs(0)):
         row, column = place_of(block, COLUMNS, ROWS, N)
         there = (row < rows) & (column < COLUMNS)
@@ -44,6 +46,7 @@ def add(a, b, out, rows, COLUMNS: tl.constexpr, ROWS: tl.constexpr, N: tl.conste
 @triton.jit
 def swiglu(x, out, rows, COLUMNS: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr):
     """silu(gate) * up, gate first (Shazeer 2020), of x (rows, 2 COLUMNS)."""
+    follow()
     for block in range(tl.program_id(0), tiles_of(rows, COLUMNS, ROWS, N), tl.num_programs(0)):
         row, column = place_of(block, COLUMNS, ROWS, N)
         there = (row < rows) & (column < COLUMNS)
@@ -57,6 +60,7 @@ def swiglu(x, out, rows, COLUMNS: tl.constexpr, ROWS: tl.constexpr, N: tl.conste
 @triton.jit
 def gated_add(x, gate, base, out, rows, COLUMNS: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr):
     """base + sigmoid(gate) * x, one gate a row."""
+    follow()
     for block in range(tl.program_id(0), tiles_of(rows, COLUMNS, ROWS, N), tl.num_programs(0)):
         row, column = place_of(block, COLUMNS, ROWS, N)
         there = (row < rows) & (column < COLUMNS)
@@ -71,6 +75,7 @@ def gated_add(x, gate, base, out, rows, COLUMNS: tl.constexpr, ROWS: tl.constexp
 def rmsnorm(x, weight, out, rows, eps, COLUMNS: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr):
     """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019). Where N holds a row it is read once; else its
     squares are summed first, and it is read again."""
+    follow()
     for block in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
         row = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         if N >= COLUMNS:
@@ -101,6 +106,7 @@ def embedding(
     tokens, table, out, rows, vocabulary, fault, COLUMNS: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr
 ):  # fmt: skip
     """Rows of the table (vocabulary, COLUMNS). A token outside it is reported and gives zeros."""
+    follow()
     for block in range(tl.program_id(0), tiles_of(rows, COLUMNS, ROWS, N), tl.num_programs(0)):
         row, column = place_of(block, COLUMNS, ROWS, N)
         token = tl.load(tokens + row, mask=row < rows, other=0).to(tl.int64)
@@ -126,6 +132,7 @@ def argmax(x, out, values, places, rows, parts, COLUMNS: tl.constexpr, N: tl.con
 
     A program looks at one of `parts` parts of a row, in steps of N. With one part it writes `out`; else it leaves the
     best of its part in `values` and `places` (rows, parts) for `argmax_join`."""
+    follow()
     lane = tl.arange(0, N)
     share = tl.cdiv(tl.cdiv(COLUMNS, N), parts) * N
     for block in range(tl.program_id(0), rows * parts, tl.num_programs(0)):
@@ -151,6 +158,7 @@ def argmax(x, out, values, places, rows, parts, COLUMNS: tl.constexpr, N: tl.con
 @triton.jit
 def argmax_join(values, places, out, parts, COLUMNS: tl.constexpr, PADDED: tl.constexpr):
     """The best of the parts of a row; a program a row."""
+    follow()
     row, part = tl.program_id(0), tl.arange(0, PADDED)
     value = tl.load(values + row * parts + part, mask=part < parts, other=float("-inf"))
     place = tl.load(places + row * parts + part, mask=part < parts, other=COLUMNS)
