@@ -214,8 +214,8 @@ def test_what_is_sent(folder: Path, op: Op, monkeypatch: pytest.MonkeyPatch) -> 
     cubin = replace(obtain(spec_of(made), "sm_90"), shared_bytes=100_000)
     gpu._cubins[spec_of(made)] = "kernel", cubin
     gpu.load(made)
-    gpu.send("stream", made)
-    assert sent == [("stream", "kernel", (2,), 64, (X.address, OUT.address, 100, 2.0, 0, 0), 100_000)]
+    gpu.send("stream", made, dependent=True)
+    assert sent == [("stream", "kernel", (2,), 64, (X.address, OUT.address, 100, 2.0, 0, 0), 100_000, True)]
     gpu._cubins[spec_of(made)] = "kernel", replace(cubin, parameters=(8, 8, 4, 8, 8, 8))
     with pytest.raises(BackendUnavailable, match="This is a bug of its rule"):
         gpu.load(made)
