@@ -192,8 +192,8 @@ for _kind in (
 
 # ------------------------------------------------------------------------------------- rotary, attention
 
-_MOST_QUERIES = 16
-"""Rows of queries up to which our kernel attends; torch's is for more."""
+_MOST_SCORES = 1 << 18
+"""Scores of a head up to which our kernel attends; torch's, which needs no room for them, is for more."""
 _A_THREAD = 1 << 14
 """Multiplications that are worth a thread."""
 
@@ -226,7 +226,7 @@ def held(run: Entry, tensors: object) -> Entry:
 
 
 def bind_attention(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
-    """By our kernel for few queries, else by torch's."""
+    """By our kernel, or by torch's for very many queries and keys."""
     views, out = operands_of(op, ins, outs)
     q, k, v = views[:3]
     mask = views[3] if op.attr("masked") else None
@@ -235,7 +235,7 @@ def bind_attention(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
     scale, causal = op.number("scale"), bool(op.attr("causal"))
     contiguous = all(t.stride(3) == 1 or t.shape[3] == 1 for t in (q, k, v, out))
     floats = mask is None or mask.dtype in (torch.bool, torch.float32)
-    if rows > _MOST_QUERIES or not contiguous or not floats or k.shape[0] != batch or len({q.dtype, k.dtype}) > 1:
+    if rows * keys > _MOST_SCORES or not contiguous or not floats or k.shape[0] != batch or len({q.dtype, k.dtype}) > 1:
         attend = torch.ops.aten.scaled_dot_product_attention.default._op
         torchs = partial(attend, q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=groups != heads)
         return partial(_into, out.copy_, torchs)
@@ -244,11 +244,10 @@ def bind_attention(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
     at_mask, mask_steps = (out.data_ptr(), [0] * 4) if mask is None else _operand(seen, (batch, heads, rows, keys))
     at = np.array([*(t.data_ptr() for t in (q, k, v, out)), at_mask], np.int64)
     steps = np.array([*([*t.stride()] for t in (q, k, v, out)), mask_steps], np.int64)
-    threads = min(site.threads, 1 + batch * heads * rows * keys * dim // _A_THREAD, batch * heads * rows)
-    scratch = np.empty(threads * (keys + 2 * max(dim, wide)), np.float32)
+    threads = min(site.threads, 1 + batch * heads * rows * keys * dim // _A_THREAD, batch * heads)
     sizes = np.array([batch, heads, rows, dim, groups, keys, wide], np.int64)
     like = bits(torch.empty(0, dtype=out.dtype))
-    run = ready(kernels.attend, like, at, sizes, steps, kernels.Scores(scale, kind, causal), scratch, threads)
+    run = ready(kernels.attend, like, at, sizes, steps, kernels.Scores(scale, kind, causal), threads)
     return held(run, (views, out))
 
 

@@ -37,7 +37,7 @@ def _silu(x: Any) -> Any:
     return x * ((one if x >= np.float32(0.0) else small) / (one + small))
 
 
-@inlined
+@kernel
 def _multiply(lines: Any, count: Any, panel: Any, weights: Any, sums: Any) -> None:
     """sums[r] = lines[r] times the panel at that address, for the first `count` rows."""
     mode = WIDE if weights.pairs else SINGLE
@@ -122,12 +122,8 @@ def experts(
     `weights` the Weights of gate over up and of down; `chosen` Rows and hidden (t * experts, i) float32 are room for
     what is between, i a multiple of COLUMNS. Threads take columns."""
     _sort(routing, chosen.starts, chosen.rows)
-    if threads == 1:
-        _up(x, weights[0], chosen, hidden, 0, 1)
-        _down(hidden, weights[1], chosen, routing, residual, out, 0, 1)
-    else:
-        fork(_up, (x, weights[0], chosen, hidden), threads)
-        fork(_down, (hidden, weights[1], chosen, routing, residual, out), threads)
+    fork(_up, (x, weights[0], chosen, hidden), threads)
+    fork(_down, (hidden, weights[1], chosen, routing, residual, out), threads)
 
 
 @kernel
