@@ -6,8 +6,11 @@ import numba
 import numpy as np
 import torch
 
+import taskgraph as tg
+
 from .errors import NotPositiveDefiniteError
 
+flat, native = tg.cpu.flat, tg.cpu.native
 Array = np.ndarray
 TILE = 256  # rows of an update that one product makes: of the square only the upper part is computed
 
@@ -114,29 +117,31 @@ def branch_kernel(values: Array, guide: Array, stack: Array, panels: Array, out:
     return -1
 
 
-def refuse(column: int, count: int) -> None:
+def refuse_branch(column: int, _values: Any, guide: Any, *_: Any) -> None:
     """Say which pivot it is."""
+    index = guide.numpy()
+    refuse(column, int(index[4 : 4 + 4 * int(index[0]) : 4].sum()))
+
+
+def refuse(column: int, count: int) -> None:
     raise NotPositiveDefiniteError(
         f"the pivot of column {column} of {count} in this op is not above 0: the matrix is not positive definite. "
         "Check its sign and boundary conditions, or add a multiple of the identity."
     )
 
 
-NOTHING = np.empty(0)
-
-
-def factor_branch(values: Any, guide: Any, *tensors: Any) -> None:
+@native(refuse_branch)
+def factor_branch(tensors: Any, count: Any) -> int:
     """A custom op of (values, guide, *updates of children, stack, panels, update if there is one): `branch_kernel`."""
-    index, top = guide.numpy(), 0
-    fronts, children = int(index[0]), int(index[3])
-    stack, panels = (tensor.numpy() for tensor in tensors[children : children + 2])
-    for child in tensors[:children]:
-        stack[top : top + child.numel()] = child.numpy().reshape(-1)
-        top += child.numel()
-    out = tensors[children + 2].numpy().reshape(-1) if len(tensors) > children + 2 else NOTHING
-    bad = branch_kernel(values.numpy(), index, stack, panels, out)
-    if bad >= 0:
-        refuse(bad, int(index[4 : 4 + 4 * fronts : 4].sum()))
+    guide = flat(tensors, 1, np.int32)
+    children, top = np.int64(guide[3]), 0
+    stack, panels = flat(tensors, 2 + children, np.float64), flat(tensors, 3 + children, np.float64)
+    for k in range(children):
+        child = flat(tensors, 2 + k, np.float64)
+        stack[top : top + len(child)] = child
+        top += len(child)
+    out = flat(tensors, 4 + children, np.float64) if count > 4 + children else stack[:0]
+    return branch_kernel(flat(tensors, 0, np.float64), guide, stack, panels, out) + 1
 
 
 @numba.njit(cache=True, nogil=True)

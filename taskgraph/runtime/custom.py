@@ -43,12 +43,11 @@ def function_of(op: Op, functions: Mapping[str, Function]) -> Function:
     return functions.get(str(key)) or find_function(key if isinstance(key, str) else str(key))
 
 
-def bound(op: Op, functions: Mapping[str, Function], ins: Tensors, outs: Tensors) -> Callable[[], None]:
-    """The program entry of a custom op; GraphError when its function is not found or takes other arguments.
+def bound(op: Op, function: Function, ins: Tensors, outs: Tensors) -> Callable[[], None]:
+    """The program entry of a custom op; GraphError when its function takes other arguments.
 
     The entry raises ExecutionError, which names the op, for what is said above.
     """
-    function = function_of(op, functions)
     check_arity(op.name, function, len(ins) + len(outs))
     names = (*op.inputs, *op.outputs)
     kept = [i < len(ins) and name not in op.writes for i, name in enumerate(names)]

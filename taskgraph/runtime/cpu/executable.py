@@ -1,7 +1,8 @@
 """The CPU backend: lanes are persistent threads pinned to core sets; capture binds, replay runs a flat program.
 
 A lane's program is a list of callables without arguments: ops, `acquire` of a lock for every wait on another
-lane, and `release` of the locks that others wait for. Replay has no look-ups, branches or allocation of its own.
+lane, and `release` of the locks that others wait for; native ops and what is between them are one callable. Replay has no look-ups,
+branches or allocation of its own.
 """
 
 import os
@@ -21,7 +22,8 @@ from taskgraph.runtime.buffers import host_tensor
 from taskgraph.runtime.check import HostExtent
 from taskgraph.runtime.cpu import choose
 from taskgraph.runtime.cpu.kinds import TORCH_DTYPE, CpuSite, Entry
-from taskgraph.runtime.cpu.lanes import LaneThread, alone, replay, replay_here
+from taskgraph.runtime.cpu.lanes import LaneProgram, LaneThread, alone, replay, replay_here
+from taskgraph.runtime.cpu.native import NativeEntry, Row, Semaphores
 from taskgraph.runtime.cpu.standard import bind
 from taskgraph.runtime.distributed import check_collectives
 from taskgraph.runtime.executable import Options, from_first
@@ -148,20 +150,31 @@ class CpuExecutable(TensorExecutable[torch.Tensor]):
             op, [*map(self._tensor, op.inputs)], [*map(self._tensor, op.outputs)], site, self._options.functions
         )
 
-    def _assemble(self, entries: list[Entry]) -> None:
-        """Programs of all lanes: for each step its waits, its op, and the release of those who wait for it."""
-        locks = {(w, i): threading.Lock() for i, step in enumerate(self._plan.steps) for w in step.waits}
-        wanted: dict[int, list[Entry]] = {}
-        for (source, _), lock in locks.items():
+    def _assemble(self, entries: list[Entry], stamps: bool = False) -> None:
+        """Programs of all lanes: for each step its waits, its op, and the release of those who wait for it.
+
+        An edge between native ops is a semaphore of their rows, any other a lock between entries."""
+        steps = self._plan.steps
+        edges = [(w, i) for i, step in enumerate(steps) for w in step.waits]
+        inner = [edge for edge in edges if all(isinstance(entries[i], NativeEntry) for i in edge)]
+        semaphores = Semaphores(len(inner))
+        number = {edge: k for k, edge in enumerate(inner)}
+        locks = {edge: threading.Lock() for edge in edges if edge not in number}
+        for lock in locks.values():
             lock.acquire()
-            wanted.setdefault(source, []).append(lock.release)
-        self._names = [[] for _ in self._lanes]
-        programs: list[list[Entry]] = [[] for _ in self._lanes]
-        for i, (step, entry) in enumerate(zip(self._plan.steps, entries, strict=True)):
-            row = [*(locks[w, i].acquire for w in step.waits), entry, *wanted.get(i, ())]
-            programs[step.lane] += row
-            self._names[step.lane] += [step.op] * len(row)
-        self._programs = programs
+        wanted: dict[int, list[tuple[int, int]]] = {}
+        for edge in edges:
+            wanted.setdefault(edge[0], []).append(edge)
+        programs = [LaneProgram(stamps) for _ in self._lanes]
+        for i, (step, entry) in enumerate(zip(steps, entries, strict=True)):
+            lane, waits, posts = programs[step.lane], [(w, i) for w in step.waits], wanted.get(i, ())
+            lane.add(step.op, *(locks[edge].acquire for edge in waits if edge in locks))
+            lane.add_items(semaphores.wait(number[edge]) for edge in waits if edge in number)
+            lane.add(step.op, entry)
+            lane.add_items(semaphores.post(number[edge]) for edge in posts if edge in number)
+            lane.add(step.op, *(locks[edge].release for edge in posts if edge in locks))
+        self._semaphores = semaphores
+        self._programs, self._names = [lane.finish() for lane in programs], [lane.names for lane in programs]
 
     # -- replay ----------------------------------------------------------------------------------
 
@@ -170,7 +183,7 @@ class CpuExecutable(TensorExecutable[torch.Tensor]):
             self._capture()
         failed = replay(self._lanes, self._programs)
         if failed:
-            self._raise([(error, self._names[lane][at]) for lane, at, error in failed])
+            self._raise([(error, self._failed_op(lane, at)) for lane, at, error in failed])
 
     def launch_here(self) -> None:
         """As `launch`; a plan of one lane on one core runs on the calling thread: nobody is woken and waited for, and
@@ -185,8 +198,12 @@ class CpuExecutable(TensorExecutable[torch.Tensor]):
                 self._capture()
             failed = replay_here(self._programs[0])
             if failed is not None:
-                self._raise([(failed[1], self._names[0][failed[0]])])
+                self._raise([(failed[1], self._failed_op(0, failed[0]))])
         return None
+
+    def _failed_op(self, lane: int, at: int) -> str:
+        entry = self._programs[lane][at]
+        return entry.op if isinstance(entry, Row) else self._names[lane][at]
 
     def eager(self) -> None:
         """Run the same ops one by one on the calling thread, in the plan's order and without lanes.
@@ -222,16 +239,23 @@ class CpuExecutable(TensorExecutable[torch.Tensor]):
     def _timeline(self) -> Timeline:
         self._capture()
         spans: dict[str, Span] = {}
+        lanes = {step.op: step.lane for step in self._plan.steps}
 
-        def timed(name: str, lane: int, entry: Entry) -> None:
+        def timed(name: str, entry: Entry) -> None:
             begin = time.perf_counter()
             entry()
-            spans[name] = Span(name, lane, begin, time.perf_counter())
+            spans[name] = Span(name, lanes[name], begin, time.perf_counter())
 
         steps = self._plan.steps
-        self._assemble([partial(timed, s.op, s.lane, e) for s, e in zip(steps, self._entries, strict=True)])
+        entries = [
+            e if isinstance(e, NativeEntry) else partial(timed, s.op, e)
+            for s, e in zip(steps, self._entries, strict=True)
+        ]
+        self._assemble(entries, stamps=True)
         try:
             self._launch(None)
+            for row in (entry for program in self._programs for entry in program if isinstance(entry, Row)):
+                spans |= {name: Span(name, lanes[name], begin, end) for name, begin, end in row.spans()}
         finally:
             self._assemble(self._entries)
         origin = f"this machine, {self._plan.device.name}"

@@ -14,6 +14,7 @@ from numba.core.compiler_lock import global_compiler_lock
 
 from taskgraph.errors import ExecutionError
 from taskgraph.runtime.cpu import kernels
+from taskgraph.runtime.cpu.native import NativeEntry, Row
 from taskgraph.runtime.turns import here, in_op
 
 Entry = Callable[[], Any]
@@ -156,8 +157,49 @@ class LaneThread:
     def _drain(self, at: int) -> None:
         """Keep the other lanes going after an error: take and give every remaining lock, run no op."""
         for entry in self.program[at:]:
-            if isinstance(getattr(entry, "__self__", None), _LOCK):
+            if isinstance(entry, Row):
+                entry.drain()
+            elif isinstance(getattr(entry, "__self__", None), _LOCK):
                 entry()
+
+
+class LaneProgram:
+    """The entries of one lane as they are assembled, and for each the name of its op; native ops become rows."""
+
+    def __init__(self, stamps: bool) -> None:
+        self.entries: list[Entry] = []
+        self.names: list[str] = []
+        self._stamps = stamps
+        self._items: list[tuple[int, ...]] = []
+        self._ops: list[NativeEntry | None] = []
+
+    def add(self, name: str, *entries: Entry) -> None:
+        """Entries of the op `name`."""
+        for entry in entries:
+            if isinstance(entry, NativeEntry):
+                self._items.append(entry.row)
+                self._ops.append(entry)
+            else:
+                self._end_row()
+                self.entries.append(entry)
+                self.names.append(name)
+
+    def add_items(self, items: Iterable[tuple[int, ...]]) -> None:
+        """Waits and posts of a row."""
+        for item in items:
+            self._items.append(item)
+            self._ops.append(None)
+
+    def finish(self) -> list[Entry]:
+        """The program."""
+        self._end_row()
+        return self.entries
+
+    def _end_row(self) -> None:
+        if self._items:
+            self.entries.append(Row(self._items, self._ops, self._stamps))
+            self.names.append("")
+            self._items, self._ops = [], []
 
 
 _LOCK = type(threading.Lock())

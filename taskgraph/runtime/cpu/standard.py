@@ -9,6 +9,7 @@ from taskgraph.ops.kinds import CALL
 from taskgraph.runtime import custom
 from taskgraph.runtime.cpu import algebra, attention, axes, dense, experts, latent, moves, pointwise, sampling  # noqa: F401 - they register their kinds
 from taskgraph.runtime.cpu.kinds import CPU_KINDS, CpuSite, Entry, Tensors
+from taskgraph.runtime.cpu.native import Native, NativeEntry
 
 __all__ = ["CPU_KINDS", "bind"]
 
@@ -19,7 +20,10 @@ def bind(op: Op, ins: Tensors, outs: Tensors, site: CpuSite, functions: Mapping[
     if views:
         ins = [t.narrow(v.axis, v.start, v.stop - v.start) if (v := views.get(i)) else t for i, t in enumerate(ins)]
     if op.kind == CALL:
-        return custom.bound(op, functions, ins, outs)
+        function = custom.function_of(op, functions)
+        if isinstance(function, Native):
+            return NativeEntry(op, function, (*ins, *outs))
+        return custom.bound(op, function, ins, outs)
     if op.kind not in CPU_KINDS:
         raise BackendUnavailable(
             f"op {op.name!r}: the cpu backend has no implementation of kind {op.kind!r}; register one by "
