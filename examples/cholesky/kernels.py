@@ -1,18 +1,20 @@
-"""The ops' numbers: assembly and small fronts in numba, large fronts by torch's BLAS on the threads of the lane."""
+"""The ops' numbers: assembly and small fronts are loops in numba, large fronts products of BLAS. Both ops are native."""
 
 from typing import Any
 
 import numba
 import numpy as np
-import torch
 
 import taskgraph as tg
 
+from .blas import Call, blas_call, subtract_product
 from .errors import NotPositiveDefiniteError
 
 flat, native = tg.cpu.flat, tg.cpu.native
 Array = np.ndarray
-TILE = 256  # rows of an update that one product makes: of the square only the upper part is computed
+TILE = 64  # rows of an update that one product makes: of the square only the upper part is computed
+BLOCK = 16  # rows of a panel that loops factorise before a product subtracts them from the rest
+SMALL = 1000  # pivots times rows below them from which on products are faster than loops (measured, Zen 5)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -29,36 +31,95 @@ def extend_add(child: Array, relative: Array, panel: Array, update: Array) -> No
                 update[row - columns, relative[j] - columns] += child[i, j]
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"contract", "reassoc"})
-def factor_small(panel: Array, update: Array) -> int:
+FAST = {"contract", "reassoc"}
+
+
+@numba.njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")
+def subtract_row(rows: Array, at: int, out: Array) -> None:
+    """out -= rows[:, at].T @ rows[:, at : at + len(out)]."""
+    n, p = len(out), 0
+    while p + 4 <= len(rows):
+        a, b, c, d = rows[p, at], rows[p + 1, at], rows[p + 2, at], rows[p + 3, at]
+        ra, rb, rc, rd = rows[p, at:], rows[p + 1, at:], rows[p + 2, at:], rows[p + 3, at:]
+        for i in range(n):
+            out[i] -= a * ra[i] + b * rb[i] + c * rc[i] + d * rd[i]
+        p += 4
+    while p < len(rows):
+        a, ra = rows[p, at], rows[p, at:]
+        for i in range(n):
+            out[i] -= a * ra[i]
+        p += 1
+
+
+@numba.njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")
+def subtract_two_rows(rows: Array, at: int, out: Array, below: Array) -> None:
+    """`subtract_row` at `at` for `out` and at `at` + 1 for `below`, which is one shorter: `rows` are read once."""
+    n, p = len(below), 0
+    first, rest = 0.0, out[1:]
+    for k in range(len(rows)):
+        first += rows[k, at] * rows[k, at]
+    out[0] -= first
+    while p + 4 <= len(rows):
+        a, b, c, d = rows[p, at], rows[p + 1, at], rows[p + 2, at], rows[p + 3, at]
+        e, f, g, h = rows[p, at + 1], rows[p + 1, at + 1], rows[p + 2, at + 1], rows[p + 3, at + 1]
+        ra, rb, rc, rd = rows[p, at + 1 :], rows[p + 1, at + 1 :], rows[p + 2, at + 1 :], rows[p + 3, at + 1 :]
+        for i in range(n):
+            rest[i] -= a * ra[i] + b * rb[i] + c * rc[i] + d * rd[i]
+            below[i] -= e * ra[i] + f * rb[i] + g * rc[i] + h * rd[i]
+        p += 4
+    while p < len(rows):
+        a, e, ra = rows[p, at], rows[p, at + 1], rows[p, at + 1 :]
+        for i in range(n):
+            rest[i] -= a * ra[i]
+            below[i] -= e * ra[i]
+        p += 1
+
+
+@numba.njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")
+def factor_rows(panel: Array, low: int, high: int) -> int:
+    """Make the rows low..high-1 rows of the factor; those before have been subtracted. The bad column, or -1."""
+    height = panel.shape[1]
+    for k in range(low, high):
+        row = panel[k, k:]
+        subtract_row(panel[low:k], k, row)
+        if not row[0] > 0.0:
+            return k
+        row[0] = np.sqrt(row[0])
+        scale = 1.0 / row[0]
+        for i in range(1, height - k):
+            row[i] *= scale
+    return -1
+
+
+@numba.njit(cache=True, nogil=True)
+def subtract_square(call: Call, rows: Array, at: int, out: Array, count: int) -> None:
+    """The upper triangle of out[:count] -= rows[:, at : at + count].T @ rows[:, at:], `TILE` rows at a time."""
+    width = rows.shape[1] - at
+    for low in range(0, count, TILE):
+        size = (min(TILE, count - low), width - low)
+        subtract_product(call, rows, at + low, at + low, out[low:, low:], size)
+
+
+@numba.njit(cache=True, nogil=True)
+def factor_partly(call: Call, panel: Array, update: Array) -> int:
     """Partial Cholesky of one front in place: panel = R [I, X], update -= X^T X. The bad column, or -1."""
     columns, height = panel.shape
-    for j in range(columns):
-        if not panel[j, j] > 0.0:
-            return j
-        root = np.sqrt(panel[j, j])
-        panel[j, j] = root
-        panel[j, j + 1 :] *= 1.0 / root
-        for k in range(j + 1, columns):
-            factor = panel[j, k]
-            for i in range(k, height):
-                panel[k, i] -= factor * panel[j, i]
-    for k in range(height - columns):
-        at = columns + k
-        p = 0
-        while p + 4 <= columns:
-            a, b, c, d = panel[p, at], panel[p + 1, at], panel[p + 2, at], panel[p + 3, at]
-            for i in range(k, height - columns):
-                here = columns + i
-                update[k, i] -= (
-                    a * panel[p, here] + b * panel[p + 1, here] + c * panel[p + 2, here] + d * panel[p + 3, here]
-                )
-            p += 4
-        while p < columns:
-            a = panel[p, at]
-            for i in range(k, height - columns):
-                update[k, i] -= a * panel[p, columns + i]
-            p += 1
+    m = height - columns
+    if columns * m < SMALL:
+        bad = factor_rows(panel, 0, columns)
+        if bad < 0:
+            for k in range(0, m - 1, 2):
+                subtract_two_rows(panel, columns + k, update[k, k:], update[k + 1, k + 1 :])
+            if m % 2:
+                subtract_row(panel, height - 1, update[m - 1, m - 1 :])
+        return bad
+    for low in range(0, columns, BLOCK):
+        high = min(low + BLOCK, columns)
+        bad = factor_rows(panel, low, high)
+        if bad >= 0:
+            return bad
+        subtract_square(call, panel[low:high], high, panel[high:, high:], columns - high)
+    subtract_square(call, panel, columns, update, m)
     return -1
 
 
@@ -75,6 +136,7 @@ def branch_kernel(values: Array, guide: Array, stack: Array, panels: Array, out:
     table = guide[4 : 4 + 4 * fronts].reshape(fronts, 4)
     sources, targets, relative = guide[at : at + count], guide[at + count : at + 2 * count], guide[at + 2 * count :]
     sizes, at_row = np.empty(fronts + held, np.int64), np.empty(fronts + held, np.int64)
+    call = blas_call()
     panels[:] = 0.0
     if held == 0:
         stack[0] = 0.0
@@ -103,12 +165,12 @@ def branch_kernel(values: Array, guide: Array, stack: Array, panels: Array, out:
                 stack[low : low + size * size].reshape(size, size),
                 relative[at_row[held] : at_row[held] + size], square, update,
             )  # fmt: skip
-        bad = factor_small(square, update)
+        bad = factor_partly(call, square, update)
         if bad >= 0:
             return column + bad
-        if s + 1 < fronts:
-            for k in range(m * m):
-                stack[low + k] = mine[k]
+        if s + 1 < fronts and low < top:
+            for k in range(m):
+                stack[low + k * m + k : low + k * m + m] = update[k, k:]
         sizes[held], at_row[held] = m, row
         held += 1
         top = low + m * m
@@ -120,7 +182,7 @@ def branch_kernel(values: Array, guide: Array, stack: Array, panels: Array, out:
 def refuse_branch(column: int, _values: Any, guide: Any, *_: Any) -> None:
     """Say which pivot it is."""
     index = guide.numpy()
-    refuse(column, int(index[4 : 4 + 4 * int(index[0]) : 4].sum()))
+    refuse(column - 1, int(index[4 : 4 + 4 * int(index[0]) : 4].sum()))
 
 
 def refuse(column: int, count: int) -> None:
@@ -144,38 +206,30 @@ def factor_branch(tensors: Any, count: Any) -> int:
     return branch_kernel(flat(tensors, 0, np.float64), guide, stack, panels, out) + 1
 
 
-@numba.njit(cache=True, nogil=True)
-def fill(values: Array, guide: Array, panel: Array) -> None:
-    """The matrix's own entries of one front."""
-    count = guide[3]
+def refuse_front(column: int, _values: Any, guide: Any, *_: Any) -> None:
+    """Say which pivot it is."""
+    refuse(column - 1, int(guide[0]))
+
+
+@native(refuse_front)
+def factor_front(tensors: Any, count: Any) -> int:
+    """A custom op of (values, guide, *updates of children, panel, update if there is one): one front. The guide:
+    columns, rows below, children, values; sources; targets; relative rows."""
+    values, guide = flat(tensors, 0, np.float64), flat(tensors, 1, np.int32)
+    columns, below, children, given = np.int64(guide[0]), np.int64(guide[1]), np.int64(guide[2]), np.int64(guide[3])
+    panel = flat(tensors, 2 + children, np.float64)
+    update = flat(tensors, 3 + children, np.float64) if below else panel[:0]
     panel[:] = 0.0
-    for k in range(count):
-        panel[guide[4 + count + k]] = values[guide[4 + k]]
-
-
-def factor_front(values: Any, guide: Any, *tensors: Any) -> None:
-    """A custom op: one front. The guide: columns, rows below, children, values; sources; targets; relative rows."""
-    index = guide.numpy()
-    columns, below, children, count = (int(x) for x in index[:4])
-    panel = tensors[children].view(columns, columns + below)
-    update = tensors[children + 1] if below else torch.empty(0, 0, dtype=torch.float64)
-    update.zero_()
-    fill(values.numpy(), index, tensors[children].numpy())
-    square, corner, at = panel.numpy(), update.numpy(), 4 + 2 * count
-    for child in tensors[:children]:
-        size = len(child)
-        extend_add(child.numpy(), index[at : at + size], square, corner)
+    update[:] = 0.0
+    for k in range(given):
+        panel[guide[4 + given + k]] = values[guide[4 + k]]
+    square, corner, at = panel.reshape(columns, columns + below), update.reshape(below, below), 4 + 2 * given
+    for k in range(children):
+        child = flat(tensors, 2 + k, np.float64)
+        size = np.int64(np.sqrt(float(len(child))))
+        extend_add(child.reshape(size, size), guide[at : at + size], square, corner)
         at += size
-    pivots, rest = panel[:, :columns], panel[:, columns:]
-    root, bad = torch.linalg.cholesky_ex(pivots, upper=True)
-    if int(bad):
-        refuse(int(bad) - 1, columns)
-    pivots.copy_(root)
-    if below:
-        rest.copy_(torch.linalg.solve_triangular(root.mT, rest, upper=False))
-        for low in range(0, below, TILE):
-            part = update[low : low + TILE, low:]
-            part.addmm_(rest[:, low : low + TILE].mT, rest[:, low:], alpha=-1.0)
+    return factor_partly(blas_call(), square, corner) + 1
 
 
 @numba.njit(cache=True, nogil=True)

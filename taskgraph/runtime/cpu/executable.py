@@ -29,7 +29,7 @@ from taskgraph.runtime.distributed import check_collectives
 from taskgraph.runtime.executable import Options, from_first
 from taskgraph.runtime.tensors import TensorExecutable
 from taskgraph.runtime.turns import in_op
-from taskgraph.schedule.plan import Plan, Span, Step, Timeline
+from taskgraph.schedule.plan import Lane, Plan, Span, Step, Timeline
 
 _ALIGNMENT = 64
 
@@ -59,9 +59,12 @@ class CpuExecutable(TensorExecutable[torch.Tensor]):
         if len(cores) < plan.device.sm_count:
             cores = [cores[i % len(cores)] for i in range(plan.device.sm_count)]
         self._lanes: list[LaneThread] = []
-        for i in range(len(plan.lanes)):
+        sharing: dict[Lane, int] = {}
+        for i, lane in enumerate(plan.lanes):
             part = plan.partition(i)
-            self._lanes.append(LaneThread.open(cores[part.first_sm : part.end_sm], i))
+            mine, turn = cores[part.first_sm : part.end_sm], sharing.get(lane, 0) % part.sm_count
+            sharing[lane] = turn + 1
+            self._lanes.append(LaneThread.open([*mine[turn:], *mine[:turn]], i))  # a lane's thread is on its first core
         self._alone = len(plan.lanes) == 1 and plan.partition(0).sm_count == 1 and self._group is None
         self._left = weakref.finalize(self, LaneThread.leave, tuple(self._lanes))
         self._left.atexit = False
