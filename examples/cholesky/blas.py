@@ -1,4 +1,4 @@
-"""dgemm for numba: torch's, whose threads are those of the lane that calls it, else SciPy's."""
+"""dgemm for numba, on the thread that calls it: torch's, else SciPy's."""
 
 import ctypes
 from pathlib import Path
@@ -14,16 +14,22 @@ from numba.extending import get_cython_function_address
 Array = np.ndarray
 
 
-def _address() -> int:
+def _link() -> None:
+    """Let compiled code call MKL where torch brings it; else SciPy's OpenBLAS, whose threads are the process's."""
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-    found = getattr(library, "dgemm_", None)
-    if found is None:
-        return int(get_cython_function_address("scipy.linalg.cython_blas", "dgemm"))
-    return int(ctypes.cast(found, ctypes.c_void_p).value or 0)
+    found = getattr(library, "dgemm_", None), getattr(library, "MKL_Set_Num_Threads_Local", None)
+    if None in found:
+        llvm.add_symbol("cholesky_dgemm", get_cython_function_address("scipy.linalg.cython_blas", "dgemm"))
+        found = (None, ctypes.CDLL(None).abs)
+    for name, function in zip(("cholesky_dgemm", "cholesky_blas_threads"), found, strict=True):
+        if function is not None:
+            llvm.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)
 
 
-llvm.add_symbol("cholesky_dgemm", _address())
+_link()
 _dgemm: Any = types.ExternalFunction("cholesky_dgemm", types.void(*[types.int64] * 13))
+blas_threads: Any = types.ExternalFunction("cholesky_blas_threads", types.int32(types.int32))
+"""Set how many threads products of the calling thread run on, and get how many it were."""
 
 
 class Call(NamedTuple):

@@ -7,10 +7,10 @@ import numpy as np
 
 import taskgraph as tg
 
-from .blas import Call, blas_call, subtract_product
+from .blas import Call, blas_call, blas_threads, subtract_product
 from .errors import NotPositiveDefiniteError
 
-flat, native = tg.cpu.flat, tg.cpu.native
+barrier, flat, native = tg.cpu.barrier, tg.cpu.flat, tg.cpu.native
 Array = np.ndarray
 TILE = 64  # rows of an update that one product makes: of the square only the upper part is computed
 BLOCK = 16  # rows of a panel that loops factorise before a product subtracts them from the rest
@@ -18,11 +18,13 @@ SMALL = 1000  # pivots times rows below them from which on products are faster t
 
 
 @numba.njit(cache=True, nogil=True)
-def extend_add(child: Array, relative: Array, panel: Array, update: Array) -> None:
-    """Add a child's update (its upper triangle) to its parent's panel and update."""
+def extend_add(child: Array, relative: Array, panel: Array, update: Array, part: int, parts: int) -> None:
+    """Add a child's update (its upper triangle) to its parent's panel and update: to one row in `parts`."""
     columns, count = panel.shape[0], len(relative)
     for i in range(count):
         row = relative[i]
+        if parts > 1 and row % parts != part:
+            continue
         if row < columns:
             for j in range(i, count):
                 panel[row, relative[j]] += child[i, j]
@@ -92,10 +94,11 @@ def factor_rows(panel: Array, low: int, high: int) -> int:
 
 
 @numba.njit(cache=True, nogil=True)
-def subtract_square(call: Call, rows: Array, at: int, out: Array, count: int) -> None:
-    """The upper triangle of out[:count] -= rows[:, at : at + count].T @ rows[:, at:], `TILE` rows at a time."""
+def subtract_square(call: Call, rows: Array, at: int, out: Array, count: int, part: int, parts: int) -> None:
+    """The upper triangle of out[:count] -= rows[:, at : at + count].T @ rows[:, at:], `TILE` rows at a time: one tile
+    in `parts`."""
     width = rows.shape[1] - at
-    for low in range(0, count, TILE):
+    for low in range(part * TILE, count, parts * TILE):
         size = (min(TILE, count - low), width - low)
         subtract_product(call, rows, at + low, at + low, out[low:, low:], size)
 
@@ -118,8 +121,8 @@ def factor_partly(call: Call, panel: Array, update: Array) -> int:
         bad = factor_rows(panel, low, high)
         if bad >= 0:
             return bad
-        subtract_square(call, panel[low:high], high, panel[high:, high:], columns - high)
-    subtract_square(call, panel, columns, update, m)
+        subtract_square(call, panel[low:high], high, panel[high:, high:], columns - high, 0, 1)
+    subtract_square(call, panel, columns, update, m, 0, 1)
     return -1
 
 
@@ -163,7 +166,7 @@ def branch_kernel(values: Array, guide: Array, stack: Array, panels: Array, out:
             low -= size * size
             extend_add(
                 stack[low : low + size * size].reshape(size, size),
-                relative[at_row[held] : at_row[held] + size], square, update,
+                relative[at_row[held] : at_row[held] + size], square, update, 0, 1,
             )  # fmt: skip
         bad = factor_partly(call, square, update)
         if bad >= 0:
@@ -203,7 +206,10 @@ def factor_branch(tensors: Any, count: Any) -> int:
         stack[top : top + len(child)] = child
         top += len(child)
     out = flat(tensors, 4 + children, np.float64) if count > 4 + children else stack[:0]
-    return branch_kernel(flat(tensors, 0, np.float64), guide, stack, panels, out) + 1
+    before = blas_threads(1)
+    bad = branch_kernel(flat(tensors, 0, np.float64), guide, stack, panels, out)
+    blas_threads(before)
+    return bad + 1
 
 
 def refuse_front(column: int, _values: Any, guide: Any, *_: Any) -> None:
@@ -211,25 +217,84 @@ def refuse_front(column: int, _values: Any, guide: Any, *_: Any) -> None:
     refuse(column - 1, int(guide[0]))
 
 
-@native(refuse_front)
-def factor_front(tensors: Any, count: Any) -> int:
-    """A custom op of (values, guide, *updates of children, panel, update if there is one): one front. The guide:
-    columns, rows below, children, values; sources; targets; relative rows."""
+@numba.njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")
+def finish_rows(call: Call, panel: Array, low: int, high: int, begin: int, end: int) -> None:
+    """Rows low..high-1 of the factor in the columns begin..end-1, where the columns low..high-1 are done."""
+    n = end - begin
+    for first in range(low, high, BLOCK):
+        last = min(first + BLOCK, high)
+        if first > low:
+            subtract_product(call, panel[low:first], first, begin, panel[first:, begin:], (last - first, n))
+        for k in range(first, last):
+            row, scale = panel[k, begin:end], 1.0 / panel[k, k]
+            for p in range(first, k):
+                a, above = panel[p, k], panel[p, begin:end]
+                for i in range(n):
+                    row[i] -= a * above[i]
+            for i in range(n):
+                row[i] *= scale
+
+
+@numba.njit(cache=True, nogil=True)
+def assemble_part(tensors: Any, panel: Array, update: Array, part: int, parts: int) -> None:
+    """The matrix's own entries and the children's updates: one row of the front in `parts`."""
     values, guide = flat(tensors, 0, np.float64), flat(tensors, 1, np.int32)
-    columns, below, children, given = np.int64(guide[0]), np.int64(guide[1]), np.int64(guide[2]), np.int64(guide[3])
-    panel = flat(tensors, 2 + children, np.float64)
-    update = flat(tensors, 3 + children, np.float64) if below else panel[:0]
-    panel[:] = 0.0
-    update[:] = 0.0
+    children, given, height = np.int64(guide[2]), np.int64(guide[3]), panel.shape[1]
+    panel[part::parts] = 0.0
+    update[part::parts] = 0.0
     for k in range(given):
-        panel[guide[4 + given + k]] = values[guide[4 + k]]
-    square, corner, at = panel.reshape(columns, columns + below), update.reshape(below, below), 4 + 2 * given
+        row = guide[4 + given + k] // height
+        if row % parts == part:
+            panel[row, guide[4 + given + k] - row * height] = values[guide[4 + k]]
+    at = 4 + 2 * given
     for k in range(children):
         child = flat(tensors, 2 + k, np.float64)
         size = np.int64(np.sqrt(float(len(child))))
-        extend_add(child.reshape(size, size), guide[at : at + size], square, corner)
+        extend_add(child.reshape(size, size), guide[at : at + size], panel, update, part, parts)
         at += size
-    return factor_partly(blas_call(), square, corner) + 1
+
+
+@numba.njit(cache=True, nogil=True)
+def factor_together(panel: Array, update: Array, part: int, parts: int, team: Any) -> int:
+    """`factor_partly` by all threads of a lane: each has some columns, then some tiles. The rows of the next block are
+    the first tile, which is part 0's, so that it goes on with them while the others end theirs."""
+    columns, height = panel.shape
+    call = blas_call()
+    for low in range(0, columns, TILE):
+        high = min(low + TILE, columns)
+        if part == 0:
+            factor_rows(panel[:, :high], low, high)
+        barrier(team)
+        for k in range(low, high):
+            if not panel[k, k] > 0.0:
+                return k
+        share = -(-(height - high) // parts)
+        begin = min(high + part * share, height)
+        finish_rows(call, panel, low, high, begin, min(begin + share, height))
+        barrier(team)
+        subtract_square(call, panel[low:high], high, panel[high:, high:], columns - high, part, parts)
+    subtract_square(call, panel, columns, update, height - columns, part, parts)
+    return -1
+
+
+@native(refuse_front, wide=True)
+def factor_front(tensors: Any, count: Any, part: Any, parts: Any, team: Any) -> int:
+    """A custom op of (values, guide, *updates of children, panel, update if there is one): one front, on all threads of
+    the lane. The guide: columns, rows below, children, values; sources; targets; relative rows."""
+    guide = flat(tensors, 1, np.int32)
+    columns, below, children = np.int64(guide[0]), np.int64(guide[1]), np.int64(guide[2])
+    flat_panel = flat(tensors, 2 + children, np.float64)
+    flat_update = flat(tensors, 3 + children, np.float64) if below else flat_panel[:0]
+    panel, update = flat_panel.reshape(columns, columns + below), flat_update.reshape(below, below)
+    assemble_part(tensors, panel, update, part, parts)
+    barrier(team)
+    before = blas_threads(1)
+    if parts == 1:
+        bad = factor_partly(blas_call(), panel, update)
+    else:
+        bad = factor_together(panel, update, part, parts, team)
+    blas_threads(before)
+    return bad + 1
 
 
 @numba.njit(cache=True, nogil=True)

@@ -9,6 +9,7 @@ import os
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NoReturn
@@ -59,12 +60,13 @@ class CpuExecutable(TensorExecutable[torch.Tensor]):
         if len(cores) < plan.device.sm_count:
             cores = [cores[i % len(cores)] for i in range(plan.device.sm_count)]
         self._lanes: list[LaneThread] = []
-        sharing: dict[Lane, int] = {}
+        sharing: Counter[Lane] = Counter()
         for i, lane in enumerate(plan.lanes):
             part = plan.partition(i)
-            mine, turn = cores[part.first_sm : part.end_sm], sharing.get(lane, 0) % part.sm_count
-            sharing[lane] = turn + 1
-            self._lanes.append(LaneThread.open([*mine[turn:], *mine[:turn]], i))  # a lane's thread is on its first core
+            mine, number = cores[part.first_sm : part.end_sm], sharing[lane]
+            turn = number % part.sm_count  # lanes of one partition begin on different cores
+            self._lanes.append(LaneThread.open([*mine[turn:], *mine[:turn]], number))
+            sharing[lane] += 1
         self._alone = len(plan.lanes) == 1 and plan.partition(0).sm_count == 1 and self._group is None
         self._left = weakref.finalize(self, LaneThread.leave, tuple(self._lanes))
         self._left.atexit = False
@@ -168,7 +170,7 @@ class CpuExecutable(TensorExecutable[torch.Tensor]):
         wanted: dict[int, list[tuple[int, int]]] = {}
         for edge in edges:
             wanted.setdefault(edge[0], []).append(edge)
-        programs = [LaneProgram(stamps) for _ in self._lanes]
+        programs = [LaneProgram(lane, stamps) for lane in self._lanes]
         for i, (step, entry) in enumerate(zip(steps, entries, strict=True)):
             lane, waits, posts = programs[step.lane], [(w, i) for w in step.waits], wanted.get(i, ())
             lane.add(step.op, *(locks[edge].acquire for edge in waits if edge in locks))

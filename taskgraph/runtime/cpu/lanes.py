@@ -14,7 +14,7 @@ from numba.core.compiler_lock import global_compiler_lock
 
 from taskgraph.errors import ExecutionError
 from taskgraph.runtime.cpu import kernels
-from taskgraph.runtime.cpu.native import NativeEntry, Row
+from taskgraph.runtime.cpu.native import NativeEntry, Row, Team
 from taskgraph.runtime.turns import here, in_op
 
 Entry = Callable[[], Any]
@@ -44,6 +44,7 @@ class LaneThread:
         self._done.acquire()
         self.start, self.wait = self._start.release, self._done.acquire
         self._closing = False
+        self._team: Team | None = None
         cores, number = key
         name = f"taskgraph-lane-{number}"
         self._ready = threading.Event()
@@ -98,6 +99,15 @@ class LaneThread:
             self._closing = True
             self._start.release()
             self._thread.join()
+            if self._team is not None:
+                self._team.close()
+
+    def team(self) -> Team | None:
+        """The threads that help with wide native ops, started when they are first asked for; None on one core."""
+        cores, number = self._key
+        if self._team is None and len(cores) > 1:
+            self._team = Team(cores, f"taskgraph-team-{number}")
+        return self._team
 
     def abandon(self) -> None:
         """Leave the thread to an op that does not end; executables made later get another."""
@@ -166,10 +176,10 @@ class LaneThread:
 class LaneProgram:
     """The entries of one lane as they are assembled, and for each the name of its op; native ops become rows."""
 
-    def __init__(self, stamps: bool) -> None:
+    def __init__(self, lane: LaneThread, stamps: bool) -> None:
         self.entries: list[Entry] = []
         self.names: list[str] = []
-        self._stamps = stamps
+        self._lane, self._stamps = lane, stamps
         self._items: list[tuple[int, ...]] = []
         self._ops: list[NativeEntry | None] = []
 
@@ -197,7 +207,8 @@ class LaneProgram:
 
     def _end_row(self) -> None:
         if self._items:
-            self.entries.append(Row(self._items, self._ops, self._stamps))
+            wide = any(entry is not None and entry.function.wide for entry in self._ops)
+            self.entries.append(Row(self._items, self._ops, self._lane.team() if wide else None, self._stamps))
             self.names.append("")
             self._items, self._ops = [], []
 

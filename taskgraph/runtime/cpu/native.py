@@ -7,6 +7,8 @@ for some tens of microseconds before it sleeps.
 """
 
 import functools
+import os
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -22,16 +24,16 @@ from taskgraph.errors import BackendUnavailable, ExecutionError
 from taskgraph.graph.op import Op
 from taskgraph.jit import compiled, kernel
 
-Body = Callable[[Any, Any], Any]
+Body = Callable[..., Any]
 Refuse = Callable[..., None]
-_CALL, _WAIT, _POST = 0, 1, 2
+_CALL, _CALL_WIDE, _WAIT, _POST = 0, 1, 2, 3
 _RAISED = -(1 << 62)
 """What a call gives where compiled code raised."""
 _SPINS, _YIELDS = 500, 200
 _SEMAPHORE = 64
 """Bytes: a sem_t, on a cache line of its own."""
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
-_SIGNATURE = types.int64(types.int64, types.int64)
+_NARROW, _WIDE = types.int64(*[types.int64] * 2), types.int64(*[types.int64] * 5)
 _semaphore = types.int32(types.int64)
 _sem_wait: Any = types.ExternalFunction("sem_wait", _semaphore)
 _sem_try: Any = types.ExternalFunction("sem_trywait", _semaphore)
@@ -40,6 +42,8 @@ _sem_init: Any = types.ExternalFunction("sem_init", types.int32(types.int64, typ
 _sched_yield: Any = types.ExternalFunction("sched_yield", types.int32())
 _clock_gettime: Any = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.int64))
 _CLOCK_MONOTONIC = 1  # what time.perf_counter reads
+_NOBODY = np.zeros((0, _SEMAPHORE // 8), np.int64)
+"""The memory of no team: a lane of one thread."""
 
 
 # -- what functions of native ops are written with -----------------------------------------------------------------
@@ -69,28 +73,66 @@ def flat(tensors: Any, k: Any, dtype: Any) -> Any:
     return numba.carray(_pointer(_word(tensors + 16 * k)), _word(tensors + 16 * k + 8), dtype)
 
 
+@intrinsic
+def _load(typingctx: Any, address: Any) -> Any:  # pragma: no cover - compiled
+    """The int64 that another thread may write."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.load_atomic(builder.inttoptr(args[0], _I64.as_pointer()), "acquire", 8)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def _add(typingctx: Any, address: Any, value: Any) -> Any:  # pragma: no cover - compiled
+    """Add to the int64 at an address that other threads add to; what it was."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.atomic_rmw("add", builder.inttoptr(args[0], _I64.as_pointer()), args[1], "seq_cst")
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@numba.njit
+def barrier(team: Any) -> None:
+    """Within a wide native op: wait until all threads of the lane have come here."""
+    if team == 0:
+        return
+    round_at, parts = team + 8, _word(team + 16)
+    now = _load(round_at)
+    if _add(team, 1) == parts - 1:
+        _add(team, -parts)
+        _add(round_at, 1)
+        return
+    spins = 0
+    while _load(round_at) == now:
+        spins += 1
+        if spins > _SPINS:
+            _sched_yield()
+
+
 class Native:
     """A function of a custom op that lanes of the CPU call without the interpreter; made by `native`.
 
     It can be called like any other, with CPU tensors. It needs no look after every call, for it sees addresses alone.
     """
 
-    def __init__(self, body: Body, refuse: Refuse | None) -> None:
+    def __init__(self, body: Body, refuse: Refuse | None, wide: bool) -> None:
         functools.update_wrapper(self, body)
         del self.__wrapped__  # it is called with tensors, in place of their table
         self._body: Any = compiled(body, error_model="numpy")
-        self._refuse = refuse
+        self._refuse, self.wide = refuse, wide
 
     @functools.cached_property
     def address(self) -> int:
         """Of the machine code, compiled when it is first asked for."""
-        made = self._body.get_compile_result(_SIGNATURE)
+        made = self._body.get_compile_result(_WIDE if self.wide else _NARROW)
         found: int = made.library.get_pointer_to_function(made.fndesc.llvm_func_name)
         return found
 
     def __call__(self, *tensors: torch.Tensor) -> None:
         table = _table(self.__qualname__, tensors)
-        code = self._body(table.ctypes.data, len(table))
+        code = self._body(table.ctypes.data, len(table), *((0, 1, 0) if self.wide else ()))
         if code:
             self.refused(self.__qualname__, code, tensors)
 
@@ -106,13 +148,15 @@ class Native:
         raise ExecutionError(f"op {op!r} returned {code}, which is no success; 0 is.", op=op)
 
 
-def native(refuse: Refuse | None = None) -> Callable[[Body], Native]:
+def native(refuse: Refuse | None = None, wide: bool = False) -> Callable[[Body], Native]:
     """Make `body(tensors, count)`, which numba compiles, the function of a custom op that runs outside Python.
 
     `flat(tensors, k, dtype)` is its tensor k of `count`, inputs then outputs, whose elements it must not go beyond. It
-    returns 0, or a number that `refuse(number, *tensors)`, ordinary Python, raises an error for. It must not raise.
+    returns 0, or a number that `refuse(number, *tensors)`, ordinary Python, raises an error for. It must not raise. A
+    `wide` op is `body(tensors, count, part, parts, team)`, which every thread of its lane calls at the same time, with
+    `part` from 0 to `parts` - 1; `barrier(team)` is for all of them alike. What part 0 returns counts.
     """
-    return lambda body: Native(body, refuse)
+    return lambda body: Native(body, refuse, wide)
 
 
 def _table(name: str, tensors: Sequence[torch.Tensor]) -> npt.NDArray[np.int64]:
@@ -132,7 +176,7 @@ class NativeEntry:
     def __init__(self, op: Op, function: Native, tensors: Sequence[torch.Tensor]) -> None:
         self.name, self.function, self.tensors = op.name, function, tensors
         self.table = _table(op.name, tensors)
-        self.row = (_CALL, function.address, self.table.ctypes.data, len(self.table))
+        self.row = (_CALL_WIDE if function.wide else _CALL, function.address, self.table.ctypes.data, len(self.table))
 
     def __call__(self) -> None:
         self.function(*self.tensors)
@@ -144,8 +188,11 @@ class Row:
     Where an op fails the waits and posts that are left are taken and given, no op is run, and `op` is its name.
     """
 
-    def __init__(self, items: Sequence[tuple[int, ...]], entries: Sequence[NativeEntry | None], stamps: bool) -> None:
+    def __init__(
+        self, items: Sequence[tuple[int, ...]], entries: Sequence[NativeEntry | None], team: "Team | None", stamps: bool
+    ) -> None:
         self._items = np.array(items, np.int64)
+        self._team = _NOBODY if team is None else team.memory
         self._entries = entries
         self._stamps = np.zeros((len(items) if stamps else 0, 4), np.int64)
         self._clocks = self._stamps.ctypes.data if stamps else 0
@@ -153,7 +200,7 @@ class Row:
         self.op = ""
 
     def __call__(self) -> None:
-        at = _run(self._items, 0, False, self._clocks, self._status)
+        at = _run(self._items, 0, False, self._team, self._clocks, self._status)
         if at >= 0:
             self.drain(at + 1)
             entry = self._entries[at]
@@ -163,7 +210,7 @@ class Row:
 
     def drain(self, at: int = 0) -> None:
         """Take and give what is left from item `at` on, after an error."""
-        _run(self._items, at, True, 0, self._status)
+        _run(self._items, at, True, _NOBODY, 0, self._status)
 
     def spans(self) -> Iterable[tuple[str, float, float]]:
         """(op, begin, end) of every op in the last run, in seconds of `time.perf_counter`."""
@@ -188,21 +235,89 @@ class Semaphores:
         return (_POST, self._memory[k].ctypes.data, 0, 0)
 
 
-@intrinsic
-def _call(typingctx: Any, address: Any, tensors: Any, count: Any) -> Any:  # pragma: no cover - compiled
-    """Call a compiled `body` by its address, as numba's own code would: what it returns, or _RAISED."""
+def _caller(signature: Any) -> Any:
+    """call(address, *arguments) of a compiled function, as numba's own code would: what it returns, or _RAISED."""
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        conv = context.call_conv
-        kind = conv.get_function_type(types.int64, (types.int64, types.int64))
+    def codegen(context: Any, builder: Any, _: Any, args: Any) -> Any:
+        kind = context.call_conv.get_function_type(types.int64, signature.args)
         function = builder.inttoptr(args[0], kind.as_pointer())
-        returned = builder.alloca(_I64)
-        raised = builder.alloca(kind.args[1].pointee)
-        status = builder.call(function, [returned, raised, args[1], args[2]])
+        returned, raised = builder.alloca(_I64), builder.alloca(kind.args[1].pointee)
+        status = builder.call(function, [returned, raised, *args[1:]])
         fine = builder.icmp_signed("==", status, ir.Constant(_I32, 0))
         return builder.select(fine, builder.load(returned), ir.Constant(_I64, _RAISED))
 
-    return types.int64(types.int64, types.int64, types.int64), codegen
+    return codegen
+
+
+@intrinsic
+def _call(typingctx: Any, address: Any, tensors: Any, count: Any) -> Any:  # pragma: no cover - compiled
+    return types.int64(*[types.int64] * 3), _caller(_NARROW)
+
+
+@intrinsic
+def _call_part(typingctx: Any, address: Any, tensors: Any, count: Any, part: Any, parts: Any, team: Any) -> Any:  # pragma: no cover - compiled
+    return types.int64(*[types.int64] * 6), _caller(_WIDE)
+
+
+class Team:
+    """Threads that help a lane with its wide ops, one on each of its cores but the first. Close it."""
+
+    def __init__(self, cores: Sequence[int], name: str) -> None:
+        self.memory = np.zeros((2 + len(cores), _SEMAPHORE // 8), np.int64)
+        self.memory[0, 2] = len(cores)
+        _begin(self.memory[1:])
+        self._threads = [
+            threading.Thread(target=self._work, args=(core, part), name=name, daemon=True)
+            for part, core in enumerate(cores[1:], 1)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _work(self, core: int, part: int) -> None:
+        os.sched_setaffinity(0, {core})
+        _help(self.memory, part)
+
+    def close(self) -> None:
+        """Stop the threads; none of them runs anything."""
+        self.memory[0, 3] = 0
+        _wake(self.memory)
+        for thread in self._threads:
+            thread.join()
+
+
+# Words of a team: at a barrier, round of barriers, threads, function, tensors, count, error of a helper. Then a line for
+# the semaphore of those who are done, and one for each part to begin.
+
+
+@kernel
+def _help(memory: Any, part: Any) -> None:
+    team = memory.ctypes.data
+    while True:
+        _wait(team + (1 + part) * _SEMAPHORE)
+        if memory[0, 3] == 0:
+            return
+        code = _call_part(memory[0, 3], memory[0, 4], memory[0, 5], part, memory[0, 2], team)
+        if code == _RAISED:
+            memory[0, 6] = code
+        _sem_post(team + _SEMAPHORE)
+
+
+@kernel
+def _wake(memory: Any) -> None:
+    for part in range(1, memory[0, 2]):
+        _sem_post(memory.ctypes.data + (1 + part) * _SEMAPHORE)
+
+
+@kernel
+def _call_team(memory: Any, address: Any, tensors: Any, count: Any) -> int:
+    """Run a wide op on all threads of its lane."""
+    parts, team = memory[0, 2], memory.ctypes.data
+    memory[0, 3], memory[0, 4], memory[0, 5], memory[0, 6] = address, tensors, count, 0
+    _wake(memory)
+    code = _call_part(address, tensors, count, 0, parts, team)
+    for _ in range(1, parts):
+        _wait(team + _SEMAPHORE)
+    return code if code else memory[0, 6]
 
 
 @kernel
@@ -223,7 +338,7 @@ def _wait(semaphore: Any) -> None:
 
 
 @kernel
-def _run(items: Any, at: Any, skip: Any, clocks: Any, status: Any) -> int:
+def _run(items: Any, at: Any, skip: Any, team: Any, clocks: Any, status: Any) -> int:
     """Run a table of items from `at` on, without its calls if `skip`; -1, or the item of the op that failed, whose code
     is in `status[1]`."""
     for k in range(at, len(items)):
@@ -234,9 +349,15 @@ def _run(items: Any, at: Any, skip: Any, clocks: Any, status: Any) -> int:
         elif not skip:
             if clocks:
                 _clock_gettime(_CLOCK_MONOTONIC, clocks + 32 * k)
-            status[1] = _call(items[k, 1], items[k, 2], items[k, 3])
+            if items[k, 0] == _CALL:
+                code = _call(items[k, 1], items[k, 2], items[k, 3])
+            elif len(team) == 0:
+                code = _call_part(items[k, 1], items[k, 2], items[k, 3], 0, 1, 0)
+            else:
+                code = _call_team(team, items[k, 1], items[k, 2], items[k, 3])
             if clocks:
                 _clock_gettime(_CLOCK_MONOTONIC, clocks + 32 * k + 16)
-            if status[1] != 0:
+            if code != 0:
+                status[1] = code
                 return k
     return -1

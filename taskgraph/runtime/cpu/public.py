@@ -3,8 +3,8 @@ plans beside work of its own."""
 
 from taskgraph.runtime.cpu.kernels import release_threads
 from taskgraph.runtime.cpu.kinds import CpuSite, bits, register
-from taskgraph.runtime.cpu.native import flat, native
+from taskgraph.runtime.cpu.native import barrier, flat, native
 from taskgraph.runtime.cpu.sampling import draw
 from taskgraph.runtime.cpu.standard import CPU_KINDS
 
-__all__ = ["CPU_KINDS", "CpuSite", "bits", "draw", "flat", "native", "register", "release_threads"]
+__all__ = ["CPU_KINDS", "CpuSite", "barrier", "bits", "draw", "flat", "native", "register", "release_threads"]
