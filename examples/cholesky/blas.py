@@ -39,7 +39,7 @@ class Call(NamedTuple):
     factors: Array  # f64: alpha, beta
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit
 def blas_call() -> Call:
     """Room for calls of `subtract_product`."""
     sizes, factors = np.empty(7, np.int64), np.empty(2)
@@ -48,7 +48,7 @@ def blas_call() -> Call:
     return Call(sizes, factors)
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit
 def subtract_product(call: Call, rows: Array, left: int, right: int, out: Array, size: tuple[int, int]) -> None:
     """out[:n, :m] -= rows[:, left : left + n].T @ rows[:, right : right + m]; (n, m) = `size`. Rows lie one after the
     other, as those of `out` do, with their own strides."""

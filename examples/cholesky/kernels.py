@@ -1,4 +1,4 @@
-"""The ops' numbers: assembly and small fronts are loops in numba, large fronts products of BLAS. Both ops are native."""
+"""The ops' numbers, native: assembly and small fronts are loops in numba, large fronts are products by BLAS."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ BLOCK = 16  # rows of a panel that loops factorise before a product subtracts th
 SMALL = 1000  # pivots times rows below them from which on products are faster than loops (measured, Zen 5)
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit
 def extend_add(child: Array, relative: Array, panel: Array, update: Array, part: int, parts: int) -> None:
     """Add a child's update (its upper triangle) to its parent's panel and update: to one row in `parts`."""
     columns, count = panel.shape[0], len(relative)
@@ -36,7 +36,7 @@ def extend_add(child: Array, relative: Array, panel: Array, update: Array, part:
 FAST = {"contract", "reassoc"}
 
 
-@numba.njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")
+@numba.njit(fastmath=FAST, error_model="numpy")
 def subtract_row(rows: Array, at: int, out: Array) -> None:
     """out -= rows[:, at].T @ rows[:, at : at + len(out)]."""
     n, p = len(out), 0
@@ -53,7 +53,7 @@ def subtract_row(rows: Array, at: int, out: Array) -> None:
         p += 1
 
 
-@numba.njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")
+@numba.njit(fastmath=FAST, error_model="numpy")
 def subtract_two_rows(rows: Array, at: int, out: Array, below: Array) -> None:
     """`subtract_row` at `at` for `out` and at `at` + 1 for `below`, which is one shorter: `rows` are read once."""
     n, p = len(below), 0
@@ -77,7 +77,7 @@ def subtract_two_rows(rows: Array, at: int, out: Array, below: Array) -> None:
         p += 1
 
 
-@numba.njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")
+@numba.njit(fastmath=FAST, error_model="numpy")
 def factor_rows(panel: Array, low: int, high: int) -> int:
     """Make the rows low..high-1 rows of the factor; those before have been subtracted. The bad column, or -1."""
     height = panel.shape[1]
@@ -93,7 +93,7 @@ def factor_rows(panel: Array, low: int, high: int) -> int:
     return -1
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit
 def subtract_square(call: Call, rows: Array, at: int, out: Array, count: int, part: int, parts: int) -> None:
     """The upper triangle of out[:count] -= rows[:, at : at + count].T @ rows[:, at:], `TILE` rows at a time: one tile
     in `parts`."""
@@ -103,7 +103,7 @@ def subtract_square(call: Call, rows: Array, at: int, out: Array, count: int, pa
         subtract_product(call, rows, at + low, at + low, out[low:, low:], size)
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit
 def factor_partly(call: Call, panel: Array, update: Array) -> int:
     """Partial Cholesky of one front in place: panel = R [I, X], update -= X^T X. The bad column, or -1."""
     columns, height = panel.shape
@@ -126,7 +126,7 @@ def factor_partly(call: Call, panel: Array, update: Array) -> int:
     return -1
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit
 def branch_kernel(values: Array, guide: Array, stack: Array, panels: Array, out: Array) -> int:
     """Fronts in postorder, their updates on a stack (Duff and Reid 1983). The bad column, or -1.
 
@@ -217,7 +217,7 @@ def refuse_front(column: int, _values: Any, guide: Any, *_: Any) -> None:
     refuse(column - 1, int(guide[0]))
 
 
-@numba.njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")
+@numba.njit(fastmath=FAST, error_model="numpy")
 def finish_rows(call: Call, panel: Array, low: int, high: int, begin: int, end: int) -> None:
     """Rows low..high-1 of the factor in the columns begin..end-1, where the columns low..high-1 are done."""
     n = end - begin
@@ -235,13 +235,13 @@ def finish_rows(call: Call, panel: Array, low: int, high: int, begin: int, end: 
                 row[i] *= scale
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit
 def assemble_part(tensors: Any, panel: Array, update: Array, part: int, parts: int) -> None:
     """The matrix's own entries and the children's updates: one row of the front in `parts`."""
     values, guide = flat(tensors, 0, np.float64), flat(tensors, 1, np.int32)
     children, given, height = np.int64(guide[2]), np.int64(guide[3]), panel.shape[1]
     panel[part::parts] = 0.0
-    update[part::parts] = 0.0
+    update[(part - len(panel)) % parts :: parts] = 0.0  # rows of the front after those of the panel
     for k in range(given):
         row = guide[4 + given + k] // height
         if row % parts == part:
@@ -254,7 +254,7 @@ def assemble_part(tensors: Any, panel: Array, update: Array, part: int, parts: i
         at += size
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit
 def factor_together(panel: Array, update: Array, part: int, parts: int, team: Any) -> int:
     """`factor_partly` by all threads of a lane: each has some columns, then some tiles. The rows of the next block are
     the first tile, which is part 0's, so that it goes on with them while the others end theirs."""

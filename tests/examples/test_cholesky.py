@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.sparse as sp
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.sparse.linalg import splu
@@ -24,6 +25,7 @@ from examples.cholesky import (
     approximate_minimum_degree,
     fill_reducing,
     grid_dissection,
+    kernels,
     metis,
     minimum_degree,
     picture,
@@ -61,6 +63,27 @@ def test_factor_solves_as_superlu_does_and_is_replayed_for_new_values(case: str,
             x = factor.solve(rhs)
             assert np.linalg.norm(scaled @ x - rhs) <= 1e-10 * np.linalg.norm(rhs)
             np.testing.assert_allclose(x, splu(scaled).solve(rhs), rtol=1e-8, atol=1e-10 * abs(x).max())
+
+
+@given(columns=st.integers(1, 150), below=st.integers(0, 150), parts=st.integers(1, 5), seed=st.integers(0, 99))
+def test_threads_assemble_rows_of_their_own(columns: int, below: int, parts: int, seed: int) -> None:
+    """Whatever the order of the threads: each row of a front is zeroed and added to by one of them."""
+    rng = np.random.default_rng(seed)
+    count = int(rng.integers(1, columns + below + 1))
+    relative = np.sort(rng.permutation(columns + below)[:count]).astype(np.int32)
+    child = torch.from_numpy(rng.random((count, count)))
+    guide = np.concatenate([[columns, below, 1, 1], [0], [0], relative]).astype(np.int32)
+    tensors = [torch.ones(1, dtype=torch.float64), torch.from_numpy(guide), child]
+    table = np.array([(t.data_ptr(), t.numel()) for t in tensors], np.int64)
+    height = columns + below
+    panel, update = np.full((columns, height), np.nan), np.full((below, below), np.nan)
+    for part in rng.permutation(parts):
+        kernels.assemble_part(table.ctypes.data, panel, update, int(part), parts)
+    wanted = np.zeros((height, height))
+    wanted[0, 0] = 1.0
+    wanted[np.ix_(relative, relative)] += np.triu(child.numpy())
+    np.testing.assert_allclose(panel, wanted[:columns])
+    np.testing.assert_allclose(update, wanted[columns:, columns:])
 
 
 @pytest.mark.parametrize(("package", "order_of"), [("pymetis", metis), ("cvxopt", approximate_minimum_degree)])

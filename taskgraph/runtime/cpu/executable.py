@@ -1,8 +1,8 @@
 """The CPU backend: lanes are persistent threads pinned to core sets; capture binds, replay runs a flat program.
 
 A lane's program is a list of callables without arguments: ops, `acquire` of a lock for every wait on another
-lane, and `release` of the locks that others wait for; native ops and what is between them are one callable. Replay has no look-ups,
-branches or allocation of its own.
+lane, and `release` of the locks that others wait for; native ops and what is between them are one callable. Replay has
+no look-ups, branches or allocation of its own.
 """
 
 import os
@@ -252,7 +252,7 @@ class CpuExecutable(TensorExecutable[torch.Tensor]):
             spans[name] = Span(name, lanes[name], begin, time.perf_counter())
 
         steps = self._plan.steps
-        entries = [
+        entries: list[Entry] = [
             e if isinstance(e, NativeEntry) else partial(timed, s.op, e)
             for s, e in zip(steps, self._entries, strict=True)
         ]

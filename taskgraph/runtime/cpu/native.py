@@ -23,6 +23,7 @@ from numba.extending import intrinsic
 from taskgraph.errors import BackendUnavailable, ExecutionError
 from taskgraph.graph.op import Op
 from taskgraph.jit import compiled, kernel
+from taskgraph.runtime.cpu.tile import inlined
 
 Body = Callable[..., Any]
 Refuse = Callable[..., None]
@@ -67,7 +68,7 @@ def _pointer(typingctx: Any, address: Any) -> Any:  # pragma: no cover - compile
     return types.voidptr(types.int64), codegen
 
 
-@numba.njit
+@inlined
 def flat(tensors: Any, k: Any, dtype: Any) -> Any:
     """Tensor `k` of a native op as an array of one axis, in place; `dtype` is a NumPy type, as np.float64."""
     return numba.carray(_pointer(_word(tensors + 16 * k)), _word(tensors + 16 * k + 8), dtype)
@@ -93,7 +94,7 @@ def _add(typingctx: Any, address: Any, value: Any) -> Any:  # pragma: no cover -
     return types.int64(types.int64, types.int64), codegen
 
 
-@numba.njit
+@inlined
 def barrier(team: Any) -> None:
     """Within a wide native op: wait until all threads of the lane have come here."""
     if team == 0:
@@ -118,8 +119,8 @@ class Native:
     """
 
     def __init__(self, body: Body, refuse: Refuse | None, wide: bool) -> None:
-        functools.update_wrapper(self, body)
-        del self.__wrapped__  # it is called with tensors, in place of their table
+        self.__module__, self.__doc__ = body.__module__, body.__doc__
+        self.__name__, self.__qualname__ = body.__name__, body.__qualname__
         self._body: Any = compiled(body, error_model="numpy")
         self._refuse, self.wide = refuse, wide
 
@@ -255,7 +256,9 @@ def _call(typingctx: Any, address: Any, tensors: Any, count: Any) -> Any:  # pra
 
 
 @intrinsic
-def _call_part(typingctx: Any, address: Any, tensors: Any, count: Any, part: Any, parts: Any, team: Any) -> Any:  # pragma: no cover - compiled
+def _call_part(
+    typingctx: Any, address: Any, tensors: Any, count: Any, part: Any, parts: Any, team: Any
+) -> Any:  # pragma: no cover - compiled
     return types.int64(*[types.int64] * 6), _caller(_WIDE)
 
 
@@ -285,8 +288,8 @@ class Team:
             thread.join()
 
 
-# Words of a team: at a barrier, round of barriers, threads, function, tensors, count, error of a helper. Then a line for
-# the semaphore of those who are done, and one for each part to begin.
+# Words of a team: how many are at a barrier, its round, threads, function, tensors, count, error of a helper. Then a
+# line for the semaphore of those who are done, and one for each part to begin.
 
 
 @kernel
@@ -317,7 +320,7 @@ def _call_team(memory: Any, address: Any, tensors: Any, count: Any) -> int:
     code = _call_part(address, tensors, count, 0, parts, team)
     for _ in range(1, parts):
         _wait(team + _SEMAPHORE)
-    return code if code else memory[0, 6]
+    return code if code else int(memory[0, 6])
 
 
 @kernel

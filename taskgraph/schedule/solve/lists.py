@@ -15,12 +15,11 @@ from taskgraph.schedule.problem import Problem
 
 
 def layouts(device: Device) -> list[Layout]:
-    """What a list schedule is tried on: each split of the device, and on a GPU two and three lanes that share it. On a
-    CPU, where threads of two ops on the same cores wait for each other, each split in turns with the whole device."""
-    parts = [Layout.isolated(g) for g in device.splits() if len(g.partitions) > 1]
-    if device.kind == "cpu" and parts:
-        return [*parts, *(Layout.isolated(*each.geometries, Geometry.of(device.sm_count)) for each in parts)]
-    return [*(Layout.shared(device.sm_count, lanes) for lanes in (2, 3)), *parts]
+    """What a list schedule is tried on: two and three lanes that share the device, each of its splits, and on a CPU
+    each in turns with the whole device: threads of two ops on the same cores would wait for each other."""
+    parts = [g for g in device.splits() if len(g.partitions) > 1]
+    turns = [Layout.isolated(g, Geometry.of(device.sm_count)) for g in parts] if device.kind == "cpu" else []
+    return [*(Layout.shared(device.sm_count, lanes) for lanes in (2, 3)), *map(Layout.isolated, parts), *turns]
 
 
 def pack(problem: Problem, layout: Layout) -> Assignment | None:

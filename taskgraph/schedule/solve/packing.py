@@ -21,7 +21,10 @@ def packings(problem: Problem) -> Iterator[Found]:
     """List schedules: serial ones on every layout, and parallel ones on lanes that share the device, where ops may be
     launched on some of its SMs. A large graph for a GPU gets the parallel ones alone, which fit it better."""
     gpu = problem.device.kind == "gpu"
-    for layout in [] if gpu and problem.n >= LARGE else lists.layouts(problem.device):
+    layouts = [] if gpu and problem.n >= LARGE else lists.layouts(problem.device)
+    if problem.device.kind == "cpu" and any(op.demand.sm is not None for op in problem.graph.ops):
+        layouts = [each for each in layouts if each.table[:, 3].max() == 1]  # a thread of one core stays on its core
+    for layout in layouts:
         made = lists.pack(problem, layout)
         if made is not None:
             named = replace(made, made_by=f"list on {lists.label(layout)}")
