@@ -250,8 +250,8 @@ def _made_from(function: Any) -> str:
                 constants.add(f"{each.__module__}.{name}={value!r}")
             elif isinstance(value, (FunctionType, type)):
                 modules.add(value.__module__)
-    package = function.__module__.partition(".")[0]
-    for module in sorted(name for name in modules if name.partition(".")[0] == package):
+    packages = {function.__module__.partition(".")[0], __name__.partition(".")[0]}
+    for module in sorted(name for name in modules if name.partition(".")[0] in packages):
         digest.update(_source(module))
     for text in sorted(constants):
         digest.update(text.encode())
@@ -290,7 +290,7 @@ def _names(code: CodeType) -> Iterator[str]:
 @memo
 def _source(module: str) -> bytes:
     """A digest of a module's source, wherever its loader has it: in a folder or in an archive."""
-    found = sys.modules[module]
+    found = sys.modules.get(module)
     file = getattr(found, "__file__", None) or ""
     read = getattr(getattr(found, "__loader__", None), "get_data", None)
     try:
