@@ -18,8 +18,8 @@ from taskgraph.schedule.planner import candidate
 from taskgraph.schedule.problem import Budget
 from taskgraph.serving.requests import Request
 from taskgraph.serving.scheduler import Limits
-from taskgraph.serving.simulate.runner import SimRunner, StepShape, pages_of, simulated_engine
-from taskgraph.serving.simulate.stepgrid import VARIANTS, GridSeconds, StepGrid
+from taskgraph.serving.simulate.runner import SimRunner, pages_of, simulated_engine
+from taskgraph.serving.simulate.stepgrid import VARIANTS, GridSeconds, StepGrid, StepShape
 from taskgraph.serving.simulate.traces import DATASETS, Lengths
 
 EPILOG = """\

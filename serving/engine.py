@@ -3,7 +3,7 @@
 A step forms the next batch while the one before runs, then waits for that one, feeds its tokens to the next, launches
 it, and hands out the tokens while it runs. A runner that feeds tokens by itself is given the next batch before that
 wait, so that the device never waits for the host. So the host's work hides behind the device's; a sequence that ends by
-a stop token is noticed one step late, which costs one token.
+a stop token is noticed one step late, which costs one token. Where it pays, prompts run beside (see `apart`).
 """
 
 import itertools
@@ -16,6 +16,7 @@ import numpy as np
 
 from taskgraph.errors import ExecutionError, RequestError
 from taskgraph.models.paged import PageShape
+from taskgraph.serving.apart import Apart
 from taskgraph.serving.cache.disk import DiskTier
 from taskgraph.serving.cache.pages import PagedCache, block_keys
 from taskgraph.serving.options import KvMemory, Policy
@@ -32,7 +33,7 @@ from taskgraph.serving.requests import (
     number,
     whole,
 )
-from taskgraph.serving.runners.runner import PagedRunner, Runner
+from taskgraph.serving.runners.runner import ApartRunner, PagedRunner, Runner
 from taskgraph.serving.sampling import Chances
 from taskgraph.serving.scheduler import FREE, Batch, Ints, Limits, Scheduler, Taken, Waiting
 from taskgraph.serving.steering import Steer
@@ -45,9 +46,11 @@ _STEP_RAISED = "a step raised; the engine dropped what it had."
 @dataclass(slots=True)
 class Stats:
     """Counts and seconds since the engine began, on its runner's clock; `ahead` steps were launched before the samples
-    of the one before were known, and `hidden_s` is the part of the host's work `host_s` that ran beside a step."""
+    of the one before were known, `beside` are those of prompts alone that ran beside others, and `hidden_s` is the part
+    of the host's work `host_s` that ran beside a step."""
 
     steps: int = 0
+    beside: int = 0
     ahead: int = 0
     tokens: int = 0
     prompt_tokens: int = 0
@@ -72,6 +75,7 @@ class Engine(AbstractContextManager["Engine"]):
             limits, cache, prefix_sharing=self.policy.prefix_sharing, expected_output=self.policy.expected_output
         )
         self.stats = Stats()
+        self.apart = Apart(runner, self.scheduler)
         self.vocabulary = vocabulary
         self._numbers = itertools.count()
         self._arrived: deque[Waiting] = deque()
@@ -134,7 +138,7 @@ class Engine(AbstractContextManager["Engine"]):
         """Whether a step has something to do."""
         scheduler = self.scheduler
         waits = self._arrived or scheduler.waiting or scheduler.refused
-        return bool(waits or self._running or (scheduler.state != FREE).any())
+        return bool(waits or self._running or self.apart.under_way or (scheduler.state != FREE).any())
 
     def step(self) -> StepOutput:
         """Launch the next batch, and hand out what the one before gave.
@@ -152,11 +156,13 @@ class Engine(AbstractContextManager["Engine"]):
     def _step(self) -> StepOutput:
         begin = self.runner.now()
         ended = self._admit()
-        batch = self.scheduler.form()
+        given = self._joined(wait=False)
+        batch = self.scheduler.form(self.apart.choose())
         before, ahead = self._running, self._ahead(batch)
         if batch is not None and ahead:
             self._launch(batch)
             self.stats.ahead += 1
+        self._launch_beside()
         waited = self.runner.now()
         samples, chances = None, None
         if before is not None:
@@ -175,13 +181,31 @@ class Engine(AbstractContextManager["Engine"]):
             batch = self.scheduler.steer(batch)
             self._launch(batch)
         elif batch is None and before is None:
+            given += self._joined(wait=True)
             self.cache.settle()  # nothing runs: all that waits, waits for the disk
         self._running = batch
-        output = _NOTHING if before is None or samples is None else self._take(before, samples, chances)
+        if before is not None and samples is not None:
+            given.append(self._take(before, samples, chances))
+            self.scheduler.ended((self.stats.steps - self._under_way, self.apart.ended))
         done = self.runner.now()
         self.stats.host_s += waited - begin + done - launched
         self.stats.hidden_s += done - launched if batch is not None else 0.0
+        output = together(given)
         return replace(output, finished=(*ended, *output.finished)) if ended else output
+
+    def _joined(self, wait: bool) -> list[StepOutput]:
+        """Take what batches of prompts gave that have ended, and let their sequences decode."""
+        given = []
+        for batch, samples, chances in self.apart.finished(wait):
+            self.scheduler.join(batch)
+            given.append(self._take(batch, samples, chances))
+            self.scheduler.ended((self.stats.steps - self._under_way, self.apart.ended))
+        return given
+
+    def _launch_beside(self) -> None:
+        self.apart.launch()
+        self.stats.beside = self.apart.launched
+        self.scheduler.launched = (self.stats.steps, self.apart.launched)
 
     def _ahead(self, batch: Batch | None) -> bool:
         """Whether the batch may be launched before the samples of the one that runs are known."""
@@ -189,9 +213,14 @@ class Engine(AbstractContextManager["Engine"]):
         return self._running is not None and not steered and not self._steered and getattr(self.runner, "ahead", False)
 
     def _launch(self, batch: Batch) -> None:
-        self.runner.launch(batch)
+        split, runner = self.apart.split, self.runner
+        if split is not None and isinstance(runner, ApartRunner):
+            runner.launch_in(batch, split)
+        else:
+            runner.launch(batch)
         self._under_way += 1
         self.stats.steps += 1
+        self.scheduler.launched = (self.stats.steps, self.apart.launched)
 
     def run(self, requests: Iterable[Request] = ()) -> list[Completion]:
         """Serve `requests`, and all that was submitted before, to the end; completions by request number.
@@ -229,6 +258,7 @@ class Engine(AbstractContextManager["Engine"]):
             self._under_way -= 1
             with suppress(Exception):  # the step that raised has told its error, or will be followed by one that does
                 self.runner.wait()
+        self._drop_beside(quietly=True)
         seqs = np.flatnonzero(self.scheduler.state != FREE)
         ended = [self._end(seq, FAILED, _STEP_RAISED) for seq in seqs.tolist()]
         self.cache.forget()
@@ -305,6 +335,14 @@ class Engine(AbstractContextManager["Engine"]):
 
     # -- life ------------------------------------------------------------------------------------------
 
+    def _drop_beside(self, quietly: bool) -> None:
+        """Wait for the batches of prompts under way, and go on together."""
+        while self.apart.under_way:
+            with suppress(Exception) if quietly else nullcontext():
+                deque(self.apart.finished(wait=True), 0)
+        self.scheduler.ended(self.scheduler.launched)
+        self.scheduler.together()
+
     def close(self) -> None:
         """Wait for the batches that run and free everything; requests that have not ended are dropped."""
         self._running = None
@@ -313,6 +351,7 @@ class Engine(AbstractContextManager["Engine"]):
                 self._under_way -= 1
                 with suppress(Exception) if self._failed else nullcontext():  # a step has told its error already
                     self.runner.wait()
+            self._drop_beside(quietly=bool(self._failed))
         finally:
             if self.cache.disk is not None:
                 self.cache.disk.close()
@@ -320,6 +359,19 @@ class Engine(AbstractContextManager["Engine"]):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def together(outputs: Sequence[StepOutput]) -> StepOutput:
+    """What several batches gave, as one."""
+    if len(outputs) < 2:
+        return outputs[0] if outputs else _NOTHING
+    starts = np.cumsum([0, *(len(one.tokens) for one in outputs)]).tolist()
+    return StepOutput(
+        np.concatenate([one.requests for one in outputs]),
+        np.concatenate([one.tokens for one in outputs]),
+        tuple(c for one in outputs for c in one.finished),
+        {first + i: chance for first, one in zip(starts, outputs, strict=False) for i, chance in one.chances.items()},
+    )
 
 
 def paged_engine(

@@ -5,8 +5,10 @@ formed while the one before it runs: tokens that are still being computed are fe
 sequence is taken to go on, so one that ends by a stop token has a token too many in the batch after.
 """
 
+import itertools
 import logging
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -15,7 +17,7 @@ import numpy.typing as npt
 
 from taskgraph.errors import RequestError
 from taskgraph.serving import sampling
-from taskgraph.serving.cache.pages import Key, Moves, PagedCache, block_keys
+from taskgraph.serving.cache.pages import Key, Moves, PagedCache, Pages, block_keys
 from taskgraph.serving.cache.parking import GONE, Parked
 from taskgraph.serving.requests import MOST_STOPS, Request, whole
 from taskgraph.serving.sampling import GREEDY_BELOW, Draws, uniforms
@@ -29,6 +31,9 @@ _WHY = {
 }
 FREE, RUNNING, SWAPPED, DROPPED = range(4)
 """States of an entry: no sequence, one on the device, one whose pages are parked, one that must be recomputed."""
+TOGETHER, BESIDE, LAST = range(3)
+"""Where a sequence is computed: in the batches of `form`; its prompt in those of `form_beside`; there too, and its last
+chunk is under way, so that its next token is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,38 +176,99 @@ class Scheduler:
         self.logprobs = np.full(n, -1, np.int64)
         """(n,) int64: how many likeliest tokens it is told the chances of with each token; -1 not even its own."""
 
+        self.apart = False
+        """Whether prompts are computed beside what decodes, in batches of their own (`form_beside`)."""
+        self.side = np.full(n, TOGETHER, np.int8)
+        """(n,) int8: TOGETHER, BESIDE or LAST."""
+        self.crowded = False
+        """Whether a sequence found no page while `apart`: pre-emption waits until all is together again."""
+        self.launched = (0, 0)
+        """Batches of `form` and of `form_beside` that were launched so far."""
+        self._ended = self._parted = (0, 0)
+        self._leaving: deque[tuple[tuple[int, int], Callable[[], None]]] = deque()
+
         self.preemptions = self.recomputed = 0
         self._admitted = 0
 
     # -- a batch ---------------------------------------------------------------------------------
 
-    def form(self) -> Batch | None:
-        """The next batch, as if the one before had ended; None when there is nothing to do."""
+    def form(self, prefill: int | None = None) -> Batch | None:
+        """The next batch, as if the one before had ended, with at most so many tokens of prefill (None: as many as the
+        limits allow), and none while `apart`; None when there is nothing to do."""
         pending = self.pending.copy()
         self.pending[:] = -1
         decoding = self._decoding()
+        if self.apart:
+            return self._batch(decoding, [], pending, Moves()) if len(decoding) else None
         budget = self.limits.tokens - len(decoding)
-        chunks = self._chunks(budget)
+        chunks = self._chunks(budget if prefill is None else min(budget, max(prefill, 1)))
         moves = self.cache.take_moves()
         if not len(decoding) and not chunks and not moves:
             stuck = self.state == RUNNING
             if (pending >= 0).any() or not (stuck & (self.known - self.computed > 1)).any():
                 return None
             # prompts hold every page and need more
-            return self.form() if self._preempt() else None
+            return self.form(prefill) if self._preempt() else None
         return self._batch(decoding, chunks, pending, moves)
+
+    def form_beside(self, prefill: int) -> Batch | None:
+        """The next batch of prompts alone, of at most so many tokens, to run beside what decodes; None when there are
+        none, or no room for them. Its sequences decode when its samples are taken (`join`)."""
+        chunks = self._chunks(min(prefill, self.limits.tokens))
+        nothing = np.empty(0, np.int64)
+        return self._batch(nothing, chunks, np.full_like(self.pending, -1), Moves()) if chunks else None
+
+    def join(self, batch: Batch) -> None:
+        """The samples of a batch of `form_beside` are known: those sequences whose prompts are done decode now."""
+        mine = batch.owner[(batch.owner >= 0) & (self.epoch[batch.owner] == batch.epoch)]
+        self.side[mine] = TOGETHER
+
+    def together(self) -> None:
+        """`form` takes all sequences from now on: its batches run when those of `form_beside` so far have ended."""
+        if self.apart:
+            self._parted = self.launched
+        self.apart = self.crowded = False
+        self.side[self.side == BESIDE] = TOGETHER
+
+    def ended(self, batches: tuple[int, int]) -> None:
+        """So many batches of `form` and of `form_beside` have ended: what left before they were launched, and only they
+        may have read or written, is free."""
+        self._ended = batches
+        while self._leaving and _reached(batches, self._leaving[0][0]):
+            self._leaving.popleft()[1]()
+
+    @property
+    def can_part(self) -> bool:
+        """Whether prompts may be computed beside what decodes: no page has to move, which batches of both would do."""
+        return not self.cache.host.pages and not self.cache.moves and not self.crowded
+
+    def waiting_tokens(self, most: int) -> int:
+        """Tokens of prompts that could be computed now, counted up to about `most`."""
+        beside = self.side == BESIDE
+        running = (self.state == RUNNING) & (beside | (self.known - self.computed > 1)) & (self.side != LAST)
+        found = int((self.known - self.computed)[running].sum())
+        room = self.limits.sequences - int(np.count_nonzero(self.state == RUNNING))
+        away = (self.state == SWAPPED) | (self.state == DROPPED)
+        if room and away.any():
+            return found + int(self.known[away].min())
+        for waiting in itertools.islice(self.waiting, room):
+            if found >= most or not self._fits(waiting):
+                break
+            found += len(waiting.prompt)
+        return found
 
     def _decoding(self) -> Ints:
         """Sequences with one token to compute, each with a page for it, if need be from those let in last. Those that
         have to wait for room on the host are left out."""
         while True:
             ready = (self.state == RUNNING) & (self.known - self.computed == 1) & (self.known < self.limit)
-            seqs = np.flatnonzero(ready)
+            seqs = np.flatnonzero(ready & (self.side == TOGETHER))
             short = seqs[self.computed[seqs] // self.cache.page_size >= self.held[seqs]]
             room = self.cache.device.available
             if len(short) <= room:
                 break
-            if not self._preempt():
+            self.crowded = self.apart
+            if self.apart or not self._preempt():
                 seqs, short = np.setdiff1d(seqs, short[room:]), short[:room]
                 break
         if len(short):
@@ -213,13 +279,15 @@ class Scheduler:
     def _chunks(self, budget: int) -> list[tuple[int, int, int]]:
         """(sequence, first, count) of the prompts' next tokens: of running ones, then of those that can be let in."""
         chunks: list[tuple[int, int, int]] = []
-        seqs = np.flatnonzero((self.state == RUNNING) & (self.known - self.computed > 1))
+        beside = (self.side == BESIDE) & (self.known > self.computed)
+        seqs = np.flatnonzero((self.state == RUNNING) & (beside | (self.known - self.computed > 1)))
         for seq in seqs[np.argsort(self.order[seqs])].tolist():
             budget -= self._chunk(seq, budget, chunks)
         while budget > 0 and len(chunks) < self.limits.chunks:
             seq = self._admit()
             if seq is None:
                 break
+            self.side[seq] = BESIDE if self.apart else TOGETHER
             budget -= self._chunk(seq, budget, chunks)
         return chunks
 
@@ -251,7 +319,10 @@ class Scheduler:
         whole = lengths == self.known[sequences]
         owner = np.where(whole, sequences, -1)
         self.known[sequences[whole]] += 1
-        self.pending[sequences[whole]] = np.flatnonzero(whole)
+        if self.apart and not decode:
+            self.side[sequences] = np.where(whole, LAST, BESIDE)
+        else:
+            self.pending[sequences[whole]] = np.flatnonzero(whole)
         source = pending[sequences]
         feed = np.flatnonzero(whole & (source >= 0))
         return Batch(
@@ -386,7 +457,7 @@ class Scheduler:
     def _preempt(self) -> bool:
         """Take the pages of the sequence that was let in last: to the host, or to be computed again. False, and nothing
         done, when the host has room as soon as what runs has ended."""
-        seqs = np.flatnonzero((self.state == RUNNING) & (self.known < self.limit))
+        seqs = np.flatnonzero((self.state == RUNNING) & (self.known < self.limit) & (self.side != LAST))
         seq = int(seqs[np.argmax(self.order[seqs])])
         pages = self.blocks[seq, : self.held[seq]].copy()
         parked = self.cache.swap_out(pages)
@@ -436,15 +507,16 @@ class Scheduler:
         return f"request {self.number[seq]}: {why or said} (token {place} of its answer)."
 
     def retire(self, seq: int, length: int, *, tainted: bool = False) -> Waiting:
-        """End a sequence and free its pages at once; the pages of its first `length` tokens stay findable, or with
-        `tainted` none of its pages."""
+        """End a sequence and free its pages, at once or, while two batches may run beside each other, when those that
+        are launched have ended (`ended`); the pages of its first `length` tokens stay findable, or with `tainted` none
+        of its pages."""
         waiting = self.requests[seq]
         assert waiting is not None
         parked = self.parked[seq]
         if parked is not None:
             self.cache.parking.drop(parked)
         elif self.held[seq]:
-            pages = self.blocks[seq, : self.held[seq]].copy()
+            pages, keys = self.blocks[seq, : self.held[seq]].copy(), list[Key]()
             if tainted:
                 for page in pages.tolist():
                     if self.cache.device.key_of(page) is not None:
@@ -454,15 +526,27 @@ class Scheduler:
                 keys = block_keys(
                     self.tokens[seq, :done], self.cache.page_size, self.keys[seq][: done // self.cache.page_size]
                 )
-                for page, key in zip(pages[: len(keys)].tolist(), keys, strict=True):
-                    self.cache.device.publish(page, key)
-            self.cache.release(pages)
+            self._leave(pages, keys)
+        self.side[seq] = TOGETHER
         self.parked[seq], self.requests[seq], self.keys[seq] = None, None, []
         self.steers[seq], self.steered[seq], self.logprobs[seq] = None, False, -1
         self.state[seq], self.held[seq], self.computed[seq], self.known[seq] = FREE, 0, 0, 0
         self.epoch[seq] += 1
         self.pending[seq] = -1
         return waiting
+
+    def _leave(self, pages: Pages, keys: list[Key]) -> None:
+        """Release pages, the first of which hold the blocks `keys`."""
+
+        def leave() -> None:
+            for page, key in zip(pages[: len(keys)].tolist(), keys, strict=True):
+                self.cache.device.publish(page, key)
+            self.cache.release(pages)
+
+        if self.apart or not _reached(self._ended, self._parted):
+            self._leaving.append((self.launched, leave))
+        else:
+            leave()
 
     def learn(self, length: int) -> None:
         """Let later predictions know that a request gave `length` tokens, where predictions go by experience."""
@@ -474,3 +558,7 @@ class Scheduler:
         keys of all seqs before any attention reads them."""
         for block in range(first, min(last, len(self.keys[seq]))):
             self.cache.device.publish(int(self.blocks[seq, block]), self.keys[seq][block])
+
+
+def _reached(ended: tuple[int, int], launched: tuple[int, int]) -> bool:
+    return ended[0] >= launched[0] and ended[1] >= launched[1]

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from taskgraph.runtime.executable import Executable
     from taskgraph.runtime.gpu import public as gpu
     from taskgraph.schedule.audit import audit
+    from taskgraph.schedule.beside import Side, beside, halves, plan_beside
     from taskgraph.schedule.choices import Chosen, plan_collectives
     from taskgraph.schedule.plan import Bounds, Lane, Period, Plan, Span, Step, Timeline, Verdict
     from taskgraph.schedule.planner import plan
@@ -78,6 +79,7 @@ _HOME = {
     "taskgraph.graph.graph": "Graph GraphBuilder Value",
     "taskgraph.graph.op": "Demand Op Tensor Work demand spec",
     "taskgraph.schedule.audit": "audit",
+    "taskgraph.schedule.beside": "Side beside halves plan_beside",
     "taskgraph.schedule.choices": "Chosen plan_collectives",
     "taskgraph.schedule.plan": "Bounds Lane Period Plan Span Step Timeline Verdict",
     "taskgraph.schedule.planner": "plan",

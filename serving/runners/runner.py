@@ -4,11 +4,14 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import taskgraph as tg
 from taskgraph.models.paged import Bucket
 from taskgraph.serving.scheduler import Batch, Ints
+
+if TYPE_CHECKING:
+    from taskgraph.serving.ways import Split, Ways
 
 Tell = Callable[[int, int], None]
 
@@ -53,6 +56,40 @@ class Runner(Protocol):
 
     def close(self) -> None:
         """Free everything."""
+        ...
+
+
+@runtime_checkable
+class ApartRunner(Protocol):
+    """A runner that can run a batch of prompts beside a batch that decodes, each in its partition of a split.
+
+    A batch of one side that is launched in another split than the last one of the other side, or in none (`launch`),
+    begins when that one has ended."""
+
+    ways: "Ways | None"
+    """What chooses how a load runs; None where all batches are of both kinds."""
+    besides: int
+    """Batches of prompts that may be under way."""
+
+    def launch_beside(self, batch: Batch, split: "Split") -> None:
+        """Start a batch of prompts in its partition, behind those that were started before, and return at once. What
+        decodes is launched in the other partition of the same split meanwhile (`launch_in`)."""
+        ...
+
+    def launch_in(self, batch: Batch, split: "Split") -> None:
+        """As `launch`, in the partition that decodes."""
+        ...
+
+    def now(self) -> float:
+        """As of `Runner`."""
+        ...
+
+    def beside_ended(self) -> bool:
+        """Whether the batch of prompts launched first of those not waited for has ended, without waiting."""
+        ...
+
+    def wait_beside(self) -> tuple[Ints, float]:
+        """As `wait`, for batches of prompts."""
         ...
 
 

@@ -15,7 +15,7 @@ import taskgraph as tg
 from taskgraph.models.config import ModelConfig
 from taskgraph.models.parallel import Decode, Prefill, mixed_step
 from taskgraph.rewrite import UNSPLIT, Split, apply
-from taskgraph.serving.simulate.runner import StepShape
+from taskgraph.serving.scheduler import Batch
 
 TOKENS = (1, 64, 256, 1024, 2048, 4096, 8192)
 DECODE = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
@@ -36,6 +36,25 @@ VARIANTS = ("sequential", "nanobatch_only", "taskgraph")
 
 Corner = tuple[int, float, int]
 """Tokens of a step, the share of them that decode, and the keys that each of those sees (0: none decodes)."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class StepShape:
+    """What a step's time depends on: sequences that decode and the keys each sees on average, tokens of prefill, their
+    chunks, and the keys that a chunk's last token sees on average."""
+
+    decode: int
+    decode_context: int
+    prefill: int
+    chunks: int
+    prefill_context: int
+
+    @staticmethod
+    def of(batch: Batch) -> "StepShape":
+        """The shape of a batch."""
+        seen, d = batch.lengths, batch.decode
+        decode_context = int(seen[:d].mean()) if d else 0
+        return StepShape(d, decode_context, batch.prefill, batch.chunks, int(seen[d:].mean()) if batch.chunks else 0)
 
 
 class StepGrid:

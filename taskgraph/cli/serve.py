@@ -191,6 +191,17 @@ def known(plans: list[Path] | None, remembered: bool, target: "Hardware") -> "tg
     )
 
 
+def wanted_tpot(tpot_ms: float, device: str) -> float | None:
+    """Seconds a token that --tpot-ms wants, None for no wish; said once where no GPU could be split for it."""
+    from taskgraph.serving.ways import tpot_of
+
+    found = tpot_of(tpot_ms)
+    if found is not None and device == "cpu":
+        say("warning: --tpot-ms is for GPUs, which can be split; on the cpu steps stay mixed, whatever they take")
+        return None
+    return found
+
+
 def limits_of(sequences: int, tokens: int, context: int) -> "Limits":
     """The limits of a batch: beside every sequence that decodes there is room for a token of prefill."""
     from taskgraph.serving.scheduler import Limits

@@ -61,6 +61,7 @@ class Links:
 RANKS = typer.Option("--ranks", "--tensor-parallel", min=1, help="devices that share every layer (tensor parallel)")
 NETWORK = typer.Option(help="what they talk over, as torus:4x4x4, switch:2*8 or machines:2x8@450GB/s,500ns+50GB/s,2us")
 ROUTING = typer.Option(help="dimension-order, valiant, minimal-adaptive or goal")
+TPOT_MS = typer.Option(min=0, help="wanted ms a token: on a GPU prompts run apart where that is better; 0: no wish")
 ALGORITHM = typer.Option(
     help="of collectives: ring, tree, halving, doubling, direct, dimensions, levels, or auto: the fastest"
 )

@@ -17,8 +17,17 @@ from taskgraph.models.config import load_config
 from taskgraph.models.parallel import Decode, Prefill, mixed_step
 from taskgraph.serving.requests import Request
 from taskgraph.serving.scheduler import Limits
-from taskgraph.serving.simulate.runner import SimRunner, StepShape, simulated_engine
-from taskgraph.serving.simulate.stepgrid import CONTEXT, DECODE, TOKENS, VARIANTS, StepGrid, between, visited
+from taskgraph.serving.simulate.runner import SimRunner, simulated_engine
+from taskgraph.serving.simulate.stepgrid import (
+    CONTEXT,
+    DECODE,
+    TOKENS,
+    VARIANTS,
+    StepGrid,
+    StepShape,
+    between,
+    visited,
+)
 from taskgraph.serving.simulate.traces import COLUMNS, DATASETS, Arrival, Lengths, poisson, read_trace, replay
 from tests.command_line import call
 
@@ -306,3 +315,29 @@ def test_bench_serve_refuses_in_one_line(
 def test_help_teaches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str) -> None:
     assert call(monkeypatch, command, "--help") == 0
     assert f"taskgraph {command} smollm2" in capsys.readouterr().out
+
+
+def test_bench_serve_shows_both_ways(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Mixed steps, and apart where that is better; at the wanted time a token it is no worse."""
+    argv = ["bench-serve", "llama-3-8b", "--device", "h200_sxm", "--dataset", "splitwise", "--requests", "150"]
+    argv += ["--tpot-ms", "30", "--variant", "sequential", "--sequences", "128"]
+    assert call(monkeypatch, *argv, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    mixed, chosen = found["mixed"], found["chosen"]
+    assert found["tpot_s"] == 0.03 and mixed["kind"] == chosen["kind"] == "simulated"
+    assert mixed["requests"] == chosen["requests"] == 150
+    assert found["beside"] > 0
+    assert chosen["tokens_per_s"] > 0.99 * mixed["tokens_per_s"]
+    for made in (mixed, chosen):
+        assert made["tpot"]["p50_s"] < 0.031
+    assert any(choice["way"]["split"] for choice in found["choices"])
+    assert call(monkeypatch, *argv) == 0
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("mixed steps", "as chosen", "SMs", "simulated", "predicted"))
+
+
+def test_a_wish_for_time_a_token_is_refused_where_it_is_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, *SIMULATED, "--dataset", "lmsys", "--tpot-ms", "nan") == 2
+    assert "tpot-ms" in capsys.readouterr().err
