@@ -26,9 +26,11 @@ LEAST_GAIN = 1.02
 ALIKE = 0.02
 """Works that differ by less are taken for equal."""
 DECODES = (1, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048)
-PREFILLS = (16, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192)
+PREFILLS = (16, 128, 512, 1024, 2048, 8192)
 """Points between which the times of steps apart are taken as linear, as those of mixed steps are."""
-MOST_SPLITS = 12
+SIZES = (16, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192)
+"""Tokens that a step of prefill may have."""
+MOST_SPLITS = 8
 _NEARLY = 1.03
 _PACE = 2.0
 """Steps of decode that a step of prefill lasts, at most: what waits behind a longer one waits too long."""
@@ -159,7 +161,7 @@ class Ways:
         self.step_tokens = whole("step_tokens", step_tokens, 1)
         self.room = room
         self.splits = splits_of(grid.device) if splits is None else tuple(splits)
-        self.sizes = tuple(sizes or (*(n for n in PREFILLS if n < step_tokens), step_tokens))
+        self.sizes = tuple(sizes or (*(n for n in SIZES if n < step_tokens), step_tokens))
         """Tokens that a step of prefill may have, rising."""
         self._grid, self._mixed_s = grid, mixed_s
         self._sides: dict[tuple[int, int, int], tg.Side] = {}

@@ -17,8 +17,8 @@ from taskgraph.schedule.plan import Plan
 from taskgraph.schedule.planner import plan_from
 from taskgraph.schedule.problem import Costs, Problem, make_problem
 
-_MOST_RUNS = 64
-"""Runs of the shorter graph in one of the longer, at most, that are looked at."""
+_MOST_RUNS = 12
+"""Runs of the shorter graph beside one of the longer that are looked at, at most; then only a part of that one is."""
 
 
 def halves(device: str | Device) -> tuple[tuple[int, int], ...]:
