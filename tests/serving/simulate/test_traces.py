@@ -335,7 +335,7 @@ def test_bench_serve_shows_both_ways(
         assert made["tpot"]["p99_s"] < 0.0315
     assert any(choice["way"]["split"] for choice in found["choices"])
     assert call(monkeypatch, *argv) == 0
-    text = capsys.readouterr().out
+    text = " ".join(capsys.readouterr().out.split())
     assert all(word in text for word in ("mixed steps", "as chosen", "SMs", "simulated", "predicted"))
 
 
