@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import count, machine, one_line, print_json, whole
-from benchmarks.network_fluid import choices, fluid_errors
+from benchmarks.network_fluid import choices, fluid_errors, together_errors
 from benchmarks.network_published import CUBE, compared, derived
 from taskgraph.errors import ConfigError
 from taskgraph.network import (
@@ -161,6 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cycles", type=count, default=1000, help="cycles measured a run (1000)")
     parser.add_argument("--seed", type=whole, default=0)
     parser.add_argument("--fluid-cases", type=count, default=200, help="collectives drawn for the fluid model (200)")
+    parser.add_argument("--together", type=count, help="draw so many pairs of collectives at once for it, too")
     parser.add_argument("--million", action="store_true", help="look for deadlocks in a million cycles, too (minutes)")
     parser.add_argument("--choices", action="store_true", help="plan a 70B step with its collectives open, too")
     parser.add_argument("--device", default="h200_sxm", help="that --choices plans for (h200_sxm)")
@@ -174,6 +175,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = measure(topology, args.cycles, args.seed, args.fluid_cases, say)
     if args.million:
         result["million_cycles"] = a_million_cycles(args.seed, say)
+    if args.together:
+        result |= together_errors(args.together, args.seed, say)
     if args.choices:
         result |= choices(args.device, 0.2, say)
     if args.json:

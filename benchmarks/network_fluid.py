@@ -9,7 +9,17 @@ import numpy as np
 import taskgraph as tg
 from taskgraph.models.config import load_config
 from taskgraph.models.parallel import Decode, Prefill, mixed_step
-from taskgraph.network import COLLECTIVES, ROUTINGS, Network, fluid_cost, network, packet_run
+from taskgraph.network import (
+    COLLECTIVES,
+    ROUTINGS,
+    Call,
+    Network,
+    fluid_cost,
+    fluid_together,
+    network,
+    packet_run,
+    packets_together,
+)
 
 FLUID_CASES = 200
 FLUID_TOPOLOGIES = (
@@ -18,7 +28,7 @@ FLUID_TOPOLOGIES = (
     "machines:4x4@450GB/s,500ns+50GB/s,2us", "switch:2*8@450GB/s,500ns+50GB/s,2us",
     "torus:2x4*4@450GB/s,500ns+50GB/s,2us",
 )  # fmt: skip
-LEAST_BYTES, MOST_BYTES, MOST_CYCLES = 4e3, 64e6, 30_000
+LEAST_BYTES, MOST_BYTES, MOST_CYCLES, TOGETHER_CYCLES = 4e3, 64e6, 30_000, 10_000
 
 
 def fluid_errors(cases: int, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
@@ -60,6 +70,27 @@ def packet_of(made: Network, message: float) -> float:
     """Bytes of a packet: a sixteenth of a message, from 256 to 4096, and a hop of at most 200 of its cycles."""
     least = max(256.0, float((made.topology.rates_by_place() * made.topology.latencies_by_place()).max()) / 200)
     return max(least, min(message / 16, 4096.0))
+
+
+def together_errors(cases: int, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """How far the fluid model of two collectives that begin at once is from packets, relative, at the end of the last:
+    over cases as of `fluid_errors`, in two fifths of which both are the same."""
+    drawn, errors = random.Random(seed), []
+    for i in range(cases):
+        made, collective, algorithm, ranks = drawn_case(drawn)
+        other = collective if drawn.random() < 0.4 else drawn.choice(COLLECTIVES)
+        by = algorithm if other == collective else drawn.choice(made.algorithms(other, ranks))
+        nbytes = LEAST_BYTES * (MOST_BYTES / LEAST_BYTES) ** drawn.random()
+        less = nbytes * drawn.choice((1, 1, 0.5, 0.2))
+        calls = [Call(collective, algorithm, ranks, nbytes), Call(other, by, ranks, less)]
+        part = TOGETHER_CYCLES * 4096 / made.topology.bytes_per_s / max(fluid_together(made, calls))
+        calls = [call._replace(nbytes=call.nbytes * min(1.0, part)) for call in calls]
+        seen = packets_together(made, calls, packet_of(made, calls[0].nbytes / ranks**1.5), i)
+        errors.append(abs(max(fluid_together(made, calls)) / seen.seconds - 1))
+        if i % 50 == 49:
+            say(f"{i + 1} of {cases} pairs of collectives")
+    p50, p90 = (round(float(np.quantile(errors, q)), 4) for q in (0.5, 0.9))
+    return {"together_error_p90": p90, "together_error_p50": p50, "together_cases": cases}
 
 
 CHOICE_NETWORKS = ("", "switch:8", "torus:2x2x2", "machines:2x4")

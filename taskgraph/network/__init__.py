@@ -20,11 +20,14 @@ if TYPE_CHECKING:
     from taskgraph.network.collectives import (
         schedule as schedule,
     )
+    from taskgraph.network.fluid import Call as Call
     from taskgraph.network.fluid import Cost as Cost
     from taskgraph.network.fluid import collective_cost as collective_cost
     from taskgraph.network.fluid import fluid_cost as fluid_cost
+    from taskgraph.network.fluid import fluid_together as fluid_together
     from taskgraph.network.packets import Run as Run
     from taskgraph.network.packets import packet_run as packet_run
+    from taskgraph.network.packets import packets_together as packets_together
     from taskgraph.network.patterns import (
         PATTERNS as PATTERNS,
     )
@@ -84,8 +87,8 @@ _HOME = {
     "bounds": "capacity throughput_bound",
     "cluster": "Network network",
     "collectives": "ALGORITHMS COLLECTIVES Schedule schedule",
-    "fluid": "Cost collective_cost fluid_cost",
-    "packets": "Run packet_run",
+    "fluid": "Call Cost collective_cost fluid_cost fluid_together",
+    "packets": "Run packet_run packets_together",
     "routing": "ROUTINGS Routing",
     "simulator": "Outcome Routers saturation simulate",
     "topology": "Topology fat_tree from_links hosts_of machines mesh ring switch torus",

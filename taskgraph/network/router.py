@@ -46,9 +46,9 @@ class Rules(NamedTuple):
 
 class State(NamedTuple):
     """Queues by link and channel (packets, first, length, credits), slots of sources, packets by number (`left`: hops
-    with sign by dimension), free numbers, credits to give back, births of the latest delivered by
-    pair, packets inside by node, in queues by link, in slots by node, the next birth by node, the cycle from which each
-    link takes a packet again, counts."""
+    with sign by dimension; `stream`: the collective that it is of), free numbers, credits to give back, births of the
+    latest delivered by pair, packets inside by node, in queues by link, in slots by node, the next birth by node, the
+    cycle from which each link takes a packet again, packets delivered by stream, counts."""
 
     queue: np.ndarray
     first: np.ndarray
@@ -63,6 +63,7 @@ class State(NamedTuple):
     ready: np.ndarray
     left: np.ndarray
     alive: np.ndarray
+    stream: np.ndarray
     free: np.ndarray
     freed: np.ndarray
     latest: np.ndarray
@@ -71,6 +72,7 @@ class State(NamedTuple):
     held: np.ndarray
     due: np.ndarray
     opens: np.ndarray
+    arrived: np.ndarray
     counts: np.ndarray
     bins: np.ndarray
     random: np.ndarray
@@ -148,6 +150,7 @@ def _aim(net: Net, rules: Rules, state: State, packet: int, node: int, to: int) 
 def _deliver(state: State, packet: int, now: int, warm_up: int) -> None:
     counts = state.counts
     counts[DELIVERED] += 1
+    state.arrived[state.stream[packet]] += 1
     if state.alive[packet] != 1:
         counts[DOUBLED] += 1
     state.alive[packet] = 0
@@ -175,10 +178,11 @@ def _arrived(net: Net, rules: Rules, state: State, packet: int, node: int) -> bo
 
 
 class Sent(NamedTuple):
-    """A packet as its source makes it: the node that it is for, and the cycle in which it was made."""
+    """A packet as its source makes it: the node that it is for, the cycle in which it was made, and its stream."""
 
     final: int
     born: int
+    stream: int
 
 
 @inner
@@ -188,7 +192,7 @@ def enter(net: Net, rules: Rules, state: State, node: int, slot: int, sent: Sent
     state.counts[USED] += 1
     state.counts[CREATED] += 1
     state.source[packet], state.final[packet], state.alive[packet] = node, sent.final, 1
-    state.born[packet] = sent.born
+    state.born[packet], state.stream[packet] = sent.born, sent.stream
     to = sent.final
     if rules.detour:
         to = int(_draw(state) * net.at.shape[0])
@@ -213,7 +217,7 @@ def _create(
         final = targets[node, 0] if m == 1 else targets[node, int(_draw(state) * m)]
         born = state.births[node, slot]
         state.births[node, slot] += _gap(state, rules)
-        enter(net, rules, state, node, slot, Sent(final, born), now, warm_up)
+        enter(net, rules, state, node, slot, Sent(final, born, 0), now, warm_up)
 
 
 @inner
@@ -306,77 +310,94 @@ def _pop(rules: Rules, state: State, queue: int) -> None:
 
 
 @inner
+def _opened(net: Net, state: State, node: int, now: int) -> int:
+    """The links of the node that take no packet in this cycle, as bits by port."""
+    taken, most = 0, net.heads.size // net.into.shape[0]
+    for side in range(most):
+        if state.opens[node * most + side] > now:
+            taken |= 1 << side
+    return taken
+
+
+@inner
+def _take_out(net: Net, rules: Rules, state: State, queue: int, node: int, now: int, warm_up: int, moved: int) -> int:
+    """Deliver the first packets of the queue that are where they leave the network; `moved` with them."""
+    while state.length[queue] > 0:
+        packet = state.queue[queue, state.first[queue]]
+        if state.ready[packet] > now or not _arrived(net, rules, state, packet, node):
+            return moved
+        _pop(rules, state, queue)
+        state.freed[moved] = queue
+        moved += 1
+        state.inside[node] -= 1
+        _deliver(state, packet, now, warm_up)
+    return moved
+
+
+@inner
+def _send(net: Net, rules: Rules, state: State, packet: int, queue: int, to_queue: int, now: int) -> int:
+    """Put the packet from its queue (-1: it had a slot) into one at the other end of a link; the port of its node."""
+    link = to_queue // rules.channels
+    side: int = link % (net.heads.size // net.into.shape[0])
+    if queue >= 0:
+        _pop(rules, state, queue)
+    state.counts[HOPS] += 1
+    state.credits[to_queue] -= 1
+    if net.ports.size > 0:
+        state.left[packet, 0] += 1
+    else:
+        state.left[packet, side // 2] += -1 if side % 2 == 0 else 1
+    state.ready[packet] = now + net.hops[link]
+    if net.slow:
+        state.opens[link] = now + net.periods[link]
+    place = state.first[to_queue] + state.length[to_queue]
+    state.queue[to_queue, place if place < rules.room else place - rules.room] = packet
+    state.length[to_queue] += 1
+    state.busy[link] += 1
+    state.inside[net.heads[link]] += 1
+    return side
+
+
+@inner
 def serve(net: Net, rules: Rules, state: State, node: int, now: int, warm_up: int, waiting: int) -> int:
-    """One cycle of one node; how many packets left an input of it. `waiting`: how many left before in it."""
-    most, channels = net.heads.size // net.into.shape[0], rules.channels
-    ports = 0
+    """One cycle of one node; how many packets have left an input in it, `waiting` of them before."""
+    channels, ports, moved = rules.channels, 0, waiting
     while ports < net.into.shape[1] and net.into[node, ports] >= 0:
         ports += 1
-    taken, moved, groups = 0, 0, ports + 1
-    if net.slow:
-        for side in range(most):
-            if state.opens[node * most + side] > now:
-                taken |= 1 << side
+    taken, groups = _opened(net, state, node, now) if net.slow else 0, ports + 1
     start, turn = (now + node) % groups, now // groups
     for g in range(groups):
         port = start + g if start + g < groups else start + g - groups
-        width = channels if port < ports else state.slots.shape[1]
-        if (state.busy[net.into[node, port]] if port < ports else state.held[node]) == 0:
+        link = net.into[node, port] if port < ports else -1
+        width = channels if link >= 0 else state.slots.shape[1]
+        if (state.busy[link] if link >= 0 else state.held[node]) == 0:
             continue
         i = turn % width - 1
         for j in range(width):
-            i, from_queue, packet = (i + 1 if i + 1 < width else 0), -1, -1
-            if port < ports:
-                from_queue = net.into[node, port] * channels + i
-                while state.length[from_queue] > 0:
-                    packet = state.queue[from_queue, state.first[from_queue]]
-                    if state.ready[packet] > now or not _arrived(net, rules, state, packet, node):
-                        break
-                    _pop(rules, state, from_queue)
-                    state.freed[waiting + moved] = from_queue
-                    moved += 1
-                    state.inside[node] -= 1
-                    _deliver(state, packet, now, warm_up)
-                if state.length[from_queue] == 0 or state.ready[packet] > now:
+            i, queue = (i + 1 if i + 1 < width else 0), -1
+            if link >= 0:
+                queue = link * channels + i
+                if state.length[queue] == 0 or state.ready[state.queue[queue, state.first[queue]]] > now:
                     continue
-            else:
-                packet = state.slots[node, i]
-                if packet < 0:
-                    continue
-            to_queue = -1
-            if rules.adaptive:
-                to_queue = _freely(net, rules, state, packet, node, taken, now + j)
+                if state.target[state.queue[queue, state.first[queue]]] == node:
+                    moved = _take_out(net, rules, state, queue, node, now, warm_up, moved)
+                    if state.length[queue] == 0 or state.ready[state.queue[queue, state.first[queue]]] > now:
+                        continue
+            packet = state.queue[queue, state.first[queue]] if link >= 0 else state.slots[node, i]
+            if packet < 0:
+                continue
+            to_queue = _freely(net, rules, state, packet, node, taken, now + j) if rules.adaptive else -1
             if to_queue < 0:
                 to_queue = _ordered(net, rules, state, packet, node, taken)
-            if to_queue < 0:
-                continue
-            link = to_queue // channels
-            side = link - node * most
-            taken |= 1 << side
-            if from_queue >= 0:
-                _pop(rules, state, from_queue)
-            else:
-                state.slots[node, i] = -1
-                state.held[node] -= 1
-                state.due[node] = min(state.due[node], state.births[node, i])
-            state.freed[waiting + moved] = from_queue
-            moved += 1
-            state.counts[HOPS] += 1
-            state.inside[node] -= 1
-            state.credits[to_queue] -= 1
-            if net.ports.size > 0:
-                state.left[packet, 0] += 1
-            else:
-                state.left[packet, side // 2] += -1 if side % 2 == 0 else 1
-            state.ready[packet] = now + net.hops[link]
-            if net.slow:
-                state.opens[link] = now + net.periods[link]
-            place = state.first[to_queue] + state.length[to_queue]
-            state.queue[to_queue, place if place < rules.room else place - rules.room] = packet
-            state.length[to_queue] += 1
-            state.busy[link] += 1
-            head = net.heads[link]
-            state.inside[head] += 1
+            if to_queue >= 0:
+                if link < 0:
+                    state.slots[node, i] = -1
+                    state.held[node] -= 1
+                    state.due[node] = min(state.due[node], state.births[node, i])
+                taken |= 1 << _send(net, rules, state, packet, queue, to_queue, now)
+                state.inside[node] -= 1
+                state.freed[moved] = queue
+                moved += 1
     return moved
 
 
@@ -407,7 +428,7 @@ def run(net: Net, rules: Rules, targets: np.ndarray, state: State, warm_up: int,
             state.due[node] = due
         for node in range(nodes):
             if state.inside[node] > 0:
-                moved += serve(net, rules, state, node, now, warm_up, moved)
+                moved = serve(net, rules, state, node, now, warm_up, moved)
         give_back(state, moved)
         if moved > 0 or state.counts[USED] == 0:
             idle = 0

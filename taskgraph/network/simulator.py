@@ -14,6 +14,7 @@ import numpy as np
 
 from taskgraph.errors import NetworkError
 from taskgraph.network.bounds import capacity
+from taskgraph.network.fluid import MOST_AT_ONCE
 from taskgraph.network.patterns import Traffic
 from taskgraph.network.router import Counts, Net, Rules, State, run
 from taskgraph.network.routing import Routing, next_ports, routing_for
@@ -188,10 +189,10 @@ def state_of(topology: Topology, routers: Routers, offers: int, seed: int) -> St
         queue=zeros(queues, routers.room), first=zeros(queues), length=zeros(queues),
         credits=zeros(queues) + routers.room, slots=zeros(nodes, offers) - 1, births=zeros(nodes, offers) - 1,
         source=zeros(packets), target=zeros(packets), final=zeros(packets), born=zeros(packets), ready=zeros(packets),
-        left=zeros(packets, n), alive=zeros(packets), free=np.arange(packets, dtype=np.int64),
+        left=zeros(packets, n), alive=zeros(packets), stream=zeros(packets), free=np.arange(packets, dtype=np.int64),
         freed=zeros(packets), latest=zeros(nodes, nodes) - 1, inside=zeros(nodes),
         busy=zeros(queues // routers.channels), held=zeros(nodes), due=zeros(nodes),
-        opens=zeros(queues // routers.channels), counts=zeros(len(Counts._fields)),
+        opens=zeros(queues // routers.channels), arrived=zeros(MOST_AT_ONCE), counts=zeros(len(Counts._fields)),
         bins=zeros(BINS), random=whole,
     )  # fmt: skip
 

@@ -27,6 +27,7 @@ from taskgraph.schedule.solve import packing
 from taskgraph.schedule.verify import collectives_in_order
 from taskgraph.serving.ranks.processes import Ranks
 from taskgraph.serving.session import Session
+from taskgraph.serving.simulate.runner import page_bytes, pages_of
 from tests.models import test_families, test_llama
 
 Tensors = dict[str, torch.Tensor]
@@ -251,6 +252,16 @@ def test_each_kv_head_is_on_the_ranks_whose_queries_take_it(heads: int, ranks: i
         assert k == v == sorted({each // (16 // heads) for each in q})
         assert (len(q), len(k)) == (share.heads, share.kv_heads)
     assert share.heads % share.kv_heads == 0
+
+
+def test_pages_of_more_ranks_than_heads_hold_each_head_several_times() -> None:
+    """16 ranks keep in each page twice the 8 heads, and twice the products of keys and values; 8 ranks once."""
+    whole, memory = load_config("llama-3-70b"), tg.devices.get("h100_sxm").memory_bytes
+    doubled = replace(whole, kv_heads=16)
+    assert page_bytes(whole.share(16), 16) * 16 == page_bytes(doubled, 16) == 2 * page_bytes(whole, 16)
+    for ranks, held in ((8, whole), (16, doubled)):
+        room = 0.9 * ranks * memory - 2 * held.parameters
+        assert pages_of(whole, "h100_sxm", tensor_parallel=ranks) == int(room // page_bytes(held, 16))
 
 
 @pytest.mark.parametrize("case", ["llama", "mixtral", "llama, one kv head"])

@@ -11,15 +11,18 @@ from taskgraph.errors import TaskgraphError
 from taskgraph.network import (
     ALGORITHMS,
     COLLECTIVES,
+    Call,
     Network,
     Schedule,
     collective_cost,
     fluid_cost,
+    fluid_together,
     from_links,
     hosts_of,
     machines,
     network,
     packet_run,
+    packets_together,
     schedule,
     switch,
     torus,
@@ -195,6 +198,56 @@ def test_every_packet_of_a_collective_arrives(made: Schedule, packets: int) -> N
     assert seen.packets == messages * max(1, each) * (2 if made.collective == "all_reduce" else 1)
 
 
+@FEW
+@given(
+    st.sampled_from(["torus:4x4", "mesh:4x3", "ring:6", "switch:8", "fat-tree:2x4+2", "machines:2x4", "switch:2*3"]),
+    st.sampled_from(COLLECTIVES), st.sampled_from(COLLECTIVES), st.floats(0, 1e7), st.floats(1e3, 1e7), st.data(),
+)  # fmt: skip
+def test_collectives_at_once_take_no_less_than_alone_and_no_more_than_in_turn(
+    text: str, first: str, second: str, few: float, many: float, data: st.DataObject
+) -> None:
+    made = network(text)
+    ranks = data.draw(st.integers(2, made.topology.hosts))
+    calls = [
+        Call(name, data.draw(st.sampled_from(made.algorithms(name, ranks))), ranks, nbytes)
+        for name, nbytes in ((first, few), (second, many))
+    ]
+    alone = [fluid_cost(made, *call[:3]).seconds(call.nbytes) for call in calls]
+    for call, seconds in zip(calls, alone, strict=True):
+        assert fluid_together(made, [call])[0] == pytest.approx(seconds)
+    both = fluid_together(made, calls)
+    assert all(with_other >= by_itself * (1 - 1e-6) for with_other, by_itself in zip(both, alone, strict=True))
+    assert max(both) <= sum(alone) * (1 + 1e-6)
+    assert fluid_together(made, calls[::-1]) == pytest.approx(both[::-1], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("text", "first", "second", "ranks"),
+    [
+        ("torus:4x4", ("all_reduce", "dimensions"), ("all_reduce", "dimensions"), 16),
+        ("switch:8", ("all_reduce", "halving"), ("all_gather", "ring"), 8),
+        ("fat-tree:2x4+2", ("all_reduce", "ring"), ("all_reduce", "levels"), 8),
+        ("machines:2x4@400GB/s,500ns+50GB/s,2us", ("all_reduce", "levels"), ("all_reduce", "levels"), 8),
+        ("switch:2*4@400GB/s,500ns+50GB/s,2us", ("all_reduce", "levels"), ("reduce_scatter", "dimensions"), 8),
+    ],
+)
+@pytest.mark.parametrize("nbytes", [(1e6, 1e6), (3e6, 4e5)])
+def test_collectives_at_once_agree_with_packets(
+    text: str, first: tuple[str, str], second: tuple[str, str], ranks: int, nbytes: tuple[float, float]
+) -> None:
+    made = network(text)
+    calls = [Call(*which, ranks, size) for which, size in zip((first, second), nbytes, strict=True)]
+    seen = packets_together(made, calls)
+    found = fluid_together(made, calls)
+    assert max(found) == pytest.approx(seen.seconds, rel=0.1)
+    if first == second and nbytes[0] == nbytes[1]:  # of two that are not alike the shorter waits in the other's queues
+        assert found == pytest.approx(seen.each_s, rel=0.1)
+    one_by_one = [packet_run(made, *call) for call in calls]
+    assert seen.packets == sum(run.packets for run in one_by_one)
+    assert seen.hops == sum(run.hops for run in one_by_one)
+    assert all(both >= alone.seconds * 0.97 for both, alone in zip(seen.each_s, one_by_one, strict=True))
+
+
 def test_groups_share_the_links() -> None:
     """Ring neighbours of a row and a half meet on the links that the other half of the torus uses too."""
     alone = Network(torus(4, 4), hosts=tuple(range(8)))
@@ -231,6 +284,10 @@ def test_groups_share_the_links() -> None:
         (lambda: machines(1, 8), "from 2|at least 2"),
         (lambda: hosts_of(1, torus(4, 4)), "from 2|at least 2"),
         (lambda: hosts_of(62, torus(4, 4, 4)), "at most 1024"),
+        (lambda: fluid_together(network("switch:8"), []), "from 1 to 8"),
+        (lambda: fluid_together(network("switch:8"), [("all_reduce", "ring", 8, 1e6)]), "Make one by Call"),
+        (lambda: packets_together(network("switch:8"), [Call("all_reduce", "ring", 9, 1e6)]), "9 ranks"),
+        (lambda: packets_together(network("switch:8"), [Call("all_reduce", "ring", 8, -1.0)]), "nbytes"),
         (lambda: network("machines:2x8*2"), "write torus:4x4x4"),
         (lambda: network("torus:4x4*8", "goal"), "made for tori"),
     ],
