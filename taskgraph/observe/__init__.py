@@ -1,5 +1,3 @@
 """Observe: plans and timelines for people (terminal, Perfetto, HTML)."""
 
 from taskgraph.observe.explain import lane_place, remark, verdict_sentence
-
-__all__ = ["lane_place", "remark", "verdict_sentence"]

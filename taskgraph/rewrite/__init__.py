@@ -9,18 +9,3 @@ from taskgraph.rewrite.collectives import collective_choices, collective_variant
 from taskgraph.rewrite.nanobatch import SplitInfo, apply, split_batch, splittable
 from taskgraph.rewrite.offload import offload, save_to_host
 from taskgraph.rewrite.pointwise import fuse_pointwise
-
-__all__ = [
-    "UNSPLIT",
-    "Split",
-    "SplitInfo",
-    "apply",
-    "collective_choices",
-    "collective_variants",
-    "fuse_pointwise",
-    "offload",
-    "save_to_host",
-    "split_batch",
-    "splittable",
-    "with_collectives",
-]

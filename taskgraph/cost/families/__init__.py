@@ -12,20 +12,6 @@ from taskgraph.cost.family import Family, Kernel, KernelRule
 from taskgraph.errors import CalibrationError
 from taskgraph.graph.op import Op, Tensor, seen_inputs
 
-__all__ = [
-    "COLLECTIVE",
-    "DECODE",
-    "FAMILIES",
-    "GEMM",
-    "MOE",
-    "PLAIN_STREAM",
-    "PREFILL",
-    "STREAM",
-    "kernel_of",
-    "priced",
-    "register",
-]
-
 FAMILIES: dict[str, Family] = {}
 """By name, which is that of the files of measurements."""
 
