@@ -208,12 +208,12 @@ def fitted(found: Measured, version: int) -> Calibration:
         "licence": "this project's own measurements",
     }
     now, model = shipped(device.calibration), fit_corunning(found.pairs, graph_of, device)
-    if now.device == device.name and now.fitted["gemm"].held_out["rows"] > len(found.gemm):
+    if now.device == device.name and now.families["gemm"].held_out["rows"] > len(found.gemm):
         made = now  # fitted to more products than these
     else:
         made = calibrate([table], replace(device, calibration=""), about, version)
-        theirs = {name: replace(fit, fitted_on=fit.fitted_on or now.device) for name, fit in now.fitted.items()}
-        made = replace(made, fitted={**theirs, **made.fitted})
+        theirs = {name: replace(fit, fitted_on=fit.fitted_on or now.device) for name, fit in now.families.items()}
+        made = replace(made, families={**theirs, **made.families})
     return fit_kept_grid(found.kernels, graph_of, device, replace(made, co_running=model))
 
 

@@ -4,6 +4,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def errors_of(tables: Sequence[Measurements]) -> dict[str, dict[str, dict[str, f
                 mine = table.where(table.systems == system)
                 model = model_of(tg.devices.get(str(system)))
                 errors = Errors.of(predictions(model, mine), mine.seconds)
-                found.setdefault(str(system), {})[table.family.name] = errors.as_dict()
+                found.setdefault(str(system), {})[table.family.name] = asdict(errors)
     return {system: dict(sorted(rows.items())) for system, rows in sorted(found.items())}
 
 

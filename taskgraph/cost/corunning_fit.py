@@ -176,9 +176,9 @@ def _is_product(row: KernelTime, graph_of: GraphOf) -> bool:
 
 def _with(made: Calibration, **values: float) -> Calibration:
     """With these coefficients of products."""
-    gemm = made.fitted[GEMM.name]
+    gemm = made.families[GEMM.name]
     gemm = replace(gemm, coefficients={**gemm.coefficients, **values})
-    return replace(made, fitted={**made.fitted, GEMM.name: gemm})
+    return replace(made, families={**made.families, GEMM.name: gemm})
 
 
 def _curve(graph: Graph, model: DeviceModel, sizes: Sequence[int]) -> dict[int, float]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -53,71 +53,8 @@ class Response:
 
 
 @dataclass(frozen=True, slots=True)
-class Fitted:
-    """One family on one device: coefficients by name, the tables of its correction, and the held-out errors
-    (rows, median, mean, p90). `band` is the 90th percentile of the held-out error. `fitted_on` is the device that it
-    was fitted on, where that is another than the calibration's."""
-
-    coefficients: Mapping[str, float]
-    tables: tuple[tuple[float, ...], ...]
-    held_out: Mapping[str, float]
-    fitted_on: str = ""
-
-    @property
-    def band(self) -> float:
-        return float(self.held_out["p90"])
-
-
-@dataclass(frozen=True, slots=True)
-class Calibration:
-    """The coefficients of one device, with where they come from. `launch_seconds` is the part of every time
-    that is launch; `co_running` what running together does, where pairs of kernels were measured."""
-
-    device: str
-    version: int
-    launch_seconds: float
-    response: Response
-    fitted: Mapping[str, Fitted]
-    provenance: Mapping[str, str]
-    co_running: CoRunning | None = None
-
-    def save(self, path: str | Path) -> None:
-        """Write the coefficient file."""
-        body = {
-            "schema": SCHEMA,
-            "device": self.device,
-            "version": self.version,
-            "launch_seconds": self.launch_seconds,
-            "provenance": dict(self.provenance),
-            "response": {name: getattr(self.response, name) for name in Response.__slots__},
-            "families": {name: _fitted_body(name, fit) for name, fit in self.fitted.items()},
-        }
-        if self.co_running is not None:
-            body["co_running"] = asdict(self.co_running)
-        text = json.dumps(body, indent=1)
-        Path(path).write_text(_INNERMOST.sub(lambda found: " ".join(found[0].split()), text) + "\n")
-
-    @staticmethod
-    def load(path: str | Path) -> "Calibration":
-        """The calibration in a file; CalibrationError when it is not one of this version."""
-        text = read_text(path, CalibrationError, "coefficient file")
-        try:
-            return Calibration.from_json(text)
-        except CalibrationError as error:
-            raise CalibrationError(f"{path}: {error}") from None
-
-    @staticmethod
-    def from_json(text: str) -> "Calibration":
-        """The calibration in the text of a coefficient file; CalibrationError, with the place in it, if it is none."""
-        file = decode(_File, text, CalibrationError, "coefficient file", "Calibrate again.", SCHEMA)
-        fitted = {name: _fitted(name, part) for name, part in file.families.items()}
-        head = file.device, file.version, file.launch_seconds, file.response
-        return Calibration(*head, fitted, file.provenance, file.co_running)
-
-
-@dataclass(frozen=True, slots=True)
-class _TableFile:
-    """A table of a correction as the file has it: its axes (feature, low, step, count), and values in row order."""
+class Correction:
+    """A table of a correction: its axes as `axes_of` tells them, and its values in row order."""
 
     axes: tuple[tuple[str, float, float, int], ...]
     log: tuple[float, ...]
@@ -127,11 +64,20 @@ class _TableFile:
             raise CalibrationError(f"a value of a correction is beyond {_MOST_LOG:g}, or no number.")
 
 
+def axes_of(term: surface.Term) -> tuple[tuple[str, float, float, int], ...]:
+    """(feature, low, step, count) of each axis of a term."""
+    return tuple((a.feature, a.low, round(a.step, 6), a.count) for a in term)
+
+
 @dataclass(frozen=True, slots=True)
-class _FamilyFile:
+class Fitted:
+    """One family on one device: held-out errors (rows, median, mean, p90), coefficients by name, and the tables of its
+    correction. `band` is the 90th percentile of the held-out error. `fitted_on` is the device that it was fitted on,
+    where that is another than the calibration's."""
+
     held_out: Mapping[str, float]
     coefficients: Mapping[str, float]
-    correction: tuple[_TableFile, ...]
+    correction: tuple[Correction, ...]
     fitted_on: str = ""
 
     _LATER: ClassVar[frozenset[str]] = frozenset({"fitted_on"})
@@ -146,15 +92,23 @@ class _FamilyFile:
         if "p90" not in self.held_out:
             raise CalibrationError("held_out has no 'p90', which the error band is.")
 
+    @property
+    def band(self) -> float:
+        return float(self.held_out["p90"])
+
 
 @dataclass(frozen=True, slots=True)
-class _File:
+class Calibration:
+    """The coefficients of one device, with where they come from, as a coefficient file has them. `launch_seconds` is
+    the part of every time that is launch; `co_running` what running together does, where pairs of kernels were
+    measured."""
+
     device: str
     version: int
     launch_seconds: float
     provenance: Mapping[str, str]
     response: Response
-    families: Mapping[str, _FamilyFile]
+    families: Mapping[str, Fitted]
     co_running: CoRunning | None = None
 
     _LATER: ClassVar[frozenset[str]] = frozenset({"co_running"})
@@ -165,28 +119,35 @@ class _File:
                 f"device {self.device!r}, version {self.version} and launch_seconds {self.launch_seconds} must be a "
                 "name, at least 1, and from 0 to 1."
             )
+        for name, fit in self.families.items():
+            family = FAMILIES.get(name)
+            if family is None:
+                raise CalibrationError(f"there is no family {shown(name)}; there are {', '.join(FAMILIES)}.")
+            wanted = [*zip(map(axes_of, family.terms), surface.sizes_of(family.terms), strict=True)]
+            found = [(table.axes, len(table.log)) for table in fit.correction]
+            if found != wanted or fit.coefficients.keys() != {*family.coefficients.names()}:
+                raise CalibrationError(
+                    f"family {name!r} has other coefficients or axes than this version. Calibrate again."
+                )
 
+    def save(self, path: str | Path) -> None:
+        """Write the coefficient file."""
+        text = json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1)
+        Path(path).write_text(_INNERMOST.sub(lambda found: " ".join(found[0].split()), text) + "\n")
 
-def _fitted_body(name: str, fit: Fitted) -> dict[str, Any]:
-    terms = FAMILIES[name].terms
-    tables = [
-        {"axes": [[a.feature, a.low, round(a.step, 6), a.count] for a in term], "log": list(values)}
-        for term, values in zip(terms, fit.tables, strict=True)
-    ]
-    body = {"held_out": dict(fit.held_out), "coefficients": dict(fit.coefficients), "correction": tables}
-    return {**body, "fitted_on": fit.fitted_on} if fit.fitted_on else body
+    @staticmethod
+    def load(path: str | Path) -> "Calibration":
+        """The calibration in a file; CalibrationError when it is not one of this version."""
+        text = read_text(path, CalibrationError, "coefficient file")
+        try:
+            return Calibration.from_json(text)
+        except CalibrationError as error:
+            raise CalibrationError(f"{path}: {error}") from None
 
-
-def _fitted(name: str, part: _FamilyFile) -> Fitted:
-    family = FAMILIES.get(name)
-    if family is None:
-        raise CalibrationError(f"there is no family {shown(name)}; there are {', '.join(FAMILIES)}.")
-    axes = [tuple((a.feature, a.low, round(a.step, 6), a.count) for a in term) for term in family.terms]
-    fits = [t.axes for t in part.correction] == axes
-    sizes = [len(t.log) for t in part.correction] == surface.sizes_of(family.terms)
-    if not fits or not sizes or part.coefficients.keys() != {*family.coefficients.names()}:
-        raise CalibrationError(f"family {name!r} has other coefficients or axes than this version. Calibrate again.")
-    return Fitted(part.coefficients, tuple(t.log for t in part.correction), part.held_out, part.fitted_on)
+    @staticmethod
+    def from_json(text: str) -> "Calibration":
+        """The calibration in the text of a coefficient file; CalibrationError, with the place in it, if it is none."""
+        return decode(Calibration, text, CalibrationError, "coefficient file", "Calibrate again.", SCHEMA)
 
 
 @lru_cache(maxsize=16)
@@ -249,13 +210,13 @@ class DeviceModel:
         return made
 
     def _make(self, family: Family) -> FamilyModel:
-        fitted = self.calibration.fitted.get(family.name)
+        fitted = self.calibration.families.get(family.name)
         if fitted is None:
             return FamilyModel(family, family.coefficients(), np.zeros(0))
         origin = fitted.fitted_on or self.calibration.device
         source, wider = ("calibrated", 1.0) if origin == self.device.name else ("transferred from", TRANSFER_BAND)
         named = [fitted.coefficients[name] for name in family.coefficients.names()]
-        values = np.array([value for table in fitted.tables for value in table], np.float64)
+        values = np.array([value for table in fitted.correction for value in table.log], np.float64)
         made = f"{source} {origin} v{self.calibration.version}"
         return FamilyModel(family, family.coefficients.of(named), values, fitted.band * wider, made)
 

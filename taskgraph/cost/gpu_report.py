@@ -8,9 +8,8 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from json.decoder import JSONDecoder
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,21 +23,26 @@ _LONGEST_S, _SHORTEST_S = 1e3, 1e-7
 """No kernel and no step takes longer or shorter: such a number is in another unit."""
 
 
-def _check_seconds(row: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(row, name)
-        if not _SHORTEST_S <= value <= _LONGEST_S:
-            raise CalibrationError(f"{name} is {value}; it must be seconds from {_SHORTEST_S:g} to {_LONGEST_S:g}")
+class _Row:
+    """A row of a table: its integers count something, and its times are those of kernels and steps."""
+
+    __slots__ = ()
+
+    def _check(self) -> None:
+        for name in self.__slots__:
+            value = getattr(self, name)
+            if isinstance(value, int) and value < 1:
+                raise CalibrationError(f"{name} is {value}; it must be at least 1")
+            if _is_time(name) and not _SHORTEST_S <= value <= _LONGEST_S:
+                raise CalibrationError(f"{name} is {value}; it must be seconds from {_SHORTEST_S:g} to {_LONGEST_S:g}")
 
 
-def _check_counts(row: Any, *names: str) -> None:
-    for name in names:
-        if getattr(row, name) < 1:
-            raise CalibrationError(f"{name} is {getattr(row, name)}; it must be at least 1")
+def _is_time(name: str) -> bool:
+    return name.endswith("_s") or name == "seconds"
 
 
 @dataclass(frozen=True, slots=True)
-class GemmTime:
+class GemmTime(_Row):
     """A product of (m, k) and (n, k) transposed, weights from beyond the L2."""
 
     m: int
@@ -48,13 +52,9 @@ class GemmTime:
     watts: float | None = None
     sm_mhz: float | None = None
 
-    def _check(self) -> None:
-        _check_counts(self, "m", "n", "k")
-        _check_seconds(self, "seconds")
-
 
 @dataclass(frozen=True, slots=True)
-class KernelTime:
+class KernelTime(_Row):
     """One kernel alone in a partition of `sms` SMs."""
 
     kernel: str
@@ -63,13 +63,9 @@ class KernelTime:
     watts: float | None = None
     sm_mhz: float | None = None
 
-    def _check(self) -> None:
-        _check_counts(self, "sms")
-        _check_seconds(self, "seconds")
-
 
 @dataclass(frozen=True, slots=True)
-class PairTime:
+class PairTime(_Row):
     """Two kernels at once: on two streams of the whole device (`mode` "shared"), or in two partitions ("partition").
     `a_beside_b_s` is the time of a while b never stops."""
 
@@ -88,12 +84,11 @@ class PairTime:
     def _check(self) -> None:
         if self.mode not in ("shared", "partition"):
             raise CalibrationError(f"mode is {self.mode!r}; it is shared or partition")
-        _check_counts(self, "sms_a", "sms_b")
-        _check_seconds(self, "a_alone_s", "b_alone_s", "a_beside_b_s", "b_beside_a_s")
+        _Row._check(self)
 
 
 @dataclass(frozen=True, slots=True)
-class GapTime:
+class GapTime(_Row):
     """One launch in a chain of one kernel's on a lane: begun at the end of the launch before, and begun while that
     runs, for which it waits by itself (programmatic dependent launch)."""
 
@@ -101,12 +96,9 @@ class GapTime:
     after_end_s: float
     dependent_s: float
 
-    def _check(self) -> None:
-        _check_seconds(self, "after_end_s", "dependent_s")
-
 
 @dataclass(frozen=True, slots=True)
-class KernelRate:
+class KernelRate(_Row):
     """One kernel on the whole device, how it was run (`choice`), and its rate in words."""
 
     kernel: str
@@ -117,12 +109,9 @@ class KernelRate:
     watts: float | None = None
     sm_mhz: float | None = None
 
-    def _check(self) -> None:
-        _check_seconds(self, "seconds")
-
 
 @dataclass(frozen=True, slots=True)
-class PlanTime:
+class PlanTime(_Row):
     """A whole plan, predicted and measured; `plan` and `graph` name its files beside the tables."""
 
     plan: str
@@ -134,10 +123,6 @@ class PlanTime:
     measured_s: float
     watts: float | None = None
     sm_mhz: float | None = None
-
-    def _check(self) -> None:
-        _check_counts(self, "lanes")
-        _check_seconds(self, "predicted_s", "measured_s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,7 +228,7 @@ def table_text(rows: Sequence[Any]) -> str:
 def _cell(name: str, value: Any) -> str:
     if value is None:
         return ""
-    if name.endswith("_s") or name == "seconds":
+    if _is_time(name):
         return f"{value:.4e}"
     return f"{value:.1f}" if isinstance(value, float) else str(value)
 
@@ -260,46 +245,12 @@ def read_report(path: str | Path) -> GpuReport:
 
 
 def _line_of(text: str, error: str) -> int:
-    """The line of the entry that an error of `decode` names by its path; 0 where it names none, or the line itself."""
-    parts = error.removeprefix(f"not a {WHAT}: ").split(" ")[0].split(".")
-    place = _place_of(text, parts) if error.startswith(f"not a {WHAT}: ") else 0
-    return text.count("\n", 0, place) + 1 if place else 0
-
-
-def _place_of(text: str, path: Iterable[str]) -> int:
-    """Where the value at `path` begins in a JSON text, as far as the path leads; 0 when it leads nowhere."""
-    decoder, at = JSONDecoder(), 0
-    try:
-        for part in path:
-            at = _skip(text, at)
-            inner = _entry(text, at, part, decoder)
-            if not inner:
-                break
-            at = inner
-    except ValueError:
-        return 0
-    return at
-
-
-def _skip(text: str, at: int) -> int:
-    while at < len(text) and text[at] in " \t\r\n,:":
-        at += 1
-    return at
-
-
-def _entry(text: str, at: int, wanted: str, decoder: JSONDecoder) -> int:
-    """Where entry `wanted` of the object or list at `at` begins; 0 when there is none."""
-    opening, number = text[at : at + 1], 0
-    if opening not in ("{", "["):
-        return 0
-    at = _skip(text, at + 1)
-    while at < len(text) and text[at] not in "]}":
-        key = str(number)
-        if opening == "{":
-            key, at = decoder.raw_decode(text, at)
-            at = _skip(text, at)
-        if key == wanted:
-            return at
-        _, at = decoder.raw_decode(text, at)
-        at, number = _skip(text, at), number + 1
-    return 0
+    """The line of the entry that an error of `decode` names by its path, in a file as `to_json` writes it; 0 in others,
+    or where it names none, or the line itself."""
+    table, *inner = error.removeprefix(f"not a {WHAT}: ").split(" ")[0].split(".")
+    lines = text.splitlines()
+    at = next((i for i, line in enumerate(lines) if line.startswith(f' "{table}": ')), -1)
+    if inner and inner[0].isdecimal() and at >= 0 and lines[at].endswith("["):
+        at += 1 + int(inner[0])
+        at = at if at < len(lines) and lines[at].startswith("  {") and lines[at].endswith(("}", "},")) else -1
+    return at + 1

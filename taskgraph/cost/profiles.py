@@ -26,7 +26,7 @@ from taskgraph.errors import ProfileError, TaskgraphError
 from taskgraph.graph.device import Device
 from taskgraph.graph.graph import Graph
 from taskgraph.graph.op import ROWS, Op, Tensor, seen_inputs
-from taskgraph.record import as_path, instance, typed
+from taskgraph.record import Typed, as_path, instance
 
 Points = tuple[tuple[int, float, float], ...]
 """(SMs, median seconds, spread in seconds), SMs rising. Seconds are of the op alone, launch included."""
@@ -55,7 +55,7 @@ class OpKey(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Platform:
+class Platform(Typed, error=ProfileError):
     """Where op times were measured. `machine` is a fingerprint of the hardware, `driver` "none" for a CPU."""
 
     device: str
@@ -64,12 +64,9 @@ class Platform:
     versions: str
     backend: str
 
-    def __post_init__(self) -> None:
-        typed(self, ProfileError)
-
 
 @dataclass(frozen=True, slots=True)
-class OpTime:
+class OpTime(Typed, error=ProfileError):
     """`count` repeats of an op alone on `sms` SMs; `spread_s` is half their interquartile range."""
 
     key: OpKey
@@ -78,8 +75,7 @@ class OpTime:
     spread_s: float
     count: int
 
-    def __post_init__(self) -> None:
-        typed(self, ProfileError)
+    def _check(self) -> None:
         good = math.isfinite(self.median_s) and self.median_s > 0 and math.isfinite(self.spread_s)
         if not good or self.spread_s < 0 or self.sms < 1 or self.count < 1:
             raise ProfileError(

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from taskgraph.errors import DeviceError
 from taskgraph.network.cluster import Network, network
-from taskgraph.record import convert, decode, integer, read_text, shown, text, typed
+from taskgraph.record import Typed, convert, decode, integer, read_text, shown, text
 
 KINDS = ("gpu", "cpu")
 LEAST_SHARE = 1e-6
@@ -21,14 +21,11 @@ LEAST_RATE, MOST_RATE, MOST_SECONDS = 1e-3, 1e30, 1e6
 
 
 @dataclass(frozen=True, slots=True)
-class Partition:
+class Partition(Typed, error=DeviceError):
     """A contiguous set of SMs (or cores): [first_sm, first_sm + sm_count)."""
 
     first_sm: int
     sm_count: int
-
-    def __post_init__(self) -> None:
-        typed(self, DeviceError)
 
     @property
     def end_sm(self) -> int:
@@ -36,13 +33,10 @@ class Partition:
 
 
 @dataclass(frozen=True, slots=True)
-class Geometry:
+class Geometry(Typed, error=DeviceError):
     """Disjoint partitions that exist at the same time."""
 
     partitions: tuple[Partition, ...]
-
-    def __post_init__(self) -> None:
-        typed(self, DeviceError)
 
     @staticmethod
     def of(*sizes: int) -> "Geometry":
@@ -57,7 +51,7 @@ class Geometry:
 
 
 @dataclass(frozen=True, slots=True)
-class Device:
+class Device(Typed, error=DeviceError):
     """A real, hypothetical or host device.
 
     `sm_count` SMs (cores of a CPU) that are split in multiples of `sm_granularity`, at least `sm_min`
@@ -94,10 +88,6 @@ class Device:
     network: Network | None = field(default=None, repr=False)
 
     _LATER: ClassVar[frozenset[str]] = frozenset({"l2_bytes", "calibration", "network"})
-
-    def __post_init__(self) -> None:
-        typed(self, DeviceError)
-        self._check()
 
     def _check(self) -> None:
         if not self.name or self.kind not in KINDS:

@@ -16,7 +16,7 @@ from taskgraph.graph.earlier import EarlierCall, EarlierOp, only, written
 from taskgraph.graph.edges import predecessors, toposorted
 from taskgraph.graph.functions import Splittable, check_arity, register_function
 from taskgraph.graph.op import PLAIN, ROWS, Attr, Demand, Op, Rows, Tensor, TensorSpec, Work, check_work, rows_attr
-from taskgraph.record import decode, from_columns, instance, integer, sequence, shown, text, typed
+from taskgraph.record import Typed, decode, from_columns, instance, integer, sequence, shown, text
 from taskgraph.record import function as callable_of
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ SCHEMA = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Carry:
+class Carry(Typed, error=GraphError):
     """A loop-carried tensor: `init` enters iteration 0 as `inside`, `next` enters the following one,
     and the last `next` leaves the loop as `result`."""
 
@@ -35,12 +35,9 @@ class Carry:
     next: str
     result: str
 
-    def __post_init__(self) -> None:
-        typed(self, GraphError)
-
 
 @dataclass(frozen=True, slots=True)
-class Repeat:
+class Repeat(Typed, error=GraphError):
     """ops[first:last] stand for `count` iterations. Names that begin with "name/" exist once an iteration."""
 
     name: str
@@ -49,12 +46,9 @@ class Repeat:
     last: int
     carries: tuple[Carry, ...]
 
-    def __post_init__(self) -> None:
-        typed(self, GraphError)
-
 
 @dataclass(frozen=True, slots=True)
-class Graph:
+class Graph(Typed, error=GraphError):
     """A frozen DAG: tensors, ops in topological order, output names, and at most one repeated body.
 
     Raises GraphError when it is made from parts that do not fit together.
@@ -67,8 +61,7 @@ class Graph:
     repeat: Repeat | None = None
     _memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        typed(self, GraphError)
+    def _check(self) -> None:
         check(self)
 
     def __hash__(self) -> int:

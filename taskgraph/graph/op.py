@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Final
 
 from taskgraph.errors import DemandError, GraphError
-from taskgraph.record import integer, shown, typed
+from taskgraph.record import Typed, integer, shown
 from taskgraph.units import parse_bytes, parse_rate
 
 RESOURCES: Final = ("sm", "hbm", "h2d", "d2h", "link")
@@ -31,7 +31,7 @@ Attr = str | int | float | bool | tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class Work(Typed, error=GraphError):
     """What a whole op does to the hardware, whoever runs it; works add up.
 
     Numbers, kept as floats; GraphError for anything else. A graph takes what is finite, from 0 to MOST_WORK, and not
@@ -42,9 +42,6 @@ class Work:
     h2d_bytes: float = 0.0
     d2h_bytes: float = 0.0
     link_bytes: float = 0.0
-
-    def __post_init__(self) -> None:
-        typed(self, GraphError)
 
     def __add__(self, other: "Work") -> "Work":
         return Work(*(a + b for a, b in zip(self.vector, other.vector, strict=True)))
@@ -59,7 +56,7 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class Demand:
+class Demand(Typed, error=DemandError):
     """What the user pins about an op's use of the device; what is absent is derived from its Work.
 
     `sm` is the (min, max) number of SMs the op may be given; the rates cap what it draws from a
@@ -77,10 +74,6 @@ class Demand:
     workspace_bytes: int = 0
     cluster_sms: int = 1
     efficiency: float = 1.0
-
-    def __post_init__(self) -> None:
-        typed(self, DemandError)
-        self._check()
 
     def __repr__(self) -> str:
         """As of a dataclass, without an efficiency of 1: fingerprints hold it, and older graphs keep theirs."""
@@ -151,17 +144,13 @@ def spec(name: str, shape: tuple[int, ...], dtype: str) -> TensorSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class Tensor:
+class Tensor(Typed, error=GraphError):
     """An edge of the graph. `role` is one of ROLES; only activations live in the arena."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     role: str = "activation"
-
-    def __post_init__(self) -> None:
-        typed(self, GraphError)
-        self._check()
 
     def _check(self) -> None:
         if not self.name:
@@ -226,7 +215,7 @@ def seen_inputs(op: "Op", tensors: Mapping[str, Tensor]) -> list[Tensor]:
 
 
 @dataclass(frozen=True, slots=True)
-class Op:
+class Op(Typed, error=GraphError):
     """A node. `writes` names the state tensors among `inputs` that it changes in place.
 
     `after` names ops that must end first though no tensor connects them; `attrs` holds the static
@@ -243,10 +232,6 @@ class Op:
     after: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
     attrs: tuple[tuple[str, Attr], ...] = ()
-
-    def __post_init__(self) -> None:
-        typed(self, GraphError)
-        self._check()
 
     def _check(self) -> None:
         if not self.name or not self.kind:

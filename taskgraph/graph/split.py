@@ -4,20 +4,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from taskgraph.errors import GraphError
-from taskgraph.record import typed
+from taskgraph.record import Typed
 
 Sizes = Sequence[int]
 """The units of each slice of an op."""
 
 
 @dataclass(frozen=True, slots=True)
-class Split:
+class Split(Typed, error=GraphError):
     """What `split_batch` is to do: pairs of op names (none: every op that can) and the sizes of their slices."""
 
     parts: tuple[tuple[tuple[str, ...], tuple[int, ...]], ...] = ()
-
-    def __post_init__(self) -> None:
-        typed(self, GraphError)
 
     @staticmethod
     def of(sizes: Sizes | Mapping[str, Sizes], ops: Iterable[str] | None = None) -> "Split":

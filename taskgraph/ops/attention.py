@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from taskgraph.errors import GraphError
 from taskgraph.graph.graph import Value
 from taskgraph.graph.op import ITEMSIZE, Tensor, Work
-from taskgraph.ops.kinds import Kind, Output, Range, apply, axis_of, register
+from taskgraph.ops.kinds import Kind, Output, Range, apply, axis_of, index_of, register, row_work
 from taskgraph.ops.rotary import LLAMA3, ROPE, YARN, RopeSpec
 from taskgraph.ops.signatures import COUNT, POSITIVE, Attrs, Shapes, Signature, moved, need, need_floats, need_integers
 from taskgraph.record import instance, sequence
@@ -38,20 +38,8 @@ def rope_shape(ins: Shapes, attrs: Attrs) -> Output:
     return x.shape, x.dtype
 
 
-def rope_work(ins: Shapes, outs: Shapes, attrs: Attrs) -> Work:
-    return Work(flops=3.0 * math.prod(ins[0].shape), hbm_bytes=moved(ins) + moved(outs))
-
-
-def rope_positions(ins: Shapes, attrs: Attrs) -> Range:
-    return 0, ins[0].shape[0]
-
-
-register(
-    Kind(
-        "rope", Signature("31", {"theta": POSITIVE}), rope_shape, rope_work, split=(0, 0),
-        index_ranges={1: rope_positions},
-    )
-)  # fmt: skip
+ROPE_TAKES = Signature("31", {"theta": POSITIVE})
+register(Kind("rope", ROPE_TAKES, rope_shape, row_work(3.0), split=(0, 0), index_ranges={1: index_of(0)}))
 
 
 # ---------------------------------------------------------------------------------- static caches
@@ -291,14 +279,10 @@ def paged_decode_lengths(ins: Shapes, attrs: Attrs) -> Range:
     return length_within(attrs.integer("context"), ins[2], ins[3].shape[2])
 
 
-def paged_decode_blocks(ins: Shapes, attrs: Attrs) -> Range:
-    return 0, ins[3].shape[0]
-
-
 register(
     Kind(
         "paged_decode", Signature("31244", {"context": COUNT}), paged_decode_shape, paged_decode_work,
-        split=(0, 0, 0, None, None), ordered=True, index_ranges={1: paged_decode_lengths, 2: paged_decode_blocks},
+        split=(0, 0, 0, None, None), ordered=True, index_ranges={1: paged_decode_lengths, 2: index_of(3)},
     )
 )  # fmt: skip
 
@@ -340,14 +324,10 @@ def no_chunks(ins: Shapes, attrs: Attrs) -> Range:
     return 0, 1
 
 
-def paged_prefill_blocks(ins: Shapes, attrs: Attrs) -> Range:
-    return 0, ins[4].shape[0]
-
-
 register(
     Kind(
         "paged_prefill", Signature("311244", {"context": COUNT}), paged_prefill_shape, paged_prefill_work,
-        split=(None,) * 6, index_ranges={1: no_chunks, 3: paged_prefill_blocks},
+        split=(None,) * 6, index_ranges={1: no_chunks, 3: index_of(4)},
     )
 )  # fmt: skip
 

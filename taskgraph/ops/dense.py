@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from taskgraph.graph.graph import Value
 from taskgraph.graph.op import ITEMSIZE, Demand, Work
 from taskgraph.ops.formula import number
-from taskgraph.ops.kinds import Axes, Kind, Output, apply, is_value, register
+from taskgraph.ops.kinds import Axes, Kind, Output, apply, index_of, is_value, register, row_work
 from taskgraph.ops.pointwise import Operand, broadcast
 from taskgraph.ops.signatures import (
     FLAG,
@@ -43,14 +43,10 @@ def embedding_work(ins: Shapes, outs: Shapes, attrs: Attrs) -> Work:
     return Work(hbm_bytes=moved(ins[:1]) + gathered + moved(outs))
 
 
-def embedding_tokens(ins: Shapes, attrs: Attrs) -> tuple[int, int]:
-    return 0, ins[1].shape[0]
-
-
 register(
     Kind(
         "embedding", Signature("12", may=OUT_DTYPE), embedding_shape, embedding_work, split=(0, None),
-        index_ranges={0: embedding_tokens},
+        index_ranges={0: index_of(1)},
     )
 )  # fmt: skip
 
@@ -110,11 +106,6 @@ register(Kind("gemm", Signature("22++", GEMM_FLAGS, OUT_DTYPE, spare=2), gemm_sh
 # ----------------------------------------------------------------------------------- element-wise
 
 
-def _elementwise_work(flops: float, ins: Shapes, outs: Shapes) -> Work:
-    """So many flops an element of the first input, every operand moved once."""
-    return Work(flops=flops * math.prod(ins[0].shape), hbm_bytes=moved(ins) + moved(outs))
-
-
 def rmsnorm(x: Value, weight: Value, *, eps: float = 1e-5, name: str | None = None) -> Value:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang and Sennrich 2019)."""
     return apply("rmsnorm", [x, weight], {"eps": eps}, name=name)
@@ -127,11 +118,7 @@ def rmsnorm_shape(ins: Shapes, attrs: Attrs) -> Output:
     return x.shape, x.dtype
 
 
-def rmsnorm_work(ins: Shapes, outs: Shapes, attrs: Attrs) -> Work:
-    return _elementwise_work(4.0, ins, outs)
-
-
-register(Kind("rmsnorm", Signature("+1", {"eps": SMALL}), rmsnorm_shape, rmsnorm_work, split=(0, None)))
+register(Kind("rmsnorm", Signature("+1", {"eps": SMALL}), rmsnorm_shape, row_work(4.0), split=(0, None)))
 
 
 def swiglu(gate_up: Value, *, name: str | None = None) -> Value:
@@ -146,11 +133,7 @@ def swiglu_shape(ins: Shapes, attrs: Attrs) -> Output:
     return (x.shape[0], x.shape[1] // 2), x.dtype
 
 
-def swiglu_work(ins: Shapes, outs: Shapes, attrs: Attrs) -> Work:
-    return _elementwise_work(4.0, ins, outs)
-
-
-register(Kind("swiglu", Signature("2"), swiglu_shape, swiglu_work, split=(0,)))
+register(Kind("swiglu", Signature("2"), swiglu_shape, row_work(4.0), split=(0,)))
 
 
 def add(a: Operand, b: Operand, *, name: str | None = None, after: Sequence[str] = ()) -> Value:
@@ -172,11 +155,7 @@ def add_shape(ins: Shapes, attrs: Attrs) -> Output:
     return a.shape, a.dtype
 
 
-def add_work(ins: Shapes, outs: Shapes, attrs: Attrs) -> Work:
-    return _elementwise_work(1.0, ins, outs)
-
-
-register(Kind("add", Signature("**"), add_shape, add_work, split=(0, 0)))
+register(Kind("add", Signature("**"), add_shape, row_work(1.0), split=(0, 0)))
 
 
 def argmax(x: Value, *, name: str | None = None) -> Value:
@@ -194,8 +173,4 @@ def argmax_shape(ins: Shapes, attrs: Attrs) -> Output:
     return (x.shape[0],), "i64"
 
 
-def argmax_work(ins: Shapes, outs: Shapes, attrs: Attrs) -> Work:
-    return _elementwise_work(1.0, ins, outs)
-
-
-register(Kind("argmax", Signature("2"), argmax_shape, argmax_work, split=(0,)))
+register(Kind("argmax", Signature("2"), argmax_shape, row_work(1.0), split=(0,)))

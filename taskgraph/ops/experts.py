@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from taskgraph.errors import GraphError
 from taskgraph.graph.graph import Value
 from taskgraph.graph.op import ITEMSIZE, Work
-from taskgraph.ops.kinds import Axes, Kind, Output, apply, axis_of, register
+from taskgraph.ops.kinds import Axes, Kind, Output, apply, axis_of, register, row_work
 from taskgraph.ops.signatures import (
     COUNT,
     FLAG,
@@ -178,8 +178,4 @@ def gated_add_shape(ins: Shapes, attrs: Attrs) -> Output:
     return x.shape, x.dtype
 
 
-def gated_add_work(ins: Shapes, outs: Shapes, attrs: Attrs) -> Work:
-    return Work(flops=2.0 * math.prod(ins[0].shape), hbm_bytes=moved(ins) + moved(outs))
-
-
-register(Kind("gated_add", Signature("222"), gated_add_shape, gated_add_work, split=(0, 0, 0)))
+register(Kind("gated_add", Signature("222"), gated_add_shape, row_work(2.0), split=(0, 0, 0)))

@@ -4,6 +4,7 @@ A kind is added by one line, in this package or in another: `register(Kind("scal
 they run the kind: `taskgraph.runtime.cpu.kinds.register` and `taskgraph.runtime.gpu.kinds.register`.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -12,7 +13,7 @@ from typing import Final
 from taskgraph.errors import GraphError
 from taskgraph.graph.graph import Value
 from taskgraph.graph.op import Attr, Demand, Op, Tensor, TensorSpec, Work, seen_inputs
-from taskgraph.ops.signatures import Attrs, Shapes, Signature
+from taskgraph.ops.signatures import Attrs, Shapes, Signature, moved
 from taskgraph.record import function, instance, integer, sequence, shown, text
 
 Output = tuple[tuple[int, ...], str]
@@ -77,6 +78,24 @@ class Kind:
         if len(axes) != len(ins):
             raise GraphError(f"split of {self.name} says {len(axes)} axes; the op has {len(ins)} inputs.")
         return axes if all(a is None or a < len(t.shape) for a, t in zip(axes, ins, strict=True)) else None
+
+
+def row_work(flops: float) -> WorkRule:
+    """The work of `flops` an element of the first input, every operand moved once."""
+
+    def work(ins: Shapes, outs: Shapes, attrs: Attrs) -> Work:
+        return Work(flops=flops * math.prod(ins[0].shape), hbm_bytes=moved(ins) + moved(outs))
+
+    return work
+
+
+def index_of(place: int, axis: int = 0) -> RangeRule:
+    """The range of an input that is an index along `axis` of input number `place`."""
+
+    def index_range(ins: Shapes, attrs: Attrs) -> Range:
+        return 0, ins[place].shape[axis]
+
+    return index_range
 
 
 _KINDS: dict[str, Kind] = {}

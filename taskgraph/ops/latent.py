@@ -7,6 +7,7 @@ and block tables are those of `taskgraph.ops.attention`.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 from taskgraph.errors import GraphError
 from taskgraph.graph.graph import Value
@@ -22,7 +23,7 @@ from taskgraph.ops.attention import (
     need_sequences,
     no_chunks,
 )
-from taskgraph.ops.kinds import Kind, Output, Range, apply, axis_of, register
+from taskgraph.ops.kinds import Kind, Output, Range, apply, axis_of, index_of, register
 from taskgraph.ops.rotary import ROPE, YARN, Stretch, stretch_attrs
 from taskgraph.ops.signatures import (
     COUNT,
@@ -185,6 +186,32 @@ def _attention_attrs(kind: str, spec: LatentSpec, latents: Value, blocks: Value 
     return Attrs(rotary=given.rotary, scale=given.scale, context=context)
 
 
+def _mixed(kind: str, ins: Shapes, attrs: Attrs) -> Output:
+    q, *_, latents, up = ins
+    need(len(q.shape) == 3 and len(latents.shape) == 3, kind, ins, "q and the cache have three axes")
+    tokens, heads, dim = q.shape
+    rotary = attrs.integer("rotary")
+    need(len(up.shape) == 2 and up.shape[0] % heads == 0, kind, ins, f"up must hold {heads} equal heads")
+    need(up.shape[1] + rotary == latents.shape[2], kind, ins, "up must take the cache's rank")
+    values = up.shape[0] // heads - (dim - rotary)
+    need(values > 0, kind, ins, "up must give a key part and a value a head")
+    need_floats(kind, ins, q, latents, up)
+    need(0 < rotary <= dim, kind, ins, f"{rotary} rotary channels do not fit")
+    need(attrs.integer("context") >= 1, kind, ins, "context must be at least 1")
+    return (tokens, heads * values), q.dtype
+
+
+def latent_work(by: int, ins: Shapes, outs: Shapes, attrs: Attrs) -> Work:
+    """The arithmetic of the cheaper form; the up-projection, and the cached latents of each sequence read once: there
+    are as many as input number `by` has rows."""
+    q, *places, latents, up = ins
+    sequences, context = ins[by].shape[0], attrs.integer("context")
+    read = sequences * context * latents.shape[2] * ITEMSIZE[latents.dtype]
+    shape = (q.shape[1], q.shape[2], attrs.integer("rotary"), up.shape)
+    flops = min(latent_flops(q.shape[0] / sequences, context, *shape))
+    return Work(flops=sequences * flops, hbm_bytes=moved([q, *places, up, *outs]) + read)
+
+
 def latent_attention_shape(ins: Shapes, attrs: Attrs) -> Output:
     q, positions, latents, _ = ins
     made = _mixed("latent_attention", ins, attrs)
@@ -193,17 +220,13 @@ def latent_attention_shape(ins: Shapes, attrs: Attrs) -> Output:
     return made
 
 
-def latent_attention_work(ins: Shapes, outs: Shapes, attrs: Attrs) -> Work:
-    return _attention_work(ins, outs, attrs, ins[2].shape[0])
-
-
 def latent_attention_positions(ins: Shapes, attrs: Attrs) -> Range:
     return last_place(min(attrs.integer("context"), ins[2].shape[1]), ins[0].shape[0], ins[1].shape[0])
 
 
 register(
     Kind(
-        "latent_attention", Signature("3132", _ATTENTION), latent_attention_shape, latent_attention_work,
+        "latent_attention", Signature("3132", _ATTENTION), latent_attention_shape, partial(latent_work, 2),
         split=(0, 0, 0, None), index_ranges={1: latent_attention_positions},
     )
 )  # fmt: skip
@@ -224,23 +247,15 @@ def paged_latent_decode_shape(ins: Shapes, attrs: Attrs) -> Output:
     return made
 
 
-def paged_latent_decode_work(ins: Shapes, outs: Shapes, attrs: Attrs) -> Work:
-    return _attention_work(ins, outs, attrs, ins[0].shape[0])
-
-
 def paged_latent_decode_lengths(ins: Shapes, attrs: Attrs) -> Range:
     return length_within(attrs.integer("context"), ins[2], ins[3].shape[1])
 
 
-def paged_latent_decode_blocks(ins: Shapes, attrs: Attrs) -> Range:
-    return 0, ins[3].shape[0]
-
-
 register(
     Kind(
-        "paged_latent_decode", Signature("31232", _ATTENTION), paged_latent_decode_shape, paged_latent_decode_work,
+        "paged_latent_decode", Signature("31232", _ATTENTION), paged_latent_decode_shape, partial(latent_work, 0),
         split=(0, 0, 0, None, None), ordered=True,
-        index_ranges={1: paged_latent_decode_lengths, 2: paged_latent_decode_blocks},
+        index_ranges={1: paged_latent_decode_lengths, 2: index_of(3)},
     )
 )  # fmt: skip
 
@@ -261,45 +276,12 @@ def paged_latent_prefill_shape(ins: Shapes, attrs: Attrs) -> Output:
     return made
 
 
-def paged_latent_prefill_work(ins: Shapes, outs: Shapes, attrs: Attrs) -> Work:
-    return _attention_work(ins, outs, attrs, ins[2].shape[0])
-
-
-def paged_latent_prefill_blocks(ins: Shapes, attrs: Attrs) -> Range:
-    return 0, ins[4].shape[0]
-
-
 register(
     Kind(
-        "paged_latent_prefill", Signature("311232", _ATTENTION), paged_latent_prefill_shape, paged_latent_prefill_work,
-        split=(None,) * 6, index_ranges={1: no_chunks, 3: paged_latent_prefill_blocks},
+        "paged_latent_prefill", Signature("311232", _ATTENTION), paged_latent_prefill_shape, partial(latent_work, 2),
+        split=(None,) * 6, index_ranges={1: no_chunks, 3: index_of(4)},
     )
 )  # fmt: skip
-
-
-def _mixed(kind: str, ins: Shapes, attrs: Attrs) -> Output:
-    q, *_, latents, up = ins
-    need(len(q.shape) == 3 and len(latents.shape) == 3, kind, ins, "q and the cache have three axes")
-    tokens, heads, dim = q.shape
-    rotary = attrs.integer("rotary")
-    need(len(up.shape) == 2 and up.shape[0] % heads == 0, kind, ins, f"up must hold {heads} equal heads")
-    need(up.shape[1] + rotary == latents.shape[2], kind, ins, "up must take the cache's rank")
-    values = up.shape[0] // heads - (dim - rotary)
-    need(values > 0, kind, ins, "up must give a key part and a value a head")
-    need_floats(kind, ins, q, latents, up)
-    need(0 < rotary <= dim, kind, ins, f"{rotary} rotary channels do not fit")
-    need(attrs.integer("context") >= 1, kind, ins, "context must be at least 1")
-    return (tokens, heads * values), q.dtype
-
-
-def _attention_work(ins: Shapes, outs: Shapes, attrs: Attrs, sequences: int) -> Work:
-    """The arithmetic of the cheaper form; each sequence's cached latents and the up-projection read once."""
-    q, *places, latents, up = ins
-    context = attrs.integer("context")
-    read = sequences * context * latents.shape[2] * ITEMSIZE[latents.dtype]
-    shape = (q.shape[1], q.shape[2], attrs.integer("rotary"), up.shape)
-    flops = min(latent_flops(q.shape[0] / sequences, context, *shape))
-    return Work(flops=sequences * flops, hbm_bytes=moved([q, *places, up, *outs]) + read)
 
 
 def latent_flops(

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 from taskgraph.errors import GraphError
 from taskgraph.graph.graph import Value
@@ -167,51 +168,27 @@ def _collective(kind: str, x: Value, ranks: int, axis: int, name: str | None, de
     return apply(kind, [x], {"ranks": ranks, "axis": axis}, name=name, demand=wanted)
 
 
-def all_gather_shape(ins: Shapes, attrs: Attrs) -> Output:
-    ranks = attrs.integer("ranks")
-    return _resized("all_gather", ins, attrs, ranks, 1)
-
-
-def all_reduce_shape(ins: Shapes, attrs: Attrs) -> Output:
-    return _resized("all_reduce", ins, attrs, 1, 1)
-
-
-def reduce_scatter_shape(ins: Shapes, attrs: Attrs) -> Output:
-    ranks = attrs.integer("ranks")
-    return _resized("reduce_scatter", ins, attrs, 1, ranks)
-
-
-def _resized(kind: str, ins: Shapes, attrs: Attrs, times: int, parts: int) -> Output:
-    """The input with `axis` made `times` as long and cut into `parts`."""
+def collective_shape(kind: str, ins: Shapes, attrs: Attrs) -> Output:
+    """The input, whose `axis` a gather makes `ranks` times as long and a scatter cuts into as many parts."""
     (x,) = ins
     ranks, axis = attrs.integer("ranks"), attrs.integer("axis")
     need(x.dtype != "bool", kind, ins, "sums and joins are of numbers")
     need(ranks >= 1 and 0 <= axis < len(x.shape), kind, ins, f"no {ranks} ranks on axis {axis}")
+    times, parts = {"all_gather": (ranks, 1), "reduce_scatter": (1, ranks)}.get(kind, (1, 1))
     need(x.shape[axis] % parts == 0, kind, ins, f"{ranks} ranks cannot share axis {axis}")
     return (*x.shape[:axis], x.shape[axis] * times // parts, *x.shape[axis + 1 :]), x.dtype
 
 
-def all_gather_work(ins: Shapes, outs: Shapes, attrs: Attrs) -> Work:
-    return _ring_work(ins, outs, attrs, passes=1, reduces=False)
-
-
-def all_reduce_work(ins: Shapes, outs: Shapes, attrs: Attrs) -> Work:
-    return _ring_work(ins, outs, attrs, passes=2, reduces=True)
-
-
-def reduce_scatter_work(ins: Shapes, outs: Shapes, attrs: Attrs) -> Work:
-    return _ring_work(ins, outs, attrs, passes=1, reduces=True)
-
-
-def _ring_work(ins: Shapes, outs: Shapes, attrs: Attrs, *, passes: int, reduces: bool) -> Work:
-    """Ring algorithms (Patarasuk and Yuan 2009): in each pass a rank sends (ranks - 1) / ranks of the whole tensor."""
+def collective_work(kind: str, ins: Shapes, outs: Shapes, attrs: Attrs) -> Work:
+    """Ring algorithms (Patarasuk and Yuan 2009): in each pass, of which an all-reduce has two, a rank sends
+    (ranks - 1) / ranks of the whole tensor."""
     ranks = attrs.integer("ranks")
     whole = max(ins[0], outs[0], key=lambda t: t.nbytes)
     sent = (ranks - 1) / ranks
     return Work(
-        flops=sent * math.prod(whole.shape) if reduces else 0.0,
+        flops=0.0 if kind == "all_gather" else sent * math.prod(whole.shape),
         hbm_bytes=moved(ins) + moved(outs),
-        link_bytes=passes * sent * whole.nbytes,
+        link_bytes=(2 if kind == "all_reduce" else 1) * sent * whole.nbytes,
     )
 
 
@@ -220,7 +197,7 @@ def collective_split(ins: Shapes, attrs: Attrs) -> Axes | None:
     return None if attrs.integer("axis") == 0 else (0,)
 
 
-COLLECTIVE = Signature("+", {"ranks": COUNT, "axis": PLACE})
-register(Kind("all_gather", COLLECTIVE, all_gather_shape, all_gather_work, collective_split))
-register(Kind("all_reduce", COLLECTIVE, all_reduce_shape, all_reduce_work, collective_split))
-register(Kind("reduce_scatter", COLLECTIVE, reduce_scatter_shape, reduce_scatter_work, collective_split))
+_COLLECTIVE = Signature("+", {"ranks": COUNT, "axis": PLACE})
+for _kind in COLLECTIVES:
+    _shape, _work = partial(collective_shape, _kind), partial(collective_work, _kind)
+    register(Kind(_kind, _COLLECTIVE, _shape, _work, collective_split))

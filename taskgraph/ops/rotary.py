@@ -5,11 +5,11 @@ from typing import Final
 
 from taskgraph.errors import GraphError
 from taskgraph.ops.signatures import COUNT, NUMBER, POSITIVE, SMALL, Attrs
-from taskgraph.record import instance, typed
+from taskgraph.record import Typed, instance
 
 
 @dataclass(frozen=True, slots=True)
-class Llama3Stretch:
+class Llama3Stretch(Typed, error=GraphError):
     """Llama 3.1's: frequencies that turn less than `low_freq` times over the original context are divided by `factor`,
     those that turn more than `high_freq` times are kept, and those between are mixed."""
 
@@ -18,12 +18,9 @@ class Llama3Stretch:
     high_freq: float
     original_context: float
 
-    def __post_init__(self) -> None:
-        typed(self, GraphError)
-
 
 @dataclass(frozen=True, slots=True)
-class YarnStretch:
+class YarnStretch(Typed, error=GraphError):
     """YaRN's (Peng et al. 2023): frequency number i is divided by `factor` from `high` on, not up to `low`, and in part
     between, and cosines and sines are multiplied by `attention`."""
 
@@ -31,9 +28,6 @@ class YarnStretch:
     low: float
     high: float
     attention: float
-
-    def __post_init__(self) -> None:
-        typed(self, GraphError)
 
 
 Stretch = Llama3Stretch | YarnStretch | None

@@ -10,7 +10,7 @@ import math
 
 from taskgraph.graph.graph import Value
 from taskgraph.graph.op import Work
-from taskgraph.ops.kinds import Axes, Kind, Output, Range, apply, register
+from taskgraph.ops.kinds import Axes, Kind, Output, Range, apply, index_of, register
 from taskgraph.ops.signatures import COUNT, Attrs, Shapes, Signature, moved, need, need_floats
 
 # ------------------------------------------------------------------------------------------- draw
@@ -58,10 +58,6 @@ def draw_work(ins: Shapes, outs: Shapes, attrs: Attrs) -> Work:
     return Work(flops=4.0 * math.prod(ins[0].shape), hbm_bytes=moved(ins[:6]) + (1 + len(ins[6:])) * moved(outs))
 
 
-def draw_likeliest(ins: Shapes, attrs: Attrs) -> Range:
-    return 0, ins[0].shape[1]
-
-
 def draw_split(ins: Shapes, attrs: Attrs) -> Axes | None:
     """What is kept has its place by its row in the whole batch."""
     return (0,) * 6 if len(ins) == 6 else None
@@ -70,7 +66,7 @@ def draw_split(ins: Shapes, attrs: Attrs) -> Axes | None:
 register(
     Kind(
         "draw", Signature("2111111", spare=1), draw_shape, draw_work, draw_split,
-        index_ranges={1: draw_likeliest, 3: draw_likeliest},
+        index_ranges=dict.fromkeys((1, 3), index_of(0, 1)),
     )
 )  # fmt: skip
 

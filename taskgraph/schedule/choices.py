@@ -9,7 +9,7 @@ from taskgraph.graph.device import Device, get
 from taskgraph.graph.graph import Graph
 from taskgraph.network.collectives import ALGORITHMS, lacking
 from taskgraph.ops import COLLECTIVES
-from taskgraph.record import function, instance, typed
+from taskgraph.record import Typed, function, instance
 from taskgraph.rewrite.collectives import collective_variants
 from taskgraph.schedule.plan import Plan
 from taskgraph.schedule.planner import plan
@@ -17,7 +17,7 @@ from taskgraph.schedule.problem import Costs
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
+class Chosen(Typed, error=PlanError):
     """The best plan found with the collectives open, of `graph`, which is the one given or a rewrite of it.
 
     `label` says what was chosen, such as "o_reduce=gather, by ring"; `makespans_s` has the seconds of every choice."""
@@ -26,9 +26,6 @@ class Chosen:
     graph: Graph
     plan: Plan
     makespans_s: Mapping[str, float]
-
-    def __post_init__(self) -> None:
-        typed(self, PlanError)
 
 
 def plan_collectives(

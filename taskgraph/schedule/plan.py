@@ -15,7 +15,7 @@ from taskgraph.cache import write_atomically
 from taskgraph.errors import PlanError
 from taskgraph.graph.device import Device, Geometry, Partition
 from taskgraph.graph.split import UNSPLIT, Split
-from taskgraph.record import as_path, decode, read_text, shown, typed
+from taskgraph.record import Typed, as_path, decode, read_text, shown
 
 SCHEMA = 3
 KINDS = ("simulated", "measured", "published")
@@ -26,18 +26,15 @@ TUNED = "autotune: "
 
 
 @dataclass(frozen=True, slots=True)
-class Lane:
+class Lane(Typed, error=PlanError):
     """One stream in partition `partition` of geometry `geometry`; its steps run in order."""
 
     geometry: int
     partition: int
 
-    def __post_init__(self) -> None:
-        typed(self, PlanError)
-
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class Step(Typed, error=PlanError):
     """Run `op` on lane number `lane` when its lane is free and the steps numbered in `waits` have ended.
 
     `waits` holds earlier steps of other lanes; order within a lane needs no wait. `sms` is the number of SMs that
@@ -49,12 +46,9 @@ class Step:
     waits: tuple[int, ...] = ()
     sms: int = 0
 
-    def __post_init__(self) -> None:
-        typed(self, PlanError)
-
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class Span(Typed, error=PlanError):
     """One op on one lane from `start_s` to `end_s`."""
 
     op: str
@@ -62,12 +56,9 @@ class Span:
     start_s: float
     end_s: float
 
-    def __post_init__(self) -> None:
-        typed(self, PlanError)
-
 
 @dataclass(frozen=True, slots=True)
-class Timeline:
+class Timeline(Typed, error=PlanError):
     """Spans with where they come from. `kind` is "simulated", "measured" or "published"; `origin` names
     the device and calibration, the machine, or the source."""
 
@@ -75,16 +66,13 @@ class Timeline:
     origin: str
     spans: tuple[Span, ...]
 
-    def __post_init__(self) -> None:
-        typed(self, PlanError)
-
     @property
     def makespan_s(self) -> float:
         return max((s.end_s for s in self.spans), default=0.0) - min((s.start_s for s in self.spans), default=0.0)
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
+class Bounds(Typed, error=PlanError):
     """Lower bounds on the makespan of any plan, in seconds, by what binds.
 
     `proved_s` is what the exact scheduler proves about all plans of the graph together; 0 where it did not run.
@@ -102,9 +90,6 @@ class Bounds:
 
     _LATER: ClassVar[frozenset[str]] = frozenset({"proved_s", "power_s"})
 
-    def __post_init__(self) -> None:
-        typed(self, PlanError)
-
     @property
     def best_s(self) -> float:
         soft_s = max(self.hbm_s, self.h2d_s, self.d2h_s, self.link_s)
@@ -117,7 +102,7 @@ class Bounds:
 
 
 @dataclass(frozen=True, slots=True)
-class Period:
+class Period(Typed, error=PlanError):
     """A repeated body as a loop: `count` iterations end `seconds` after each other on average.
 
     prologue_s is the end of the first iteration and epilogue_s what follows the end of the last, so that
@@ -131,12 +116,9 @@ class Period:
     epilogue_s: float
     overlap: float
 
-    def __post_init__(self) -> None:
-        typed(self, PlanError)
-
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(Typed, error=PlanError):
     """Packed or sequential, and by how much. `error_band` is the relative error of a time, `gain_band` that of the
     gain: a gain inside it is no win. None in plans from before it, whose error_band said both."""
 
@@ -148,9 +130,6 @@ class Verdict:
     gain_band: float | None = None
 
     _LATER: ClassVar[frozenset[str]] = frozenset({"gain_band"})
-
-    def __post_init__(self) -> None:
-        typed(self, PlanError)
 
     @property
     def band(self) -> float:
@@ -169,30 +148,24 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
-class Slot:
+class Slot(Typed, error=PlanError):
     """Where an activation lives in the arena, in bytes."""
 
     tensor: str
     offset: int
     nbytes: int
 
-    def __post_init__(self) -> None:
-        typed(self, PlanError)
-
 
 @dataclass(frozen=True, slots=True)
-class Collective:
+class Collective(Typed, error=PlanError):
     """The collective `op` goes over the network of the plan's device by `algorithm`."""
 
     op: str
     algorithm: str
 
-    def __post_init__(self) -> None:
-        typed(self, PlanError)
-
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(Typed, error=PlanError):
     """A schedule of one graph on one device. `graph` is the fingerprint of the graph it was made for;
     steps name the ops of that graph, split by `split`, written out (`Graph.flat()`), in an order that respects every
     wait. `period` is there when the graph repeats a body. `collectives` says of each collective between ranks, in the
@@ -218,9 +191,6 @@ class Plan:
     collectives: tuple[Collective, ...] = ()
 
     _LATER: ClassVar[frozenset[str]] = frozenset({"schema", "seal", "collectives"})
-
-    def __post_init__(self) -> None:
-        typed(self, PlanError)
 
     @property
     def makespan_s(self) -> float:

@@ -17,8 +17,8 @@ from taskgraph.cost.profiles import Costs, Platform, Profile, ProfileDB, measure
 from taskgraph.errors import PlanError, ProfileError
 from taskgraph.graph.device import Device, Geometry, get
 from taskgraph.graph.graph import Graph, GraphBuilder
+from taskgraph.record import Typed, instance, integer, one_of, parse, read_text
 from taskgraph.record import function as callable_of
-from taskgraph.record import instance, integer, one_of, parse, read_text, typed
 from taskgraph.record import number as number_of
 from taskgraph.runtime.backend import BACKENDS
 from taskgraph.runtime.cpu import probe
@@ -44,7 +44,7 @@ Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
+class Trial(Typed, error=PlanError):
     """One candidate in one session of interleaved repeats.
 
     `measured_s` is its median and `sequential_s` that of the sequential plan between the same repeats; both None where
@@ -62,9 +62,6 @@ class Trial:
     repeats: int
     session: str
 
-    def __post_init__(self) -> None:
-        typed(self, PlanError)
-
     @property
     def ratio(self) -> float:
         """Time over that of the sequential plan; infinite where it did not run."""
@@ -79,7 +76,7 @@ class Trial:
 
 
 @dataclass(frozen=True, slots=True)
-class Tuned:
+class Tuned(Typed, error=PlanError):
     """What autotune found. All times are of `kind` ("measured" or "simulated") and come from `origin`."""
 
     plan: Plan
@@ -92,9 +89,6 @@ class Tuned:
     remembered: bool = False
     at: str = ""
     """When it was found, by this machine's clock: "2026-05-17 14:03"."""
-
-    def __post_init__(self) -> None:
-        typed(self, PlanError)
 
     @property
     def verdict(self) -> Verdict:

@@ -76,7 +76,7 @@ def test_rates_are_those_of_the_probes_and_say_so(made: Path) -> None:
 
 def test_families_that_were_not_measured_are_borrowed_with_a_wider_band(made: Path) -> None:
     ours, theirs = model_of(tg.devices.get(str(made))), shipped(specs.get("h200_sxm").calibration)
-    for name, fit in theirs.fitted.items():
+    for name, fit in theirs.families.items():
         if name != "gemm" and theirs.device != "h200_sxm":
             assert ours.family(name).band == pytest.approx(1.5 * fit.band, rel=1e-3)
 

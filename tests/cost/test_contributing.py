@@ -89,10 +89,10 @@ def test_a_family_is_fitted_to_a_table_of_its_columns(norms: None, tmp_path: Pat
     (table,) = read(tmp_path / "norms.csv")
     assert table.family is family
     made = calibrate([table], H100, {"data": "made up"})
-    assert made.fitted["norm"].coefficients == pytest.approx(
+    assert made.families["norm"].coefficients == pytest.approx(
         dict(zip(truth.names(), truth.values(), strict=True)), rel=0.1
     )
-    assert made.fitted["norm"].held_out["median"] < 0.02
+    assert made.families["norm"].held_out["median"] < 0.02
     made.save(tmp_path / "norms.json")
     assert Calibration.load(tmp_path / "norms.json") == made
     part = model_with(made, H100).family("norm")

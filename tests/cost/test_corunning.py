@@ -131,7 +131,7 @@ def test_the_shipped_models_say_what_was_measured(
 def test_products_of_the_h200_are_its_own() -> None:
     errors = corun.gemm_errors(corun.Measured.read([GIVEN], H200))
     assert errors["median"] <= 0.04 and errors["p90"] <= 0.12
-    made = shipped("h200_sxm").fitted
+    made = shipped("h200_sxm").families
     assert made["gemm"].fitted_on == "" and made["gemm"].held_out["median"] <= 0.04
     assert made["gemm"].held_out["p90"] <= 0.12
     assert model_of(H200).family("moe").source == "transferred from h100_sxm v1"
@@ -178,10 +178,10 @@ def test_a_fit_finds_how_much_products_keep_their_grid() -> None:
         KernelTime(name, sms, float(seconds)) for name in names
         for sms, seconds in zip(sizes, op_table(named_case(name).graph, H200, sizes).seconds[0], strict=True)
     ]  # fmt: skip
-    gemm = replace(own.fitted["gemm"], coefficients={**own.fitted["gemm"].coefficients, "kept_grid": 0.01})
-    found = fit_kept_grid(rows, corun.graph_of, H200, replace(own, fitted={**own.fitted, "gemm": gemm}))
-    assert found.fitted["gemm"].coefficients["kept_grid"] == pytest.approx(
-        own.fitted["gemm"].coefficients["kept_grid"], rel=0.07
+    gemm = replace(own.families["gemm"], coefficients={**own.families["gemm"].coefficients, "kept_grid": 0.01})
+    found = fit_kept_grid(rows, corun.graph_of, H200, replace(own, families={**own.families, "gemm": gemm}))
+    assert found.families["gemm"].coefficients["kept_grid"] == pytest.approx(
+        own.families["gemm"].coefficients["kept_grid"], rel=0.07
     )
     assert fit_kept_grid([], corun.graph_of, H200, own) is own
 
@@ -190,7 +190,7 @@ def test_a_report_of_gpu_check_makes_a_model_of_its_own() -> None:
     path = H100 / "gpu-check.json"
     _, made = calibrated(path, graph_of=corun.graph_of)
     assert made.co_running is not None and made.co_running.held_out["partition"]["rows"] > 700
-    assert made.fitted["gemm"].coefficients["kept_grid"] > 0.5
+    assert made.families["gemm"].coefficients["kept_grid"] > 0.5
     assert Calibration.from_json(saved(made)) == made
     assert len(read_report(path).corun) == 488
 

@@ -42,7 +42,7 @@ def test_calibration_finds_a_device_that_never_was(tmp_path: Path) -> None:
     fitted = Errors.of(predictions(after, fresh), fresh.seconds)
     assert fitted.median < 0.06
     assert fitted.median < plain.median
-    assert made.fitted["gemm"].held_out["median"] == pytest.approx(fitted.median, abs=0.04), (
+    assert made.families["gemm"].held_out["median"] == pytest.approx(fitted.median, abs=0.04), (
         "held-out errors are honest"
     )
 
@@ -64,7 +64,7 @@ def test_shipped_coefficients_reach_their_targets_on_held_out_shapes(name: str) 
     made = shipped(name)
     assert {"data", "licence", "date"} <= set(made.provenance)
     wanted = {"gemm": 0.036, "decode_attention": 0.07, "prefill_attention": 0.07, "moe": 0.12, "nccl": 0.08}
-    assert {f: fit.held_out["median"] <= wanted[f] for f, fit in made.fitted.items()} == dict.fromkeys(wanted, True)
+    assert {f: fit.held_out["median"] <= wanted[f] for f, fit in made.families.items()} == dict.fromkeys(wanted, True)
 
 
 def test_same_shape_has_the_same_part_on_every_device(tmp_path: Path) -> None:

@@ -22,9 +22,9 @@ NAMES = ("gemm_gateup_2048", "gemm_down_2048", "gemm_qkv_2048", "gemm_o_2048", "
 def with_own(share: float) -> Calibration:
     """H200's, where our own product has that share of the library's speed."""
     made = shipped("h200_sxm")
-    gemm = made.fitted["gemm"]
+    gemm = made.families["gemm"]
     gemm = replace(gemm, coefficients={**gemm.coefficients, "own_share": share})
-    return replace(made, fitted={**made.fitted, "gemm": gemm})
+    return replace(made, families={**made.families, "gemm": gemm})
 
 
 def graph_of(name: str) -> Graph:
@@ -90,5 +90,5 @@ def test_its_share_is_found_again_from_a_report() -> None:
         return found
 
     made = fit_own_share(rows(H200), graph_of, H200, shipped("h200_sxm"))
-    assert made.fitted["gemm"].coefficients["own_share"] == pytest.approx(0.8, rel=0.05)
+    assert made.families["gemm"].coefficients["own_share"] == pytest.approx(0.8, rel=0.05)
     assert fit_own_share(rows(H200)[:5], graph_of, H200, shipped("h200_sxm")) == shipped("h200_sxm")
