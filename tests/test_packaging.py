@@ -88,7 +88,7 @@ def wheel(request: pytest.FixtureRequest, source: Path, tmp_path_factory: pytest
 def test_wheel_holds_every_source_and_data_file(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     own = ROOT / "taskgraph"
-    wanted = {str(p.relative_to(ROOT)) for end in ("*.py", "*.json", "*.toml") for p in own.rglob(end)}
+    wanted = {str(p.relative_to(ROOT)) for end in ("*.py", "*.json", "*.toml", "*.css", "*.js") for p in own.rglob(end)}
     for part in ("models", "cuda"):
         files = [*(ROOT / part).rglob("*.py"), *(ROOT / part).rglob("*.json"), *(ROOT / part).rglob("*.cu")]
         files += (ROOT / part).rglob("*.html")

@@ -5,6 +5,8 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import cache
+from importlib import resources
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
@@ -35,7 +37,7 @@ from taskgraph.units import format_seconds
 Points = Sequence[tuple[float, float]]
 
 _NO_FACTS: Mapping[str, str] = MappingProxyType({})
-_COLOURS = 10
+_COLOURS = 10  # that report.css has
 _WIDE = 10_000  # units across a plot; the page stretches them to its width
 _PIXELS = 1_600
 _MANY = 3_000
@@ -80,12 +82,12 @@ def write_report(
         + "</div>"
         + (_section("Details", _table(table)) if table else "")
     )
-    title = _e(f"{plan.graph_name} on {plan.device.name}")
+    title, style, script = _e(f"{plan.graph_name} on {plan.device.name}"), _part("report.css"), _part("report.js")
     text = (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_CSS}</style></head>\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{style}</style></head>\n'
         f"<body><main>{body}<footer>taskgraph · plan of graph <code>{_e(plan.graph[:12])}</code> · made by "
-        f'{_e(plan.made_by)}</footer></main><div id="tip" hidden></div><script>{_JS}</script></body></html>\n'
+        f'{_e(plan.made_by)}</footer></main><div id="tip" hidden></div><script>{script}</script></body></html>\n'
     )
     with writing(path) as place:
         write_atomically(place, text)
@@ -94,7 +96,8 @@ def write_report(
 def _check_extras(facts: object, table: object, utilisation: object) -> None:
     """PlanError unless they are of the kinds that `write_report` says."""
     for name, value in instance("facts", facts, Mapping, PlanError).items():
-        text_of("the name of a fact", name, PlanError), text_of(f"the fact {name!r}", value, PlanError, empty=True)
+        text_of("the name of a fact", name, PlanError)
+        text_of(f"the fact {name!r}", value, PlanError, empty=True)
     for row in sequence("table", table, PlanError):
         for cell in sequence("a row of table", row, PlanError):
             text_of("a cell of table", cell, PlanError, empty=True)
@@ -103,13 +106,17 @@ def _check_extras(facts: object, table: object, utilisation: object) -> None:
         for point in sequence(f"utilisation of {name!r}", points, PlanError):
             if len(sequence("a step of utilisation", point, PlanError)) != 2:
                 raise PlanError(f"a step of utilisation is a time and a share; got {shown(point)}.")
-            (
-                number_of("the time of a step", point[0], PlanError),
-                number_of("the share of a step", point[1], PlanError, 0),
-            )
+            number_of("the time of a step", point[0], PlanError)
+            number_of("the share of a step", point[1], PlanError, 0)
 
 
 # ------------------------------------------------------------------------------------------- pieces
+
+
+@cache
+def _part(name: str) -> str:
+    """A file beside this one that goes into every report."""
+    return (resources.files(__package__) / name).read_text(encoding="utf-8")
 
 
 def _e(text: str) -> str:
@@ -333,99 +340,3 @@ def _table(table: Sequence[tuple[str, ...]]) -> str:
 
 
 _HINT = "drag to zoom, double-click to reset, hover for details"
-
-_INKS = (
-    "4269d0 fff", "efb118 221a00", "ff725c 2b0a04", "3ca951 04210b", "a463f2 fff",
-    "6cc5b0 06251e", "ff8ab7 33091c", "97bbf5 081a38", "9c6b4e fff", "9498a0 16181c",
-)  # fmt: skip
-"""Colour of a stem's bars, and of the text on them."""
-
-_CSS = """
-:root{color-scheme:light dark;--bg:#f7f7f5;--card:#fff;--ink:#1c1f24;--soft:#676d77;--line:#e5e5e1;--lane:#f1f1ee;
---hue:#3457d5;--good:#1b7f4d;--warn:#9a6200}
-@media(prefers-color-scheme:dark){:root{--bg:#111317;--card:#191c22;--ink:#e7e9ee;--soft:#969dab;--line:#2b2f38;
---lane:#20242b;--hue:#8ba4ff;--good:#5fd09a;--warn:#e8b35a}}
-*{box-sizing:border-box}body{margin:0;background:var(--bg);color:var(--ink);font:15px/1.5 Inter,system-ui,-apple-system,
-"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;font-variant-numeric:tabular-nums}
-main{max-width:1440px;margin:0 auto;padding:36px 32px 24px}h1{font-size:32px;line-height:1.2;margin:0 0 10px;
-letter-spacing:-.02em;overflow-wrap:anywhere}h1 span{color:var(--soft);font-weight:400}p.over{margin:0;font-size:12px;
-letter-spacing:.08em;text-transform:uppercase;color:var(--soft)}.verdict{font-size:17px;margin:0 0 22px}
-.verdict strong{padding:2px 10px;border-radius:99px;margin-right:8px;font-size:14px;color:var(--card);
-background:var(--warn)}.verdict.packed strong{background:var(--good)}.note{color:var(--warn);margin:-12px 0 22px}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(210px,1fr));gap:12px}
-.card,section{background:var(--card);border:1px solid var(--line);border-radius:12px}.card{padding:14px 18px}
-.card b{display:block;font-size:28px;line-height:1.25;letter-spacing:-.02em;font-weight:650}
-.card i{display:block;font-style:normal;color:var(--ink)}.card small,small{color:var(--soft);font-size:12px}
-dl{display:flex;flex-wrap:wrap;gap:8px 34px;margin:18px 2px}
-dt{color:var(--soft);font-size:12px}dd{margin:0;font-weight:550}
-.geo{display:flex;align-items:center;gap:14px;margin-bottom:6px}.geo em{font-style:normal;color:var(--soft);
-font-size:12px;width:80px;flex:none}.geo>div{display:flex;flex:1;gap:3px;min-width:0}.geo div span{flex-basis:0;
-min-width:0;overflow:hidden;white-space:nowrap;text-overflow:ellipsis;font-size:12px;padding:3px 10px;border-radius:5px;
-background:color-mix(in srgb,var(--hue) 16%,var(--card))}.geo div .free{padding:0;background:repeating-linear-gradient(
--45deg,var(--line) 0 3px,transparent 3px 7px)}
-section{padding:18px 22px 20px;margin-top:16px;min-width:0}h2{font-size:17px;margin:0 0 12px;letter-spacing:-.01em}
-h2 .hint{font-weight:400;font-size:12px;color:var(--soft);margin-left:12px;letter-spacing:0}h3{font-size:13px;
-font-weight:550;margin:16px 0 6px}.cols{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,460px),1fr));
-column-gap:16px}.tag{font-size:11px;font-weight:600;padding:1px 7px;border-radius:99px;white-space:nowrap;
-color:var(--hue);background:color-mix(in srgb,var(--hue) 13%,transparent)}.tag.measured{color:var(--good);
-background:color-mix(in srgb,var(--good) 15%,transparent)}.tag.binds,.tag.published{color:var(--warn);
-background:color-mix(in srgb,var(--warn) 16%,transparent)}
-.legend{display:inline-flex;flex-wrap:wrap;gap:4px 18px;list-style:none;margin:0 24px 0 0;padding:0;font-size:13px}
-.legend i{display:inline-block;width:11px;height:11px;border-radius:3px;margin-right:7px}label{font-size:13px;
-color:var(--soft);cursor:pointer;white-space:nowrap}label input{vertical-align:-2px;accent-color:var(--hue)}
-.plot{display:grid;grid-template-columns:150px minmax(0,1fr)}.names div{height:30px;font-size:13px;line-height:1.15;
-display:flex;flex-direction:column;justify-content:center}.names small{font-size:11px;white-space:nowrap}
-.use .names div{height:46px}.use{margin-bottom:4px}.view{position:relative;overflow:hidden;cursor:crosshair}
-svg{display:block;width:100%;touch-action:pan-y}.lanes svg{background:repeating-linear-gradient(var(--card) 0 2px,
-var(--lane) 2px 28px,var(--card) 28px 30px)}rect{stroke:var(--lane);stroke-width:1;vector-effect:non-scaling-stroke}
-rect:hover{filter:brightness(1.15)}.crit rect:not(.k){opacity:.13}.crit .nk{display:none}
-.view .over{position:absolute;inset:0;pointer-events:none;overflow:hidden}.view .over span{position:absolute;
-font-size:11px;line-height:24px;padding:0 5px;white-space:nowrap;overflow:hidden;text-overflow:ellipsis}
-.view .over b{position:absolute;top:0;bottom:0;background:var(--hue);opacity:.18}
-.use line{stroke:var(--line);vector-effect:non-scaling-stroke}.use path{fill-opacity:.28;stroke-width:1.3;
-vector-effect:non-scaling-stroke}.axis{grid-column:2;position:relative;height:22px;border-top:1px solid var(--line);
-overflow:hidden}.axis span{position:absolute;font-size:11px;color:var(--soft);padding:2px 0 0 5px;
-border-left:1px solid var(--line);white-space:nowrap}
-table{width:100%;border-collapse:collapse;font-size:14px}th,td{padding:7px 14px 7px 0;border-top:1px solid var(--line);
-text-align:right;font-weight:400;white-space:nowrap}tr:first-child>*{border:0;color:var(--soft);font-size:12px}
-th{text-align:left;font-weight:550;white-space:normal;overflow-wrap:anywhere}th small{display:block;font-weight:400}
-td:last-child{padding-right:0}tr.total>*{border-top:2px solid var(--line);font-weight:650}.meter{width:110px;height:8px;
-border-radius:4px;background:var(--lane);overflow:hidden;display:inline-block}.meter i{display:block;height:100%;
-background:var(--hue);opacity:.55}.binds .meter i{background:var(--warn);opacity:1}.meter.all i{background:var(--soft)}
-footer{color:var(--soft);font-size:12px;margin:20px 4px}#tip{position:fixed;z-index:9;pointer-events:none;
-white-space:pre-line;font-size:12px;max-width:420px;padding:8px 12px;border-radius:8px;background:var(--ink);
-color:var(--bg);box-shadow:0 4px 18px #0004;overflow-wrap:anywhere}#tip::first-line{font-weight:650}
-@media(max-width:700px){main{padding:20px 14px}.plot{grid-template-columns:84px minmax(0,1fr)}.names small{
-white-space:normal;overflow:hidden;max-height:13px}.meter{width:48px}}
-""" + "".join(
-    f".c{i}{{fill:#{c};background:#{c};color:#{ink}}}.r{i}{{fill:#{c};stroke:#{c}}}\n"
-    for i, (c, ink) in enumerate(pair.split() for pair in _INKS)
-)
-
-_JS = """
-(()=>{const $=(q,r=document)=>[...r.querySelectorAll(q)],W=10000,tip=$('#tip')[0];let a=0,b=1,from=null;
-$('rect').forEach(r=>{const t=r.firstChild;r.tip=t.textContent;t.remove()});
-const time=s=>{for(const[k,u]of[[1,'s'],[1e-3,'ms'],[1e-6,'us']])if(Math.abs(s)>=k)return+(s/k).toPrecision(4)+' '+u;
-return s?+(s*1e9).toPrecision(4)+' ns':'0'};
-function draw(){$('.plot').forEach(p=>{const S=+p.dataset.s,svg=$('svg',p)[0],over=$('.over',p)[0];
-svg.setAttribute('viewBox',[a*W,0,(b-a)*W,p.dataset.h]);const wide=svg.clientWidth,per=wide/((b-a)*W);over.innerHTML='';
-$('rect',p).forEach(r=>{let x=(+r.getAttribute('x')-a*W)*per,w=+r.getAttribute('width')*per;
-if(x<0){w+=x;x=0}w=Math.min(w,wide-x);if(w<26||!r.dataset.n||r.dataset.n.length*6.6+9>w&&w<70)return;
-const s=document.createElement('span');s.textContent=r.dataset.n;s.className=r.classList[0]+(r.matches('.k')?'':' nk');
-s.style.cssText=`left:${x}px;top:${r.getAttribute('y')}px;width:${w}px;background:none`;over.append(s)});
-$('.axis',p).forEach(ax=>{const raw=S*(b-a)/Math.max(2,Math.min(9,wide/120)),d=10**Math.floor(Math.log10(raw)),
-step=[1,2,5,10].map(m=>m*d).find(s=>s>=raw*.999);ax.innerHTML='';
-for(let i=Math.ceil(a*S/step-1e-9);i*step<=b*S;i++){const s=document.createElement('span');s.textContent=time(i*step);
-s.style.left=100*(i*step/S-a)/(b-a)+'%';ax.append(s)}})})}
-const at=(e,v)=>{const r=v.getBoundingClientRect();return Math.min(1,Math.max(0,(e.clientX-r.left)/r.width))};
-$('.view').forEach(v=>{v.onpointerdown=e=>{from=at(e,v);v.setPointerCapture(e.pointerId)};
-v.onpointermove=e=>{if(from===null)return;const x=at(e,v),o=$('.over',v)[0],m=$('b',o)[0]||document.createElement('b');
-m.style.left=100*Math.min(x,from)+'%';m.style.width=100*Math.abs(x-from)+'%';o.append(m)};
-v.onpointerup=e=>{const x=at(e,v),l=Math.min(x,from),r=Math.max(x,from),n=b-a;from=null;
-if(r-l>.005){b=a+r*n;a+=l*n}draw()};v.ondblclick=()=>{a=0;b=1;draw()}});
-document.addEventListener('pointermove',e=>{const t=e.target.tip;tip.hidden=!t;if(!t)return;tip.textContent=t;
-tip.style.left=Math.min(e.clientX+14,innerWidth-tip.offsetWidth-8)+'px';
-tip.style.top=(e.clientY+tip.offsetHeight+26>innerHeight?e.clientY-tip.offsetHeight-10:e.clientY+16)+'px'});
-$('#crit').forEach(c=>c.onchange=()=>document.body.classList.toggle('crit',c.checked));
-addEventListener('resize',draw);draw()})()
-"""

@@ -191,14 +191,8 @@ def _begin(clock: Clock, b: Workspace, lane: int, op: int, mode: int) -> None:
 def _advance(clock: Clock, lanes: Lanes, b: Workspace) -> float:
     """Fill the speed of every lane and the use of every resource; returns the seconds until the next event."""
     running, latency, left, speed, took = b.running, b.latency, b.left, b.speed, b.took
-    full, wanted, used, partition, rows, capacity = (
-        b.full,
-        b.wanted,
-        b.used,
-        lanes.partition,
-        lanes.table,
-        clock.capacity,
-    )
+    full, wanted, used = b.full, b.wanted, b.used
+    partition, rows, capacity = lanes.partition, lanes.table, clock.capacity
     for i in range(len(running)):
         fluid = running[i] >= 0 and latency[i] <= 0.0
         speed[i] = 1.0 if fluid else 0.0

@@ -316,14 +316,8 @@ class Waits(NamedTuple):
 
 @kernel
 def _reduce_waits(order: np.ndarray, lane: np.ndarray, pred_ptr: np.ndarray, pred: np.ndarray, found: Waits) -> None:
-    step_of, known, last, latest, row, count = (
-        found.step_of,
-        found.known,
-        found.last,
-        found.latest,
-        found.row,
-        found.length,
-    )
+    step_of, known, last = found.step_of, found.known, found.last
+    latest, row, count = found.latest, found.row, found.length
     lanes = len(last)
     for s in range(len(order)):
         op = order[s]

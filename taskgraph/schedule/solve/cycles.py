@@ -302,16 +302,8 @@ def _period(body: Body, end: np.ndarray, begun: np.ndarray) -> float:
 def _judge(f: _Field, point: CyclePoint) -> float:
     """Fill start and end; seconds of the whole graph: the window's, and a period for every iteration beyond it; inf
     for a deadlock, and for places so far apart that a window does not show what the whole would do."""
-    body, place, lane, queues, order, key, modes, rows = (
-        f.body,
-        point.place,
-        point.lane,
-        f.queues,
-        f.order,
-        f.key,
-        f.modes,
-        f.rows,
-    )
+    body, queues, order, key, modes, rows = f.body, f.queues, f.order, f.key, f.modes, f.rows
+    place, lane = point.place, point.lane
     decision, iteration, partition, n = body.decision, body.iteration, f.lanes.partition, len(body.decision)
     first = last = place[0]
     for d in range(len(place)):
