@@ -336,14 +336,15 @@ class Typed:
             cls._error = error
 
     def __post_init__(self) -> None:
-        for name, (inner, _) in schema_of(type(self)).items():
+        kind: Any = type(self)
+        for name, (inner, _) in schema_of(kind).items():
             given = getattr(self, name)
             try:
                 made = inner.one(given)
             except Bad as bad:
                 called = getattr(self, "name", None)
                 whose = f" {called!r}: " if isinstance(called, str) and called else "."
-                raise self._error(f"{type(self).__name__.lower()}{whose}{name}{bad.path} {bad.text}.") from None
+                raise self._error(f"{kind.__name__.lower()}{whose}{name}{bad.path} {bad.text}.") from None
             if made is not given:
                 object.__setattr__(self, name, made)
         check = getattr(self, "_check", None)
@@ -437,29 +438,31 @@ def as_path(path: object, error: Error, what: str) -> Path:
 # --------------------------------------------------------------------------------------- arguments
 
 
-def integer(name: str, value: object, error: Error, low: int = -INT64, high: int = INT64 - 1) -> int:
-    """`value` as an integer from `low` to `high`; `error` names the argument."""
+def _argument(kind: type[T], name: str, value: object, error: Error) -> T:
     try:
-        made = _PLAIN[int].one(value)
+        made: T = _PLAIN[kind].one(value)
     except Bad as bad:
         raise error(f"{name} {bad.text}.") from None
+    return made
+
+
+def integer(name: str, value: object, error: Error, low: int = -INT64, high: int = INT64 - 1) -> int:
+    """`value` as an integer from `low` to `high`; `error` names the argument."""
+    made: int = _argument(int, name, value, error)
     if not low <= made <= high:
         raise error(f"{name} is {made}; it must be {_range(low, high, -INT64, INT64 - 1)}.")
-    return int(made)
+    return made
 
 
 def number(
     name: str, value: object, error: Error, low: float = float("-inf"), high: float = float("inf"), above: bool = False
 ) -> float:
     """`value` as a finite number from `low` (with `above`: beyond it) to `high`; `error` names the argument."""
-    try:
-        made = _PLAIN[float].one(value)
-    except Bad as bad:
-        raise error(f"{name} {bad.text}.") from None
+    made: float = _argument(float, name, value, error)
     if not (low < made <= high if above else low <= made <= high) or made in (float("inf"), float("-inf")):
         limits = _range(low, high, float("-inf"), float("inf"))
         raise error(f"{name} is {made}; it must be {f'finite and above {low:g}' if above else limits}.")
-    return float(made)
+    return made
 
 
 def _range(low: float, high: float, least: float, most: float) -> str:
@@ -472,13 +475,10 @@ def _range(low: float, high: float, least: float, most: float) -> str:
 
 def text(name: str, value: object, error: Error, empty: bool = False) -> str:
     """`value` as a text that is not empty (unless `empty`); `error` names the argument."""
-    try:
-        made = _PLAIN[str].one(value)
-    except Bad as bad:
-        raise error(f"{name} {bad.text}.") from None
+    made: str = _argument(str, name, value, error)
     if not made and not empty:
         raise error(f"{name} is empty; give it some characters.")
-    return str(made)
+    return made
 
 
 def one_of(name: str, value: object, options: Iterable[str], error: Error) -> str:

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Mapping
 
 from taskgraph.errors import DemandError
 from taskgraph.record import number, shown
@@ -9,57 +10,41 @@ from taskgraph.record import number, shown
 _PREFIX = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "p": 1e15}
 _BINARY = {"ki": 2.0**10, "mi": 2.0**20, "gi": 2.0**30, "ti": 2.0**40}
 _SECONDS = {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
+_BYTES, _RATES = (
+    {"": 1.0} | {prefix + unit: scale for prefix, scale in (_PREFIX | _BINARY).items()} for unit in ("b", "b/s")
+)
+"""Unit, in lower case -> what one of it is in SI; "" for a plain number."""
 _QUANTITY = re.compile(r"^\s*([-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[-+]?[0-9]+)?)\s*([a-z/]*)\s*$", re.IGNORECASE)
 
 
 def parse_bytes(value: str | float) -> float:
     """Bytes from a number or a text such as "64MiB", "1.5 GB", "4096"."""
-    return _parse(value, "B", "64MiB")
+    return _parse(value, _BYTES, "B", "64MiB")
 
 
 def parse_rate(value: str | float) -> float:
     """Bytes per second from a number or a text such as "20GB/s"."""
-    return _parse(value, "B/s", "20GB/s")
+    return _parse(value, _RATES, "B/s", "20GB/s")
 
 
 def parse_seconds(value: str | float) -> float:
     """Seconds from a number or a text such as "500ns", "2 us", "1.5ms"."""
-    amount, text = _split(value, "2us")
-    if text not in _SECONDS:
-        raise DemandError(f"cannot read {value!r} as seconds; write it like '2us'.")
-    return _checked(amount * _SECONDS[text], value, "2us")
+    return _parse(value, _SECONDS, "seconds", "2us")
 
 
-def _parse(value: str | float, unit: str, example: str) -> float:
-    amount, text = _split(value, example)
-    scale = _scale(text, unit.lower())
-    if scale is None:
-        raise DemandError(f"cannot read {value!r} as {unit}; write it like {example!r}.")
-    return _checked(amount * scale, value, example)
-
-
-def _split(value: str | float, example: str) -> tuple[float, str]:
-    if not isinstance(value, str):
-        return number("a quantity", value, DemandError), ""
-    match = _QUANTITY.match(value)
-    if match is None:
-        raise DemandError(f"cannot read {shown(value)} as a quantity; write it like {example!r}.")
-    return float(match[1]), match[2].lower()
-
-
-def _scale(text: str, unit: str) -> float | None:
-    if text == "":
-        return 1.0
-    if not text.endswith(unit):
-        return None
-    prefix = text[: len(text) - len(unit)]
-    return _PREFIX.get(prefix, _BINARY.get(prefix))
-
-
-def _checked(number: float, value: str | float, example: str) -> float:
-    if not math.isfinite(number) or number < 0:
+def _parse(value: str | float, scales: Mapping[str, float], what: str, example: str) -> float:
+    if isinstance(value, str):
+        match = _QUANTITY.match(value)
+        if match is None:
+            raise DemandError(f"cannot read {shown(value)} as a quantity; write it like {example!r}.")
+        if match[2].lower() not in scales:
+            raise DemandError(f"cannot read {value!r} as {what}; write it like {example!r}.")
+        made = float(match[1]) * scales[match[2].lower()]
+    else:
+        made = number("a quantity", value, DemandError)
+    if not math.isfinite(made) or made < 0:
         raise DemandError(f"{value!r} must be finite and not negative; write it like {example!r}.")
-    return number
+    return made
 
 
 def format_seconds(seconds: float) -> str:

@@ -26,7 +26,7 @@ _LONGEST_S, _SHORTEST_S = 1e3, 1e-7
 class _Row:
     """A row of a table: its integers count something, and its times are those of kernels and steps."""
 
-    __slots__ = ()
+    __slots__: tuple[str, ...] = ()
 
     def _check(self) -> None:
         for name in self.__slots__:

@@ -4,7 +4,7 @@ A device with coefficients (its own or its relation's) is predicted by the famil
 machine's CPU among them, by the roofline of roofline.py. Measured points of an op win over both (profiles.py).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,6 +75,10 @@ class OpTable:
     own_grid: np.ndarray
     energy: np.ndarray
     together: CoRunning
+
+
+Costs = Callable[[Graph, Device, Sequence[int]], OpTable]
+"""What prices the ops of a flat graph on the given SM counts: `op_table`, or a table of measurements over it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import time
 import uuid
 import weakref
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from taskgraph import cache
-from taskgraph.cost.model import OpTable, op_table
+from taskgraph.cost.model import Costs, OpTable, op_table
 from taskgraph.errors import ProfileError, TaskgraphError
 from taskgraph.graph.device import Device
 from taskgraph.graph.graph import Graph
@@ -30,8 +30,6 @@ from taskgraph.record import Typed, as_path, instance
 
 Points = tuple[tuple[int, float, float], ...]
 """(SMs, median seconds, spread in seconds), SMs rising. Seconds are of the op alone, launch included."""
-
-Costs = Callable[[Graph, Device, Sequence[int]], OpTable]
 
 _SHORTEST_S = 1e-9
 """What is left, at least, of a measured time after the device's launch is taken off."""

@@ -82,7 +82,7 @@ Argument = str | float
 """`x0` or `s0`, or a number."""
 
 
-class Step(NamedTuple):
+class Applied(NamedTuple):
     """An operation by name, and what it takes."""
 
     name: str
@@ -93,7 +93,7 @@ class Step(NamedTuple):
 class Formula:
     """Steps over `inputs` inputs; `text` is how a graph keeps it."""
 
-    steps: tuple[Step, ...]
+    steps: tuple[Applied, ...]
     inputs: int
 
     @property
@@ -128,7 +128,7 @@ def _written(argument: Argument) -> str:
 @cache
 def formula(text: str) -> Formula:
     """The formula that `text` is; GraphError where it is none, or takes more than there is room for."""
-    steps: list[Step] = []
+    steps: list[Applied] = []
     inputs: set[int] = set()
     for number, part in enumerate(text.split(";")):
         name, *given = part.split() or [""]
@@ -138,7 +138,7 @@ def formula(text: str) -> Formula:
         if len(arguments) != OPERATIONS[name].takes:
             raise GraphError(f"step {number} of a formula: {name} takes {OPERATIONS[name].takes}; got {shown(part)}.")
         inputs |= {int(a[1:]) for a in arguments if isinstance(a, str) and a[0] == "x"}
-        steps.append(Step(name, arguments))
+        steps.append(Applied(name, arguments))
     if inputs != set(range(len(inputs))) or not inputs:
         raise GraphError(f"a formula uses the inputs x0, x1, ... and leaves none out; got {shown(text)}.")
     made = Formula(tuple(steps), len(inputs))
@@ -223,7 +223,7 @@ def number(name: str, value: object) -> float:
 def joined(outer: Formula, at: Mapping[int, tuple[Formula, Sequence[int]]], inputs: Mapping[int, int]) -> Formula:
     """`outer` with formulas in place of some of its inputs: at[i] is what makes input i, and the numbers that its own
     inputs have in the result; `inputs` are the numbers of the others. GraphError where there is no room."""
-    steps: list[Step] = []
+    steps: list[Applied] = []
     made: dict[str, str] = {f"x{i}": f"x{n}" for i, n in inputs.items()}
     for i, (inner, numbers) in at.items():
         base = len(steps)
@@ -235,10 +235,10 @@ def joined(outer: Formula, at: Mapping[int, tuple[Formula, Sequence[int]]], inpu
     return formula(Formula(tuple(steps), count).text)
 
 
-def _moved(step: Step, names: Mapping[str, str], base: int) -> Step:
+def _moved(step: Applied, names: Mapping[str, str], base: int) -> Applied:
     def renamed(argument: Argument) -> Argument:
         if isinstance(argument, float):
             return argument
         return names[argument] if argument[0] == "x" else f"s{base + int(argument[1:])}"
 
-    return Step(step.name, tuple(map(renamed, step.arguments)))
+    return Applied(step.name, tuple(map(renamed, step.arguments)))

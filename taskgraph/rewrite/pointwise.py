@@ -8,7 +8,7 @@ from taskgraph.errors import GraphError
 from taskgraph.graph.graph import Graph
 from taskgraph.graph.op import PLAIN, ROWS, Op, Rows, Tensor, rows_attr, seen_inputs
 from taskgraph.ops import KINDS, Attrs
-from taskgraph.ops.formula import Formula, Step, formula, joined
+from taskgraph.ops.formula import Applied, Formula, formula, joined
 from taskgraph.ops.pointwise import computes_in, formula_of, promoted
 from taskgraph.rewrite.rebuild import derived, rebuilt
 
@@ -129,9 +129,9 @@ def _rounded(inner: _Pointwise, dtype: str, truths: list[bool]) -> Formula | Non
     those of its operands."""
     made, last = inner.formula, f"s{len(inner.formula.steps) - 1}"
     if inner.computes_in == "f32" and dtype in _ROUNDED:
-        return Formula((*made.steps, Step(_ROUNDED[dtype], (last,))), made.inputs)
+        return Formula((*made.steps, Applied(_ROUNDED[dtype], (last,))), made.inputs)
     if dtype == "bool":
-        return made if made.truth(truths) else Formula((*made.steps, Step("ne", (last, 0.0))), made.inputs)
+        return made if made.truth(truths) else Formula((*made.steps, Applied("ne", (last, 0.0))), made.inputs)
     return made if dtype == inner.computes_in else None
 
 

@@ -4,14 +4,14 @@ planner's clock: it finds what was changed or made by another version, not what 
 import math
 from dataclasses import replace
 
-from taskgraph.cost.model import op_table
+from taskgraph.cost.model import Costs, op_table
 from taskgraph.errors import PlanError
 from taskgraph.graph.graph import Graph
 from taskgraph.schedule.band import error_band
 from taskgraph.schedule.bounds import lower_bounds
 from taskgraph.schedule.plan import Plan
 from taskgraph.schedule.planner import replay_times
-from taskgraph.schedule.problem import Costs, legal_sizes, make_problem
+from taskgraph.schedule.problem import legal_sizes, make_problem
 from taskgraph.schedule.sliced import sliced, verify
 from taskgraph.schedule.solve.found import in_sequence
 

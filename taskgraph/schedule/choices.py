@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from taskgraph.cost.model import op_table
+from taskgraph.cost.model import Costs, op_table
 from taskgraph.errors import GraphError, PlanError
 from taskgraph.graph.device import Device, get
 from taskgraph.graph.graph import Graph
@@ -13,7 +13,6 @@ from taskgraph.record import Typed, function, instance
 from taskgraph.rewrite.collectives import collective_variants
 from taskgraph.schedule.plan import Plan
 from taskgraph.schedule.planner import plan
-from taskgraph.schedule.problem import Costs
 
 
 @dataclass(frozen=True, slots=True)

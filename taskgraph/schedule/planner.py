@@ -8,7 +8,7 @@ import numpy as np
 
 from taskgraph.cost.families import kernel_of
 from taskgraph.cost.links import algorithm_on
-from taskgraph.cost.model import op_table
+from taskgraph.cost.model import Costs, op_table
 from taskgraph.errors import GraphError, PlanError
 from taskgraph.graph.device import Device, get
 from taskgraph.graph.graph import Graph
@@ -22,7 +22,7 @@ from taskgraph.schedule.band import error_band
 from taskgraph.schedule.bounds import lower_bounds
 from taskgraph.schedule.evaluate import Assignment, Evaluation, Layout, evaluate
 from taskgraph.schedule.plan import Collective, Lane, Period, Plan, Span, Step, Timeline, Verdict, uncollected
-from taskgraph.schedule.problem import Budget, Costs, Problem, make_problem
+from taskgraph.schedule.problem import Budget, Problem, make_problem
 from taskgraph.schedule.sliced import sliced
 from taskgraph.schedule.solve import SCHEDULERS
 from taskgraph.schedule.solve.checked import checked

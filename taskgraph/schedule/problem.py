@@ -1,18 +1,14 @@
 """Problem and Budget: what a scheduler is given. Everything it may see is there as numba-ready arrays."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from taskgraph.cost.corunning import CoRunning
-from taskgraph.cost.model import OpTable, op_table, reached
+from taskgraph.cost.model import Costs, op_table, reached
 from taskgraph.graph.device import Device
 from taskgraph.graph.graph import Graph
-
-Costs = Callable[[Graph, Device, Sequence[int]], OpTable]
-"""What prices the ops of a flat graph on the given SM counts: `op_table`, or a table of measurements over it."""
-
 
 _TABLE = 2_000_000
 """The most (op, SM count) pairs that a search looks at."""

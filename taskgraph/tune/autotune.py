@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, Unpack
 
 from taskgraph import cache, ops
-from taskgraph.cost.model import op_table
-from taskgraph.cost.profiles import Costs, Platform, Profile, ProfileDB, measured_costs, points_of, shape_key
+from taskgraph.cost.model import Costs, op_table
+from taskgraph.cost.profiles import Platform, Profile, ProfileDB, measured_costs, points_of, shape_key
 from taskgraph.errors import PlanError, ProfileError
 from taskgraph.graph.device import Device, Geometry, get
 from taskgraph.graph.graph import Graph, GraphBuilder

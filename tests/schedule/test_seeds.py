@@ -21,7 +21,7 @@ from taskgraph.schedule.plan import Plan
 from taskgraph.schedule.planner import candidate
 from taskgraph.schedule.problem import Budget, Costs, legal_sizes, make_problem
 from taskgraph.schedule.solve import cycles, explore, seeds
-from taskgraph.schedule.solve.annealing import Space, bordered, judged, realise, search_layouts, starts
+from taskgraph.schedule.solve.annealing import STATES, Space, bordered, realise, search_layouts, starts
 from tests.strategies import devices, graphs
 
 DEVICE = tg.devices.make("h200_sxm", name="plain", calibration="", launch_seconds=1e-9, switch_seconds=1e-9)
@@ -58,7 +58,9 @@ def test_placements_are_partitions_that_the_device_has_and_ops_fit(
                 assert (mine[1:, 1] == mine[:-1, 1] + mine[:-1, 2]).all() and mine[:, 2].sum() <= whole
         made = seeds.cycles(space, layout, traits, starts(space, layout)[0])
         if made:
-            some = cycles.judged(space, layout, data.draw(st.lists(st.sampled_from(made), min_size=1, max_size=4)))
+            some = cycles.CYCLES.judged(
+                space, layout, data.draw(st.lists(st.sampled_from(made), min_size=1, max_size=4))
+            )
             for each in some:
                 at = space.iteration + each.place[space.decision]
                 before = np.repeat(np.arange(space.problem.n), np.diff(space.problem.succ_ptr))
@@ -79,7 +81,7 @@ def test_what_a_state_is_judged_at_is_what_it_takes(graph: Graph, device: tg.Dev
     for layout in search_layouts(device):
         made = seeds.states(space, layout, traits, starts(space, layout)[0])
         if made and space.total == space.window:
-            best = judged(space, layout, made)[0]
+            best = STATES.judged(space, layout, made)[0]
             _, times = realise(space, layout, best)
             assert times.makespan_s == pytest.approx(settled(space, layout, best.seconds))
 

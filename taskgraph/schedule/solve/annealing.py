@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -23,9 +23,6 @@ from taskgraph.schedule.solve.lists import upward_rank
 ISLANDS = 2
 """Annealing runs side by side, a thread each; a fixed number, so that a seed means the same on every machine."""
 ROUNDS = 6
-_OP_S = 4e-6
-"""Seconds that one op costs in one trial, on the slow side: it turns a budget into a number of trials, so that equal
-seeds and budgets give equal plans on any machine that keeps up. The wall clock only guards."""
 _OVERSUBSCRIBE = np.array([1.0, 1.25, 1.5, 2.0, np.inf])
 _BACKFILL, _SM, _SOFT = 0, 1, 2
 
@@ -76,10 +73,6 @@ class State:
     policy: np.ndarray
     seconds: float = np.inf
 
-    def layout(self, origin: Layout) -> Layout:
-        """`origin` with the partition sizes of this state."""
-        return bordered(origin, self.table)
-
 
 def bordered(origin: Layout, table: np.ndarray) -> Layout:
     """`origin` with the partition sizes of `table` (p, 4)."""
@@ -124,26 +117,8 @@ def search_layouts(device: Device) -> list[Layout]:
 
 
 def anneal(space: Space, layout: Layout, begin: Sequence[State], budget_s: float, seed: int) -> State:
-    """The best state found from `begin`; equal arguments give equal results unless the machine is too slow for the
-    number of trials that `budget_s` stands for, and the clock ends the search."""
-    field = _field(space, layout)
-
-    def walk(state: State, trials: int, seed: int, hot: float, cold: float) -> State:
-        return _walk(own(field, _SCRATCH), state, Heat(trials, seed, hot, cold))
-
-    trials = trials_in(space, budget_s / ROUNDS)
-    return islands(walk, begin, trials, budget_s, seed, Cooling(0.02, 1e-5, 10.0))
-
-
-def trials_in(space: Space, budget_s: float) -> int:
-    """How many trials a budget stands for."""
-    return int(budget_s / (_OP_S * space.problem.n))
-
-
-def judged(space: Space, layout: Layout, states: Sequence[State]) -> list[State]:
-    """The states with their seconds, the shortest first."""
-    field = _field(space, layout)
-    return sorted((_walk(field, each, JUDGE) for each in states), key=lambda each: each.seconds)
+    """The best state found from `begin`, as `Annealer.best` finds it."""
+    return STATES.best(space, layout, begin, (budget_s, seed), Cooling(0.02, 1e-5, 10.0))
 
 
 class _Judged(Protocol):
@@ -152,8 +127,6 @@ class _Judged(Protocol):
 
 
 J = TypeVar("J", bound=_Judged)
-Walk = Callable[[J, int, int, float, float], J]
-"""(from where, trials, seed, hot, cold) -> the best of an annealing run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,28 +139,49 @@ class Cooling:
     span: float
 
 
-def islands(walk: Walk[J], begin: Sequence[J], trials: int, budget_s: float, seed: int, cooling: Cooling) -> J:
-    """The best of ISLANDS runs side by side, from the best of `begin`: ROUNDS of `trials` each. The leader is copied to
-    one island after each round, and to all in the second half; the clock only guards."""
-    pool = [walk(each, *JUDGE) for each in begin]  # compiles and judges, before the clock starts
-    deadline = time.monotonic() + 2 * budget_s + 0.5
-    best = sorted(pool, key=lambda each: each.seconds)[:ISLANDS]
-    best = [best[i % len(best)] for i in range(ISLANDS)]
-    with ThreadPoolExecutor(ISLANDS) as threads:
-        for turn in range(ROUNDS):
-            hot = cooling.start * (1 - turn / ROUNDS) ** 2 + cooling.end
-            jobs = [
-                threads.submit(
-                    walk, each, max(8, trials), (seed * ROUNDS + turn) * ISLANDS + i, hot, hot / cooling.span
-                )
-                for i, each in enumerate(best)
-            ]
-            found = [job.result() for job in jobs]
-            leader = min([*found, *best], key=lambda each: each.seconds)
-            best = [leader, *found[1:]] if turn < ROUNDS // 2 else [leader] * ISLANDS
-            if time.monotonic() > deadline:
-                break
-    return min(best, key=lambda each: each.seconds)
+@dataclass(frozen=True, slots=True)
+class Annealer(Generic[J]):
+    """How points of one kind are annealed: what moves and judge read of a space and a layout (`field`), of which each
+    thread has its own `scratch`; a run of the loop from a point (`walk`); and the seconds that one op costs in one
+    trial, on the slow side: they turn a budget into a number of trials, so that equal seeds and budgets give equal
+    plans on any machine that keeps up. The wall clock only guards."""
+
+    field: Callable[[Space, Layout], Any]
+    scratch: tuple[str, ...]
+    walk: "Callable[[Any, J, Heat], J]"
+    op_s: float
+
+    def trials_in(self, space: Space, budget_s: float) -> int:
+        """How many trials a budget stands for."""
+        return int(budget_s / (self.op_s * space.problem.n))
+
+    def judged(self, space: Space, layout: Layout, points: Sequence[J]) -> list[J]:
+        """The points with their seconds, the shortest first."""
+        field = self.field(space, layout)
+        return sorted((self.walk(field, each, JUDGE) for each in points), key=lambda each: each.seconds)
+
+    def best(self, space: Space, layout: Layout, begin: Sequence[J], spent: tuple[float, int], cooling: Cooling) -> J:
+        """The best of ISLANDS runs side by side, from the best of `begin`: ROUNDS of as many trials as `spent`, seconds
+        and a seed, stands for. The leader is copied to one island after each round, and to all in the second half."""
+        (budget_s, seed), field = spent, self.field(space, layout)
+        trials = max(8, self.trials_in(space, budget_s / ROUNDS))
+        pool = [self.walk(own(field, self.scratch), each, JUDGE) for each in begin]  # compiles, before the clock starts
+        deadline = time.monotonic() + 2 * budget_s + 0.5
+        best = sorted(pool, key=lambda each: each.seconds)[:ISLANDS]
+        best = [best[i % len(best)] for i in range(ISLANDS)]
+        with ThreadPoolExecutor(ISLANDS) as threads:
+            for turn in range(ROUNDS):
+                hot = cooling.start * (1 - turn / ROUNDS) ** 2 + cooling.end
+                heats = [
+                    Heat(trials, (seed * ROUNDS + turn) * ISLANDS + i, hot, hot / cooling.span) for i in range(ISLANDS)
+                ]
+                fields = [own(field, self.scratch) for _ in best]
+                found = list(threads.map(self.walk, fields, best, heats))
+                leader = min([*found, *best], key=lambda each: each.seconds)
+                best = [leader, *found[1:]] if turn < ROUNDS // 2 else [leader] * ISLANDS
+                if time.monotonic() > deadline:
+                    break
+        return min(best, key=lambda each: each.seconds)
 
 
 def realise(space: Space, layout: Layout, state: State) -> tuple[Assignment, Evaluation]:
@@ -197,7 +191,7 @@ def realise(space: Space, layout: Layout, state: State) -> tuple[Assignment, Eva
     priority = upward_rank(problem) - state.delay[d]
     limits = (float(_OVERSUBSCRIBE[state.policy[_SM]]), float(_OVERSUBSCRIBE[state.policy[_SOFT]]))
     backfill = bool(state.policy[_BACKFILL])
-    return dispatch(problem, state.layout(layout), priority, mode, state.row[d], limits, backfill)
+    return dispatch(problem, bordered(layout, state.table), priority, mode, state.row[d], limits, backfill)
 
 
 # ------------------------------------------------------------------------------------------- the loop
@@ -327,9 +321,6 @@ def _field(space: Space, layout: Layout) -> _Field:
         workspace_of(clock, lanes),
         front_of(clock),
     )
-
-
-_SCRATCH = ("modes", "wishes", "workspace", "front")
 
 
 def own(field: F, scratch: Sequence[str]) -> F:
@@ -468,3 +459,4 @@ def _legal(size: int, sizes: np.ndarray) -> bool:
 
 
 _anneal = metropolis(_move, _judge, _copy, 0)
+STATES = Annealer(_field, ("modes", "wishes", "workspace", "front"), _walk, 4e-6)

@@ -15,8 +15,7 @@ from taskgraph.jit import inner, kernel, plain
 from taskgraph.schedule.clock import Clock, Lanes, Queues, Workspace, simulate, workspace_of
 from taskgraph.schedule.evaluate import NO_HOLDS, Assignment, Evaluation, Layout, clock_of, lanes_of
 from taskgraph.schedule.solve.annealing import (
-    JUDGE,
-    ROUNDS,
+    Annealer,
     Cooling,
     Heat,
     Launch,
@@ -25,18 +24,14 @@ from taskgraph.schedule.solve.annealing import (
     bordered,
     fit,
     fitted,
-    islands,
     launch_of,
     metropolis,
-    own,
     realise,
     shift_border,
 )
 
 _STEP = 1e-7
 """The least distance in periods between the places of two ops of which one needs the other."""
-_OP_S = 5e-7
-"""Seconds that one op costs in one trial; it turns a budget into a number of trials, as in `search`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,26 +86,8 @@ def period(space: Space, times: Evaluation) -> float:
 def polish(
     space: Space, layout: Layout, begin: Sequence[Cycle], budget_s: float, seed: int, heat: float = 0.01
 ) -> Cycle:
-    """The best cycle found from `begin`, at first with losses of about `heat` of the time accepted; equal arguments
-    give equal results, as for `search.anneal`."""
-    field = _field(space, layout)
-
-    def walk(cycle: Cycle, trials: int, seed: int, hot: float, cold: float) -> Cycle:
-        return _walk(own(field, _SCRATCH), cycle, Heat(trials, seed, hot, cold))
-
-    trials = trials_in(space, budget_s / ROUNDS)
-    return islands(walk, begin, trials, budget_s, seed, Cooling(heat, 2e-4, 20.0))
-
-
-def trials_in(space: Space, budget_s: float) -> int:
-    """How many trials a budget stands for."""
-    return int(budget_s / (_OP_S * space.problem.n))
-
-
-def judged(space: Space, layout: Layout, cycles: Sequence[Cycle]) -> list[Cycle]:
-    """The cycles with their seconds, the shortest first."""
-    field = _field(space, layout)
-    return sorted((_walk(field, each, JUDGE) for each in cycles), key=lambda each: each.seconds)
+    """The best cycle found from `begin`, at first with losses of about `heat` of the time accepted."""
+    return CYCLES.best(space, layout, begin, (budget_s, seed), Cooling(heat, 2e-4, 20.0))
 
 
 def written_out(space: Space, layout: Layout, cycle: Cycle) -> Assignment:
@@ -230,9 +207,6 @@ def _edges(space: Space) -> Edges:
     pointer = np.zeros(d + 1, np.int64)
     np.cumsum(np.bincount(both[:, 0], minlength=d), out=pointer[1:])
     return Edges(pointer, plain(both[:, 1:], np.int64), np.zeros(4 * d + 8, np.int64))
-
-
-_SCRATCH = ("start", "end", "modes", "rows", "begun", "key", "order", "edges", "queues", "workspace")
 
 
 def _walk(field: _Field, cycle: Cycle, heat: Heat) -> Cycle:
@@ -459,3 +433,6 @@ def _move(f: _Field, point: CyclePoint, trial: int) -> bool:
 
 
 _polish = metropolis(_move, _judge, _copy, 1)
+CYCLES = Annealer(
+    _field, ("start", "end", "modes", "rows", "begun", "key", "order", "edges", "queues", "workspace"), _walk, 5e-7
+)

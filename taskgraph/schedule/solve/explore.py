@@ -17,9 +17,9 @@ from taskgraph.rewrite.nanobatch import apply, splittable
 from taskgraph.schedule.bounds import lower_bounds, sm_seconds
 from taskgraph.schedule.evaluate import Assignment, Layout, evaluate
 from taskgraph.schedule.problem import Budget, Problem, legal_sizes, make_problem
-from taskgraph.schedule.solve import annealing, cycles, lists, rules, seeds
-from taskgraph.schedule.solve.annealing import Space, State, anneal, realise, search_layouts, starts
-from taskgraph.schedule.solve.cycles import Cycle, cycle_of, plain_cycle, polish, written_out
+from taskgraph.schedule.solve import lists, rules, seeds
+from taskgraph.schedule.solve.annealing import STATES, Space, State, anneal, realise, search_layouts, starts
+from taskgraph.schedule.solve.cycles import CYCLES, Cycle, cycle_of, plain_cycle, polish, written_out
 from taskgraph.schedule.solve.found import Found, best_of, collectives_ordered, in_sequence, or_sequential
 from taskgraph.schedule.solve.packing import packings
 
@@ -267,10 +267,10 @@ def _seeded(arm: _Arm, budget_s: float) -> _Arm:
     space, layout = arm.space, arm.layout
     traits, like = seeds.traits_of(space, [op.name for op in arm.graph.ops]), starts(space, layout)
     placed = seeds.states(space, layout, traits, like[1]) if len(layout.table) > 1 else []
-    state = annealing.judged(space, layout, [*like, *_few(placed, annealing.trials_in(space, budget_s))])[0]
+    state = STATES.judged(space, layout, [*like, *_few(placed, STATES.trials_in(space, budget_s))])[0]
     begun = [cycle_of(space, layout, state), plain_cycle(space, layout, state)]
-    tried = _few(seeds.cycles(space, layout, traits, like[0]), cycles.trials_in(space, budget_s))
-    return replace(arm, state=state, cycle=cycles.judged(space, layout, [*begun, *tried])[0])
+    tried = _few(seeds.cycles(space, layout, traits, like[0]), CYCLES.trials_in(space, budget_s))
+    return replace(arm, state=state, cycle=CYCLES.judged(space, layout, [*begun, *tried])[0])
 
 
 def _few(made: list[T], most: int) -> list[T]:
