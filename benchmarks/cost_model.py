@@ -14,9 +14,9 @@ from rich.table import Table
 
 import taskgraph as tg
 from benchmarks import machine, nanoflow_table, one_line, print_json
+from benchmarks.interference import table_errors
 from taskgraph.cost.calibrate import Errors, predictions
 from taskgraph.cost.fitted import model_of
-from taskgraph.cost.interference import table_errors
 from taskgraph.cost.measurements import Measurements, read
 from taskgraph.cost.model import predict
 from taskgraph.errors import CalibrationError
@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise CalibrationError(f"--plots {str(options.plots)!r} is no folder; make it first.")
     screen = Console(highlight=False)
     screen.print(_table(found))
-    for row in table_errors(model_of(tg.devices.get("a100_sxm")).calibration.response.by_resource()):
+    for row in table_errors():
         screen.print(
             f"R -> P, {row.resource}, {row.table} (published): mean |dP| {row.mean:.3f}, largest {row.largest:.3f}"
         )

@@ -58,9 +58,7 @@ def calibrate(
 
 
 def _show(device: str, made: "Calibration", families: "list[tuple[str, Errors, Errors]]") -> None:
-    """The held-out errors of (family, formula alone, with correction), of the co-running model, and of the response."""
-    from taskgraph.cost.interference import table_errors
-
+    """The held-out errors of (family, formula alone, with correction), and of the co-running model."""
     table = Table(title=f"{device}: absolute percentage error on held-out shapes", title_justify="left")
     for column in ("family", "rows", "formula median", "formula p90", "median", "mean", "p90"):
         table.add_column(column)
@@ -72,7 +70,3 @@ def _show(device: str, made: "Calibration", families: "list[tuple[str, Errors, E
         what = {"partition": "speed in a partition", "shared_sum": "sum of speeds on shared lanes"}[layout]
         shown_errors = f"{100 * errors['median']:.1f} % median, {100 * errors['p90']:.1f} % p90"
         screen.print(f"co-running, {what}: {shown_errors} on held-out pairs ({errors['rows']:.0f})")
-    for row in table_errors(made.response.by_resource()):
-        screen.print(
-            f"R -> P, {row.resource}, {row.table} (published): |dP| {row.mean:.3f} mean, {row.largest:.3f} largest"
-        )

@@ -13,8 +13,7 @@ import numpy as np
 
 from taskgraph.cost import surface
 from taskgraph.cost.family import Coefficients, Family, Features, Spec
-from taskgraph.cost.fitted import Calibration, Correction, DeviceModel, FamilyModel, Fitted, Response, axes_of, spec_of
-from taskgraph.cost.interference import fit_response
+from taskgraph.cost.fitted import RESPONSE, Calibration, Correction, DeviceModel, FamilyModel, Fitted, axes_of, spec_of
 from taskgraph.cost.measurements import Measurements
 from taskgraph.errors import CalibrationError
 from taskgraph.graph.device import Device
@@ -54,9 +53,7 @@ def calibrate(
 ) -> Calibration:
     """The coefficients of `device` from its rows in `tables`; `report` hears (family, formula alone, corrected), the
     held-out errors, as they come. CalibrationError when no table has enough rows of the device."""
-    (hbm_reach, hbm_sharp), (link_reach, link_sharp) = fit_response("hbm"), fit_response("link")
-    response = Response(hbm_reach, hbm_sharp, link_reach, link_sharp)
-    spec = spec_of(device, response, "bf16")
+    spec = spec_of(device, RESPONSE, "bf16")
     fitted: dict[str, Fitted] = {}
     for table in tables:
         mine = table.where(table.systems == device.name)
@@ -68,7 +65,7 @@ def calibrate(
             f"column 'system': no table has {LEAST_ROWS} rows of {device.name!r}; they have {', '.join(seen)}."
         )
     stamp = {"date": datetime.now(UTC).date().isoformat(), **provenance}
-    return Calibration(device.name, version, device.launch_seconds, stamp, response, fitted)
+    return Calibration(device.name, version, device.launch_seconds, stamp, RESPONSE, fitted)
 
 
 def _fit_family(table: Measurements, spec: Spec, report: Callable[[str, Errors, Errors], None]) -> Fitted:

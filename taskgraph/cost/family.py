@@ -39,7 +39,7 @@ class Spec(NamedTuple):
     hbm_sharp: float
     link_reach: float
     link_sharp: float
-    """`reach` and `sharp` of `drawn_share`, for device memory and for the link; fitted (interference.py)."""
+    """`reach` and `sharp` of `drawn_share`, for device memory and for the link; see `fitted.RESPONSE`."""
 
     @property
     def sm_flops_per_s(self) -> float:

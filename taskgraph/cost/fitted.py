@@ -36,7 +36,7 @@ _FOLDER = Path(__file__).parent / "coefficients"
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """How bandwidth follows SMs: `drawn_share` of device memory and of the link (see interference.py)."""
+    """How bandwidth follows SMs: `drawn_share` of device memory and of the link (see RESPONSE)."""
 
     hbm_reach: float
     hbm_sharp: float
@@ -47,9 +47,10 @@ class Response:
         if not all(0.01 <= getattr(self, name) <= 100 for name in self.__slots__):
             raise CalibrationError(f"{self} must have numbers from 0.01 to 100.")
 
-    def by_resource(self) -> dict[str, tuple[float, float]]:
-        """(reach, sharp) of "hbm" and "link"."""
-        return {"hbm": (self.hbm_reach, self.hbm_sharp), "link": (self.link_reach, self.link_sharp)}
+
+RESPONSE = Response(hbm_reach=1.6, hbm_sharp=1.2, link_reach=3.55, link_sharp=1.4)
+"""Nearest to both published tables of how attention and collectives on an A100 answer to their share of it (arXiv
+2408.12757, table 3, and the repository efeslab/Nanoflow): `benchmarks.interference` fits it."""
 
 
 @dataclass(frozen=True, slots=True)

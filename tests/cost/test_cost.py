@@ -9,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import taskgraph as tg
-from taskgraph.cost import formulas, interference
+from benchmarks import interference
+from taskgraph.cost import formulas
 from taskgraph.cost.families import COLLECTIVE, DECODE, GEMM, MOE, PREFILL, STREAM
 from taskgraph.cost.families.attention import causal_pairs
 from taskgraph.cost.families.collective import COLLECTIVES
 from taskgraph.cost.family import Family
-from taskgraph.cost.fitted import TRANSFER_BAND, model_of
+from taskgraph.cost.fitted import RESPONSE, TRANSFER_BAND, model_of
 from taskgraph.cost.model import op_table, predict
 from taskgraph.graph.device import Device
 from taskgraph.graph.graph import Graph
@@ -190,8 +191,11 @@ def test_few_blocks_leave_sms_free() -> None:
 
 
 def test_interference_tables_come_out_of_the_model() -> None:
-    response = model_of(tg.devices.get("a100_sxm")).calibration.response.by_resource()
-    errors = interference.table_errors(response)
+    response = model_of(tg.devices.get("a100_sxm")).calibration.response
+    assert response == RESPONSE
+    assert interference.fit_response("hbm") == (response.hbm_reach, response.hbm_sharp)
+    assert interference.fit_response("link") == (response.link_reach, response.link_sharp)
+    errors = interference.table_errors()
     assert len(errors) == 4
     assert max(e.mean for e in errors) < 0.12
     assert max(e.largest for e in errors) < 0.25, "the two published tables differ by 0.2 themselves"

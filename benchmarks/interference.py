@@ -1,4 +1,5 @@
-"""How ops run together: published resource-to-performance tables, and the response that is fitted to them.
+"""How ops run together: published resource-to-performance tables, and the response that is fitted to them, which the
+cost model has as `fitted.RESPONSE`.
 
 NanoFlow gives a kernel the share R of a GPU (what its neighbour GEMM loses) and reports its performance P. Here P comes
 out of the model: a memory-bound kernel on R of the SMs draws `drawn_share(R)` of the bandwidth. Two published tables
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from taskgraph.cost.fitted import RESPONSE
 from taskgraph.cost.formulas import drawn_share
 
 PUBLISHED: Mapping[str, Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]]] = {
@@ -53,11 +55,11 @@ def fit_response(resource: str) -> tuple[float, float]:
     return chosen
 
 
-def table_errors(response: Mapping[str, tuple[float, float]]) -> list[TableError]:
+def table_errors() -> list[TableError]:
     """The error of the model's P against each published table."""
     found = []
     for resource, tables in PUBLISHED.items():
-        reach, sharp = response[resource]
+        reach, sharp = (getattr(RESPONSE, f"{resource}_{name}") for name in ("reach", "sharp"))
         for name, (shares, speeds) in tables.items():
             gap = np.abs(drawn_share(np.array(shares), 1.0, reach, sharp) - speeds)
             found.append(TableError(resource, name, float(gap.mean()), float(gap.max())))
