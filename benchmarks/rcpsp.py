@@ -22,11 +22,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import count, machine, one_line, positive, print_json, progen, whole
+from benchmarks.rcpsp_list import solve_list
 from taskgraph.errors import PlanError, TaskgraphError
 from taskgraph.record import read_text
 from taskgraph.schedule.rcpsp import exact
 from taskgraph.schedule.rcpsp.evolve import solve_auto
-from taskgraph.schedule.rcpsp.passes import solve_list
 from taskgraph.schedule.rcpsp.project import Project, Schedule, chain_bound, check, make_project
 
 EPILOG = """\

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from benchmarks import progen, rcpsp
+from benchmarks.rcpsp_list import solve_list
 from taskgraph.schedule.rcpsp import exact
 from taskgraph.schedule.rcpsp.evolve import solve, solve_auto
-from taskgraph.schedule.rcpsp.passes import solve_list
 from taskgraph.schedule.rcpsp.project import Project, check, make_project
 
 PROOF_S = 20.0

@@ -9,13 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import progen
+from benchmarks.rcpsp_list import Own, parallel, solve_list
 from taskgraph.errors import DemandError, GraphError, PlanError
 from taskgraph.schedule.bounds import longest_path
 from taskgraph.schedule.rcpsp import sgs
 from taskgraph.schedule.rcpsp.evolve import solve
-from taskgraph.schedule.rcpsp.passes import chains, priorities, solve_list, ticks_bound
+from taskgraph.schedule.rcpsp.passes import chains, priorities, ticks_bound
 from taskgraph.schedule.rcpsp.project import Project, Schedule, chain_bound, check, make_project
-from taskgraph.schedule.rcpsp.sgs import Tables, justify, make_scratch, make_tables, parallel, seconds_of, serial
+from taskgraph.schedule.rcpsp.sgs import Tables, justify, make_scratch, make_tables, seconds_of, serial
 
 SHORT_S = 0.02
 
@@ -69,9 +70,13 @@ def test_every_generated_schedule_is_valid_and_justification_never_lengthens(pro
     scratch = make_scratch(tables)
     mode = np.where(np.isfinite(project.seconds), project.seconds, np.inf).argmin(axis=1)
     start, end = np.zeros(project.n, np.int64), np.zeros(project.n, np.int64)
-    for order, generate in itertools.product(lists_of(project), (serial, parallel)):
+    own = Own(*np.zeros((2, project.n), np.int64))
+    for order, is_serial in itertools.product(lists_of(project), (True, False)):
         list_ = order.copy()
-        before = generate(tables, False, list_, mode, start, end, scratch)
+        if is_serial:
+            before = serial(tables, False, list_, mode, start, end, scratch)
+        else:
+            before = parallel(tables, list_, mode, start, end, scratch, own)
         check(project, scheduled(project, tables, tick, start, mode))
         after, passes = justify(tables, list_, mode, start, end, scratch, before)
         assert after <= before and passes % 2 == 0

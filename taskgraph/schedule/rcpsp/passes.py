@@ -1,26 +1,14 @@
 """Many quick passes over a project: priority rules, biased random sampling, both generation schemes, justification."""
 
-import heapq
-import time
 from typing import NamedTuple
 
 import numpy as np
 
-from taskgraph.errors import PlanError
 from taskgraph.jit import njit
 from taskgraph.schedule.bounds import longest_path, longest_tail
-from taskgraph.schedule.rcpsp.project import Project, Schedule
+from taskgraph.schedule.rcpsp.project import Project
 from taskgraph.schedule.rcpsp.sgs import (
-    GUARD_S,
-    Scratch,
     Tables,
-    justify,
-    make_scratch,
-    make_tables,
-    parallel,
-    schedules_for,
-    seconds_of,
-    serial,
 )
 
 CALL_S = 6e-4
@@ -173,103 +161,8 @@ def sample(
 
 
 @njit
-def greedy(t: Tables, key: np.ndarray, order: np.ndarray, missing: np.ndarray) -> None:
-    """The topological order that always takes the smallest key that is ready."""
-    heap = [(key[0], 0)]
-    heap.pop()
-    for i in range(len(key)):
-        missing[i] = t.pred_ptr[i + 1] - t.pred_ptr[i]
-        if missing[i] == 0:
-            heapq.heappush(heap, (key[i], i))
-    for k in range(len(key)):
-        _, i = heapq.heappop(heap)
-        order[k] = i
-        for e in range(t.succ_ptr[i], t.succ_ptr[i + 1]):
-            j = t.succ[e]
-            missing[j] -= 1
-            if missing[j] == 0:
-                heapq.heappush(heap, (key[j], j))
-
-
-@njit
 def mix_modes(extremes: np.ndarray, rng: np.ndarray, mode: np.ndarray) -> None:
     """Each activity in its fastest or its thriftiest mode, by a coin whose bias is drawn first."""
     bias = draw(rng, 5)
     for i in range(len(mode)):
         mode[i] = extremes[1 if draw(rng, 4) < bias else 0, i]
-
-
-class Sampling(NamedTuple):
-    """What passes draw from: a key for every rule and activity (rules, n), the modes of `extreme_modes` (2, n), and the
-    state of `draw` (1,)."""
-
-    keys: np.ndarray
-    extremes: np.ndarray
-    rng: np.ndarray
-
-
-class Found(NamedTuple):
-    """The best schedule of some passes: start and mode (n,); tally (3,) is its makespan, and the schedules and passes
-    that were made."""
-
-    start: np.ndarray
-    mode: np.ndarray
-    tally: np.ndarray
-
-
-@njit
-def _passes(t: Tables, among: Sampling, best: Found, until: int, target: int, s: Scratch) -> None:
-    """Passes until `until` schedules are made or `target` is reached."""
-    keys, extremes, rng, state = among.keys, among.extremes, among.rng, best.tally
-    n, rules = len(t.took), len(keys)
-    order, mode = np.zeros(n, np.int64), extremes[0].copy()
-    start, end = np.zeros(n, np.int64), np.zeros(n, np.int64)
-    while state[1] < until and state[0] > target:
-        number = state[2]
-        state[2] += 1
-        rule, first = number % rules, number < 4 * rules
-        if first:
-            greedy(t, keys[rule], order, s.list)
-            mode[:] = extremes[number // (2 * rules)]
-        else:
-            sample(t, keys[rule], rng, order, s.list, s.start)
-            mix_modes(extremes, rng, mode)
-        if number // rules % 2 == 0:
-            makespan = serial(t, False, order, mode, start, end, s)
-        else:
-            makespan = parallel(t, False, order, mode, start, end, s)
-        made = 1
-        if makespan > target:
-            makespan, made = justify(t, order, mode, start, end, s, makespan)
-            made += 1
-        state[1] += made
-        if makespan < state[0]:
-            state[0] = makespan
-            best.start[:] = start
-            best.mode[:] = mode
-
-
-def solve_list(project: Project, budget_s: float = 0.01, seed: int = 0) -> Schedule:
-    """The best of many passes of list scheduling, on one core.
-
-    The budget buys a fixed number of schedules, so equal seeds and budgets give equal results; on the machine that
-    the constants were measured on they take about 70 % of it. The clock is only a guard: a machine that is much
-    slower stops early. At least one pass of every rule is made.
-    """
-    if budget_s <= 0:
-        raise PlanError(f"A budget of {budget_s} s plans nothing; give more than 0.")
-    tables, tick = make_tables(project)
-    chain = chains(tables)
-    target = ticks_bound(tables, chain)
-    among = Sampling(priorities(project, tables, chain), extreme_modes(project), seeded(seed, 0))
-    start, mode = np.zeros((2, project.n), np.int64)
-    best, scratch = Found(start, mode, np.array([np.iinfo(np.int64).max, 0, 0])), make_scratch(tables)
-    count = schedules_for(tables, budget_s - CALL_S)
-    _passes(tables, among, best, 0, target, scratch)  # compiled before the clock starts
-    begin = time.perf_counter()
-    step = max(1, min(count, schedules_for(tables, GUARD_S)))
-    for until in range(step, count + step, step):
-        _passes(tables, among, best, min(until, count), target, scratch)
-        if best.tally[0] <= target or time.perf_counter() - begin > budget_s:
-            break
-    return seconds_of(project, tick, start, mode, target, "list", int(best.tally[1]))

@@ -1,4 +1,4 @@
-"""Schedule generation for projects, in numba: serial and parallel schemes (Kolisch 1996) and justification.
+"""Schedule generation for projects, in numba: the serial scheme (Kolisch 1996) and justification.
 
 Time is counted in whole ticks and all resources of an instant are packed into 64-bit words, so that one subtraction
 compares them all: each resource has a field with a guard bit above it, which a too large demand clears (SIMD within a
@@ -15,7 +15,6 @@ from taskgraph.schedule.rcpsp.project import FRACTION_SLACK, Project, Schedule, 
 
 GRID_TICKS = 1 << 14
 """Above this horizon a profile is kept as events."""
-NEVER = 1 << 62
 ACTIVITY_S = {True: 1.4e-7, False: 7e-7}
 """Seconds to place one activity, with its share of search around it, on a grid and in events; see `schedules_for`."""
 GUARD_S = 0.005
@@ -46,9 +45,7 @@ class Scratch(NamedTuple):
     times: np.ndarray
     used: np.ndarray
     list: np.ndarray
-    place: np.ndarray
     missing: np.ndarray
-    running: np.ndarray
     start: np.ndarray
     end: np.ndarray
 
@@ -76,7 +73,7 @@ def make_scratch(tables: Tables) -> Scratch:
         np.tile(tables.free, depth),
         np.zeros(1 if tables.horizon else depth, np.int64),
         np.ones(1, np.int64),
-        *(np.zeros(n, np.int64) for _ in range(6)),
+        *(np.zeros(n, np.int64) for _ in range(4)),
     )
 
 
@@ -250,86 +247,6 @@ def _split(s: Scratch, words: int, k: int, at: int) -> None:
         s.rows[i] = s.rows[i - words]
     s.times[k + 1] = at
     s.used[0] += 1
-
-
-@njit
-def parallel(
-    t: Tables, back: bool, order: np.ndarray, mode: np.ndarray, start: np.ndarray, end: np.ndarray, s: Scratch
-) -> int:
-    """Step through the ends of activities; at each, start what is ready and fits, in list order. No instant is
-    revisited, so nothing waits while all that it needs is idle (a non-delay schedule)."""
-    ptr, pred, succ_ptr, succ = t.pred_ptr, t.pred, t.succ_ptr, t.succ
-    if back:
-        ptr, pred, succ_ptr, succ = succ_ptr, succ, ptr, pred
-    n, modes, words = len(order), t.took.shape[1], len(t.free)
-    free, place, ready, missing, running = s.rows, s.place, s.list, s.missing, s.running
-    _reset(t, s)
-    s.used[0] = 1
-    waiting = busy = now = makespan = 0
-    for k in range(n):
-        place[order[k]] = k
-    for k in range(n):
-        i = order[k]
-        missing[i] = ptr[i + 1] - ptr[i]
-        if missing[i] == 0:
-            ready[waiting] = i
-            waiting += 1
-    while waiting > 0 or busy > 0:
-        k = 0
-        while k < waiting:
-            i = ready[k]
-            row, took = i * modes + mode[i], t.took[i, mode[i]]
-            if took > 0 and not _fits(t, free, 0, row):
-                k += 1
-                continue
-            for c in range(k + 1, waiting):
-                ready[c - 1] = ready[c]
-            waiting -= 1
-            start[i], end[i] = now, now + took
-            makespan = max(makespan, now + took)
-            if took > 0:
-                running[busy] = i
-                busy += 1
-                for w in range(words):
-                    free[w] -= t.need[row * words + w]
-            else:
-                waiting = _release(succ_ptr, succ, i, place, ready, waiting, missing)
-                k = 0
-        following = NEVER
-        for c in range(busy):
-            following = min(following, end[running[c]])
-        now = following if busy > 0 else now
-        kept = 0
-        for c in range(busy):
-            i = running[c]
-            if end[i] > now:
-                running[kept] = i
-                kept += 1
-                continue
-            for w in range(words):
-                free[w] += t.need[(i * modes + mode[i]) * words + w]
-            waiting = _release(succ_ptr, succ, i, place, ready, waiting, missing)
-        busy = kept
-    return makespan
-
-
-@njit
-def _release(
-    succ_ptr: np.ndarray, succ: np.ndarray, i: int, place: np.ndarray, ready: np.ndarray, waiting: int,
-    missing: np.ndarray,
-) -> int:  # fmt: skip
-    """Activity i is done: put what waited for it alone among the ready ones, in list order; returns their count."""
-    for e in range(succ_ptr[i], succ_ptr[i + 1]):
-        j = succ[e]
-        missing[j] -= 1
-        if missing[j] == 0:
-            k = waiting
-            while k > 0 and place[ready[k - 1]] > place[j]:
-                ready[k] = ready[k - 1]
-                k -= 1
-            ready[k] = j
-            waiting += 1
-    return waiting
 
 
 @njit
