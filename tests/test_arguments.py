@@ -301,7 +301,6 @@ def function_calls(s: Shop) -> dict[str, Call]:
         "ProfileDB": (tg.ProfileDB, {"path": s.folder / "q.sqlite3"}),
         "ProfileDB.record": (store.record, {"platform": PLATFORM, "rows": [ROW]}),
         "ProfileDB.table": (store.table, {"platform": PLATFORM}),
-        "ProfileDB.lookup": (store.lookup, {"platform": PLATFORM, "key": ROW.key}),
         "ProfileDB.platforms": (store.platforms, {}),
         "Executable.bind": (sim.bind, {"tensors": None}),
         "Executable.launch": (sim.launch, {"stream": None}),

@@ -159,7 +159,7 @@ def test_the_profile_database_works_where_the_data_folder_cannot_be_written(
     barred(homes, "data")
     platform, row = Platform("cpu", "m", "none", "v", "cpu"), OpTime(OpKey("gemm", "4x4", "f32"), 1, 1e-6, 1e-8, 9)
     assert ProfileDB().record(platform, [row]) == 1
-    assert ProfileDB().lookup(platform, row.key) == ((1, 1e-6, 1e-8),)
+    assert ProfileDB().table(platform)[row.key] == ((1, 1e-6, 1e-8),)
     assert len(heard) == 1
     with pytest.raises(tg.ProfileError, match="another path"):
         ProfileDB(homes / "data" / "mine.sqlite3").platforms()  # a path that was asked for is not replaced
@@ -180,7 +180,7 @@ def test_the_profile_database_is_in_memory_where_nothing_can_be_written(
     write = threading.Thread(target=store.record, args=(platform, [OpTime(key, 1, 1e-6, 1e-8, 9)]))
     write.start()
     write.join()
-    assert store.lookup(platform, key) == ((1, 1e-6, 1e-8),) and store.platforms() == (platform,)
+    assert store.table(platform)[key] == ((1, 1e-6, 1e-8),) and store.platforms() == (platform,)
     assert other.platforms() == ()
     (warning,) = heard
     assert "nothing is kept" in str(warning.message) and str(homes / "data") in str(warning.message)

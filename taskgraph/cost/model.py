@@ -336,44 +336,36 @@ def _by_roofline(
     return seconds, share * useful, np.full(len(useful), UNFITTED_BAND), ["roofline"] * len(useful)
 
 
-def rate_caps(op: Op, device: Device) -> tuple[float, float, float, float]:
-    """What the op may draw from hbm, h2d, d2h and link at most: the device's rate or the declared one."""
-    pinned = op.demand
-
-    def cap(declared: float | None, offered: float) -> float:
-        return offered if declared is None else min(declared, offered)
-
+def _paths(op: Op, device: Device) -> tuple[tuple[float, float | None, float, str], ...]:
+    """(bytes that the op moves, the rate that it pins, the device's rate, their name) of hbm, h2d, d2h and link."""
+    work, pinned = op.work, op.demand
     return (
-        cap(pinned.hbm_bytes_per_s, device.hbm_bytes_per_s),
-        cap(pinned.pcie_bytes_per_s, device.h2d_bytes_per_s),
-        cap(pinned.pcie_bytes_per_s, device.d2h_bytes_per_s),
-        cap(pinned.link_bytes_per_s, device.link_bytes_per_s),
+        (work.hbm_bytes, pinned.hbm_bytes_per_s, device.hbm_bytes_per_s, "hbm"),
+        (work.h2d_bytes, pinned.pcie_bytes_per_s, device.h2d_bytes_per_s, "pcie"),
+        (work.d2h_bytes, pinned.pcie_bytes_per_s, device.d2h_bytes_per_s, "pcie"),
+        (work.link_bytes, pinned.link_bytes_per_s, device.link_bytes_per_s, "link"),
     )
+
+
+def rate_caps(op: Op, device: Device) -> tuple[float, ...]:
+    """What the op may draw from hbm, h2d, d2h and link at most: the device's rate or the declared one."""
+    return tuple(offered if asked is None else min(asked, offered) for _, asked, offered, _ in _paths(op, device))
+
+
+_LACKING = ("device memory", "host-to-device copies", "device-to-host copies", "an inter-device link")
 
 
 def check_demand(op: Op, device: Device) -> None:
     """DemandError when no partition of the device can meet what the op asks for."""
-    if op.demand.sm is not None:
-        low, _ = op.demand.sm
-        if low > device.sm_count:
-            raise DemandError(
-                f"op {op.name!r} asks for {low} SMs; {device.name} has {device.sm_count}. "
-                "Lower demand.sm or choose a larger device."
-            )
-    for nbytes, rate, path in (
-        (op.work.h2d_bytes, device.h2d_bytes_per_s, "host-to-device copies"),
-        (op.work.d2h_bytes, device.d2h_bytes_per_s, "device-to-host copies"),
-        (op.work.link_bytes, device.link_bytes_per_s, "an inter-device link"),
-    ):
-        if nbytes and not rate:
+    if op.demand.sm is not None and op.demand.sm[0] > device.sm_count:
+        raise DemandError(
+            f"op {op.name!r} asks for {op.demand.sm[0]} SMs; {device.name} has {device.sm_count}. "
+            "Lower demand.sm or choose a larger device."
+        )
+    for (needed, _, offered, _), path in zip(_paths(op, device), _LACKING, strict=True):
+        if needed and not offered:
             raise DemandError(f"op {op.name!r} needs {path}; {device.name} has none. Choose another device.")
-    pinned = op.demand
-    for needed, asked, offered, name in (
-        (op.work.hbm_bytes, pinned.hbm_bytes_per_s, device.hbm_bytes_per_s, "hbm"),
-        (op.work.h2d_bytes, pinned.pcie_bytes_per_s, device.h2d_bytes_per_s, "pcie"),
-        (op.work.d2h_bytes, pinned.pcie_bytes_per_s, device.d2h_bytes_per_s, "pcie"),
-        (op.work.link_bytes, pinned.link_bytes_per_s, device.link_bytes_per_s, "link"),
-    ):
+    for needed, asked, offered, name in _paths(op, device):
         if needed and asked is not None and asked > offered:
             raise DemandError(
                 f"op {op.name!r} asks for {format_quantity(asked, 'B/s')} of {name}; {device.name} has "

@@ -247,10 +247,6 @@ class ProfileDB:
                 found.setdefault(row.key, []).append((row.sms, row.median_s, row.spread_s))
         return {key: tuple(points) for key, points in found.items()}
 
-    def lookup(self, platform: Platform, key: OpKey) -> Points:
-        """The times of one op, SMs rising. For people and tests: to plan, read the whole `table` once."""
-        return self.table(platform).get(instance("the key", key, OpKey, ProfileError), ())
-
     def platforms(self) -> tuple[Platform, ...]:
         """Every platform that has times here."""
         query = "SELECT DISTINCT device, machine, driver, versions, backend FROM op_times ORDER BY 1, 2, 3, 4, 5"

@@ -1,6 +1,5 @@
 """The edges of a list of ops: tensors, control edges and hazards on states; and a topological order by them."""
 
-import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -94,23 +93,17 @@ def toposorted(ops: Sequence[Op]) -> list[Op]:
     unknown = next(((op.name, a) for op in ops for a in op.after if a not in index), None)
     if unknown is not None:
         raise GraphError(f"op {unknown[0]!r} is declared after the unknown op {unknown[1]!r}.")
+    import networkx  # few graphs come to this
+
     bare = predecessors([replace(op, after=()) for op in ops], {})
     preds = [{*p, *(index[a] for a in op.after)} for p, op in zip(bare, ops, strict=True)]
-    following: dict[int, list[int]] = {}
-    for i, before in enumerate(preds):
-        for p in before:
-            following.setdefault(p, []).append(i)
-    missing = [len(before) for before in preds]
-    ready = [i for i, count in enumerate(missing) if count == 0]
-    order: list[int] = []
-    while ready:
-        i = heapq.heappop(ready)
-        order.append(i)
-        for j in following.get(i, ()):
-            missing[j] -= 1
-            if missing[j] == 0:
-                heapq.heappush(ready, j)
-    if len(order) < len(ops):
-        stuck = [op.name for op, count in zip(ops, missing, strict=True) if count]
-        raise GraphError(f"cycle among ops {', '.join(map(repr, stuck[:8]))}; remove one of their control edges.")
-    return [ops[i] for i in order]
+    dag: networkx.DiGraph[int] = networkx.DiGraph()
+    dag.add_nodes_from(range(len(ops)))
+    dag.add_edges_from((before, i) for i, needed in enumerate(preds) for before in needed)
+    try:
+        return [ops[i] for i in networkx.lexicographical_topological_sort(dag)]
+    except networkx.NetworkXUnfeasible:
+        stuck = [ops[i].name for i, _ in networkx.find_cycle(dag)]
+        raise GraphError(
+            f"cycle among ops {', '.join(map(repr, stuck[:8]))}; remove one of their control edges."
+        ) from None

@@ -54,15 +54,6 @@ def assign(
     return slots, int((offsets + sizes).max())
 
 
-def max_live_bytes(graph: Graph, lanes: Sequence[int], order: Sequence[int]) -> int:
-    """A lower bound on any arena for this order: the most bytes that are alive at one step of it."""
-    life = _lifetimes(graph, lanes, order)
-    change = np.zeros(len(order) + 1, np.int64)
-    np.add.at(change, life.first, life.nbytes)
-    np.add.at(change, life.last.max(axis=1) + 1, -life.nbytes)
-    return int(np.cumsum(change).max())
-
-
 def ended_steps(lanes: Sequence[int], waits: Sequence[tuple[int, ...]]) -> np.ndarray:
     """(steps, lanes): the last step of each lane that has ended when a step starts (vector clocks, Fidge 1988)."""
     count = max(lanes) + 1

@@ -120,7 +120,7 @@ def test_rows_come_back_by_op_with_rising_sms(tmp_path: Path) -> None:
     database, other = ProfileDB(tmp_path / "deep" / "p.sqlite3"), replace(KEY_OF_ADD, sms=3)
     assert database.table(HERE) == {}
     assert database.record(HERE, [row(4, 1e-3), row(1, 3e-3), other]) == 3
-    assert database.lookup(HERE, KEY) == ((1, 3e-3, 1e-5), (4, 1e-3, 1e-5))
+    assert database.table(HERE)[KEY] == ((1, 3e-3, 1e-5), (4, 1e-3, 1e-5))
     assert set(database.table(HERE)) == {KEY, other.key}
     assert database.platforms() == (HERE,)
 
@@ -132,7 +132,7 @@ def test_the_newest_time_of_an_op_stays(tmp_path: Path) -> None:
     database = ProfileDB(tmp_path / "p.sqlite3")
     for median_s in (5e-3, 2e-3):
         database.record(HERE, [row(2, median_s)])
-    assert database.lookup(HERE, KEY) == ((2, 2e-3, 1e-5),)
+    assert database.table(HERE)[KEY] == ((2, 2e-3, 1e-5),)
 
 
 @pytest.mark.parametrize("field", ["device", "machine", "driver", "versions", "backend"])
@@ -142,7 +142,7 @@ def test_places_are_never_mixed(tmp_path: Path, field: str) -> None:
     there = replace(HERE, **{field: "other"})
     assert database.table(there) == {}
     database.record(there, [row(1, 9e-3)])
-    assert database.lookup(HERE, KEY) == ((1, 1e-3, 1e-5),)
+    assert database.table(HERE)[KEY] == ((1, 1e-3, 1e-5),)
 
 
 def write_batches(path: str, writer: int, batches: int) -> None:
@@ -172,7 +172,7 @@ def test_a_batch_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     object.__setattr__(broken, "median_s", None)  # NOT NULL fails at the second row of the batch
     with pytest.raises(ProfileError):
         database.record(HERE, [row(2), broken])
-    assert [sms for sms, _, _ in database.lookup(HERE, KEY)] == [1]
+    assert [sms for sms, _, _ in database.table(HERE)[KEY]] == [1]
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_an_older_file_is_migrated_with_its_rows(tmp_path: Path, monkeypatch: py
     database = ProfileDB(tmp_path / "p.sqlite3")
     database.record(HERE, [row(2, 4e-3)])
     monkeypatch.setattr(profiles, "_MIGRATIONS", (*profiles._MIGRATIONS, "CREATE TABLE notes (text TEXT)"))
-    assert database.lookup(HERE, KEY) == ((2, 4e-3, 1e-5),)
+    assert database.table(HERE)[KEY] == ((2, 4e-3, 1e-5),)
     with sqlite3.connect(database.path) as connection:
         assert connection.execute("PRAGMA user_version").fetchone() == (2,)
     connection.close()

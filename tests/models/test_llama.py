@@ -14,8 +14,8 @@ import taskgraph as tg
 from taskgraph.models import llama
 from taskgraph.models.config import RopeScaling, from_hf, known, load_config
 from taskgraph.models.weights import hf_name, open_checkpoint, rope_scaling_of
-from taskgraph.schedule.arena import max_live_bytes
 from taskgraph.serving.session import Session
+from tests.schedule.problems_by_hand import max_live_bytes
 
 PROMPTS = [
     "The capital of France is",

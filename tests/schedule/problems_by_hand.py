@@ -9,6 +9,7 @@ from taskgraph.cost.model import op_table
 from taskgraph.graph import device as specs
 from taskgraph.graph.graph import Graph, GraphBuilder
 from taskgraph.graph.op import Work, spec
+from taskgraph.schedule import arena
 from taskgraph.schedule.problem import Problem
 
 H100 = specs.get("h100_sxm")
@@ -74,3 +75,12 @@ def problem(
 def sms(*counts: float) -> list[list[float]]:
     """The use of ops that take SMs and nothing else."""
     return [[count, 0.0, 0.0, 0.0, 0.0] for count in counts]
+
+
+def max_live_bytes(graph: Graph, lanes: Sequence[int], order: Sequence[int]) -> int:
+    """A lower bound on any arena for this order: the most bytes that are alive at one step of it."""
+    life = arena._lifetimes(graph, lanes, order)
+    change = np.zeros(len(order) + 1, np.int64)
+    np.add.at(change, life.first, life.nbytes)
+    np.add.at(change, life.last.max(axis=1) + 1, -life.nbytes)
+    return int(np.cumsum(change).max())

