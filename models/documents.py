@@ -1,7 +1,9 @@
-"""JSON objects of a checkpoint's folder."""
+"""JSON objects of a checkpoint's folder, and the keys that are known in them."""
 
 import json
+import tomllib
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,3 +40,9 @@ def optional_object(path: Path, error: type[WeightsError] = WeightsError) -> Map
 def words(text: str) -> frozenset[str]:
     """The words of a text: a table of keys."""
     return frozenset(text.split())
+
+
+@cache
+def known_keys() -> dict[str, Any]:
+    """What known_keys.toml holds: its head says what that is."""
+    return tomllib.loads((Path(__file__).parent / "known_keys.toml").read_text(encoding="utf-8"))

@@ -91,7 +91,7 @@ def test_wheel_holds_every_source_and_data_file(wheel: Path) -> None:
     wanted = {str(p.relative_to(ROOT)) for end in ("*.py", "*.json", "*.toml", "*.css", "*.js") for p in own.rglob(end)}
     for part in ("models", "cuda"):
         files = [*(ROOT / part).rglob("*.py"), *(ROOT / part).rglob("*.json"), *(ROOT / part).rglob("*.cu")]
-        files += (ROOT / part).rglob("*.html")
+        files += [*(ROOT / part).rglob("*.html"), *(ROOT / part).rglob("*.toml")]
         wanted |= {f"taskgraph/{p.relative_to(ROOT)}" for p in files}
     wanted |= {f"taskgraph/{p.relative_to(ROOT)}" for p in (ROOT / "cuda").glob("virtual/*") if p.is_file()}
     assert not {name for name in wanted if "__pycache__" not in name} - names

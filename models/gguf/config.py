@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from taskgraph.errors import WeightsError
 from taskgraph.models.config import ModelConfig
-from taskgraph.models.documents import words
+from taskgraph.models.documents import known_keys, words
 from taskgraph.models.keys import ConfigKeys, HeadKeys, grouped_heads, layer_count, rotary_base
 from taskgraph.models.stretch import GGUF_KEYS, gguf_stretch, neutral, number_is
 from taskgraph.record import shown
@@ -23,43 +23,15 @@ from taskgraph.record import shown
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _HEADS = HeadKeys("embedding_length", "attention.head_count", "attention.head_count_kv", "attention.key_length")
 
-_READ = words(
-    "context_length embedding_length block_count feed_forward_length vocab_size attention.head_count "
-    "attention.head_count_kv attention.key_length attention.value_length attention.layer_norm_rms_epsilon "
-    "attention.scale attention.sliding_window"
-) | frozenset(GGUF_KEYS)
-_UNCHANGED: dict[str, tuple[Any, ...]] = {
-    "attention.causal": (True,),
-    "attention.max_alibi_bias": (0.0,),
-    "attention.clamp_kqv": (0.0,),
-    "attn_logit_softcapping": (0.0,),
-    "final_logit_softcapping": (0.0,),
-    "logit_scale": (1.0, 0.0),
-    "embedding_scale": (1.0, 0.0),
-    "residual_scale": (1.0, 0.0),
-    "use_parallel_residual": (False,),
-    "pooling_type": (0,),
-    "expert_count": (0,),
-    "expert_used_count": (0,),
-    "expert_shared_count": (0,),
-    "leading_dense_block_count": (0,),
-    "nextn_predict_layers": (0,),
-    "tensor_data_layout": ("Meta AI original pth", "reference"),
-    "rope.scaling.alpha": (0.0,),
-}
-"""Keys of an architecture that are honoured with these values only; 0 stands for unset in llama.cpp's scales."""
+_KNOWN = known_keys()["gguf"]
+_READ = words(_KNOWN["read"]) | frozenset(GGUF_KEYS)
+_UNCHANGED: Mapping[str, list[Any]] = _KNOWN["unchanged"]
+"""Keys of an architecture that are honoured with these values only."""
 _HARMLESS = re.compile(
     r"general\.(?!type$)|quantize\.|imatrix\.|mradermacher\.|split\.(no|tensors\.count)$|tokenizer\.|training\."
 )
 """Keys outside of the architecture's that change no arithmetic; those of the tokenizer are its to check."""
 
-_LAYER = {
-    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm", "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-}  # fmt: skip
-_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 DIVISORS = "rope_freqs.weight"
 _UNUSED = re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd\.weight")
 """Tensors that the graphs do not take: divisors of rotary frequencies, read here, and tables of the frequencies."""
@@ -70,9 +42,9 @@ def hf_name(name: str) -> str | None:
     stem, _, kind = name.rpartition(".")
     match = re.fullmatch(r"blk\.(0|[1-9]\d{0,8})\.(\w+)", stem, re.ASCII)
     if match:
-        part = _LAYER.get(match[2])
+        part = _KNOWN["layer_tensors"].get(match[2])
         return f"model.layers.{match[1]}.{part}.{kind}" if part else None
-    return f"{_TOP[stem]}.{kind}" if stem in _TOP else None
+    return f"{_KNOWN['tensors'][stem]}.{kind}" if stem in _KNOWN["tensors"] else None
 
 
 def unused(name: str) -> bool:

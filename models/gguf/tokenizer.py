@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as RawTokenizer
 
 from taskgraph.errors import WeightsError
-from taskgraph.models.documents import words
+from taskgraph.models.documents import known_keys, words
 from taskgraph.record import shown
 
 log = logging.getLogger("taskgraph.models")
@@ -56,15 +56,8 @@ RULES: dict[str, CutRule] = {
 _ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<EOT>")
 """Tokens that end an answer whatever the file's keys say: llama.cpp knows them by their text."""
 
-_KNOWN = words(
-    "model pre tokens token_type merges scores token_type_count add_bos_token add_eos_token add_sep_token "
-    "add_space_prefix remove_extra_whitespaces bos_token_id eos_token_id eot_token_id eom_token_id "
-    "unknown_token_id seperator_token_id separator_token_id padding_token_id mask_token_id cls_token_id "
-    "fim_pre_token_id fim_suf_token_id fim_mid_token_id fim_pad_token_id fim_rep_token_id fim_sep_token_id "
-    "prefix_token_id suffix_token_id middle_token_id"
-)
-"""Keys after "tokenizer.ggml." that are honoured or harmless: scores and merges of other kinds of vocabularies, tokens
-that no prompt needs, and `add_eos_token`, for a prompt is to be continued."""
+_KNOWN = words(known_keys()["vocabulary"]["read"])
+"""Keys after "tokenizer.ggml." that are honoured or harmless."""
 
 
 @dataclass(frozen=True, slots=True)

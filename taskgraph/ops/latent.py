@@ -7,7 +7,6 @@ and block tables are those of `taskgraph.ops.attention`.
 
 import math
 from dataclasses import dataclass
-from functools import partial
 
 from taskgraph.errors import GraphError
 from taskgraph.graph.graph import Value
@@ -23,7 +22,7 @@ from taskgraph.ops.attention import (
     need_sequences,
     no_chunks,
 )
-from taskgraph.ops.kinds import Kind, Output, Range, apply, axis_of, index_of, register
+from taskgraph.ops.kinds import Kind, Output, Range, WorkRule, apply, axis_of, index_of, register
 from taskgraph.ops.rotary import ROPE, YARN, Stretch, stretch_attrs
 from taskgraph.ops.signatures import (
     COUNT,
@@ -201,15 +200,19 @@ def _mixed(kind: str, ins: Shapes, attrs: Attrs) -> Output:
     return (tokens, heads * values), q.dtype
 
 
-def latent_work(by: int, ins: Shapes, outs: Shapes, attrs: Attrs) -> Work:
+def latent_work(by: int) -> WorkRule:
     """The arithmetic of the cheaper form; the up-projection, and the cached latents of each sequence read once: there
     are as many as input number `by` has rows."""
-    q, *places, latents, up = ins
-    sequences, context = ins[by].shape[0], attrs.integer("context")
-    read = sequences * context * latents.shape[2] * ITEMSIZE[latents.dtype]
-    shape = (q.shape[1], q.shape[2], attrs.integer("rotary"), up.shape)
-    flops = min(latent_flops(q.shape[0] / sequences, context, *shape))
-    return Work(flops=sequences * flops, hbm_bytes=moved([q, *places, up, *outs]) + read)
+
+    def work(ins: Shapes, outs: Shapes, attrs: Attrs) -> Work:
+        q, *places, latents, up = ins
+        sequences, context = ins[by].shape[0], attrs.integer("context")
+        read = sequences * context * latents.shape[2] * ITEMSIZE[latents.dtype]
+        shape = (q.shape[1], q.shape[2], attrs.integer("rotary"), up.shape)
+        flops = min(latent_flops(q.shape[0] / sequences, context, *shape))
+        return Work(flops=sequences * flops, hbm_bytes=moved([q, *places, up, *outs]) + read)
+
+    return work
 
 
 def latent_attention_shape(ins: Shapes, attrs: Attrs) -> Output:
@@ -226,7 +229,7 @@ def latent_attention_positions(ins: Shapes, attrs: Attrs) -> Range:
 
 register(
     Kind(
-        "latent_attention", Signature("3132", _ATTENTION), latent_attention_shape, partial(latent_work, 2),
+        "latent_attention", Signature("3132", _ATTENTION), latent_attention_shape, latent_work(2),
         split=(0, 0, 0, None), index_ranges={1: latent_attention_positions},
     )
 )  # fmt: skip
@@ -253,7 +256,7 @@ def paged_latent_decode_lengths(ins: Shapes, attrs: Attrs) -> Range:
 
 register(
     Kind(
-        "paged_latent_decode", Signature("31232", _ATTENTION), paged_latent_decode_shape, partial(latent_work, 0),
+        "paged_latent_decode", Signature("31232", _ATTENTION), paged_latent_decode_shape, latent_work(0),
         split=(0, 0, 0, None, None), ordered=True,
         index_ranges={1: paged_latent_decode_lengths, 2: index_of(3)},
     )
@@ -278,7 +281,7 @@ def paged_latent_prefill_shape(ins: Shapes, attrs: Attrs) -> Output:
 
 register(
     Kind(
-        "paged_latent_prefill", Signature("311232", _ATTENTION), paged_latent_prefill_shape, partial(latent_work, 2),
+        "paged_latent_prefill", Signature("311232", _ATTENTION), paged_latent_prefill_shape, latent_work(2),
         split=(None,) * 6, index_ranges={1: no_chunks, 3: index_of(4)},
     )
 )  # fmt: skip

@@ -2,12 +2,11 @@
 
 import math
 from collections.abc import Sequence
-from functools import partial
 
 from taskgraph.errors import GraphError
 from taskgraph.graph.graph import Value
 from taskgraph.graph.op import Demand, Work
-from taskgraph.ops.kinds import Axes, Kind, Output, apply, axis_of, register
+from taskgraph.ops.kinds import Axes, Kind, Output, ShapeRule, WorkRule, apply, axis_of, register
 from taskgraph.ops.signatures import COUNT, PLACE, SMALL, WORD, Attrs, Shapes, Signature, moved, need
 from taskgraph.record import number
 
@@ -168,28 +167,31 @@ def _collective(kind: str, x: Value, ranks: int, axis: int, name: str | None, de
     return apply(kind, [x], {"ranks": ranks, "axis": axis}, name=name, demand=wanted)
 
 
-def collective_shape(kind: str, ins: Shapes, attrs: Attrs) -> Output:
+def collective_shape(kind: str) -> ShapeRule:
     """The input, whose `axis` a gather makes `ranks` times as long and a scatter cuts into as many parts."""
-    (x,) = ins
-    ranks, axis = attrs.integer("ranks"), attrs.integer("axis")
-    need(x.dtype != "bool", kind, ins, "sums and joins are of numbers")
-    need(ranks >= 1 and 0 <= axis < len(x.shape), kind, ins, f"no {ranks} ranks on axis {axis}")
-    times, parts = {"all_gather": (ranks, 1), "reduce_scatter": (1, ranks)}.get(kind, (1, 1))
-    need(x.shape[axis] % parts == 0, kind, ins, f"{ranks} ranks cannot share axis {axis}")
-    return (*x.shape[:axis], x.shape[axis] * times // parts, *x.shape[axis + 1 :]), x.dtype
+
+    def shape(ins: Shapes, attrs: Attrs) -> Output:
+        (x,) = ins
+        ranks, axis = attrs.integer("ranks"), attrs.integer("axis")
+        need(x.dtype != "bool", kind, ins, "sums and joins are of numbers")
+        need(ranks >= 1 and 0 <= axis < len(x.shape), kind, ins, f"no {ranks} ranks on axis {axis}")
+        times, parts = {"all_gather": (ranks, 1), "reduce_scatter": (1, ranks)}.get(kind, (1, 1))
+        need(x.shape[axis] % parts == 0, kind, ins, f"{ranks} ranks cannot share axis {axis}")
+        return (*x.shape[:axis], x.shape[axis] * times // parts, *x.shape[axis + 1 :]), x.dtype
+
+    return shape
 
 
-def collective_work(kind: str, ins: Shapes, outs: Shapes, attrs: Attrs) -> Work:
-    """Ring algorithms (Patarasuk and Yuan 2009): in each pass, of which an all-reduce has two, a rank sends
-    (ranks - 1) / ranks of the whole tensor."""
-    ranks = attrs.integer("ranks")
-    whole = max(ins[0], outs[0], key=lambda t: t.nbytes)
-    sent = (ranks - 1) / ranks
-    return Work(
-        flops=0.0 if kind == "all_gather" else sent * math.prod(whole.shape),
-        hbm_bytes=moved(ins) + moved(outs),
-        link_bytes=(2 if kind == "all_reduce" else 1) * sent * whole.nbytes,
-    )
+def collective_work(passes: int, reduces: bool) -> WorkRule:
+    """Ring algorithms (Patarasuk and Yuan 2009): in each pass a rank sends (ranks - 1) / ranks of the whole tensor."""
+
+    def work(ins: Shapes, outs: Shapes, attrs: Attrs) -> Work:
+        whole = max(ins[0], outs[0], key=lambda t: t.nbytes)
+        sent = (attrs.integer("ranks") - 1) / attrs.integer("ranks")
+        flops = sent * math.prod(whole.shape) if reduces else 0.0
+        return Work(flops, moved(ins) + moved(outs), link_bytes=passes * sent * whole.nbytes)
+
+    return work
 
 
 def collective_split(ins: Shapes, attrs: Attrs) -> Axes | None:
@@ -198,6 +200,5 @@ def collective_split(ins: Shapes, attrs: Attrs) -> Axes | None:
 
 
 _COLLECTIVE = Signature("+", {"ranks": COUNT, "axis": PLACE})
-for _kind in COLLECTIVES:
-    _shape, _work = partial(collective_shape, _kind), partial(collective_work, _kind)
-    register(Kind(_kind, _COLLECTIVE, _shape, _work, collective_split))
+for _kind, _passes, _reduces in (("all_gather", 1, False), ("all_reduce", 2, True), ("reduce_scatter", 1, True)):
+    register(Kind(_kind, _COLLECTIVE, collective_shape(_kind), collective_work(_passes, _reduces), collective_split))
