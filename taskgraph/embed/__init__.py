@@ -28,17 +28,7 @@ _WHERE = {
     "wrap": "direct",
 }
 
-__all__ = [
-    "FallbackWarning",
-    "Imported",
-    "Options",
-    "Report",
-    "backend",
-    "from_torch",
-    "register_attention",
-    "report",
-    "wrap",
-]
+__all__ = sorted(_WHERE)  # noqa: PLE0605
 
 
 def __getattr__(name: str) -> Any:

@@ -6,5 +6,3 @@ from taskgraph.runtime.cpu.kinds import CpuSite, bits, register
 from taskgraph.runtime.cpu.native import barrier, flat, native
 from taskgraph.runtime.cpu.sampling import draw
 from taskgraph.runtime.cpu.standard import CPU_KINDS
-
-__all__ = ["CPU_KINDS", "CpuSite", "barrier", "bits", "draw", "flat", "native", "register", "release_threads"]

@@ -9,22 +9,3 @@ from taskgraph.runtime.gpu.shared import SharedMemory
 from taskgraph.runtime.gpu.spec import planning_device
 from taskgraph.runtime.gpu.standard import GPU_KINDS
 from taskgraph.runtime.gpu.virtual import is_virtual
-
-__all__ = [
-    "GPU_KINDS",
-    "Buffer",
-    "CopyLaunch",
-    "DeviceArray",
-    "DeviceTensors",
-    "Gpu",
-    "GpuSite",
-    "Launch",
-    "Pipeline",
-    "SharedMemory",
-    "blocks",
-    "float_type",
-    "is_virtual",
-    "planning_device",
-    "register",
-    "spread",
-]
