@@ -43,6 +43,6 @@ def words(text: str) -> frozenset[str]:
 
 
 @cache
-def known_keys() -> dict[str, Any]:
-    """What known_keys.toml holds: its head says what that is."""
-    return tomllib.loads((Path(__file__).parent / "known_keys.toml").read_text(encoding="utf-8"))
+def known_formats() -> dict[str, Any]:
+    """What checkpoints.toml holds, which says what that is."""
+    return tomllib.loads((Path(__file__).parent / "checkpoints.toml").read_text(encoding="utf-8"))

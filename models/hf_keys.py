@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from taskgraph.models.documents import known_keys, words
+from taskgraph.models.documents import known_formats, words
 from taskgraph.models.families import ModelFamily
 from taskgraph.models.keys import ConfigKeys
 from taskgraph.models.stretch import neutral, number_is
 
-_KNOWN = known_keys()["hf"]
+_KNOWN = known_formats()["hf"]
 _READ, _HARMLESS = words(_KNOWN["read"]), words(" ".join(_KNOWN["harmless"].values()))
 _UNCHANGED: Mapping[str, list[Any]] = _KNOWN["unchanged"]
 """Settings that are honoured with these values only (and when they are null): with others they change arithmetic."""

@@ -95,19 +95,15 @@ _HOME = {
     "taskgraph.observe.trace": "write_trace",
 }
 _MODULES = {
-    "cache": "taskgraph.cache",
+    **{
+        name: f"taskgraph.{name}"
+        for name in ["cache", "embed", "network", "observe", "ops", "record", "rewrite", "units"]
+    },
     "cpu": "taskgraph.runtime.cpu.public",
     "devices": "taskgraph.graph.device",
     "distributed": "taskgraph.runtime.distributed",
     "dtypes": "taskgraph.runtime.dtypes",
-    "embed": "taskgraph.embed",
     "gpu": "taskgraph.runtime.gpu.public",
-    "network": "taskgraph.network",
-    "observe": "taskgraph.observe",
-    "ops": "taskgraph.ops",
-    "record": "taskgraph.record",
-    "rewrite": "taskgraph.rewrite",
-    "units": "taskgraph.units",
 }
 """Public modules, by their public names. `models/` and `serving/` see these and the names of `_HOME`, nothing else."""
 _WHERE = {name: module for module, names in _HOME.items() for name in names.split()}

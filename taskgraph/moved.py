@@ -5,6 +5,7 @@ The finder is asked only for names that no module has, so it costs an import not
 
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -12,43 +13,15 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
-_SERVING = {
-    **{name: name for name in (
-        "guides", "local", "requests", "sampling", "scheduler", "service", "session", "steering",
-        "textstream",
-    )},
-    **{name: f"http.{name}" for name in ("access", "answers", "keys", "metrics", "page", "protocol", "status")},
-    "engine": "earlier", "serve": "http.app",
-    "chances": "http.logprobs", "kv_cache": "cache.pages", "parking": "cache.parking",
-    "disk": "cache.disk", "runner": "runners.cpu", "gpu_runner": "runners.gpu", "ranks_runner": "runners.parallel",
-    "ranks": "ranks.processes", "replicas": "ranks.replicas", "simulate": "simulate.runner",
-    "stepgrid": "simulate.stepgrid", "traces": "simulate.traces",
-}  # fmt: skip
-_RUNTIME = {
-    **{name: f"runtime.gpu.{name}" for name in ("arrays", "driver", "interop", "readback", "virtual")},
-    **{name: f"runtime.cpu.{name}" for name in ("choose", "kernels", "lanes", "probe", "products", "tile", "ways")},
-    "cuda": "runtime.gpu.executable", "gpu_spec": "runtime.gpu.spec", "tune": "tune.autotune",
-    "measure": "tune.measure", "fill": "tune.fill", "gpucheck": "tune.gpucheck",
-}  # fmt: skip
-_SCHEDULE = {
-    **{name: f"rewrite.{name}" for name in ("batch", "collectives", "nanobatch", "offload", "rebuild")},
-    **{name: f"schedule.solve.{name}" for name in ("explore", "lists", "proof", "rules")},
-    **{name: f"schedule.rcpsp.{name}" for name in ("evolve", "exact", "passes", "project", "sgs")},
-    "rewrite": "rewrite", "search": "schedule.solve.annealing", "periodic": "schedule.solve.cycles",
-}  # fmt: skip
-MOVED: Mapping[str, str] = {
-    **{f"taskgraph.models.{old}": f"taskgraph.serving.{new}" for old, new in _SERVING.items() if old != "keys"},
-    "taskgraph.models.chat": "taskgraph.models.text.chat",
-    "taskgraph.models.tokenizer": "taskgraph.models.text.tokenizer",
-    "taskgraph.models.gguf_config": "taskgraph.models.gguf.config",
-    "taskgraph.models.gguf_file": "taskgraph.models.gguf.file",
-    "taskgraph.models.gguf_tokenizer": "taskgraph.models.gguf.tokenizer",
-    "taskgraph.models.dtypes": "taskgraph.runtime.dtypes",
-    "taskgraph.models.known_plans": "taskgraph.tune.known",
-    **{f"taskgraph.runtime.{old}": f"taskgraph.{new}" for old, new in _RUNTIME.items()},
-    **{f"taskgraph.schedule.{old}": f"taskgraph.{new}" for old, new in _SCHEDULE.items()},
-}
-"""Module of version 0.1 -> where its names are now."""
+
+@cache
+def moved() -> Mapping[str, str]:
+    """Module of version 0.1 -> where its names are now."""
+    import json
+    from pathlib import Path
+
+    found: Mapping[str, str] = json.loads((Path(__file__).parent / "moved.json").read_text(encoding="utf-8"))
+    return found
 
 
 class _Forward:
@@ -76,7 +49,7 @@ class _Finder:
         self, fullname: str, path: Sequence[str] | None, target: "ModuleType | None" = None
     ) -> "ModuleSpec | None":
         """Where a moved module is, and a warning that it has moved."""
-        new = MOVED.get(fullname)
+        new = moved().get(fullname) if fullname.startswith("taskgraph.") else None
         if new is None:
             return None
         import warnings

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 import taskgraph as tg
-from taskgraph.moved import MOVED
+from taskgraph.moved import moved
 from tests import steer_cases
+
+MOVED = moved()
 
 
 @pytest.mark.parametrize("old", MOVED)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from taskgraph.errors import WeightsError
 from taskgraph.models.config import ModelConfig
-from taskgraph.models.documents import known_keys, words
+from taskgraph.models.documents import known_formats, words
 from taskgraph.models.keys import ConfigKeys, HeadKeys, grouped_heads, layer_count, rotary_base
 from taskgraph.models.stretch import GGUF_KEYS, gguf_stretch, neutral, number_is
 from taskgraph.record import shown
@@ -23,7 +23,7 @@ from taskgraph.record import shown
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _HEADS = HeadKeys("embedding_length", "attention.head_count", "attention.head_count_kv", "attention.key_length")
 
-_KNOWN = known_keys()["gguf"]
+_KNOWN = known_formats()["gguf"]
 _READ = words(_KNOWN["read"]) | frozenset(GGUF_KEYS)
 _UNCHANGED: Mapping[str, list[Any]] = _KNOWN["unchanged"]
 """Keys of an architecture that are honoured with these values only."""

@@ -9,54 +9,32 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as RawTokenizer
 
 from taskgraph.errors import WeightsError
-from taskgraph.models.documents import known_keys, words
+from taskgraph.models.documents import known_formats, words
 from taskgraph.record import shown
 
 log = logging.getLogger("taskgraph.models")
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # token types of GGUF
-# Patterns of the tokenizer.json published with the models; the names are llama.cpp's.
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-_TEKKEN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
 
 
 @dataclass(frozen=True, slots=True)
 class CutRule:
-    """How a named pre-tokenizer cuts text: by one pattern after another. `whole`: a piece that is a token is not merged
-    from parts. `bos`: prompts begin with the BOS token unless the file says otherwise."""
+    """How pre-tokenizers of these names cut text; checkpoints.toml says what the fields are."""
 
-    patterns: tuple[str, ...]
+    names: list[str]
+    patterns: list[str]
     whole: bool = False
     bos: bool = False
     composed: bool = False
 
 
-RULES: dict[str, CutRule] = {
-    "default": CutRule(_DEFAULT),
-    **dict.fromkeys(("gpt-2", "gpt2", "phi-2", "mpt", "olmo", "jais", "roberta-bpe"), CutRule((_GPT2,))),
-    **dict.fromkeys(("smollm", "starcoder", "refact", "codeshell", "exaone", "minerva-7b"), CutRule((r"\p{N}", _GPT2))),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3"), CutRule((_LLAMA3,), whole=True, bos=True)),
-    **dict.fromkeys(("smaug-bpe", "dbrx"), CutRule((_LLAMA3,))),
-    **dict.fromkeys(("qwen2", "megrez", "deepseek-r1-qwen"), CutRule((_QWEN2,), composed=True)),
-    "stablelm2": CutRule((_QWEN2,)),
-    "tekken": CutRule((_TEKKEN,), whole=True, bos=True),
-}
-"""llama.cpp's name of a pre-tokenizer -> its rule. Qwen's also composes characters (NFC), like its tokenizer.json."""
+RULES = {name: rule for rule in (CutRule(**each) for each in known_formats()["pre_tokenizers"]) for name in rule.names}
+"""llama.cpp's name of a pre-tokenizer -> its rule."""
 
 _ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<EOT>")
 """Tokens that end an answer whatever the file's keys say: llama.cpp knows them by their text."""
 
-_KNOWN = words(known_keys()["vocabulary"]["read"])
+_KNOWN = words(known_formats()["vocabulary"]["read"])
 """Keys after "tokenizer.ggml." that are honoured or harmless."""
 
 
@@ -182,7 +160,7 @@ def _built(
     except Exception as error:  # tokenizers raises bare Exception
         message = f"{source}: the merges do not fit the tokens ({shown(error)}). Download it again."
         raise WeightsError(message) from error
-    cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in rule.patterns]
+    cuts = [pre_tokenizers.Split(Regex(known_formats()["patterns"][name]), "isolated") for name in rule.patterns]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     raw.pre_tokenizer = pre_tokenizers.Sequence([*cuts, byte_level])
     raw.decoder = decoders.ByteLevel()
