@@ -207,6 +207,12 @@ def rows_attr(views: Mapping[int, Rows]) -> tuple[int, ...]:
     return tuple(n for i in sorted(views) for n in (i, views[i].axis, views[i].start, views[i].stop))
 
 
+def with_rows(attrs: Mapping[str, Attr], views: Mapping[int, Rows]) -> tuple[tuple[str, Attr], ...]:
+    """The attributes of an op that takes these rows of its inputs, in place of those that `attrs` may say."""
+    rows: dict[str, Attr] = {ROWS: rows_attr(views)} if views else {}
+    return tuple(sorted({**{key: value for key, value in attrs.items() if key != ROWS}, **rows}.items()))
+
+
 def seen_inputs(op: "Op", tensors: Mapping[str, Tensor]) -> list[Tensor]:
     """The inputs of `op` as it sees them: narrowed to its rows."""
     views = op.views

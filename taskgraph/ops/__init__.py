@@ -18,7 +18,7 @@ from taskgraph.ops.attention import (
 from taskgraph.ops.axes import concat, expand, index_select, permute, reshape, slice_axis, take_along, transpose
 from taskgraph.ops.dense import add, argmax, embedding, gemm, rmsnorm, swiglu
 from taskgraph.ops.experts import RouteSpec, active_experts, experts, gated_add, route
-from taskgraph.ops.kinds import KINDS, Kind, apply, batch_axes, check_op, register
+from taskgraph.ops.kinds import KINDS, Kind, apply, batch_axes, check_op, register, work_of
 from taskgraph.ops.latent import (
     LatentRopeSpec,
     LatentSpec,

@@ -167,6 +167,12 @@ def apply(
     return builder.op((kind, typed), given_as, [out], work, stem, demand, after)[0]
 
 
+def work_of(op: Op, tensors: Mapping[str, Tensor]) -> Work | None:
+    """The work of an op by the rule of its kind; None for a kind without one."""
+    kind, outputs = KINDS.get(op.kind), [tensors[name] for name in op.outputs]
+    return None if kind is None else kind.work(seen_inputs(op, tensors), outputs, Attrs(op.attrs))
+
+
 def check_op(op: Op, tensors: Mapping[str, Tensor]) -> None:
     """GraphError unless the outputs of an op of a registered kind are what its shape rule says (graphs read from
     files)."""

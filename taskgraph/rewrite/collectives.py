@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from taskgraph.errors import GraphError
 from taskgraph.graph.graph import Graph
-from taskgraph.graph.op import ROWS, Attr, Op, Tensor, Work, rows_attr, seen_inputs
+from taskgraph.graph.op import Op, Tensor, Work, seen_inputs, with_rows
 from taskgraph.rewrite.rebuild import derived, rebuilt
 
 
@@ -90,14 +90,12 @@ def _by_columns(product: Op, reduce: Op, tensors: dict[str, Tensor]) -> list[Op]
     )
     tensors[columns.name] = columns
     name, views = f"{product.name}.gather", product.views
-    attrs: dict[str, Attr] = {"axis": 1, "ranks": ranks}
-    if 0 in views:
-        attrs[ROWS] = rows_attr({0: views[0]})
+    attrs = with_rows({"axis": 1, "ranks": ranks}, {0: views[0]} if 0 in views else {})
     gather = Op(
         name, "all_gather", product.inputs[:1], (f"{name}.out",), Work(), reduce.demand, product.after,
-        attrs=tuple(sorted(attrs.items())),
+        attrs=attrs,
     )  # fmt: skip
-    plain = tuple((key, value) for key, value in product.attrs if key != ROWS)
+    plain = with_rows(dict(product.attrs), {})
     return [gather, replace(product, inputs=(gather.outputs[0], columns.name), after=(), attrs=plain)]
 
 

@@ -12,9 +12,9 @@ from itertools import accumulate, pairwise
 
 from taskgraph.errors import GraphError
 from taskgraph.graph.graph import Carry, Graph, Repeat
-from taskgraph.graph.op import BATCH_ROWS, ROWS, Attr, Op, Rows, Tensor, Work, rows_attr, seen_inputs
+from taskgraph.graph.op import BATCH_ROWS, Attr, Op, Rows, Tensor, Work, with_rows
 from taskgraph.graph.split import Sizes, Split
-from taskgraph.ops import KINDS, Attrs
+from taskgraph.ops import KINDS, work_of
 from taskgraph.rewrite.batch import OpBatch, batches, moves_rows
 
 Bounds = tuple[int, ...]
@@ -250,11 +250,11 @@ class _Rewriter:
                 inputs=tuple(inputs),
                 outputs=tuple(t.name for t in outputs),
                 after=tuple(part for name in op.after for part in self.parts_of.get(name, (name,))),
-                attrs=_with_rows(attrs, views),
+                attrs=with_rows(attrs, views),
             )
             if count > 1:
                 share = (high - low) / borders[-1]
-                made = replace(made, work=self._work(op, made, outputs, share))
+                made = replace(made, work=self._work(op, made, share))
             self.sections[self.phase].append(made)
             names.append(made.name)
         self.parts_of[op.name] = tuple(names)
@@ -284,7 +284,6 @@ class _Rewriter:
     def _inputs(self, op: Op, units: tuple[int, int] | None) -> tuple[list[str], dict[int, Rows], Mapping[str, Attr]]:
         """Names and rows of the inputs of a slice of `op` (None: of all of it), and its attributes."""
         batch, attrs = self.found.get(op.name), dict(op.attrs)
-        attrs.pop(ROWS, None)
         inputs, views = [], {}
         for i, source in enumerate(op.inputs):
             axis = (batch.axes[i] if batch else None) or 0
@@ -323,14 +322,10 @@ class _Rewriter:
         first, last = self._rows(op, i, None)
         return (first + op.integer("start"), first + op.integer("stop")) if op.kind == "slice_rows" else (first, last)
 
-    def _work(self, op: Op, made: Op, outputs: Sequence[Tensor], share: float) -> Work:
+    def _work(self, op: Op, made: Op, share: float) -> Work:
         """By the rule of the kind where the op's work came from it, else in proportion."""
-        kind = KINDS.get(op.kind)
-        if kind is not None:
-            whole = [self.graph.tensor[name] for name in op.outputs]
-            if kind.work(seen_inputs(op, self.graph.tensor), whole, Attrs(op.attrs)) == op.work:
-                return kind.work(seen_inputs(made, self.tensors), outputs, Attrs(made.attrs))
-        return op.work * share
+        ruled = work_of(made, self.tensors) if work_of(op, self.graph.tensor) == op.work else None
+        return op.work * share if ruled is None else ruled
 
     # -- rows of tensors -------------------------------------------------------------------------
 
@@ -383,13 +378,13 @@ class _Rewriter:
         if len(covering) == 1:
             (part,) = covering
             attrs: Mapping[str, Attr] = {"start": part.first, "stop": part.first + part.stop - part.start, "step": 1}
-            op = Op(name, "slice_rows", inputs, (out.name,), Work(), attrs=_with_rows(attrs, {}))
+            op = Op(name, "slice_rows", inputs, (out.name,), Work(), attrs=with_rows(attrs, {}))
         else:
             cut = {i: p for i, p in enumerate(covering) if p.stop - p.start != self.tensors[p.name].shape[0]}
             views = {i: Rows(0, p.first, p.first + p.stop - p.start) for i, p in cut.items()}
-            op = Op(name, "concat_rows", inputs, (out.name,), Work(), attrs=_with_rows({}, views))
+            op = Op(name, "concat_rows", inputs, (out.name,), Work(), attrs=with_rows({}, views))
         self.tensors[out.name] = out
-        op = replace(op, work=KINDS[op.kind].work(seen_inputs(op, self.tensors), [out], Attrs(op.attrs)))
+        op = replace(op, work=work_of(op, self.tensors) or op.work)
         self.sections[self._section(tensor)].append(op)
         self.joins[key] = out.name
         return out.name
@@ -459,8 +454,3 @@ def _ordered(op: Op) -> bool:
 
 def _length(tensor: Tensor, axis: int) -> int:
     return tensor.shape[axis] if tensor.shape else 1
-
-
-def _with_rows(attrs: Mapping[str, Attr], views: Mapping[int, Rows]) -> tuple[tuple[str, Attr], ...]:
-    rows: dict[str, Attr] = {ROWS: rows_attr(views)} if views else {}
-    return tuple(sorted({**attrs, **rows}.items()))

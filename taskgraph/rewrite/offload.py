@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 
 from taskgraph.errors import GraphError
 from taskgraph.graph.graph import Graph
-from taskgraph.graph.op import ROWS, Attr, Op, Rows, Tensor, Work, rows_attr
-from taskgraph.rewrite.rebuild import derived, rebuilt
+from taskgraph.graph.op import Op, Rows, Tensor, Work, with_rows
+from taskgraph.rewrite.rebuild import derived, rebuilt, section
 
 
 def offload(
@@ -55,7 +55,7 @@ def save_to_host(graph: Graph, tensors: Iterable[str]) -> Graph:
     behind: dict[int, list[Op]] = {}
     for name in dict.fromkeys(tensors):
         maker = _maker(graph, name)
-        if maker is None or _section(graph, maker) == 1:
+        if maker is None or section(graph, maker) == 1:
             raise GraphError(f"tensor {name!r} is not made outside a repeat; save the activations that leave it.")
         op, made[f"{name}.d2h.out"] = derived(_copy(name, None, "d2h", f"{name}.d2h", ()), graph.tensor)
         behind.setdefault(maker, []).append(op)
@@ -108,29 +108,21 @@ def _groups(graph: Graph, name: str, maker: int | None, distance: int) -> dict[s
     """The uses that one copy serves, by the name of that copy: those of the same rows in the same section."""
     result: dict[str, list[_Use]] = {}
     for use in _uses(graph, name, maker, distance):
-        section = _section(graph, use.op)
-        inside = graph.repeat.name + "/" if graph.repeat is not None and section == 1 else ""
+        where = section(graph, use.op)
+        inside = graph.repeat.name + "/" if graph.repeat is not None and where == 1 else ""
         rows = f".{use.view.start}.{use.view.stop}" if use.view else ""
-        label = (
-            (name if name.startswith(inside) else inside + name) + ".h2d" + ("_after" if section == 2 else "") + rows
-        )
+        label = (name if name.startswith(inside) else inside + name) + ".h2d" + ("_after" if where == 2 else "") + rows
         result.setdefault(label, []).append(use)
     if not result:
         raise GraphError(f"no op takes tensor {name!r} from the host; offload tensors that are used later.")
     return result
 
 
-def _section(graph: Graph, op: int) -> int:
-    """0 before the repeat, 1 inside, 2 after it."""
-    repeat = graph.repeat
-    return 0 if repeat is None else int(op >= repeat.first) + int(op >= repeat.last)
-
-
 def _start(
     graph: Graph, user: int, maker: int | None, distance: int | None, hint: str | None
 ) -> tuple[int, str | None]:
     """Where a copy for op number `user` stands, and the op that it waits for (None: no other)."""
-    low = [0, graph.repeat.first, graph.repeat.last][_section(graph, user)] if graph.repeat else 0
+    low = [0, graph.repeat.first, graph.repeat.last][section(graph, user)] if graph.repeat else 0
     if maker is not None:
         low = max(low, maker + 1)
     if hint is not None:
@@ -145,9 +137,8 @@ def _start(
 
 
 def _copy(source: str, view: Rows | None, direction: str, name: str, after: tuple[str, ...]) -> Op:
-    attrs: dict[str, Attr] = {"direction": direction}
-    attrs |= {ROWS: rows_attr({0: view})} if view else {}
-    return Op(name, "copy", (source,), (f"{name}.out",), Work(), after=after, attrs=tuple(sorted(attrs.items())))
+    attrs = with_rows({"direction": direction}, {0: view} if view else {})
+    return Op(name, "copy", (source,), (f"{name}.out",), Work(), after=after, attrs=attrs)
 
 
 def _taking(i: int, op: Op, replaced: Mapping[tuple[int, int], str]) -> Op:
@@ -155,8 +146,6 @@ def _taking(i: int, op: Op, replaced: Mapping[tuple[int, int], str]) -> Op:
     slots = {slot: name for (user, slot), name in replaced.items() if user == i}
     if not slots:
         return op
-    attrs = {key: value for key, value in op.attrs if key != ROWS}
     views = {slot: view for slot, view in op.views.items() if slot not in slots}
-    attrs |= {ROWS: rows_attr(views)} if views else {}
     inputs = tuple(slots.get(slot, name) for slot, name in enumerate(op.inputs))
-    return replace(op, inputs=inputs, attrs=tuple(sorted(attrs.items())))
+    return replace(op, inputs=inputs, attrs=with_rows(dict(op.attrs), views))

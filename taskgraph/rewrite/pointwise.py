@@ -6,11 +6,11 @@ from typing import Final, NamedTuple
 
 from taskgraph.errors import GraphError
 from taskgraph.graph.graph import Graph
-from taskgraph.graph.op import PLAIN, ROWS, Op, Rows, Tensor, rows_attr, seen_inputs
-from taskgraph.ops import KINDS, Attrs
+from taskgraph.graph.op import PLAIN, Op, Rows, Tensor, seen_inputs, with_rows
+from taskgraph.ops import Attrs, work_of
 from taskgraph.ops.formula import Applied, Formula, formula, joined
 from taskgraph.ops.pointwise import computes_in, formula_of, promoted
-from taskgraph.rewrite.rebuild import derived, rebuilt
+from taskgraph.rewrite.rebuild import derived, rebuilt, section
 
 _FORMULAS: Final[Mapping[str, str]] = {"add": "add x0 x1"}
 """Kinds that a formula stands for."""
@@ -55,14 +55,13 @@ def _pointwise(op: Op, tensors: Mapping[str, Tensor]) -> _Pointwise | None:
     """The op as a formula; None for another op, and for one whose work is not by the rule of its kind."""
     if op.kind not in ("elementwise", *_FORMULAS) or op.batch_rows is not None:
         return None
-    ins, outs = seen_inputs(op, tensors), [tensors[name] for name in op.outputs]
-    if KINDS[op.kind].work(ins, outs, Attrs(op.attrs)) != op.work:
+    if work_of(op, tensors) != op.work:
         return None
     made, views = _formula_of(op), op.views
     given = [(name, views.get(i)) for i, name in enumerate(op.inputs)]
     operands = tuple(dict.fromkeys(given))
     made = joined(made, {}, {i: operands.index(operand) for i, operand in enumerate(given)})
-    return _Pointwise(made, operands, computes_in(ins, made))
+    return _Pointwise(made, operands, computes_in(seen_inputs(op, tensors), made))
 
 
 def _formula_of(op: Op) -> Formula:
@@ -87,13 +86,8 @@ def _alone(graph: Graph) -> set[str]:
         for i, op in enumerate(graph.ops)
         if len(op.outputs) == 1 and op.demand == PLAIN and not op.after and op.name not in awaited
         and op.outputs[0] not in needed and len(users.get(op.outputs[0], ())) == 1
-        and _section(graph, i) == _section(graph, min(users[op.outputs[0]]))
+        and section(graph, i) == section(graph, min(users[op.outputs[0]]))
     }  # fmt: skip
-
-
-def _section(graph: Graph, i: int) -> int:
-    """0 before the repeat, 1 inside, 2 after it."""
-    return 0 if graph.repeat is None else int(i >= graph.repeat.first) + int(i >= graph.repeat.last)
 
 
 def _longer(
@@ -151,13 +145,10 @@ def _op_of(op: Op, own: _Pointwise, tensors: Mapping[str, Tensor]) -> Op:
     """The op with another formula and operands, and the same output."""
     out = tensors[op.outputs[0]]
     views = {k: rows for k, (_, rows) in enumerate(own.operands) if rows is not None}
-    attrs: dict[str, str | tuple[int, ...]] = {"formula": own.formula.text}
-    attrs |= {ROWS: rows_attr(views)} if views else {}
-    new = replace(
-        op, kind="elementwise", inputs=tuple(name for name, _ in own.operands), attrs=tuple(sorted(attrs.items()))
-    )
+    attrs, inputs = {"formula": own.formula.text}, tuple(name for name, _ in own.operands)
+    new = replace(op, kind="elementwise", inputs=inputs, attrs=with_rows(attrs, views))
     if promoted(seen_inputs(new, tensors), own.formula) != out.dtype:
-        new = replace(new, attrs=tuple(sorted({**attrs, "out_dtype": out.dtype}.items())))
+        new = replace(new, attrs=with_rows({**attrs, "out_dtype": out.dtype}, views))
     made, found = derived(new, tensors)
     if (found.shape, found.dtype) != (out.shape, out.dtype):
         raise GraphError(f"op {op.name!r} makes another tensor after fusing; this is a bug of fuse_pointwise.")

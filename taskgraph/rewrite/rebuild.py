@@ -28,6 +28,11 @@ def rebuilt(
     return Graph(graph.name, tuple(merged.values()), new_ops, (*graph.outputs, *outputs), repeat)
 
 
+def section(graph: Graph, op: int) -> int:
+    """Where op number `op` stands: 0 before the repeat, 1 inside, 2 after it."""
+    return 0 if graph.repeat is None else int(op >= graph.repeat.first) + int(op >= graph.repeat.last)
+
+
 def derived(op: Op, tensors: Mapping[str, Tensor]) -> tuple[Op, Tensor]:
     """A standard op with one output, which gets its shape and the op its work from the rules of the kind."""
     kind, inputs, attrs = KINDS[op.kind], seen_inputs(op, tensors), Attrs(op.attrs)
