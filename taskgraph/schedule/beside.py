@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from taskgraph.cost.model import op_table
+from taskgraph.cost.model import Costs, op_table
 from taskgraph.errors import PlanError
 from taskgraph.graph.device import Device, Geometry, get
 from taskgraph.graph.graph import Graph
@@ -15,7 +15,7 @@ from taskgraph.record import integer
 from taskgraph.schedule.evaluate import Assignment, Layout, evaluate
 from taskgraph.schedule.plan import Plan
 from taskgraph.schedule.planner import plan_from
-from taskgraph.schedule.problem import Costs, Problem, make_problem
+from taskgraph.schedule.problem import Problem, make_problem
 
 _MOST_RUNS = 12
 """Runs of the shorter graph beside one of the longer that are looked at, at most; then only a part of that one is."""
