@@ -18,6 +18,7 @@ from taskgraph.cost.families.gemm import GemmShape
 from taskgraph.cost.family import Kernel
 from taskgraph.embed import kernels
 from taskgraph.embed.calls import Strided, decoded, leaves, mapped, out_variant, target_of
+from taskgraph.embed.convolutions import bind_convolution
 from taskgraph.errors import BackendUnavailable
 from taskgraph.graph.op import ITEMSIZE, Op, Work
 from taskgraph.ops.kinds import Kind, Output, register
@@ -70,6 +71,12 @@ def bind_aten(op: Op, ins: Tensors, outs: Tensors, site: CpuSite) -> Entry:
     kwargs = {k: decoded(v, tensor) for k, v in body["kwargs"].items()}
     copies = [(made[o], given[i]) for i, o in body["copies"]]
     results = [None if o is None else made[o] for o in body["results"]]
+    if not copies and not kwargs and len(results) == 1 and results[0] is not None:
+        weight = body["args"][1] if len(args) > 1 else None
+        fixed = isinstance(weight, dict) and "i" in weight and op.inputs[weight["i"]] in site.constants
+        direct = bind_convolution(op, target._opname, args, results[0], fixed, site)
+        if direct is not None:
+            return direct
     run = _entry(target, args, kwargs, copies, results)
     return alone_if_small(op, site, run) if target._opname in _PARALLEL else run
 

@@ -20,6 +20,8 @@ from taskgraph.runtime.cpu.tile import as_f32, fork, narrow, widen
 from taskgraph.runtime.program import CODES, MOST_AXES, TYPES
 
 TILE = 1024
+_SHORT = 16
+"""Runs along the last axis up to which several are taken together."""
 
 _F32, _BF16, _F16, _BOOL, _I32, _I64 = (TYPES[name] for name in ("f32", "bf16", "f16", "bool", "i32", "i64"))
 COPY, ADD, SUB, MUL, DIV, MAXIMUM, MINIMUM, POW = (
@@ -174,6 +176,16 @@ def _fill(row: Any, source: Any, step: Any) -> None:
 
 
 @kernel
+def _fill_runs(row: Any, source: Any, size: Any, step: Any, jump: Any) -> None:
+    """row[j * size + i] = source[i * step + j * jump]: runs of a few elements, taken across."""
+    runs = len(row) // size
+    for i in range(size):
+        first = i * step
+        for j in range(runs):
+            row[j * size + i] = widen(source[first + j * jump])
+
+
+@kernel
 def _fill_whole(row: Any, source: Any, step: Any) -> None:
     """As `_fill`, of integers."""
     for i in range(len(row)):
@@ -194,6 +206,15 @@ def _load(row: Any, address: Any, operand: Any, start: Any) -> None:
             first += rest % operand[2 + axis] * operand[2 + MOST_AXES + axis]
             rest //= operand[2 + axis]
         count = min(size - inner, len(row) - done)
+        runs = (len(row) - done) // size if axes > 1 and size <= _SHORT and inner == 0 and kind == _F32 else 0
+        if runs > 1:
+            runs = min(operand[3] - at // size % operand[3], runs)
+            jump, count = operand[3 + MOST_AXES], runs * size
+            span = (size - 1) * step + (runs - 1) * jump + 1
+            source = carray(_pointer(address + 4 * first), (span,), np.float32)
+            _fill_runs(row[done : done + count], source, size, step, jump)
+            done += count
+            continue
         part, span = row[done : done + count], (count - 1) * step + 1
         if kind == _F32:
             _fill(part, carray(_pointer(address + 4 * first), (span,), np.float32), step)
