@@ -161,12 +161,12 @@ def register(kind: str, launches: Rule, source: str | Path, *, strided: bool = F
 
 
 def register_ahead(kind: str, launches: Rule, takes: Takes) -> None:
-    """Say how ops of `kind`, which has kernels in a .cu file already, run by Triton functions on a real GPU.
+    """Say how ops of `kind` run by Triton functions on a real GPU.
 
     `launches` makes `ahead.launching.launch`es of them; `takes` says which ops they can do, the others keep to the .cu
-    file. GraphError for a kind without kernels or with other functions already."""
-    if kind not in _KINDS:
-        raise GraphError(f"op kind {kind!r} has no kernels in a .cu file; register those first.")
+    file that `register` was given, if any. GraphError for a kind that is not registered in `taskgraph.ops` or has other
+    functions already."""
+    known(kind)
     made = AheadKind(
         function(f"what launches a {kind}", launches, GraphError), function(f"what takes a {kind}", takes, GraphError)
     )
@@ -179,6 +179,8 @@ def launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSit
 
     They are of Triton functions where its kind has such, cubins run on the site, and that of each is kept or can be
     compiled; else of the .cu file."""
+    if site.arch and runs_ahead(op, ins, outs, DrySite(site.sm_count, site.arch)):
+        return AHEAD_KINDS[op.kind].launches(op, ins, outs, site)
     kind = GPU_KINDS.get(op.kind)
     if kind is None:
         raise BackendUnavailable(
@@ -186,8 +188,6 @@ def launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSit
             "taskgraph.runtime.gpu.kinds.register, or use GraphBuilder.call with a function that launches on the "
             "stream it is given."
         )
-    if site.arch and runs_ahead(op, ins, outs, DrySite(site.sm_count, site.arch)):
-        return AHEAD_KINDS[op.kind].launches(op, ins, outs, site)
     strided = next((name for name, b in zip(op.inputs, ins, strict=True) if b.strides is not None), None)
     if strided is not None and not kind.strided:
         raise BackendUnavailable(

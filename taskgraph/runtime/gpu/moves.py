@@ -1,6 +1,6 @@
 """How copies and moves of rows and pages run on a GPU, and collectives of one rank."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -20,15 +20,24 @@ def _move_rows(source: Buffer, start: int, step: int, rows: int, target: int, si
     return Launch(f"slice_rows_b{unit}", spread(rows * row // unit, site), 256, args)
 
 
-def slice_rows_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSite) -> Launches:
-    rows = outs[0].shape[0]
-    return [_move_rows(ins[0], op.integer("start"), op.integer("step"), rows, outs[0].address, site)]
+class RowMoves:
+    """Launch rules of the kinds that are moves of whole rows, by what makes the launch of one."""
 
+    def __init__(self, move: Callable[[Buffer, int, int, int, int, GpuSite], Launch]) -> None:
+        self.move = move
 
-def concat_rows_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSite) -> Launches:
-    """A launch a part: they follow each other on the lane."""
-    targets = accumulate((b.nbytes for b in ins[:-1]), initial=outs[0].address)
-    return [_move_rows(b, 0, 1, b.shape[0], target, site) for b, target in zip(ins, targets, strict=True)]
+    def slice_rows(self, op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSite) -> Launches:
+        rows = outs[0].shape[0]
+        return [self.move(ins[0], op.integer("start"), op.integer("step"), rows, outs[0].address, site)]
+
+    def concat_rows(self, op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSite) -> Launches:
+        """A launch a part: they follow each other on the lane."""
+        targets = accumulate((b.nbytes for b in ins[:-1]), initial=outs[0].address)
+        return [self.move(b, 0, 1, b.shape[0], target, site) for b, target in zip(ins, targets, strict=True)]
+
+    def collective(self, op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSite) -> Launches:
+        """A collective of one rank is a copy; more ranks go through NCCL (collectives.py)."""
+        return [self.move(ins[0], 0, 1, ins[0].shape[0], outs[0].address, site)]
 
 
 def copy_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSite) -> Launches:
@@ -40,11 +49,6 @@ def copy_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: G
     grid = (min(op.demand.sm[1], site.sm_count),)
     name = "copy_on_sms" if wide else "copy_bytes_on_sms"
     return [Launch(name, grid, 1024, (source, target, np.int64(nbytes // 16 if wide else nbytes)))]
-
-
-def collective_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSite) -> Launches:
-    """A collective of one rank is a copy; more ranks go through NCCL (collectives.py)."""
-    return [_move_rows(ins[0], 0, 1, ins[0].shape[0], outs[0].address, site)]
 
 
 COPY_SMS = 8
@@ -63,9 +67,10 @@ def copy_pages_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], s
     return [Launch("copy_pages", (wide,), 1024, args)]
 
 
-register("slice_rows", slice_rows_launches, KERNELS / "elementwise.cu")
-register("concat_rows", concat_rows_launches, KERNELS / "elementwise.cu")
+_ROWS = RowMoves(_move_rows)
+register("slice_rows", _ROWS.slice_rows, KERNELS / "elementwise.cu")
+register("concat_rows", _ROWS.concat_rows, KERNELS / "elementwise.cu")
 register("copy", copy_launches, KERNELS / "pages.cu")
 register("copy_pages", copy_pages_launches, KERNELS / "pages.cu")
 for _kind in COLLECTIVES:
-    register(_kind, collective_launches, KERNELS / "elementwise.cu")
+    register(_kind, _ROWS.collective, KERNELS / "elementwise.cu")

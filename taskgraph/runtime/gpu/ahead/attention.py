@@ -8,7 +8,6 @@ from typing import Final
 import numpy as np
 
 from taskgraph.graph.op import ITEMSIZE, Op
-from taskgraph.runtime.gpu import attention as _reference  # noqa: F401 - its kernels are registered first
 from taskgraph.runtime.gpu.ahead.cubins import architecture
 from taskgraph.runtime.gpu.ahead.launching import ALIGNMENT, Argument, Pointer, launch, with_descriptors
 from taskgraph.runtime.gpu.kinds import Buffer, GpuSite, Launches, register_ahead

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 
 from taskgraph.graph.op import ITEMSIZE, Op
-from taskgraph.runtime.gpu import experts as _registered_first  # noqa: F401
 from taskgraph.runtime.gpu.ahead.launching import Argument, Pointer, launch, with_descriptors
 from taskgraph.runtime.gpu.ahead.products import RESERVED_BYTES, by_descriptors, shared_bytes
 from taskgraph.runtime.gpu.ahead.rows import floats, padded, programs

@@ -1,7 +1,6 @@
 """How moves of rows and pages run by Triton functions, in units of 4 bytes or of one."""
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 import numpy as np
 
@@ -10,7 +9,7 @@ from taskgraph.ops import COLLECTIVES
 from taskgraph.runtime.gpu.ahead.launching import Argument, Pointer, launch
 from taskgraph.runtime.gpu.ahead.rows import dense, programs, tile_of
 from taskgraph.runtime.gpu.kinds import Buffer, GpuSite, Launch, Launches, register_ahead
-from taskgraph.runtime.gpu.moves import COPY_SMS
+from taskgraph.runtime.gpu.moves import COPY_SMS, RowMoves
 
 _JIT = "taskgraph.runtime.gpu.ahead.jit.moves:"
 _ALIGNED = 16
@@ -29,22 +28,6 @@ def _move_rows(source: Buffer, start: int, step: int, rows: int, target: int, si
         "COLUMNS": columns, "ROWS": tile.rows, "N": tile.columns,
     }  # fmt: skip
     return launch(_JIT + "slice_rows", programs(tile.of(rows, columns), warps, site), given, warps, 1)
-
-
-def slice_rows_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSite) -> Launches:
-    rows = outs[0].shape[0]
-    return [_move_rows(ins[0], op.integer("start"), op.integer("step"), rows, outs[0].address, site)]
-
-
-def concat_rows_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSite) -> Launches:
-    """A launch a part: they follow each other on the lane."""
-    targets = accumulate((b.nbytes for b in ins[:-1]), initial=outs[0].address)
-    return [_move_rows(b, 0, 1, b.shape[0], target, site) for b, target in zip(ins, targets, strict=True)]
-
-
-def collective_launches(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer], site: GpuSite) -> Launches:
-    """A collective of one rank is a copy."""
-    return [_move_rows(ins[0], 0, 1, ins[0].shape[0], outs[0].address, site)]
 
 
 def rows_taken(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer]) -> bool:
@@ -72,8 +55,9 @@ def copy_pages_taken(op: Op, ins: Sequence[Buffer], outs: Sequence[Buffer]) -> b
     return dense(*ins, *outs) and page % 4 == 0 and ins[2].dtype == "i32"
 
 
-register_ahead("slice_rows", slice_rows_launches, rows_taken)
-register_ahead("concat_rows", concat_rows_launches, rows_taken)
+_ROWS = RowMoves(_move_rows)
+register_ahead("slice_rows", _ROWS.slice_rows, rows_taken)
+register_ahead("concat_rows", _ROWS.concat_rows, rows_taken)
 register_ahead("copy_pages", copy_pages_launches, copy_pages_taken)
 for _kind in COLLECTIVES:
-    register_ahead(_kind, collective_launches, rows_taken)
+    register_ahead(_kind, _ROWS.collective, rows_taken)

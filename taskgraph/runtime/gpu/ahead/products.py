@@ -10,7 +10,6 @@ from typing import Final
 import numpy as np
 
 from taskgraph.graph.op import ITEMSIZE, Op
-from taskgraph.runtime.gpu import dense as _registered_first  # noqa: F401
 from taskgraph.runtime.gpu.ahead.cubins import architecture
 from taskgraph.runtime.gpu.ahead.launching import Argument, launch, with_descriptors
 from taskgraph.runtime.gpu.ahead.rows import dense

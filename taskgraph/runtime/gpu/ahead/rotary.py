@@ -6,7 +6,6 @@ import numpy as np
 
 from taskgraph.graph.op import Op
 from taskgraph.runtime import rotary
-from taskgraph.runtime.gpu import attention as _registered_first  # noqa: F401
 from taskgraph.runtime.gpu.ahead.launching import Argument, Pointer, launch
 from taskgraph.runtime.gpu.ahead.rows import dense, floats, padded, programs
 from taskgraph.runtime.gpu.kinds import Buffer, GpuSite, Launches, register_ahead

@@ -8,8 +8,6 @@ from typing import NamedTuple
 import numpy as np
 
 from taskgraph.graph.op import Op
-from taskgraph.runtime.gpu import dense as _registered_first  # noqa: F401
-from taskgraph.runtime.gpu import experts as _registered_too  # noqa: F401
 from taskgraph.runtime.gpu.ahead.launching import Argument, Pointer, launch
 from taskgraph.runtime.gpu.kinds import Buffer, GpuSite, Launches, register_ahead
 

@@ -255,11 +255,19 @@ def test_more_shared_memory_than_a_kernel_has_unasked(folder: Path, monkeypatch:
     assert asked == [(attribute, 131_072, 7, 0)]
 
 
-def test_registering_twice_or_without_a_reference(op: Op) -> None:
+def test_a_kind_may_have_triton_alone(folder: Path, op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kinds, "GPU_KINDS", {})
+    sides = [X, X], [OUT]
+    assert made_by(launches(op, *sides, kinds.DrySite(132, "sm_90"))) == "Triton"
+    with pytest.raises(BackendUnavailable, match="no kernel for kind 'add'"):
+        launches(op, *sides, kinds.DrySite(132, ""))
+
+
+def test_registering_twice_or_an_unknown_kind(op: Op) -> None:
     kinds.register_ahead("add", _by_triton, _f32_alone)
     with pytest.raises(GraphError, match="'add' has Triton functions already"):
         kinds.register_ahead("add", _by_triton, lambda op, ins, outs: True)
-    with pytest.raises(GraphError, match=r"has no kernels in a .cu file"):
-        kinds.register_ahead("call", _by_triton, _f32_alone)
+    with pytest.raises(GraphError, match="unknown op kind 'subtraction'"):
+        kinds.register_ahead("subtraction", _by_triton, _f32_alone)
     with pytest.raises(GraphError, match="takes a gemm"):
         kinds.register_ahead("gemm", _by_triton, None)  # type: ignore[arg-type]
