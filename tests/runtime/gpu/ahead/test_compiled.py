@@ -1,10 +1,7 @@
 """Every Triton function compiles for every architecture, spills nothing, and is what its launch rule launches."""
 
-import re
-import subprocess
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
 
 import pytest
 
@@ -12,10 +9,11 @@ import taskgraph as tg
 from taskgraph.graph.graph import Graph
 from taskgraph.models.config import load_config
 from taskgraph.models.paged import Bucket, PageShape, step_graph
-from taskgraph.runtime.gpu.ahead.cubins import Cubin, Specialisation, architecture, assembled, check_arguments, obtain
+from taskgraph.runtime.gpu.ahead.cubins import Cubin, Specialisation, check_arguments, obtain
 from taskgraph.runtime.gpu.ahead.needed import dry_launches, needed
 from taskgraph.runtime.gpu.kinds import DrySite, Launch
 from taskgraph.runtime.gpu.standard import GPU_KINDS
+from tests.runtime.gpu.ahead.machine_code import has, instructions
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'taskgraph-gpu[kernels]'")
 
@@ -95,36 +93,29 @@ def test_every_kernel_compiles_fits_its_launch_and_spills_nothing(graph: Graph, 
     assert seen
 
 
+def different(arch: str) -> dict[str, Cubin]:
+    """A cubin of each function that a step of Llama-3-8B needs."""
+    return {spec.name: obtain(spec, arch) for spec in needed(llama(), DrySite(132, arch))}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS)
 def test_attention_multiplies_on_tensor_cores_and_copies_in_bulk(arch: str) -> None:
-    """The kernels of Llama-3-8B in bf16. Decode has mma.sync everywhere: its few rows fit no larger product."""
-    product = {"sm_80": "mma.sync.aligned.m16n8k16", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}[arch]
-    found = set()
-    for spec, kind in needed(llama(), DrySite(132, arch)).items():
-        if spec.name == "decode":
-            asm = assembled(spec, architecture(arch)).asm["ptx"]
-            assert "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32" in asm
-            assert ("cp.async.bulk.tensor" if arch != "sm_80" else "cp.async.cg") in asm
-        elif spec.name == "prefill":
-            asm = assembled(spec, architecture(arch)).asm["ptx"]
-            assert product in asm and "cp.async.cg" in asm
-        found.add(kind)
-    assert {"paged_decode", "paged_prefill"} <= found
+    """In bf16. Decode has the product of a warp (HMMA) everywhere: its few rows fit no larger one."""
+    cubins = different(arch)
+    decode, prefill = instructions(cubins["decode"]), instructions(cubins["prefill"])
+    assert has(decode, "HMMA.16816.F32.BF16") and has(decode, "UTMALDG" if arch != "sm_80" else "LDGSTS")
+    assert has(prefill, {"sm_80": "HMMA.16816", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}[arch])
+    assert has(prefill, "LDGSTS")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
-def test_machine_code_waits_before_it_loads_or_stores(arch: str, tmp_path: Path) -> None:
+def test_machine_code_waits_before_it_loads_or_stores(arch: str) -> None:
     """The assembler, too, leaves the wait (ACQBULK) before all that touches memory of others, and before any end.
     Products on an sm_100 allocate tensor memory before it, which the kernel before gives back at its end."""
-    from triton import knobs
-
-    for name, code in {cubin.name: cubin.code for _, cubin in made_on(arch, llama())}.items():
-        (tmp_path / name).write_bytes(code)
-        command = [knobs.nvidia.cuobjdump.path, "-sass", str(tmp_path / name)]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        steps = re.findall(r"/\*[0-9a-f]{4}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9]*)", text)
+    for name, cubin in different(arch).items():
+        steps = [step.partition(".")[0] for step in instructions(cubin)]
         before = {step for step in steps[: steps.index("ACQBULK")] if step in TOUCHES or step.startswith("UTMA")}
         assert not before, name
         assert "PREEXIT" in steps, "it lets the next kernel be launched"

@@ -7,15 +7,17 @@ import pytest
 import taskgraph as tg
 from taskgraph import ops
 from taskgraph.graph.graph import Graph, Value
-from taskgraph.runtime.gpu.ahead.cubins import architecture, assembled, obtain
+from taskgraph.runtime.gpu.ahead.cubins import obtain
 from taskgraph.runtime.gpu.ahead.needed import needed
 from taskgraph.runtime.gpu.ahead.products import TILINGS, shared_bytes, tiling
 from taskgraph.runtime.gpu.kinds import DrySite
 from taskgraph.runtime.gpu.standard import GPU_KINDS
+from tests.runtime.gpu.ahead.machine_code import has, instructions
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'taskgraph-gpu[kernels]'")
 
-MULTIPLY = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
+MULTIPLY = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
+"""mma.sync, wgmma and tcgen05.mma in machine code."""
 
 
 def graph(make: Callable[[tg.GraphBuilder], Value]) -> Graph:
@@ -64,10 +66,10 @@ def test_products_on_96_sms_and_experts(arch: str) -> None:
             assert cubin.stack_bytes == 0, f"{spec.describe()} spills: {cubin.registers} registers"
             assert cubin.shared_bytes <= shared_bytes(arch)
             if many and spec.name in ("product_by_tiles", "expert_up", "expert_down"):
-                asm = assembled(spec, architecture(arch)).asm["ptx"]
-                assert MULTIPLY[arch] in asm
+                code = instructions(cubin)
+                assert has(code, MULTIPLY[arch])
                 if spec.name == "product_by_tiles" and arch != "sm_80":
-                    assert "cp.async.bulk.tensor" in asm
+                    assert has(code, "UTMALDG"), "operands come by bulk copies"
 
 
 def test_what_a_tiling_says_of_shared_memory_is_what_fits_every_architecture() -> None:
