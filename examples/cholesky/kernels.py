@@ -14,7 +14,8 @@ barrier, flat, native = tg.cpu.barrier, tg.cpu.flat, tg.cpu.native
 Array = np.ndarray
 TILE = 64  # rows of an update that one product makes: of the square only the upper part is computed
 BLOCK = 16  # rows of a panel that loops factorise before a product subtracts them from the rest
-SMALL = 1000  # pivots times rows below them from which on products are faster than loops (measured, Zen 5)
+WIDE_BLOCK = 32  # the same within a tile of pivots
+SMALL = 1500  # entries of a panel from which on products are faster than loops (measured, Zen 5)
 
 
 @numba.njit
@@ -108,7 +109,7 @@ def factor_partly(call: Call, panel: Array, update: Array) -> int:
     """Partial Cholesky of one front in place: panel = R [I, X], update -= X^T X. The bad column, or -1."""
     columns, height = panel.shape
     m = height - columns
-    if columns * m < SMALL:
+    if columns * height < SMALL:
         bad = factor_rows(panel, 0, columns)
         if bad < 0:
             for k in range(0, m - 1, 2):
@@ -116,6 +117,8 @@ def factor_partly(call: Call, panel: Array, update: Array) -> int:
             if m % 2:
                 subtract_row(panel, height - 1, update[m - 1, m - 1 :])
         return bad
+    if columns > 2 * TILE:
+        return factor_together(panel, update, 0, 1, 0)
     for low in range(0, columns, BLOCK):
         high = min(low + BLOCK, columns)
         bad = factor_rows(panel, low, high)
@@ -140,7 +143,6 @@ def branch_kernel(values: Array, guide: Array, stack: Array, panels: Array, out:
     sources, targets, relative = guide[at : at + count], guide[at + count : at + 2 * count], guide[at + 2 * count :]
     sizes, at_row = np.empty(fronts + held, np.int64), np.empty(fronts + held, np.int64)
     call = blas_call()
-    panels[:] = 0.0
     if held == 0:
         stack[0] = 0.0
     top, value, place, row, column = 0, 0, 0, 0, 0
@@ -151,6 +153,7 @@ def branch_kernel(values: Array, guide: Array, stack: Array, panels: Array, out:
     for s in range(fronts):
         c, m = np.int64(table[s, 0]), np.int64(table[s, 1])
         panel = panels[place : place + c * (c + m)]
+        panel[:] = 0.0
         for k in range(value, value + table[s, 2]):
             panel[targets[k]] = values[sources[k]]
         value += table[s, 2]
@@ -221,8 +224,8 @@ def refuse_front(column: int, _values: Any, guide: Any, *_: Any) -> None:
 def finish_rows(call: Call, panel: Array, low: int, high: int, begin: int, end: int) -> None:
     """Rows low..high-1 of the factor in the columns begin..end-1, where the columns low..high-1 are done."""
     n = end - begin
-    for first in range(low, high, BLOCK):
-        last = min(first + BLOCK, high)
+    for first in range(low, high, WIDE_BLOCK):
+        last = min(first + WIDE_BLOCK, high)
         if first > low:
             subtract_product(call, panel[low:first], first, begin, panel[first:, begin:], (last - first, n))
         for k in range(first, last):
