@@ -61,6 +61,10 @@ class Type:
         """The value; Bad(0, ...) where it is none of this type."""
         raise NotImplementedError
 
+    def fits(self, value: Any) -> bool:
+        """Whether `one` would give `value` itself; False where that takes long to say."""
+        return False
+
     def column(self, values: list[Any]) -> list[Any]:
         """Each of the values; Bad names the first that is none of this type."""
         return [self._at(i, value) for i, value in enumerate(values)]
@@ -82,6 +86,9 @@ class _Integer(Type):
             raise Bad(0, f"is {shown(value)}; integers have 64 bits")
         return int(value)
 
+    def fits(self, value: Any) -> bool:
+        return type(value) is int and -INT64 <= value < INT64
+
     def column(self, values: list[Any]) -> list[Any]:
         plain = {*map(type, values)} == {int} and min(values) >= -INT64 and max(values) < INT64
         return values if plain else super().column(values)
@@ -98,6 +105,9 @@ class _Number(Type):
         except OverflowError:
             raise Bad(0, f"is {shown(value)}; that is beyond every number") from None
 
+    def fits(self, value: Any) -> bool:
+        return type(value) is float
+
     def column(self, values: list[Any]) -> list[Any]:
         return values if {*map(type, values)} == {float} else super().column(values)
 
@@ -108,6 +118,9 @@ class _Flag(Type):
             raise Bad(0, f"is {shown(value)}; it must be true or false")
         return bool(value)
 
+    def fits(self, value: Any) -> bool:
+        return value is True or value is False
+
 
 class _Text(Type):
     def one(self, value: Any) -> str:
@@ -116,6 +129,9 @@ class _Text(Type):
         if not _writable(value):
             raise Bad(0, f"is {ascii(value)[:60]}; it has characters that UTF-8 has not")
         return value
+
+    def fits(self, value: Any) -> bool:
+        return isinstance(value, str) and value.isascii()
 
     def column(self, values: list[Any]) -> list[Any]:
         plain = {*map(type, values)} == {str} and _writable("".join(values))
@@ -135,6 +151,9 @@ class _Optional(Type):
 
     def one(self, value: Any) -> Any:
         return None if value is None else self.inner.one(value)
+
+    def fits(self, value: Any) -> bool:
+        return value is None or self.inner.fits(value)
 
 
 class _Scalar(Type):
@@ -156,6 +175,9 @@ class _Scalar(Type):
             return float(value)
         raise Bad(0, f"is {shown(value)}; it must be a text, a number, true, false, or integers")
 
+    def fits(self, value: Any) -> bool:
+        return type(value) in (bool, float) or (isinstance(value, str) and value.isascii())
+
 
 class _Many(Type):
     """A tuple of any length, from a list or a tuple."""
@@ -176,6 +198,9 @@ class _Many(Type):
         if type(value) is tuple and (made is given or all(map(operator.is_, value, made))):
             return value
         return tuple(made)
+
+    def fits(self, value: Any) -> bool:
+        return value == () or (type(value) is tuple and all(map(self.inner.fits, value)))
 
     def column(self, values: list[Any]) -> list[Any]:
         if not all(type(value) is list for value in values):
@@ -210,6 +235,11 @@ class _Fixed(Type):
             return value
         return tuple(made)
 
+    def fits(self, value: Any) -> bool:
+        if type(value) is not tuple or len(value) != len(self.inner):
+            return False
+        return all([inner.fits(each) for inner, each in zip(self.inner, value, strict=True)])
+
 
 class _Table(Type):
     """A mapping of texts to values of one type."""
@@ -237,6 +267,9 @@ class _Record(Type):
 
     def one(self, value: Any) -> Any:
         return value if type(value) is self.kind else self.column([value])[0]
+
+    def fits(self, value: Any) -> bool:
+        return type(value) is self.kind
 
     def column(self, values: list[Any]) -> list[Any]:
         if {*map(type, values)} == {self.kind}:
@@ -324,6 +357,13 @@ def _type_of(hint: Any) -> Type:
     return _Kept(hint)
 
 
+@cache
+def _fits(kind: Any) -> tuple[Callable[[Any], tuple[Any, ...]], list[Callable[[Any], bool]]]:
+    """(what gives all fields of a dataclass that has two or more, what says of each that it is of its type)."""
+    schema = schema_of(kind)
+    return operator.attrgetter(*schema), [inner.fits for inner, _ in schema.values()]
+
+
 class Typed:
     """What a dataclass is that checks itself when it is made: its fields are brought to their types, or the `error` of
     its class names the one that is wrong; then its `_check`, if it has one, says what else must hold."""
@@ -337,6 +377,15 @@ class Typed:
 
     def __post_init__(self) -> None:
         kind: Any = type(self)
+        fields_of, fits = _fits(kind)
+        if len(fits) < 2 or not all(map(operator.call, fits, fields_of(self))):
+            self._bring()
+        check = getattr(self, "_check", None)
+        if check is not None:
+            check()
+
+    def _bring(self) -> None:
+        kind: Any = type(self)
         for name, (inner, _) in schema_of(kind).items():
             given = getattr(self, name)
             try:
@@ -347,9 +396,6 @@ class Typed:
                 raise self._error(f"{kind.__name__.lower()}{whose}{name}{bad.path} {bad.text}.") from None
             if made is not given:
                 object.__setattr__(self, name, made)
-        check = getattr(self, "_check", None)
-        if check is not None:
-            check()
 
 
 def from_columns(kind: type[T], count: int, *columns: Iterable[Any]) -> tuple[T, ...]:
@@ -474,6 +520,8 @@ def _range(low: float, high: float, least: float, most: float) -> str:
 
 def text(name: str, value: object, error: Error, empty: bool = False) -> str:
     """`value` as a text that is not empty (unless `empty`); `error` names the argument."""
+    if type(value) is str and value and value.isascii():
+        return value
     made: str = _argument(str, name, value, error)
     if not made and not empty:
         raise error(f"{name} is empty; give it some characters.")

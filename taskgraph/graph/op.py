@@ -303,10 +303,13 @@ class Op(Typed, error=GraphError):
 
 def check_work(name: str, work: Work) -> None:
     """GraphError unless `work` is from 0 to MOST_WORK and not all zero."""
-    for field, value in zip(fields(work), work.vector, strict=True):
+    vector = work.vector
+    if min(vector) >= 0.0 and 0.0 < sum(vector) <= MOST_WORK:  # the sum of what is no number is none
+        return
+    for field, value in zip(fields(work), vector, strict=True):
         if not 0 <= value <= MOST_WORK:
             raise GraphError(
                 f"op {name!r} has work.{field.name} = {value}; it must be finite, not negative, {MOST_WORK:g} at most."
             )
-    if not any(work.vector):
+    if not any(vector):
         raise GraphError(f"op {name!r} has no work at all; give it flops or bytes, or leave it out of the graph.")
