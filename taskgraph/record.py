@@ -238,7 +238,7 @@ class _Fixed(Type):
     def fits(self, value: Any) -> bool:
         if type(value) is not tuple or len(value) != len(self.inner):
             return False
-        return all([inner.fits(each) for inner, each in zip(self.inner, value, strict=True)])
+        return all(map(operator.call, [inner.fits for inner in self.inner], value))
 
 
 class _Table(Type):
