@@ -78,7 +78,7 @@ def hops_per_second(topology: Topology, routing: str, cycles: int) -> float:
     rates = []
     for seed in range(3):
         start = time.process_time()
-        hops = simulate(topology, routing, sent, load, 10 * cycles, 0, seed=seed).hops
+        hops = simulate(topology, routing, sent, load, 5 * cycles, 0, seed=seed).hops
         rates.append(hops / (time.process_time() - start))
     return statistics.median(rates)
 
@@ -160,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--shape", type=count, nargs="+", default=[8, 8], help="sizes of the torus, all equal (8 8)")
     parser.add_argument("--cycles", type=count, default=1000, help="cycles measured a run (1000)")
     parser.add_argument("--seed", type=whole, default=0)
-    parser.add_argument("--fluid-cases", type=count, default=200, help="collectives drawn for the fluid model (200)")
+    parser.add_argument("--fluid-cases", type=count, default=60, help="collectives drawn for the fluid model (60)")
     parser.add_argument("--together", type=count, help="draw so many pairs of collectives at once for it, too")
     parser.add_argument("--million", action="store_true", help="look for deadlocks in a million cycles, too (minutes)")
     parser.add_argument("--choices", action="store_true", help="plan a 70B step with its collectives open, too")

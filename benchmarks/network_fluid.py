@@ -21,19 +21,18 @@ from taskgraph.network import (
     packets_together,
 )
 
-FLUID_CASES = 200
 FLUID_TOPOLOGIES = (
     "torus:4x4", "torus:8x4", "torus:3x5", "torus:4x4x4", "torus:2x4x4", "mesh:4x4", "ring:6", "ring:8", "switch:8",
     "switch:16", "fat-tree:4x4+2", "fat-tree:4x4+4", "machines:2x8@450GB/s,500ns+50GB/s,2us",
     "machines:4x4@450GB/s,500ns+50GB/s,2us", "switch:2*8@450GB/s,500ns+50GB/s,2us",
     "torus:2x4*4@450GB/s,500ns+50GB/s,2us",
 )  # fmt: skip
-LEAST_BYTES, MOST_BYTES, MOST_CYCLES, TOGETHER_CYCLES = 4e3, 64e6, 30_000, 10_000
+LEAST_BYTES, MOST_BYTES, MOST_CYCLES, TOGETHER_CYCLES = 4e3, 64e6, 20_000, 10_000
 
 
 def fluid_errors(cases: int, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
     """How far the fluid model is from the simulator of packets, relative, over drawn networks, routings, collectives,
-    algorithms, ranks and sizes (4 KB to 64 MB, less where that takes packets more than 30 000 cycles)."""
+    algorithms, ranks and sizes (4 KB to 64 MB, less where that takes packets more than 20 000 cycles)."""
     drawn = random.Random(seed)
     errors: dict[str, list[float]] = {}
     for i in range(cases):
