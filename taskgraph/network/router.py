@@ -370,13 +370,14 @@ def serve(net: Net, rules: Rules, state: State, node: int, now: int, warm_up: in
         port = start + g if start + g < groups else start + g - groups
         link = net.into[node, port] if port < ports else -1
         width = channels if link >= 0 else state.slots.shape[1]
-        if (state.busy[link] if link >= 0 else state.held[node]) == 0:
-            continue
-        i = turn % width - 1
+        rest, i = state.busy[link] if link >= 0 else state.held[node], turn % width - 1
         for j in range(width):
+            if rest == 0:  # all that is there has been seen
+                break
             i, queue = (i + 1 if i + 1 < width else 0), -1
             if link >= 0:
                 queue = link * channels + i
+                rest -= state.length[queue]
                 if state.length[queue] == 0 or state.ready[state.queue[queue, state.first[queue]]] > now:
                     continue
                 if state.target[state.queue[queue, state.first[queue]]] == node:
@@ -386,6 +387,7 @@ def serve(net: Net, rules: Rules, state: State, node: int, now: int, warm_up: in
             packet = state.queue[queue, state.first[queue]] if link >= 0 else state.slots[node, i]
             if packet < 0:
                 continue
+            rest -= 1 if link < 0 else 0
             to_queue = _freely(net, rules, state, packet, node, taken, now + j) if rules.adaptive else -1
             if to_queue < 0:
                 to_queue = _ordered(net, rules, state, packet, node, taken)
