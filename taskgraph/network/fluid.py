@@ -160,9 +160,10 @@ def _steps(network: Network, call: Call) -> list[_Step]:
     ]
     for k in order:
         late, around, loads, _ = kinds[k]
-        busy_s = loads[0] * call.nbytes
-        full_s, own_s = float(busy_s.max()), float(loads[1].max()) * call.nbytes
-        found.append(_Step(max(late + own_s, around + full_s) - full_s, 1.0 if full_s else 0.0, busy_s, count[k]))
+        full_s, own_s = (float(each.max()) * call.nbytes for each in loads)
+        flows = full_s > _LEAST_S
+        busy_s = loads[0] * (call.nbytes if flows else 0.0)
+        found.append(_Step(max(late + own_s, around + full_s) - full_s, float(flows), busy_s, count[k]))
     return found
 
 
@@ -185,6 +186,8 @@ def _speeds(going: list[_Step]) -> list[float]:
     return made
 
 
+_LEAST_S = 1e-18
+"""Bytes that flow in less do not count."""
 _ROUNDS = 20
 """Of giving each phase what the others leave of links, until nothing changes."""
 
