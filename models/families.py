@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from taskgraph.errors import ConfigError
-from taskgraph.models.documents import words
+from taskgraph.models.documents import known_formats, words
 from taskgraph.models.keys import ConfigKeys
 
 
@@ -166,15 +166,7 @@ def _deepseek_experts(keys: ConfigKeys, layers: int) -> Experts:
 
 # ------------------------------------------------------------------------------------------- the records
 
-_SPARSE = words("num_experts_per_tok num_local_experts num_experts n_routed_experts")
-_QWEN_SPARSE = _SPARSE | words(
-    "moe_intermediate_size norm_topk_prob decoder_sparse_step mlp_only_layers shared_expert_intermediate_size"
-)
-_DEEPSEEK = _SPARSE | words(
-    "q_lora_rank kv_lora_rank qk_rope_head_dim qk_nope_head_dim v_head_dim rope_interleave moe_intermediate_size "
-    "n_group topk_group first_k_dense_replace n_shared_experts norm_topk_prob routed_scaling_factor scoring_func "
-    "topk_method moe_layer_freq qk_head_dim shared_expert_intermediate_size"
-)
+_READS = {name: words(text) for name, text in known_formats()["hf"]["families"].items()}
 
 FAMILIES: dict[str, ModelFamily] = {}
 """ModelFamily by its name."""
@@ -198,7 +190,7 @@ register(
         "MixtralForCausalLM",
         rope_theta=1e6,
         experts=_mixtral_experts,
-        reads=_SPARSE | words("moe_intermediate_size shared_expert_intermediate_size"),
+        reads=_READS["mixtral"],
         expert_names=ExpertNames("block_sparse_moe", "w1", "w3", "w2"),
     )
 )
@@ -209,12 +201,17 @@ register(
         qkv_bias=True,
         window_switch=True,
         experts=_qwen_experts,
-        reads=_QWEN_SPARSE,
+        reads=_READS["qwen"],
     )
 )
 register(
     ModelFamily(
-        "qwen3_moe", "Qwen3MoeForCausalLM", qk_norm=True, window_switch=True, experts=_qwen_experts, reads=_QWEN_SPARSE
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        qk_norm=True,
+        window_switch=True,
+        experts=_qwen_experts,
+        reads=_READS["qwen"],
     )
 )
 register(
@@ -223,7 +220,7 @@ register(
         "DeepseekV3ForCausalLM",
         experts=_deepseek_experts,
         latent=_latent,
-        reads=_DEEPSEEK,
+        reads=_READS["deepseek_v3"],
         only=(("scoring_func", "sigmoid"), ("topk_method", "noaux_tc"), ("moe_layer_freq", 1)),
         expert_names=ExpertNames(shared="shared_experts"),
         predicts=True,

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from taskgraph.errors import ConfigError, WeightsError
+from taskgraph.models.documents import known_formats, words
 from taskgraph.models.keys import ConfigKeys
 from taskgraph.record import shown
 
@@ -65,20 +66,13 @@ def ramp(theta: float, dim: int, context: float, fast: float, slow: float, whole
 
 # ----------------------------------------------------------------------------------------- config.json
 
-_NESTED = (
-    "rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "low_freq_factor",
-    "high_freq_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate",
-    "finetuned", "partial_rotary_factor",
-)  # fmt: skip
-"""Keys of rope_parameters that are read, and `finetuned`, which says where the factor comes from."""
-
 
 def rope_body(keys: ConfigKeys) -> ConfigKeys:
     """The rotary settings, under their name since transformers 5 or the one before."""
     old, new = keys.part("rope_scaling"), keys.part("rope_parameters")
-    rope = old if old.keys else new
+    rope, known = old if old.keys else new, words(known_formats()["hf"]["rotary"])
     for key, value in rope.keys.items():
-        rope.need(key in _NESTED or value is None, key, "this version does not know that key of a rotary scaling")
+        rope.need(key in known or value is None, key, "this version does not know that key of a rotary scaling")
     rope.need(
         rope.number("partial_rotary_factor", 1.0) == 1.0, "partial_rotary_factor", "all of a head is rotated here"
     )
@@ -127,14 +121,6 @@ def _yarn(rope: ConfigKeys, theta: float, dim: int) -> Yarn:
 
 
 # ------------------------------------------------------------------------------------------------ GGUF
-
-GGUF_KEYS = (
-    "rope.freq_base", "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear",
-    "rope.scaling.attn_factor", "rope.scaling.original_context_length", "rope.scaling.finetuned",
-    "rope.scaling.yarn_log_multiplier", "rope.scaling.yarn_ext_factor", "rope.scaling.yarn_attn_factor",
-    "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
-)  # fmt: skip
-"""Keys, after the architecture's name, that `gguf_stretch` and its caller honour (`finetuned` only says how)."""
 
 
 def gguf_stretch(keys: ConfigKeys, theta: float, dim: int, divisors: npt.NDArray[np.float32] | None) -> Stretch:

@@ -17,14 +17,14 @@ from taskgraph.errors import WeightsError
 from taskgraph.models.config import ModelConfig
 from taskgraph.models.documents import known_formats, words
 from taskgraph.models.keys import ConfigKeys, HeadKeys, grouped_heads, layer_count, rotary_base
-from taskgraph.models.stretch import GGUF_KEYS, gguf_stretch, neutral, number_is
+from taskgraph.models.stretch import gguf_stretch, neutral, number_is
 from taskgraph.record import shown
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _HEADS = HeadKeys("embedding_length", "attention.head_count", "attention.head_count_kv", "attention.key_length")
 
 _KNOWN = known_formats()["gguf"]
-_READ = words(_KNOWN["read"]) | frozenset(GGUF_KEYS)
+_READ = words(f"{_KNOWN['read']} {_KNOWN['rotary']}")
 _UNCHANGED: Mapping[str, list[Any]] = _KNOWN["unchanged"]
 """Keys of an architecture that are honoured with these values only."""
 _HARMLESS = re.compile(

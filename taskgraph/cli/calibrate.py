@@ -59,9 +59,9 @@ def calibrate(
 
 def _show(device: str, made: "Calibration", families: "list[tuple[str, Errors, Errors]]") -> None:
     """The held-out errors of (family, formula alone, with correction), and of the co-running model."""
-    table = Table(title=f"{device}: absolute percentage error on held-out shapes", title_justify="left")
-    for column in ("family", "rows", "formula median", "formula p90", "median", "mean", "p90"):
-        table.add_column(column)
+    title = f"{device}: absolute percentage error on held-out shapes"
+    columns = ("family", "rows", "formula median", "formula p90", "median", "mean", "p90")
+    table = Table(*columns, title=title, title_justify="left")
     for name, plain, best in families:
         shown = (plain.median, plain.p90, best.median, best.mean, best.p90)
         table.add_row(name, f"{best.rows:,}", *(f"{100 * e:.1f} %" for e in shown))

@@ -161,9 +161,7 @@ def _summary(
 
 
 def _print_summary(rows: list[tuple[str, str, str]], title: str) -> None:
-    table = Table(title=title, title_justify="left")
-    for column in ("", "prefill", "decode"):
-        table.add_column(column)
+    table = Table("", "prefill", "decode", title=title, title_justify="left")
     for cells in rows:
         table.add_row(*cells)
     screen.print(table)

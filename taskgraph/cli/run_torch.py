@@ -42,9 +42,8 @@ def run_torch(factory: str) -> None:
             runs["taskgraph"] = lambda: ours(*args, **kwargs)
             with staged.stage("measure"):
                 took = _measured(runs)
-    table = Table(title=f"{type(module).__name__} (measured on this machine)", title_justify="left")
-    for column in ("", "a call", "against eager"):
-        table.add_column(column)
+    title = f"{type(module).__name__} (measured on this machine)"
+    table = Table("", "a call", "against eager", title=title, title_justify="left")
     for name, seconds in took.items():
         table.add_row(name, format_seconds(seconds), f"{took['eager torch'] / seconds:.2f}x")
     screen.print(table)

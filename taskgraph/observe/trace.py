@@ -38,11 +38,11 @@ def check_timelines(plan: Plan, timelines: Mapping[str, Timeline]) -> None:
 def _process(pid: int, label: str, timeline: Timeline, plan: Plan) -> list[dict[str, Any]]:
     """The names of one timeline's tracks, then its spans in order of time, from its own zero."""
     title = f"{label} ({timeline.kind}, {timeline.origin})"
-    events = [_name(pid, 0, "process_name", title), _sort(pid, 0, "process_sort_index", pid)]
+    events = [_about(pid, 0, "process_name", name=title), _about(pid, 0, "process_sort_index", sort_index=pid)]
     for lane in sorted({*range(len(plan.lanes)), *(s.lane for s in timeline.spans)}):
         place = lane_place(plan, lane)
-        events.append(_name(pid, lane + 1, "thread_name", f"lane {lane}: {place}" if place else f"lane {lane}"))
-        events.append(_sort(pid, lane + 1, "thread_sort_index", lane))
+        events.append(_about(pid, lane + 1, "thread_name", name=f"lane {lane}: {place}" if place else f"lane {lane}"))
+        events.append(_about(pid, lane + 1, "thread_sort_index", sort_index=lane))
     zero = min((s.start_s for s in timeline.spans), default=0.0)
     in_order = sorted(timeline.spans, key=lambda s: (s.start_s, s.lane))
     return events + [_complete(pid, span, zero, timeline.kind) for span in in_order]
@@ -61,9 +61,5 @@ def _complete(pid: int, span: Span, zero: float, kind: str) -> dict[str, Any]:
     }
 
 
-def _name(pid: int, tid: int, what: str, name: str) -> dict[str, Any]:
-    return {"ph": "M", "pid": pid, "tid": tid, "name": what, "args": {"name": name}}
-
-
-def _sort(pid: int, tid: int, what: str, index: int) -> dict[str, Any]:
-    return {"ph": "M", "pid": pid, "tid": tid, "name": what, "args": {"sort_index": index}}
+def _about(pid: int, tid: int, what: str, **args: str | int) -> dict[str, Any]:
+    return {"ph": "M", "pid": pid, "tid": tid, "name": what, "args": args}
