@@ -25,9 +25,10 @@ from benchmarks import count, machine, one_line, positive, print_json, progen, w
 from benchmarks.rcpsp_list import solve_list
 from taskgraph.errors import PlanError, TaskgraphError
 from taskgraph.record import read_text
+from taskgraph.schedule.bounds import longest_path
 from taskgraph.schedule.rcpsp import exact
 from taskgraph.schedule.rcpsp.evolve import solve_auto
-from taskgraph.schedule.rcpsp.project import Project, Schedule, chain_bound, check, make_project
+from taskgraph.schedule.rcpsp.project import Project, Schedule, check, make_project
 
 EPILOG = """\
 PATH is a folder or a zip that holds .sm files and, where optima are known, optimum/optimum.csv. Instances are solved
@@ -144,6 +145,11 @@ def read_project(file: Path) -> Project:
 def generated(activities: int) -> list[Instance]:
     """Ten instances for each cell of the parameter grid, as PSPLIB has them."""
     return [Instance(f"g{activities}_{i}", p) for i, p in enumerate(progen.grid(activities, 10))]
+
+
+def chain_bound(project: Project) -> float:
+    """Seconds of the longest chain of fastest modes: the critical-path bound of the field."""
+    return float(longest_path(project.seconds.min(axis=1), project.pred_ptr, project.pred).max())
 
 
 def solver(scheduler: str, seconds: float, seed: int) -> Callable[[Project], Schedule]:

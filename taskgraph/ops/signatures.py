@@ -11,7 +11,7 @@ from typing import Final
 
 from taskgraph.errors import GraphError
 from taskgraph.graph.op import BATCH_ROWS, ITEMSIZE, ROWS, Attr, Tensor
-from taskgraph.record import instance, integer, one_of, shown, text
+from taskgraph.record import Typed, integer, one_of, shown
 
 Shapes = Sequence[Tensor]
 
@@ -108,7 +108,7 @@ OUT_DTYPE: Final[Mapping[str, str]] = {"out_dtype": DTYPE}
 
 
 @dataclass(frozen=True, slots=True)
-class Signature:
+class Signature(Typed, error=GraphError):
     """What a kind takes.
 
     `axes` of each input, "+" for any number but none and "*" for any; the last `spare` inputs may be absent, and
@@ -123,16 +123,14 @@ class Signature:
     spare: int = 0
     many: bool = False
 
-    def __post_init__(self) -> None:
-        axes = text("the axes of a signature", self.axes, GraphError, empty=True)
-        if {*axes} - {*"0123456789+*"}:
-            raise GraphError(f"the axes of a signature are {shown(axes)}; they are digits, '+' or '*', one an input.")
-        groups = instance("the groups of a signature", self.groups, tuple, GraphError)
-        for attributes in (self.must, self.may, *groups):
-            for key, can in instance("the attributes of a signature", attributes, Mapping, GraphError).items():
-                one_of(f"what the attribute {shown(key)} can be", can, _IS, GraphError)
-        integer("spare of a signature", self.spare, GraphError, 0, len(axes))
-        instance("many of a signature", self.many, bool, GraphError)
+    def _check(self) -> None:
+        if {*self.axes} - {*"0123456789+*"}:
+            raise GraphError(
+                f"the axes of a signature are {shown(self.axes)}; they are digits, '+' or '*', one an input."
+            )
+        for key, can in self._attributes().items():
+            one_of(f"what the attribute {shown(key)} can be", can, _IS, GraphError)
+        integer("spare of a signature", self.spare, GraphError, 0, len(self.axes))
 
     def check(self, kind: str, ins: Shapes, attrs: Attrs) -> None:
         """GraphError, with the shapes, unless inputs and attributes are those."""

@@ -206,22 +206,17 @@ def _settle(
 
 def _trade(islands: list[Island]) -> None:
     """Each population's best takes the place of the worst in the next one."""
-    best = [int(island.makespan.argmin()) for island in islands]
-    rows = [
-        (island.order[b].copy(), island.mode[b].copy(), island.critical[b].copy(), island.makespan[b], island.mark[b])
-        for island, b in zip(islands, best, strict=True)
-    ]
+    best = [[part[island.makespan.argmin()].copy() for part in island[:5]] for island in islands]
     for k, island in enumerate(islands):
-        order, mode, critical, makespan, mark = rows[k - 1]
+        *_, makespan, mark = best[k - 1]
         worst = int(island.makespan[: island.tally[2]].argmax())
-        if (island.mark == mark).any() or makespan >= island.makespan[worst]:
-            continue
-        island.order[worst], island.mode[worst], island.critical[worst] = order, mode, critical
-        island.makespan[worst], island.mark[worst] = makespan, mark
+        if not (island.mark == mark).any() and makespan < island.makespan[worst]:
+            for part, value in zip(island[:5], best[k - 1], strict=True):
+                part[worst] = value
 
 
-def solve(project: Project, budget_s: float, seed: int = 0, workers: int = 2, target: float | None = None) -> Schedule:
-    """The best schedule of `workers` populations on as many threads; stops early at `target` or a proven bound.
+def solve(project: Project, budget_s: float, seed: int = 0, workers: int = 2) -> Schedule:
+    """The best schedule of `workers` populations on as many threads; stops early at a proven bound.
 
     The budget buys a fixed number of schedules, so equal seeds, budgets and workers give equal results; on the machine
     that the rates were measured on they take about 70 % of it. The clock is only a guard: a machine that is much
@@ -231,8 +226,7 @@ def solve(project: Project, budget_s: float, seed: int = 0, workers: int = 2, ta
         raise PlanError(f"A budget of {budget_s} s and {workers} workers plan nothing; give more than 0 of both.")
     tables, tick = make_tables(project)
     chain = chains(tables)
-    bound = ticks_bound(tables, chain)
-    stop = bound if target is None else max(bound, int(target / tick))
+    stop = ticks_bound(tables, chain)
     keys, extremes = priorities(project, tables, chain), extreme_modes(project)
     each = schedules_for(tables, budget_s - CALL_S)
     size = int(min(max(LEAST, 0.75 * each**0.5), MOST))
@@ -250,7 +244,7 @@ def solve(project: Project, budget_s: float, seed: int = 0, workers: int = 2, ta
     _in_epochs(islands, scratches, each, run, lambda: time.perf_counter() - begin < budget_s, stop)
     best = min(islands, key=lambda island: int(island.tally[0]))
     made = sum(int(island.tally[1]) for island in islands)
-    return seconds_of(project, tick, best.best_start, best.best_mode, bound, "search", made)
+    return seconds_of(project, tick, best.best_start, best.best_mode, stop, "search", made)
 
 
 def _in_epochs(

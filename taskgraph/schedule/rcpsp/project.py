@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from taskgraph.errors import DemandError, GraphError, PlanError
-from taskgraph.schedule.bounds import longest_path
 from taskgraph.schedule.problem import _transposed, compressed
 
 FRACTION_SLACK = 1e-6
@@ -136,8 +135,3 @@ def _check_capacity(project: Project, start: np.ndarray, end: np.ndarray, use: n
 
 def _last_of_instant(times: np.ndarray) -> np.ndarray:
     return np.append(times[1:] > times[:-1], True)[: len(times)]
-
-
-def chain_bound(project: Project) -> float:
-    """Seconds of the longest chain of fastest modes: the critical-path bound of the field."""
-    return float(longest_path(project.seconds.min(axis=1), project.pred_ptr, project.pred).max())

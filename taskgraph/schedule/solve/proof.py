@@ -36,7 +36,6 @@ MARGIN = 2e-5
 OPTIMAL = 1e-4
 """A plan is called the best one within this of its bound."""
 _CLASSES = 5
-_RESOURCES = 5
 
 
 @dataclass(frozen=True, slots=True)
