@@ -30,7 +30,7 @@ class Apart:
     """Takes the work of a scheduler apart where its runner can run two batches at once and predicts that it pays."""
 
     def __init__(self, runner: Runner, scheduler: Scheduler) -> None:
-        self._runner = runner if isinstance(runner, ApartRunner) and runner.ways is not None else None
+        self._runner = runner if isinstance(runner, ApartRunner) else None
         self._scheduler = scheduler
         self.split: Split | None = None
         """The split in use."""

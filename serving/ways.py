@@ -201,6 +201,29 @@ class Ways:
             self._sides[key] = tg.Side.of(self._grid.graph(decode, context, prefill), self._grid.device)
         return self._sides[key]
 
+    def prepare(self, context: int) -> None:
+        """Predict now what choices of loads of up to `context` keys a sequence need, so that none costs time later."""
+        points = [
+            [p for p, before in zip(points, (0, *points), strict=False) if before < most]
+            for points, most in ((DECODES, self.room.sequences), (CONTEXT, context), (PREFILLS, self.step_tokens))
+        ]
+        for decode, keys, tokens in product(*points):
+            for split in (None, *self.splits):
+                self._corner(split, decode, keys, tokens)
+        for decode, keys, tokens in product(points[0], points[1], self.sizes):
+            self.mixed_s(decode, keys, tokens)
+
+    def best_splits(self, context: int, most: int) -> tuple[Split, ...]:
+        """The splits, `most` of them, that gain most over loads of all sizes whose prompts wait, by prediction."""
+        gains = defaultdict[Split, float](float)
+        for share, keys in product((1.0, 0.5, 0.25, 0.125), (0.125, 0.5, 1.0)):
+            load = Load(max(round(self.room.sequences * share), 1), context * keys, _MOST_STEPS * self.step_tokens)
+            every = [*self.every(load)]
+            best, mixed = chosen(every, self.tpot_s), chosen([w for w in every if w.split is None], self.tpot_s)
+            if best.split is not None:
+                gains[best.split] += best.work / mixed.work
+        return tuple(sorted(sorted(gains, key=lambda split: -gains[split])[:most]))
+
     # -- the choice --------------------------------------------------------------------------------
 
     def every(self, load: Load) -> Iterator[Way]:

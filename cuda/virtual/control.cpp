@@ -153,6 +153,7 @@ static std::string report() {
     for (auto& [end, a] : m.memory)
         if (a.alive) allocations++, bytes += a.bytes;
     std::ostringstream out;
+    out.precision(12);
     out << "{\"device\": " << quoted(m.settings.device) << ", \"host_s\": " << m.host_s << ", \"launches\": " << m.launches
         << ", \"graph_launches\": " << m.graph_launches << ", \"untimed\": " << m.untimed << ", \"pending\": "
         << m.pending.size() << ", \"allocations\": " << allocations << ", \"allocated_bytes\": " << bytes << ", \"live\": {";
@@ -166,6 +167,12 @@ static std::string report() {
     out << "}, \"log\": [";
     comma = "";
     for (auto& [level, text] : m.log) out << comma << "[" << quoted(level) << ", " << quoted(text) << "]", comma = ", ";
+    out << "], \"graph_spans\": [";
+    comma = "";
+    for (auto& s : m.graph_spans) {
+        out << comma << "[" << s.begin_s << ", " << s.end_s << ", " << s.split << ", " << s.first_sm << ", " << s.end_sm << "]";
+        comma = ", ";
+    }
     out << "], \"last_refusal\": " << quoted(m.last_refusal) << "}";
     return out.str();
 }

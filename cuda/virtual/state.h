@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdarg>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
@@ -234,6 +235,13 @@ struct Settings {
     std::vector<std::string> host_kernels;
 };
 
+// A graph launch: its simulated time, and the SMs that its kernels may use, by the split that those are numbered in (0:
+// the device's own).
+struct GraphSpan {
+    double begin_s, end_s;
+    unsigned split, first_sm, end_sm;
+};
+
 using Clock = double (*)(int kind, double bytes);  // seconds of a copy: 'h' to device, 'd' to host, 'm' within
 
 struct Machine {
@@ -249,6 +257,7 @@ struct Machine {
     std::map<uintptr_t, Allocation> memory;  // by end address, so that lower_bound finds the range
     size_t used_bytes = 0;
     std::vector<ItemPtr> pending;
+    std::deque<GraphSpan> graph_spans;  // of the latest launches
     double host_s = 0;  // simulated time that the host has seen
     std::vector<Capture*> captures;
     uint64_t next_id = 1, splits = 0, launches = 0, untimed = 0, graph_launches = 0;

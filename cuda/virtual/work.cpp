@@ -167,6 +167,22 @@ static std::vector<double> node_ends(Exec* exec) {
     return ends;
 }
 
+// Keep when and where a graph runs, of the latest launches.
+static void remember(Exec* exec, double begin_s, double end_s) {
+    auto& spans = machine().graph_spans;
+    GraphSpan span{begin_s, end_s, 0, machine().settings.sm_count, 0};
+    for (auto& node : exec->nodes) {
+        if (node.work.type != NODE_KERNEL || !node.work.context) continue;
+        auto& c = *node.work.context;
+        unsigned count = c.green() ? c.sm_count : machine().settings.sm_count;
+        span.split = std::max(span.split, c.split);
+        span.first_sm = std::min(span.first_sm, c.first_sm);
+        span.end_sm = std::max(span.end_sm, c.first_sm + count);
+    }
+    spans.push_back(span);
+    if (spans.size() > 256) spans.pop_front();
+}
+
 void launch_exec(Exec* exec, Stream* stream) {
     auto& m = machine();
     m.graph_launches++;
@@ -190,6 +206,7 @@ void launch_exec(Exec* exec, Stream* stream) {
                         });
     });
     double begin = item->end_s - whole;
+    remember(exec, begin, item->end_s);
     exec->last = item;
     for (size_t i = 0; i < exec->nodes.size(); i++) {
         auto* event = exec->nodes[i].work.event;

@@ -2,6 +2,7 @@
 written into the inputs of one."""
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -9,8 +10,20 @@ import numpy.typing as npt
 
 from taskgraph.models.paged import Bucket
 from taskgraph.serving.scheduler import Batch, Ints, Limits
+from taskgraph.serving.ways import Split
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Part:
+    """The shapes of a step in a partition of a split: side 0 decodes, side 1 prefills."""
+
+    bucket: Bucket
+    split: Split
+    side: int
+
+
 Arrays = Mapping[str, npt.NDArray[Any]]
 
 
@@ -46,6 +59,23 @@ class Buckets:
     def _chunks(self, prefill: int) -> int:
         """Chunks that a bucket of so many tokens of prefill has."""
         return self._limits.chunks if prefill == self._prefill[-1] else min(max(prefill // 16, 1), self._limits.chunks)
+
+    @property
+    def prefills(self) -> tuple[int, ...]:
+        """Tokens of prefill that a step may have."""
+        return self._prefill
+
+    def parts(self, splits: Sequence[Split]) -> list[Part]:
+        """Every step of both sides of these splits, the most needed first: of each split the largest two, which hold
+        any batch, and then the others, spread."""
+        each = [
+            [Part(Bucket(d), split, 0) for d in coarse_first(self._decode[1:])]
+            + [Part(Bucket(0, p, self._chunks(p)), split, 1) for p in coarse_first(self._prefill)]
+            for split in splits
+        ]
+        largest = {part for mine in each for part in (mine[0], mine[len(self._decode) - 1])}
+        spread = [part for turn in zip(*each, strict=True) for part in turn]
+        return sorted(spread, key=lambda part: part not in largest)
 
     def every(self) -> list[Bucket]:
         """Every bucket, the most needed first: that which holds any batch, those that only decode, then the others, and

@@ -97,9 +97,12 @@ class CpuRunner:
         graph = self._graph(bucket)
         plan = tg.distributed.one_plan(graph, self._group, lambda: self._planner(graph, self.device))
         self._plans[bucket] = plan
+        return self._compiled(graph, plan, self._bound)
+
+    def _compiled(self, graph: tg.Graph, plan: tg.Plan, bound: Mapping[str, Any]) -> tg.Executable:
         executable = tg.compile(graph, plan, self.backend, device=self._run_on, group=self._group)
         wanted = {t.name for t in graph.flat().with_role("weight", "state")}
-        executable.bind({name: t for name, t in self._bound.items() if name in wanted})
+        executable.bind({name: t for name, t in bound.items() if name in wanted})
         return executable
 
     def _graph(self, bucket: Bucket) -> tg.Graph:

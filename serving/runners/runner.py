@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
 
 import taskgraph as tg
 from taskgraph.models.paged import Bucket
@@ -13,6 +13,7 @@ from taskgraph.serving.scheduler import Batch, Ints
 if TYPE_CHECKING:
     from taskgraph.serving.ways import Split, Ways
 
+T = TypeVar("T")
 Tell = Callable[[int, int], None]
 
 
@@ -134,9 +135,7 @@ class PlanRunner(Protocol):
         ...
 
 
-def prepare_in_time(
-    buckets: Sequence[Bucket], prepare: Callable[[Bucket], bool], within_s: float, tell: Tell | None
-) -> None:
+def prepare_in_time(buckets: Sequence[T], prepare: Callable[[T], bool], within_s: float, tell: Tell | None) -> None:
     """Prepare the first of them, and others in their order while it looks as if there is time for one more, and
     `prepare` says that there is room."""
     begin_s = time.perf_counter()

@@ -1,7 +1,7 @@
 """The graph bank: executables by key (a batch bucket, a partition geometry), made at first use and kept, LRU."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from threading import RLock
 from typing import Generic, Self, TypeVar
 
@@ -28,6 +28,10 @@ class GraphBank(Generic[Key]):
 
     def __len__(self) -> int:
         return len(self._kept)
+
+    def __iter__(self) -> Iterator[Key]:
+        """The keys of what is kept."""
+        return iter(list(self._kept))
 
     def __contains__(self, key: Key) -> bool:
         return key in self._kept

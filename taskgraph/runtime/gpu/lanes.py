@@ -14,11 +14,14 @@ from taskgraph.schedule.plan import Plan
 
 
 class Lanes:
-    """Streams and contexts, made when a plan first has them; closing frees them."""
+    """Streams and contexts, made when a plan first has them; closing frees them.
 
-    def __init__(self, gpu: Gpu) -> None:
-        self._gpu, self.pool = gpu, TorchPool()
-        self._partitions: dict[Geometry, Partitioned] = {}
+    Plans of two `Lanes` may run at once: with `beside` both have the partitions of the same splits of the device (those
+    of two splits overlap), but streams, and what torch allocates, of their own. Close them before those."""
+
+    def __init__(self, gpu: Gpu, beside: "Lanes | None" = None) -> None:
+        self._gpu, self.pool, self._owns = gpu, TorchPool(), beside is None
+        self._partitions: dict[Geometry, Partitioned] = {} if beside is None else beside._partitions
         self._streams: dict[tuple[Geometry, int, int], Any] = {}
 
     def of(self, plan: Plan) -> tuple[list[Partitioned], list[Any]]:
@@ -42,7 +45,7 @@ class Lanes:
         """Free streams, then contexts, in the reverse order of their making; a second call does nothing."""
         for stream in reversed(self._streams.values()):
             stream.close()
-        for made in reversed(self._partitions.values()):
+        for made in reversed(self._partitions.values() if self._owns else ()):
             for context in made.contexts:
                 if context is not None:
                     context.close()
@@ -51,4 +54,6 @@ class Lanes:
 
     def forget(self) -> None:
         """Let go of what was not closed: in a forked child it is its parent's."""
-        self._streams, self._partitions = {}, {}
+        self._streams.clear()
+        if self._owns:
+            self._partitions.clear()

@@ -55,11 +55,14 @@ class Pipeline:
     """A queue of replays on one stream; `depth` of them may be under way. Close it after its executables.
 
     `add` an executable before its first replay: it lives in the pipeline's `memory` from then on. A replay is `inputs`
-    (arrays in pinned memory, to be written whole), `launch`, and in its turn `wait`."""
+    (arrays in pinned memory, to be written whole), `launch`, and in its turn `wait`.
 
-    def __init__(self, device: str | None = None, depth: int = 2) -> None:
+    A pipeline `beside` another one, which is closed later, runs at the same time: the plans of both have partitions of
+    the same splits, and each pipeline its own stream, memory and lanes. `behind` orders a replay after one of there."""
+
+    def __init__(self, device: str | None = None, depth: int = 2, beside: "Pipeline | None" = None) -> None:
         self._gpu = Gpu.open(device)
-        self.memory = SharedMemory(device)
+        self.memory: SharedMemory = SharedMemory(device, None if beside is None else beside.memory)
         self.stream = self._gpu.stream()
         self._slots = [
             _Slot(self._gpu.event(), Memory(1, pinned=True), Memory(1, pinned=True)) for _ in range(max(depth, 1))
@@ -81,6 +84,27 @@ class Pipeline:
     def under_way(self) -> int:
         """Replays that were launched and not waited for."""
         return len(self._under_way)
+
+    @property
+    def launched(self) -> int:
+        """Replays that were launched so far."""
+        return self._launched
+
+    @property
+    def ended(self) -> bool:
+        """Whether the replay launched first of those not waited for has ended; asks once, and waits for nothing.
+        ExecutionError when none is under way."""
+        if not self._under_way:
+            raise ExecutionError("no replay is under way; launch one.", op="")
+        with driver.driver_errors("ask for a replay"):
+            return bool(self._under_way[0][0].event.is_done)
+
+    def behind(self, other: "Pipeline", number: int) -> None:
+        """The next replay begins on the device when replay `number` of another pipeline, counted from 0, has ended;
+        nothing is asked of the device where it was waited for already."""
+        if number >= other._launched - other.under_way:
+            with driver.driver_errors("wait for a replay of another pipeline"):
+                self.stream.wait(other._slots[number % len(other._slots)].event)
 
     def _next(self) -> _Slot:
         if len(self._under_way) == len(self._slots):

@@ -92,10 +92,11 @@ class SharedMemory:
     """Memory for executables of which one replays at a time: all of them on one stream, or each waited for.
 
     It is as large as the largest of them, nearly: give it those first. `CudaExecutable.share` puts an executable there.
-    Close it after them."""
+    Close it after them. What has its memory there runs at the same time as what has it in another one, `beside`, if
+    their partitions are of one split: then they are disjoint."""
 
-    def __init__(self, device: str | None = None) -> None:
-        self.lanes = Lanes(Gpu.open(device))
+    def __init__(self, device: str | None = None, beside: "SharedMemory | None" = None) -> None:
+        self.lanes: Lanes = Lanes(Gpu.open(device), None if beside is None else beside.lanes)
         """What their lanes are, one stream for all that have the same."""
         self._slabs: list[Memory] = []
         self._leases: set[Lease] = set()

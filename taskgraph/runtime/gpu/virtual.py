@@ -211,7 +211,9 @@ _CLOCK = ctypes.CFUNCTYPE(ctypes.c_double, ctypes.c_int, ctypes.c_double)
 @dataclass(frozen=True, slots=True)
 class DriverReport:
     """What the virtual driver has seen: live objects by kind, allocations, untimed work, calls by entry point, and its
-    log of (level, text) with level "refused", "warning" or "error"."""
+    log of (level, text) with level "refused", "warning" or "error". `graph_spans` are the latest graph launches: when
+    each begins and ends (simulated), and the SMs of its kernels, [first, end) by the numbers of split `split`, 0 for
+    the device itself: (begin_s, end_s, split, first, end)."""
 
     device: str
     host_s: float
@@ -224,6 +226,7 @@ class DriverReport:
     live: Mapping[str, int]
     calls: Mapping[str, int]
     log: tuple[tuple[str, str], ...]
+    graph_spans: tuple[tuple[float, float, int, int, int], ...]
     last_refusal: str
 
     def texts(self, level: str) -> list[str]:
@@ -296,7 +299,9 @@ class Control:
         buffer = ctypes.create_string_buffer(size + 4096)
         self._library.tgv_report(buffer, ctypes.c_size_t(len(buffer)))
         body = json.loads(buffer.value.decode())
-        return DriverReport(**{**body, "log": tuple((level, text) for level, text in body["log"])})
+        return DriverReport(
+            **{**body, "log": tuple(map(tuple, body["log"])), "graph_spans": tuple(map(tuple, body["graph_spans"]))}
+        )
 
     def clear_log(self) -> None:
         """Forget the log."""
