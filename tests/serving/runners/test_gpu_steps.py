@@ -31,7 +31,9 @@ Weights = dict[str, torch.Tensor]
 
 @pytest.fixture(scope="module")
 def weights() -> Weights:
-    return model_tensors(step_graph(TINY, batch=1, tokens=1, cache=64, dtype="f32"), 1, roles=("weight",))
+    """In memory that processes share: to give them to another one would move them there, away from what is bound."""
+    made = model_tensors(step_graph(TINY, batch=1, tokens=1, cache=64, dtype="f32"), 1, roles=("weight",))
+    return {name: tensor.share_memory_() for name, tensor in made.items()}
 
 
 # ------------------------------------------------------------------------------------ calls of a step
