@@ -496,9 +496,10 @@ def test_without_a_driver_the_reason_and_the_way_out_are_said() -> None:
 # -------------------------------------------------------------------------------------------- compilation
 
 
-@pytest.mark.parametrize(("arch", "level"), [("sm_80", "-O0"), ("sm_90", "-O3"), ("sm_100", "-O0")])
+@pytest.mark.parametrize(("arch", "level"), [("sm_80", "-O0"), ("sm_90", "-O3")])
 def test_nvcc_compiles_all_kernels_without_a_warning(arch: str, level: str, tmp_path: Path) -> None:
-    """All files as one, for nvcc reads its headers for seconds; optimised code for one architecture."""
+    """All files as one, for nvcc reads its headers for seconds; optimised code for one architecture. The sources tell
+    those before sm_90 from the others, and nothing else."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("nvcc is not on PATH")
@@ -515,7 +516,7 @@ def test_nvcc_compiles_all_kernels_without_a_warning(arch: str, level: str, tmp_
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
 def test_nvrtc_compiles_beside_the_virtual_driver(on_virtual: Call, arch: str) -> None:
     assert all(size > 1000 for size in on_virtual(nvrtc_sizes, arch))
 
