@@ -208,7 +208,10 @@ def relative_rows(first: Array, row_at: Array, rows: Array, parent: Array) -> Ar
 def checked(matrix: sp.sparray) -> sp.csc_array:
     """The matrix as canonical CSC; MatrixError unless square, its pattern symmetric with a full diagonal."""
     if not sp.issparse(matrix) or matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.shape[0]:
-        raise MatrixError(f"Cholesky takes a square sparse matrix of scipy; got {type(matrix).__name__}.")
+        shape = f" of shape {matrix.shape}" if sp.issparse(matrix) else ""
+        raise MatrixError(f"Cholesky takes a square sparse matrix of scipy; got {type(matrix).__name__}{shape}.")
+    if np.iscomplexobj(matrix.data):
+        raise MatrixError(f"the matrix has {matrix.dtype} entries; Cholesky here is of real ones. Give matrix.real.")
     found = sp.csc_array(matrix, dtype=np.float64, copy=True)
     found.sum_duplicates()
     flipped = sp.csc_array(found.T)
@@ -237,7 +240,9 @@ def ordered(matrix: sp.csc_array, order: Array) -> Ordered:
     n = matrix.shape[0]
     order = np.asarray(order, np.int64)
     if order.shape != (n,) or not np.array_equal(np.sort(order), np.arange(n)):
-        raise MatrixError(f"the order is no permutation of {n} unknowns.")
+        raise MatrixError(
+            f"the order is no permutation of {n} unknowns; give each of 0 to {n - 1} once, as fill_reducing does."
+        )
     numbered = sp.csc_array((np.arange(matrix.nnz), matrix.indices, matrix.indptr), shape=(n, n))
 
     def permuted(by: Array) -> sp.csc_array:

@@ -166,6 +166,8 @@ def test_what_is_no_spd_matrix_is_refused() -> None:
         analyse(matrix, np.zeros(36, int))
     with pytest.raises(MatrixError, match="square"):
         analyse(matrix[:5], order)
+    with pytest.raises(MatrixError, match="real"):
+        analyse(sp.csc_array(matrix * 1j), order)
 
 
 @given(st.integers(2, 9), st.integers(2, 9), st.floats(0.0, 1e4))
