@@ -21,8 +21,7 @@ MOST_TRIAL_CALLS: Final = 24
 TRIAL_S: Final = 5e-3
 """Seconds of calls by a way that are enough for a verdict, each counted as the fastest, if there were `TRIAL_CALLS`."""
 LEAST_GAIN: Final = 1.05
-"""A plan is given up unless it is so many times as fast as eager torch: short calls of either differ by as much with
-what ran before them."""
+"""A plan is given up unless it is so many times as fast as eager torch."""
 MOST_TURNS: Final = 4
 """A graph is captured for so many times `most_plans` shapes, then no more: sizes that come round in turns would have
 each other's plans made anew forever."""
@@ -83,8 +82,8 @@ class Shapes:
     captured, and how eager torch runs the call.
     """
 
-    BESIDES_S = 0.0
-    """Seconds that a call by a plan takes before the plan is called, beyond what one by eager torch does."""
+    BESIDES_S = 10e-6
+    """Seconds that are added to a plan's: short calls of either way differ by that with what ran before them."""
 
     def __init__(self, options: Options, reason: str = "") -> None:
         self._options, self.reason = options, reason
@@ -199,11 +198,13 @@ class Shapes:
     # -- the verdict -----------------------------------------------------------------------------
 
     def _trial(self, variant: Variant, captured: Captured, args: Any) -> Any:
-        """A call by one of the ways, timed: the plan, then one core alone, then eager torch."""
+        """A call by one of the ways, timed: the plan on all cores, then that on one core and eager torch by turns, so
+        that what else the machine does meets both."""
         if _enough(variant.ours_s) and variant.rival is None and captured.cores > 1:
             variant.rival, variant.rival_s, variant.ours_s = captured, variant.ours_s, []
             captured = variant.captured = captured.alone(args)
-        ours = not _enough(variant.ours_s)
+        mine, theirs = variant.ours_s, variant.eager_s
+        ours = not _enough(mine) and (captured.cores > 1 or _enough(theirs) or len(mine) <= len(theirs))
         begin = time.perf_counter()
         made = captured.run(args) if ours else self._eagerly(args)
         took = time.perf_counter() - begin
@@ -212,7 +213,7 @@ class Shapes:
             self._give_up(variant, captured.why)
             return self._eagerly(args)
         (variant.ours_s if ours else variant.eager_s).append(took)
-        if _enough(variant.eager_s):
+        if _enough(variant.ours_s) and _enough(variant.eager_s):
             self._decide(variant)
         return made
 
