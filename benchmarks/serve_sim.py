@@ -4,7 +4,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 from rich.console import Console
@@ -18,9 +18,10 @@ from taskgraph.schedule.planner import candidate
 from taskgraph.schedule.problem import Budget
 from taskgraph.serving.requests import Request
 from taskgraph.serving.scheduler import Limits
+from taskgraph.serving.simulate.compare import Compared, Served, compared
 from taskgraph.serving.simulate.runner import SimRunner, pages_of, simulated_engine
 from taskgraph.serving.simulate.stepgrid import VARIANTS, GridSeconds, StepGrid, StepShape
-from taskgraph.serving.simulate.traces import DATASETS, Lengths
+from taskgraph.serving.simulate.traces import DATASETS, Lengths, poisson
 
 EPILOG = """\
 Whole traces go through the engine and its scheduler: continuous batching to 2048 tokens a step, decode first, paged
@@ -43,10 +44,16 @@ engine expects their mean of every request; those that it must pre-empt go to th
 
 --thorough replays longer traces and searches longer; --seconds and --requests set either.
 
+--tpot-ms MS serves the traces with that wanted time a token, mixed and as `serving.ways` chooses: tokens/s/GPU, ms a
+token and steps of prompts that ran apart. Mixed steps are then as planned for a shorter search, or with --in-order op
+after op, as steps apart are always.
+
 --costs nanoflow takes NanoFlow's table 3 (published) for ops beside others, and elementwise ops cost nothing; the
 default is the cost model, with every op and with bandwidth shared by who runs together.
 """
 MODEL, DEVICE, RANKS = "llama-2-70b", "a100_sxm", 8
+SHORT_S = 0.05
+"""Seconds of search for the plan of a step with a wanted time a token, where far more steps are looked at."""
 OPTIMAL = OPTIMAL_FLOPS_PER_S / (2 * 70e9)
 """Tokens a second and GPU: NanoFlow, section 3."""
 COSTS = ("model", "nanoflow")
@@ -152,6 +159,31 @@ def run(
     return {name: found[name] for name in names}
 
 
+def both_ways(name: str, options: Options, tpot_s: float, variant: str) -> Compared:
+    """A setting served in mixed steps, and apart where that is predicted to be better, at a wanted time a token."""
+    config, lengths = load_config(MODEL), SETTINGS[name]
+    grid = StepGrid(config.share(RANKS), DEVICE, prompt_tokens=lengths.input_mean, budget_s=SHORT_S, seed=options.seed)
+    pages = pages_of(config, DEVICE, tensor_parallel=RANKS)
+    limits = Limits(min(1024, options.tokens - 1), options.tokens, chunks=64, context=options.context)
+    trace = poisson(lengths.draw(options.requests, options.context, options.seed))
+    return compared(Served(config, grid.of(variant), pages, limits), grid, trace, tpot_s)
+
+
+def _ways(found: Mapping[str, Compared]) -> Table:
+    shown = Table(title=f"{MODEL}, {RANKS} x {DEVICE}, at a wanted time a token (simulated)")
+    columns = ("", "mixed tokens/s/GPU", "as chosen", "mixed ms a token: mean, p99", "as chosen", "prompts apart")
+    for column in columns:
+        shown.add_column(column, justify="right")
+    for name, made in found.items():
+        rates = (f"{each.tokens_per_s / RANKS:.0f}" for each in (made.mixed, made.chosen))
+        times = (
+            f"{each.tpot.mean_s * 1e3:.1f}, {each.tpot.p99_s * 1e3:.1f}" if each.tpot else ""
+            for each in (made.mixed, made.chosen)
+        )
+        shown.add_row(name, *rates, *times, f"{made.beside:,} steps")
+    return shown
+
+
 def figures(found: Mapping[str, Mapping[str, Figures]]) -> dict[str, dict[str, float]]:
     """Tokens a second and GPU, by setting and variant, beside the bound."""
     return {
@@ -198,6 +230,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         help=f"of search for all plans ({default.budget_s:g}; thorough: {THOROUGH.budget_s:g})",
     )
     parser.add_argument("--costs", choices=COSTS, default=default.costs, help="what prices the ops (model)")
+    parser.add_argument("--tpot-ms", type=positive, help="a wanted time a token: mixed steps beside steps apart")
+    parser.add_argument("--in-order", action="store_true", help="with it: mixed steps op after op")
     parser.add_argument("--seed", type=whole, default=default.seed)
     parser.add_argument("--json", action="store_true", help="print the figures as JSON on the last line")
     given = parser.parse_args(argv)
@@ -210,6 +244,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         base, requests=given.requests or base.requests, budget_s=given.seconds or base.budget_s, tokens=given.tokens,
         seed=given.seed, costs=given.costs,
     )  # fmt: skip
+    if given.tpot_ms:
+        variant, names = "sequential" if given.in_order else "taskgraph", given.setting or list(DATASETS)
+        ways = {name: both_ways(name, options, given.tpot_ms / 1e3, variant) for name in names}
+        console.print(_ways(ways))
+        if given.json:
+            print_json({name: asdict(made) for name, made in ways.items()})
+        return 0
     found = run(given.setting or list(SETTINGS), options, lambda text: console.print(f"[dim]{text}[/dim]"))
     console.print(_table(found))
     if given.json:

@@ -43,8 +43,9 @@ class LocalModel:
     def shared_bytes(self) -> tuple[int, int]:
         """Bytes of the memory that its captured steps share on a GPU, and those that they would hold if they did not;
         zeros where they share none."""
-        pipeline = getattr(self.engine.runner, "pipeline", None)
-        return (0, 0) if pipeline is None else (pipeline.memory.memory_bytes, pipeline.memory.asked_bytes)
+        runner = self.engine.runner
+        lines = [getattr(runner, name) for name in ("pipeline", "beside") if hasattr(runner, name)]
+        return sum(line.memory.memory_bytes for line in lines), sum(line.memory.asked_bytes for line in lines)
 
 
 def open_local(
@@ -56,14 +57,16 @@ def open_local(
     pages: int = 0,
     warm: Warm | None = WARM,
     planner: str | Planner = "auto",
+    tpot_s: float | None = None,
 ) -> LocalModel:
     """The checkpoint's engine, with `pages` pages of 32 tokens (0: room for a quarter of what all sequences may have).
 
     `limits` bound its batches; their context is cut to the model's. `target` says where it runs (default: one process
     on this machine's cores). Steps are planned and captured now as `warm` says, or with None when first needed.
     `dtype` is "bf16", "f32", or "auto" for the faster one here. `planner` plans the steps of one rank: a scheduler's
-    name, or a function like `tg.KnownPlans`. PlanError for a dtype that is none; GraphError for ranks that cannot share
-    the model; BackendUnavailable without the GPU, or for ranks on GPUs.
+    name, or a function like `tg.KnownPlans`. With `tpot_s`, wanted seconds a token, a GPU runs prompts beside what
+    decodes where that is predicted to be better (`serving.ways`); it is for GPUs. PlanError for a dtype that is none;
+    GraphError for ranks that cannot share the model; BackendUnavailable without the GPU, or for ranks on GPUs.
     """
     on, known = target or Hardware(), planner if isinstance(planner, tg.KnownPlans) else None
     if known is not None and known.files and (on.ranks > 1 or warm is None):
@@ -79,7 +82,7 @@ def open_local(
     if on.device != "cpu":
         from taskgraph.serving.runners.gpu import gpu_engine
 
-        engine = gpu_engine(config, weights, limits, memory, device=on.run_on, planner=planner)
+        engine = gpu_engine(config, weights, limits, memory, device=on.run_on, planner=planner, tpot_s=tpot_s)
     elif on.ranks == 1:
         engine = cpu_engine(config, weights, limits, memory, planner=planner)
     else:

@@ -10,6 +10,7 @@ import typer
 
 import taskgraph as tg
 from taskgraph.cli.console import paragraphs, say, status
+from taskgraph.cli.steps import TPOT_MS
 from taskgraph.errors import BackendUnavailable
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def serve(
     ] = False,
     most_open: Annotated[int, typer.Option(min=1, help="requests that may run and wait; one more gets 429")] = 256,
     most_body: Annotated[int, typer.Option(min=1, help="bytes of a request's body; more gets 413")] = 1 << 20,
+    tpot_ms: Annotated[float, TPOT_MS] = 0.0,
     warm: Annotated[bool, typer.Option(help="plan and capture steps before the first request")] = True,
     warm_within: Annotated[
         float, typer.Option(min=0, help="seconds for that; batches make do with the steps that there are then")
@@ -71,6 +73,7 @@ def serve(
     curl localhost:8000/v1/completions -d '{"model": "smollm2", "prompt": "Hi"}'
     taskgraph serve mixtral-folder --tensor-parallel 2 --expert-parallel
     taskgraph serve llama-folder --device gpu --sequences 256 --step-tokens 2048
+    taskgraph serve llama-folder --device gpu --sequences 256 --step-tokens 2048 --tpot-ms 25
 
     Requests are batched continuously over a paged KV cache; those that find it full wait. GET /v1/models names the
     model, GET /health says whether requests are taken, GET /metrics is for Prometheus. SIGINT or SIGTERM waits for what
@@ -78,6 +81,10 @@ def serve(
 
     Before the first request all steps that batches can need are planned and captured, or those that --warm-within
     leaves time for; "ready" says how many. Only then the server listens: /health answers no earlier.
+
+    With --tpot-ms, on a GPU, decode steps and steps of prompts run beside each other in two partitions of the device
+    wherever that is predicted to give more tokens a second within that time a token than steps of both kinds; those
+    have as much of prompts as the time leaves room for. `bench-serve --tpot-ms` shows what to expect.
 
     Without --api-key-file the server answers to this machine only, and not to pages of other sites in its browsers.
 
@@ -100,7 +107,10 @@ def serve(
         limits, target = limits_of(sequences, step_tokens, context), Hardware(device, tensor_parallel, expert_parallel)
         planner, progress = known(plans, remembered, target), _Progress(shown)
         asked = Warm(warm_within, progress) if warm else None
-        local = open_local(model, limits, target, dtype=dtype, pages=pages, warm=asked, planner=planner)
+        local = open_local(
+            model, limits, target, dtype=dtype, pages=pages, warm=asked, planner=planner,
+            tpot_s=wanted_tpot(tpot_ms, device),
+        )  # fmt: skip
     status.print(f"dtype {local.picked.dtype} ({local.picked.why})", soft_wrap=True)
     if warm:
         status.print(progress.summary(*local.shared_bytes), soft_wrap=True)

@@ -269,6 +269,16 @@ def test_serve_sim_prints_its_keys(capsys: pytest.CaptureFixture[str]) -> None:
     assert row["nanobatch_only"] <= row["sequential"] <= row["taskgraph"] < row["optimal"]
 
 
+def test_serve_sim_shows_both_ways(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--setting", "lmsys", "--requests", "30", "--tokens", "256", "--tpot-ms", "60", "--in-order", "--json"]
+    assert serve_sim.main(argv) == 0
+    out = capsys.readouterr().out
+    made = json.loads(out.splitlines()[-1])["lmsys"]
+    assert "simulated" in out and "as chosen" in out
+    assert made["mixed"]["requests"] == made["chosen"]["requests"] == 30
+    assert made["chosen"]["tokens_per_s"] > 0.98 * made["mixed"]["tokens_per_s"]
+
+
 def test_serve_sim_has_every_setting() -> None:
     assert set(serve_sim.SETTINGS) == {
         "512-512", "1024-512", "512-1024", "splitwise", "lmsys", "sharegpt", "prefill_only_512"
