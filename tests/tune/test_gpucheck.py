@@ -12,7 +12,6 @@ import torch
 from typer.testing import CliRunner
 
 import taskgraph as tg
-from taskgraph.cost import gpu_report
 from taskgraph.cost.gpu_report import Check, GemmTime, GpuReport, KernelTime, Overlap, PairTime, read_report
 from taskgraph.cost.profiles import ProfileDB
 from taskgraph.errors import CalibrationError, DeviceError
@@ -447,13 +446,3 @@ def test_a_damaged_report_names_file_line_and_way_out(text: str, wanted: str, tm
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(CalibrationError, match=r"cannot read gpu-check report.*nothing\.json"):
         read_report(tmp_path / "nothing.json")
-
-
-def test_the_place_of_an_entry_is_found_in_any_layout() -> None:
-    text = json.dumps({"a": [{"b": 1}, {"b": [2, {"c": "}"}]}], "d": 4}, indent=3)
-    for path in (["a", "1", "b", "1", "c"], ["d"], ["a", "0"]):
-        at = gpu_report._place_of(text, path)
-        value = json.loads(text)
-        for part in path:
-            value = value[int(part)] if isinstance(value, list) else value[part]
-        assert json.JSONDecoder().raw_decode(text, at)[0] == value
