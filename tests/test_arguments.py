@@ -66,6 +66,7 @@ def fills(x: Any, out: Any) -> None:
 
 GRAPH = two_ops()
 PLAN = tg.plan(GRAPH, "h100_sxm", "list")
+SIDE = tg.Side.of(GRAPH, "h100_sxm")
 PLATFORM = Platform("cpu", "m", "none", "v", "cpu")
 ROW = OpTime(OpKey("add", "4", "f32"), 1, 1e-3, 0.0, 3)
 TRIAL = Trial("list", 1, (132,), 1e-3, 1e-3, 1e-3, 0.1, 1, "pass 1")
@@ -284,6 +285,11 @@ def function_calls(s: Shop) -> dict[str, Call]:
         "Plan.sms": (PLAN.sms, {"step": 0}),
         "plan": (tg.plan, planned),
         "plan_collectives": (tg.plan_collectives, planned),
+        "halves": (tg.halves, {"device": "h100_sxm"}),
+        "plan_beside": (tg.plan_beside, {"graph": GRAPH, "device": "h100_sxm", "sizes": (64, 64), "side": 0}),
+        "Side.of": (tg.Side.of, {"graph": GRAPH, "device": "h100_sxm"}),
+        "Side.alone_s": (SIDE.alone_s, {"sms": 64}),
+        "beside": (tg.beside, {"first": SIDE, "second": SIDE, "sizes": (64, 64)}),
         "devices.networked": (tg.devices.networked, {"device": "h100_sxm", "value": "torus:2x2", "routing": "goal",
                                                      "algorithm": "ring"}),
         "verify": (tg.verify, {"plan": PLAN, "graph": GRAPH, "memory": True}),
@@ -376,7 +382,16 @@ def test_the_table_holds_every_public_name() -> None:
     }
     assert public - errors <= held, public - errors - held
     functions = {name for name, value in vars(ops).items() if inspect.isfunction(value)}
-    inner = {"active_experts", "latent_flops", "batch_axes", "check_op", "moved", "need", "need_floats"}  # for rules
+    inner = {
+        "active_experts",
+        "latent_flops",
+        "batch_axes",
+        "check_op",
+        "moved",
+        "need",
+        "need_floats",
+        "work_of",
+    }  # for rules
     assert functions - inner <= {name.partition(".")[2] for name in NAMES if name.startswith("ops.")}
     for name, (call, given) in calls(Path("/nowhere")).items():
         if hasattr(ops, name):

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from taskgraph.cost.model import Costs, op_table
-from taskgraph.errors import PlanError
+from taskgraph.errors import GraphError, PlanError
 from taskgraph.graph.device import Device, Geometry, get
 from taskgraph.graph.graph import Graph
-from taskgraph.record import integer
+from taskgraph.record import instance, integer, sequence, shown
 from taskgraph.schedule.evaluate import Assignment, Layout, evaluate
 from taskgraph.schedule.plan import Plan
 from taskgraph.schedule.planner import plan_from
@@ -40,12 +40,15 @@ class Side:
     def of(graph: Graph, device: str | Device, costs: Costs = op_table) -> "Side":
         """Price the ops. DemandError as of `plan`."""
         spec = get(device)
+        instance("the graph", graph, Graph, GraphError, "Take what GraphBuilder.build returned.")
         return Side(make_problem(graph, spec, spec.partition_sizes(), costs))
 
     def alone_s(self, sms: int | None = None) -> float:
-        """Seconds of a run alone, op after op on so many SMs (default: all)."""
+        """Seconds of a run alone, op after op on so many SMs (default: all). PlanError for no partition's size."""
         p = self.problem
-        sms = p.sm_count if sms is None else sms
+        sms = p.sm_count if sms is None else integer("the SMs", sms, PlanError, 1)
+        if sms not in p.sizes:
+            raise PlanError(f"{sms} SMs are no partition of {p.device.name}; it has {shown([*map(int, p.sizes)])}.")
         made = Assignment(
             Layout.isolated(Geometry.of(sms)), np.arange(p.n), np.zeros(p.n, np.int64), np.full(p.n, p.mode_of(sms))
         )
@@ -57,11 +60,12 @@ def beside(first: Side, second: Side, sizes: tuple[int, int]) -> tuple[float, fl
     op at the speed that its SMs, what both draw of the shared bandwidths, and the power of both allow.
 
     PlanError for sides of two devices, and sizes that are no split of theirs."""
+    for side in (first, second):
+        instance("a side", side, Side, PlanError, "Take what Side.of returns.")
     device = first.problem.device
     if second.problem.device != device:
         raise PlanError(f"one side is for {device.name}, the other for {second.problem.device.name}; price them alike.")
-    if sum(sizes) > device.sm_count or not {*sizes} <= {*device.partition_sizes()}:
-        raise PlanError(f"{sizes[0]} + {sizes[1]} SMs are no split of {device.name}; take one of `halves`.")
+    sizes = _split(device, sizes)
     alone = first.alone_s(sizes[0]), second.alone_s(sizes[1])
     runs = [min(max(math.ceil(max(alone) / seconds), 1), _MOST_RUNS) for seconds in alone]
     both, lane, mode = _together((first.problem, second.problem), runs, sizes)
@@ -69,6 +73,14 @@ def beside(first: Side, second: Side, sizes: tuple[int, int]) -> tuple[float, fl
     until = min(float(times.end_s[lane == side].max()) for side in (0, 1))
     done = [_runs_done(times.start_s[lane == s], times.end_s[lane == s], until, runs[s]) for s in (0, 1)]
     return until / done[0], until / done[1]
+
+
+def _split(device: Device, sizes: object) -> tuple[int, int]:
+    """`sizes` as two partitions that the device can have at once. PlanError if they are not."""
+    two = [integer("SMs of a side", size, PlanError, 1) for size in sequence("sizes", sizes, PlanError)]
+    if len(two) != 2 or sum(two) > device.sm_count or not {*two} <= {*device.partition_sizes()}:
+        raise PlanError(f"{' + '.join(map(str, two))} SMs are no split of {device.name}; take one of `halves`.")
+    return two[0], two[1]
 
 
 def _together(
@@ -107,8 +119,8 @@ def plan_beside(graph: Graph, device: str | Device, sizes: tuple[int, int], side
 
     PlanError for sizes that are no split of the device."""
     spec, side = get(device), integer("the side", side, PlanError, 0, 1)
-    if sum(sizes) > spec.sm_count or not {*sizes} <= {*spec.partition_sizes()}:
-        raise PlanError(f"{sizes[0]} + {sizes[1]} SMs are no split of {spec.name}; take one of `halves`.")
+    instance("the graph", graph, Graph, GraphError, "Take what GraphBuilder.build returned.")
+    sizes = _split(spec, sizes)
     problem = make_problem(graph, spec, sorted({*sizes, spec.sm_count}), costs)
     n = problem.n
     mode = np.full(n, problem.mode_of(sizes[side]))
