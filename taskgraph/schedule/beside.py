@@ -12,7 +12,7 @@ from taskgraph.errors import GraphError, PlanError
 from taskgraph.graph.device import Device, Geometry, get
 from taskgraph.graph.graph import Graph
 from taskgraph.record import instance, integer, sequence, shown
-from taskgraph.schedule.evaluate import Assignment, Layout, evaluate
+from taskgraph.schedule.evaluate import Assignment, Evaluation, Layout, evaluate
 from taskgraph.schedule.plan import Plan
 from taskgraph.schedule.planner import plan_from
 from taskgraph.schedule.problem import Problem, make_problem
@@ -49,10 +49,19 @@ class Side:
         sms = p.sm_count if sms is None else integer("the SMs", sms, PlanError, 1)
         if sms not in p.sizes:
             raise PlanError(f"{sms} SMs are no partition of {p.device.name}; it has {shown([*map(int, p.sizes)])}.")
+        return self._alone(sms).makespan_s
+
+    def _alone(self, sms: int) -> Evaluation:
+        p = self.problem
         made = Assignment(
             Layout.isolated(Geometry.of(sms)), np.arange(p.n), np.zeros(p.n, np.int64), np.full(p.n, p.mode_of(sms))
         )
-        return evaluate(p, made).makespan_s
+        return evaluate(p, made)
+
+    def extents_s(self, sms: int) -> np.ndarray:
+        """Of each op of a run alone on so many SMs, the seconds from its start to that of the next (n,)."""
+        times = self._alone(sms)
+        return _extents(times.start_s, times.end_s)
 
 
 def beside(first: Side, second: Side, sizes: tuple[int, int]) -> tuple[float, float]:
@@ -71,13 +80,14 @@ def beside(first: Side, second: Side, sizes: tuple[int, int]) -> tuple[float, fl
     both, lane, mode = _together((first.problem, second.problem), runs, sizes)
     times = evaluate(both, Assignment(Layout.isolated(Geometry.of(*sizes)), np.arange(both.n), lane, mode))
     until = min(float(times.end_s[lane == side].max()) for side in (0, 1))
-    done = [_runs_done(times.start_s[lane == s], times.end_s[lane == s], until, runs[s]) for s in (0, 1)]
+    extents = first.extents_s(sizes[0]), second.extents_s(sizes[1])
+    done = [_runs_done(times.start_s[lane == s], times.end_s[lane == s], until, extents[s]) for s in (0, 1)]
     return until / done[0], until / done[1]
 
 
 def _split(device: Device, sizes: object) -> tuple[int, int]:
     """`sizes` as two partitions that the device can have at once. PlanError if they are not."""
-    two = [integer("SMs of a side", size, PlanError, 1) for size in sequence("sizes", sizes, PlanError)]
+    two = [integer("SMs of a side", size, PlanError) for size in sequence("sizes", sizes, PlanError)]
     if len(two) != 2 or sum(two) > device.sm_count or not {*two} <= {*device.partition_sizes()}:
         raise PlanError(f"{' + '.join(map(str, two))} SMs are no split of {device.name}; take one of `halves`.")
     return two[0], two[1]
@@ -106,11 +116,15 @@ def _together(
     return both, lane, mode
 
 
-def _runs_done(start: np.ndarray, end: np.ndarray, until: float, runs: int) -> float:
-    """How many of `runs` runs are done by `until`, by the time that their ops take."""
-    done = np.clip((until - start) / np.maximum(end - start, 1e-15), 0.0, 1.0)
-    took = end - start
-    return float((took * done).sum() / took.sum() * runs)
+def _extents(start: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """Of the ops of a lane, in their order: seconds from the start of each to that of the next, the last to its end."""
+    return np.diff(start, append=end[-1])
+
+
+def _runs_done(start: np.ndarray, end: np.ndarray, until: float, alone: np.ndarray) -> float:
+    """How many runs are done by `until`, a part of a run by what its ops take `alone`: (n,) seconds each."""
+    done = np.clip((until - start) / np.maximum(_extents(start, end), 1e-15), 0.0, 1.0)
+    return float(done.reshape(-1, len(alone)).sum(axis=0) @ alone / alone.sum())
 
 
 def plan_beside(graph: Graph, device: str | Device, sizes: tuple[int, int], side: int, costs: Costs = op_table) -> Plan:
