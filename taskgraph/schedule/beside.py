@@ -78,10 +78,14 @@ def beside(first: Side, second: Side, sizes: tuple[int, int]) -> tuple[float, fl
     alone = first.alone_s(sizes[0]), second.alone_s(sizes[1])
     runs = [min(max(math.ceil(max(alone) / seconds), 1), _MOST_RUNS) for seconds in alone]
     both, lane, mode = _together((first.problem, second.problem), runs, sizes)
-    times = evaluate(both, Assignment(Layout.isolated(Geometry.of(*sizes)), np.arange(both.n), lane, mode))
+    clocks = replace(both.together, power_exponent=0.0)  # the end, where only one runs, draws less power
+    made = Assignment(Layout.isolated(Geometry.of(*sizes)), np.arange(both.n), lane, mode)
+    times = evaluate(replace(both, together=clocks), made)
     until = min(float(times.end_s[lane == side].max()) for side in (0, 1))
     extents = first.extents_s(sizes[0]), second.extents_s(sizes[1])
     done = [_runs_done(times.start_s[lane == s], times.end_s[lane == s], until, extents[s]) for s in (0, 1)]
+    drawn = sum(runs * float(each.problem.energy.sum()) for runs, each in zip(done, (first, second), strict=True))
+    until = both.together.settled(until, drawn)
     return until / done[0], until / done[1]
 
 
