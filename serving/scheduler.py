@@ -10,13 +10,13 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from taskgraph.errors import RequestError
 from taskgraph.serving import sampling
+from taskgraph.serving.batch import Batch, Ints, Taken
 from taskgraph.serving.cache.pages import Key, Moves, PagedCache, Pages, block_keys
 from taskgraph.serving.cache.parking import GONE, Parked
 from taskgraph.serving.requests import MOST_STOPS, Request, whole
@@ -24,7 +24,6 @@ from taskgraph.serving.sampling import GREEDY_BELOW, Draws, uniforms
 from taskgraph.serving.steering import Steer, edits_of
 
 log = logging.getLogger("taskgraph.serve")
-Ints = sampling.Ints
 _WHY = {
     sampling.NO_TOKEN: "its logits are no finite numbers (NaN or infinity); check the weights, or compute in f32",
     sampling.NONE_LEFT: "its grammar and its biases leave no token that the model gives a chance",
@@ -63,53 +62,6 @@ class Waiting:
     keys: list[Key] = field(default_factory=list)
     recalled: bool = False
     steer: Steer | None = None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Batch:
-    """A step's tokens: `decode` ones, one a sequence, then those of prefill chunks.
-
-    `tokens`, their `positions` in their sequences and the `slots` of their keys; `lengths` and `blocks` of the
-    sequences that decode and of the chunks; `starts`, the first token of each chunk behind those that decode. Sample i
-    goes to sequence `owner[i]` (its index in the scheduler, or -1 for a chunk within a prompt) as token number
-    `place[i]`, if the sequence's `epoch` still is what it was. Token `fed[i]` is the sample `source[i]` of the batch
-    before.
-    """
-
-    tokens: Ints
-    positions: npt.NDArray[np.int32]
-    slots: npt.NDArray[np.int32]
-    decode: int
-    lengths: npt.NDArray[np.int32]
-    blocks: npt.NDArray[np.int32]
-    starts: npt.NDArray[np.int32]
-    owner: Ints
-    place: Ints
-    epoch: Ints
-    fed: Ints
-    source: Ints
-    draws: Draws | None
-    moves: Moves
-
-    @property
-    def chunks(self) -> int:
-        return len(self.starts) - 1
-
-    @property
-    def prefill(self) -> int:
-        return len(self.tokens) - self.decode
-
-
-class Taken(NamedTuple):
-    """What a batch's samples meant: the sequences `seqs` got `tokens` (sample `samples` of the batch), and some end by
-    length, by a stop token or the end of their grammar, or by an error, which `failed` says. `retire` those."""
-
-    seqs: Ints
-    tokens: Ints
-    samples: Ints
-    full: list[int]
-    stopped: list[int]
-    failed: dict[int, str]
 
 
 class Scheduler:

@@ -15,7 +15,7 @@ import taskgraph as tg
 from taskgraph.models.config import ModelConfig
 from taskgraph.models.parallel import Decode, Prefill, mixed_step
 from taskgraph.rewrite import UNSPLIT, Split, apply
-from taskgraph.serving.scheduler import Batch
+from taskgraph.serving.batch import Batch
 
 TOKENS = (1, 64, 256, 1024, 2048, 4096, 8192)
 DECODE = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)

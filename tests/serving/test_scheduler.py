@@ -15,13 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from taskgraph.errors import RequestError
+from taskgraph.serving.batch import Batch
 from taskgraph.serving.cache.disk import DiskTier
 from taskgraph.serving.cache.pages import PagedCache, block_keys
 from taskgraph.serving.engine import Engine
 from taskgraph.serving.options import Policy
 from taskgraph.serving.requests import Request, Sampling
 from taskgraph.serving.sampling import NO_TOKEN, NONE_LEFT, uniforms
-from taskgraph.serving.scheduler import DROPPED, FREE, RUNNING, SWAPPED, Batch, Limits, Scheduler, Waiting
+from taskgraph.serving.scheduler import DROPPED, FREE, RUNNING, SWAPPED, Limits, Scheduler, Waiting
 from taskgraph.serving.steering import Steer
 
 SIZE, VOCABULARY = 4, 50
