@@ -183,6 +183,7 @@ class GpuReport:
     overlaps: tuple[Overlap, ...] = ()
     seconds: float = 0.0
 
+    _LATER: ClassVar[frozenset[str]] = frozenset({"gaps"})
     TABLES: ClassVar[tuple[str, ...]] = ("gemm", "kernels_by_sms", "corun", "kernels", "plans", "gaps")
 
     def _check(self) -> None:
