@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from taskgraph.serving.batch import Batch, Ints
+from taskgraph.serving.batch import Batch
 from taskgraph.serving.runners.runner import ApartRunner, Runner
-from taskgraph.serving.sampling import Chances
+from taskgraph.serving.sampling import Chances, Ints
 from taskgraph.serving.scheduler import RUNNING, TOGETHER, Scheduler
 from taskgraph.serving.ways import Load, Split
 

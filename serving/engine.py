@@ -17,7 +17,7 @@ import numpy as np
 from taskgraph.errors import ExecutionError, RequestError
 from taskgraph.models.paged import PageShape
 from taskgraph.serving.apart import Apart
-from taskgraph.serving.batch import Batch, Ints, Taken
+from taskgraph.serving.batch import Batch, Taken
 from taskgraph.serving.cache.disk import DiskTier
 from taskgraph.serving.cache.pages import PagedCache, block_keys
 from taskgraph.serving.options import KvMemory, Policy
@@ -35,7 +35,7 @@ from taskgraph.serving.requests import (
     whole,
 )
 from taskgraph.serving.runners.runner import ApartRunner, PagedRunner, Runner
-from taskgraph.serving.sampling import Chances
+from taskgraph.serving.sampling import Chances, Ints
 from taskgraph.serving.scheduler import FREE, Limits, Scheduler, Waiting
 from taskgraph.serving.steering import Steer
 

@@ -16,11 +16,11 @@ import numpy.typing as npt
 
 from taskgraph.errors import RequestError
 from taskgraph.serving import sampling
-from taskgraph.serving.batch import Batch, Ints, Taken
+from taskgraph.serving.batch import Batch, Taken
 from taskgraph.serving.cache.pages import Key, Moves, PagedCache, Pages, block_keys
 from taskgraph.serving.cache.parking import GONE, Parked
 from taskgraph.serving.requests import MOST_STOPS, Request, whole
-from taskgraph.serving.sampling import GREEDY_BELOW, Draws, uniforms
+from taskgraph.serving.sampling import GREEDY_BELOW, Draws, Ints, uniforms
 from taskgraph.serving.steering import Steer, edits_of
 
 log = logging.getLogger("taskgraph.serve")

@@ -13,11 +13,12 @@ from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import models as raw_models
 
 from taskgraph.models.text.tokenizer import Tokenizer
-from taskgraph.serving.batch import Batch, Ints
+from taskgraph.serving.batch import Batch
 from taskgraph.serving.cache.pages import PagedCache
 from taskgraph.serving.engine import Engine
 from taskgraph.serving.http.app import Served, run_server
 from taskgraph.serving.runners.runner import Tell
+from taskgraph.serving.sampling import Ints
 from taskgraph.serving.scheduler import Limits
 from taskgraph.serving.service import Service
 

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from taskgraph.models.paged import Bucket
-from taskgraph.serving.batch import Batch, Ints
+from taskgraph.serving.batch import Batch
+from taskgraph.serving.sampling import Ints
 from taskgraph.serving.scheduler import Limits
 from taskgraph.serving.ways import Split
 

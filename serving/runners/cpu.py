@@ -15,12 +15,12 @@ from taskgraph.models.config import ModelConfig
 from taskgraph.models.paged import Bucket, PageShape
 from taskgraph.models.shards import check_share
 from taskgraph.serving import sampling
-from taskgraph.serving.batch import Batch, Ints
+from taskgraph.serving.batch import Batch
 from taskgraph.serving.engine import Engine, paged_engine
 from taskgraph.serving.options import KvMemory, Planner, Policy, planner_of
 from taskgraph.serving.runners.buckets import Buckets, clear, fill, holding, sampled_rows
 from taskgraph.serving.runners.runner import Planned, Ran, Tell, prepare_in_time
-from taskgraph.serving.sampling import Chances
+from taskgraph.serving.sampling import Chances, Ints
 from taskgraph.serving.scheduler import Limits
 
 if TYPE_CHECKING:

@@ -18,13 +18,13 @@ from taskgraph.models import llama, paged
 from taskgraph.models.config import ModelConfig
 from taskgraph.models.paged import Bucket, PageShape
 from taskgraph.serving import sampling
-from taskgraph.serving.batch import Batch, Ints
+from taskgraph.serving.batch import Batch
 from taskgraph.serving.engine import Engine, paged_engine
 from taskgraph.serving.options import KvMemory, Planner, Policy
 from taskgraph.serving.runners.buckets import Part, clear, fill, fill_draws, holding, sampled_rows
 from taskgraph.serving.runners.cpu import BUDGET_BYTES, CpuRunner
 from taskgraph.serving.runners.runner import Ran, Tell, prepare_in_time
-from taskgraph.serving.sampling import Draws
+from taskgraph.serving.sampling import Draws, Ints
 from taskgraph.serving.scheduler import Limits
 from taskgraph.serving.simulate.stepgrid import StepGrid, StepShape
 from taskgraph.serving.ways import Order, Room, Split, Ways

@@ -19,13 +19,13 @@ import taskgraph as tg
 from taskgraph.errors import GraphError, RankLost
 from taskgraph.models.config import ModelConfig
 from taskgraph.models.paged import Bucket, PageShape
-from taskgraph.serving.batch import Batch, Ints
+from taskgraph.serving.batch import Batch
 from taskgraph.serving.engine import Engine, paged_engine
 from taskgraph.serving.options import KvMemory, Policy
 from taskgraph.serving.ranks.processes import Ranks
 from taskgraph.serving.runners.cpu import CpuRunner
 from taskgraph.serving.runners.runner import Planned, Ran, Tell, prepare_in_time
-from taskgraph.serving.sampling import Chances
+from taskgraph.serving.sampling import Chances, Ints
 from taskgraph.serving.scheduler import Limits
 
 if TYPE_CHECKING:

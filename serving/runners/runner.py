@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
 
 import taskgraph as tg
 from taskgraph.models.paged import Bucket
-from taskgraph.serving.batch import Batch, Ints
+from taskgraph.serving.batch import Batch
+from taskgraph.serving.sampling import Ints
 
 if TYPE_CHECKING:
     from taskgraph.serving.ways import Split, Ways

@@ -10,11 +10,12 @@ import numpy as np
 import taskgraph as tg
 from taskgraph.errors import PlanError
 from taskgraph.models.config import ModelConfig
-from taskgraph.serving.batch import Batch, Ints
+from taskgraph.serving.batch import Batch
 from taskgraph.serving.cache.pages import PagedCache
 from taskgraph.serving.engine import Engine
 from taskgraph.serving.options import Policy
 from taskgraph.serving.runners.runner import Tell
+from taskgraph.serving.sampling import Ints
 from taskgraph.serving.scheduler import Limits
 from taskgraph.serving.simulate.stepgrid import StepShape
 from taskgraph.serving.ways import Order, Split, Ways

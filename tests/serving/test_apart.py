@@ -14,12 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from taskgraph.serving.batch import Batch, Ints
+from taskgraph.serving.batch import Batch
 from taskgraph.serving.cache.pages import PagedCache
 from taskgraph.serving.engine import Engine
 from taskgraph.serving.options import Policy
 from taskgraph.serving.requests import Completion, Request
 from taskgraph.serving.runners.runner import ApartRunner
+from taskgraph.serving.sampling import Ints
 from taskgraph.serving.scheduler import Limits
 from taskgraph.serving.ways import Load, Order, Split, Way
 
