@@ -24,8 +24,8 @@ from taskgraph.schedule.rcpsp.sgs import (
     GUARD_S,
     Scratch,
     Tables,
-    _fits,
-    _reset,
+    clear,
+    has_room,
     justify,
     make_scratch,
     make_tables,
@@ -53,7 +53,7 @@ def parallel(
     ptr, succ_ptr, succ = t.pred_ptr, t.succ_ptr, t.succ
     n, modes, words = len(order), t.took.shape[1], len(t.free)
     free, place, ready, missing, running = s.rows, own.place, s.list, s.missing, own.running
-    _reset(t, s)
+    clear(t, s)
     s.used[0] = 1
     waiting = busy = now = makespan = 0
     for k in range(n):
@@ -69,7 +69,7 @@ def parallel(
         while k < waiting:
             i = ready[k]
             row, took = i * modes + mode[i], t.took[i, mode[i]]
-            if took > 0 and not _fits(t, free, 0, row):
+            if took > 0 and not has_room(t, free, 0, row):
                 k += 1
                 continue
             for c in range(k + 1, waiting):

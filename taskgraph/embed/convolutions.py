@@ -24,9 +24,8 @@ _A_THREAD: Final = 1 << 14
 
 
 @kernel
-def _convolve(
-    like: Any, at: Any, sizes: Any, steps: Any, moves: Any, taps: Any, bias: Any, part: Any, parts: Any
-) -> None:
+def _convolve(like: Any, at: Any, sizes: Any, steps: Any, moves: Any, weights: Any, part: Any, parts: Any) -> None:
+    taps, bias = weights
     channels, high, wide, out_high, out_wide = sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]
     tasks = sizes[0] * out_high * out_wide
     sums = np.empty(channels, np.float32)
@@ -57,7 +56,7 @@ def convolve(like: Any, at: Any, sizes: Any, steps: Any, moves: Any, taps: Any, 
     """out[b, c, i, j] = bias[c] + the sum over p, q of taps[p, q, c] x[b, c, i s + p d - a, j s + q d - a], zero beyond
     x's edges: at (2,) int64 addresses of x and out, float32; sizes (6,) are b, c, x's and out's heights and widths;
     steps (2, 4) the strides, x's along c is 1; moves (3, 2) the strides s, paddings a and dilations d of both axes."""
-    fork(_convolve, (like, at, sizes, steps, moves, taps, bias), threads)
+    fork(_convolve, (like, at, sizes, steps, moves, (taps, bias)), threads)
 
 
 def bind_convolution(

@@ -133,7 +133,7 @@ def serial(
     """Place activities in list order, each as early as it fits; returns the makespan. `back` reverses time."""
     ptr, before = (t.succ_ptr, t.succ) if back else (t.pred_ptr, t.pred)
     modes, words = t.took.shape[1], len(t.free)
-    _reset(t, s)
+    clear(t, s)
     makespan = 0
     for k in range(len(order)):
         i = order[k]
@@ -157,7 +157,7 @@ def serial(
 
 
 @njit
-def _reset(t: Tables, s: Scratch) -> None:
+def clear(t: Tables, s: Scratch) -> None:
     """An empty profile. `used` counts the rows that may differ from an empty one."""
     words = len(t.free)
     for k in range(s.used[0]):
@@ -190,7 +190,7 @@ def _place_in_wide_grid(t: Tables, rows: np.ndarray, at: int, took: int, row: in
     low, high = at, at + took
     while True:
         k = high - 1
-        while k >= low and _fits(t, rows, k, row):
+        while k >= low and has_room(t, rows, k, row):
             k -= 1
         if k < low:
             break
@@ -202,7 +202,7 @@ def _place_in_wide_grid(t: Tables, rows: np.ndarray, at: int, took: int, row: in
 
 
 @njit
-def _fits(t: Tables, rows: np.ndarray, k: int, row: int) -> bool:
+def has_room(t: Tables, rows: np.ndarray, k: int, row: int) -> bool:
     words = len(t.free)
     fits = True
     for w in range(words):
@@ -223,7 +223,7 @@ def _place_in_events(t: Tables, s: Scratch, at: int, took: int, row: int) -> int
             high = middle
     first, last = low, low
     while last < count and (times[last] < at + took or last == first):
-        fits = _fits(t, rows, last, row)
+        fits = has_room(t, rows, last, row)
         last += 1
         if not fits:
             first, at = last, times[last]
